@@ -1,0 +1,76 @@
+"""The exception tree of the library; every error that a user can cause is one of these.
+
+    SMPError
+    |-- SMPConfigError (ValueError)              a configuration value is wrong, or values do not fit together
+    |   `-- NotBuiltError                        the configuration asks for a feature that does not exist yet
+    |-- TensorParallelError (ValueError)         a layer cannot be split over the tensor-parallel group
+    |-- GroupMembershipError (ValueError)        a rank outside the group, or a message to oneself
+    |-- GroupTypeError (TypeError)               something that is not a CommGroup or a RankType where one is needed
+    |-- NotInitializedError (RuntimeError)       used before smp.init()
+    |-- StepUsageError (RuntimeError)            a model, or backward, used outside the place where it may be used
+    |-- PartitionError (RuntimeError)            the model cannot be placed on the stages as asked
+    |-- DivergenceError (RuntimeError)           the ranks did not run the same program
+    |-- LaunchError (RuntimeError)               a job could not be started, or one of its processes failed
+    |-- CommunicationError (RuntimeError)        a message could not be delivered
+    |   `-- WaitTimeoutError (TimeoutError)      a message did not come in time; says who waits for what from whom
+    `-- UnsupportedError (NotImplementedError)   a combination that the library refuses by design
+
+The second base class lets a script that catches the built-in exception go on working. Messages name the value, the
+cause and the remedy.
+"""
+
+
+class SMPError(Exception):
+    """Base of every error that this library raises on purpose."""
+
+
+class SMPConfigError(SMPError, ValueError):
+    """A configuration value is wrong, unknown, or does not fit the other values or the number of processes."""
+
+
+class NotBuiltError(SMPConfigError):
+    """The configuration asks for a feature that this version does not have yet."""
+
+
+class TensorParallelError(SMPError, ValueError):
+    """A layer cannot be split over the tensor-parallel group as asked."""
+
+
+class GroupMembershipError(SMPError, ValueError):
+    """A rank that is not in the group was named as a peer, or a rank named itself."""
+
+
+class GroupTypeError(SMPError, TypeError):
+    """An argument must be a `CommGroup` or a `RankType`, and is something else."""
+
+
+class NotInitializedError(SMPError, RuntimeError):
+    """The library is used before `smp.init()`."""
+
+
+class StepUsageError(SMPError, RuntimeError):
+    """A model, or its backward, is used outside the place where it may be used."""
+
+
+class PartitionError(SMPError, RuntimeError):
+    """The model cannot be placed on the pipeline stages as asked."""
+
+
+class DivergenceError(SMPError, RuntimeError):
+    """The ranks did not run the same program, or hold values that must be equal and are not."""
+
+
+class LaunchError(SMPError, RuntimeError):
+    """A job could not be started, or one of its processes failed."""
+
+
+class CommunicationError(SMPError, RuntimeError):
+    """A message could not be delivered."""
+
+
+class WaitTimeoutError(CommunicationError, TimeoutError):
+    """A message did not come in time; the text says who waits for what from whom."""
+
+
+class UnsupportedError(SMPError, NotImplementedError):
+    """A combination that the library refuses by design."""
