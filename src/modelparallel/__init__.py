@@ -1,0 +1,3 @@
+"""The public namespace of modelparallel, usually imported as ``smp``."""
+
+from modelparallel.version import __version__ as __version__
