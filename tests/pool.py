@@ -1,17 +1,18 @@
 """Run a test function on several ranks, cheaply, and never hang.
 
-``from pool import run_ranks``; ``run_ranks(body, 4, x, parameters={...})`` calls the module-level function ``body(x)`` in 4
-processes that share a gloo process group, and returns the 4 results in rank order.
+``from pool import run_ranks``; ``run_ranks(body, 4, x, parameters={...})`` calls the module-level function ``body(x)`` in
+4 processes that share a gloo process group, and returns the 4 results in rank order.
 
-The processes are forked from a fork server that has imported torch, the package and what the test session had imported by
-then, so that a run costs a few tenths of a second instead of the seconds of ``import torch``. The rendezvous is a file: no
-ports. Results and arguments travel as plain pickles through pipes (torch's shared-memory reductions would tie them to the life
-of the child). A rank that fails, dies or hangs ends the run: the first failure's traceback, or every rank's stack after a
-timeout, is in the error, and only children of this run are killed.
+The processes are forked from a fork server that has imported torch, the package and what the test session had imported
+by then, so that a run costs a few tenths of a second instead of the seconds of ``import torch``. The rendezvous is a
+file: no ports. Results and arguments travel as plain pickles through pipes (torch's shared-memory reductions would tie
+them to the life of the child). A rank that fails, dies or hangs ends the run: the first failure's traceback, or every
+rank's stack after a timeout, is in the error, and only children of this run are killed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import faulthandler
 import multiprocessing
@@ -62,7 +63,7 @@ declare_torchvision_operators()
 
 
 class RankError(RuntimeError):
-    """A rank raised, died or hung. ``global_rank`` is the first one that did; its exception, if any, is ``__cause__``."""
+    """A rank raised, died or hung: ``global_rank`` is the first one that did, ``__cause__`` its exception, if any."""
 
     def __init__(self, message: str, global_rank: int | None, failures: list[RankFailure]) -> None:
         super().__init__(message)
@@ -279,10 +280,8 @@ def _child(pipe: multiprocessing.connection.Connection, payload: bytes) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     pipe.send_bytes(message)
-    try:
+    with contextlib.suppress(EOFError):  # raised when the parent has gone
         pipe.recv_bytes()
-    except EOFError:  # the parent has gone
-        pass
     os._exit(0)  # destroying gloo groups one after another can wait for peers that have left
 
 

@@ -4,10 +4,11 @@ import os
 import signal
 import time
 
-import pool
 import pytest
 import torch
 import torch.distributed as dist
+
+import pool
 from pool import RankError, RankFailure, RankTimeout, run_ranks
 
 
