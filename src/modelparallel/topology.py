@@ -21,7 +21,7 @@ from modelparallel.errors import GroupMembershipError, SMPConfigError
 NAMED_STRATEGIES = {"cluster": "DPT", "spread": "TPD"}
 
 
-class GroupKind(enum.StrEnum):
+class GroupKind(str, enum.Enum):
     """The six kinds of process groups."""
 
     WORLD = "world"
@@ -30,6 +30,9 @@ class GroupKind(enum.StrEnum):
     RDP = "rdp"
     DP = "dp"
     MP = "mp"
+
+    def __str__(self) -> str:
+        return self.value
 
 
 # The axes that vary inside a group of each kind; the other coordinates are shared by its members.
