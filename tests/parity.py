@@ -1,8 +1,8 @@
 """Parity with one process: the assertion behind most tests.
 
-Criterion. float64: the norm of the difference of every tensor is at most ``1e-9 * max(norm of the expected tensor, 1e-6 *
-global norm)``. float32 and below: at most a relative 1e-5 for each tensor (with the same floor: a gradient that is zero in
-theory has no relative error worth comparing) and for all of them together.
+Criterion. float64: the norm of the difference of every tensor is at most ``1e-9 * max(norm of the expected tensor,
+1e-6 * global norm)``. float32 and below: at most a relative 1e-5 for each tensor (with the same floor: a gradient that
+is zero in theory has no relative error worth comparing) and for all of them together.
 """
 
 from __future__ import annotations

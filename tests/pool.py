@@ -1,7 +1,7 @@
 """Run a test function on several ranks, cheaply, and never hang.
 
-``from pool import run_ranks``; ``run_ranks(body, 4, x, parameters={...})`` calls the module-level function ``body(x)`` in
-4 processes that share a gloo process group, and returns the 4 results in rank order.
+``from pool import run_ranks``; ``run_ranks(body, 4, x, parameters={...})`` calls the module-level function ``body(x)``
+in 4 processes that share a gloo process group, and returns the 4 results in rank order.
 
 The processes are forked from a fork server that has imported torch, the package and what the test session had imported
 by then, so that a run costs a few tenths of a second instead of the seconds of ``import torch``. The rendezvous is a

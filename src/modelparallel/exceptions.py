@@ -1,0 +1,35 @@
+"""The exceptions under the module path of the original API (smp-api section 1); they are defined in ``errors.py``."""
+
+from modelparallel.errors import (
+    CommunicationError,
+    DivergenceError,
+    GroupMembershipError,
+    GroupTypeError,
+    LaunchError,
+    NotBuiltError,
+    NotInitializedError,
+    PartitionError,
+    SMPConfigError,
+    SMPError,
+    StepUsageError,
+    TensorParallelError,
+    UnsupportedError,
+    WaitTimeoutError,
+)
+
+__all__ = [
+    "CommunicationError",
+    "DivergenceError",
+    "GroupMembershipError",
+    "GroupTypeError",
+    "LaunchError",
+    "NotBuiltError",
+    "NotInitializedError",
+    "PartitionError",
+    "SMPConfigError",
+    "SMPError",
+    "StepUsageError",
+    "TensorParallelError",
+    "UnsupportedError",
+    "WaitTimeoutError",
+]
