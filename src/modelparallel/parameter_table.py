@@ -252,7 +252,15 @@ class Config(BaseModel):
         None, "Seed of the random streams.", kind="int", default_text="torch.initial_seed() of pp_rank 0"
     )
     timeout_seconds: Real = _parameter(
-        300.0, "How long a wait for another rank may last, in seconds.", kind="float", valid="> 0", gt=0.0
+        300.0, "How long a wait for another rank inside a step may last, in seconds.", kind="float", valid="> 0", gt=0.0
+    )
+    message_timeout_seconds: Real = _parameter(
+        1800.0,
+        "How long `barrier`, `recv_from` and the other calls between scripts may wait, in seconds; what the other ranks do "
+        "before they arrive (a download, say) counts.",
+        kind="float",
+        valid="> 0",
+        gt=0.0,
     )
     push_limit_bytes: Whole = _parameter(
         65536, "Outputs up to this size are sent to all stages when they are made.", kind="int", valid=">= 0", ge=0

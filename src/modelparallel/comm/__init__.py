@@ -1,0 +1,1 @@
+"""Communication: process groups, object messages, stage-to-stage tensors, autograd collectives."""

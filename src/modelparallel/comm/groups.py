@@ -1,0 +1,101 @@
+"""The process groups of this process: one torch process group per set of ranks that communicates.
+
+Made once, by `smp.init`, from the topology. Parts of the library receive a `Group` (or `Groups`) as an argument.
+"""
+
+import datetime
+from collections.abc import MutableMapping
+from dataclasses import dataclass
+
+import torch.distributed as dist
+
+from modelparallel.topology import GroupKind, Topology
+
+
+@dataclass(frozen=True)
+class Group:
+    """The caller's own instance of a kind of group.
+
+    `ranks` are the global ranks of its members, ascending; `rank_in_group` is the caller's position among them.
+    `process_group` carries CPU tensors (gloo), and CUDA tensors (NCCL) where the job runs on GPUs; a group of one has a
+    real process group, too.
+    """
+
+    kind: GroupKind
+    ranks: tuple[int, ...]
+    rank_in_group: int
+    process_group: dist.ProcessGroup
+
+    @property
+    def size(self) -> int:
+        """The number of members."""
+        return len(self.ranks)
+
+
+@dataclass(frozen=True)
+class Groups:
+    """The caller's instance of every kind of group.
+
+    `pipeline_process_group` and `message_process_group` span the world, are gloo, and each belong to one part: the
+    messages between the stages, and the object messages of scripts. So neither can take what was sent to the other.
+    """
+
+    world: Group
+    tp: Group
+    pp: Group
+    rdp: Group
+    dp: Group
+    mp: Group
+    pipeline_process_group: dist.ProcessGroup
+    message_process_group: dist.ProcessGroup
+
+    def of(self, kind: GroupKind) -> Group:
+        """The caller's group of this kind."""
+        group: Group = getattr(self, kind.value)
+        return group
+
+
+def build_groups(
+    topology: Topology,
+    global_rank: int,
+    *,
+    backend: str,
+    timeout_seconds: float,
+    made: MutableMapping[tuple[str, tuple[int, ...]], dist.ProcessGroup],
+) -> Groups:
+    """Make the process groups of this process; collective over the world.
+
+    Arguments:
+        backend: of the groups that training uses, as `torch.distributed.new_group` takes it.
+        timeout_seconds: the longest that an operation of these groups may take.
+        made: process groups that exist already, by purpose and ranks; new ones are added. Groups of equal ranks (tp=1
+            makes the PP and MP groups equal, and all groups of one) share one process group, since every rank runs the
+            same operations in the same order.
+
+    Plain process groups and not a `DeviceMesh`: a mesh has the axes pp, tp and rdp only, and gives the DP and MP groups
+    as flattened meshes with names of their own; the six kinds are simpler to make, and to read, in one loop.
+    """
+    world_ranks = tuple(range(topology.world_size))
+
+    def process_group(purpose: str, ranks: tuple[int, ...]) -> dist.ProcessGroup:
+        if (purpose, ranks) not in made:
+            # Only the members of a group make it. That cannot deadlock: all ranks go through the kinds in one order, and
+            # the groups of one kind are either equal to those of an earlier kind on all ranks, or on none.
+            made[purpose, ranks] = dist.new_group(
+                list(ranks),
+                timeout=datetime.timedelta(seconds=timeout_seconds),
+                backend=backend if purpose == "training" else "gloo",
+                use_local_synchronization=True,
+                group_desc=f"modelparallel {purpose}",
+            )
+        return made[purpose, ranks]
+
+    groups = {}
+    for kind in GroupKind:
+        ranks = topology.group_ranks(kind, global_rank)
+        groups[kind.value] = Group(kind, ranks, ranks.index(global_rank), process_group("training", ranks))
+    return Groups(
+        **groups,
+        pipeline_process_group=process_group("pipeline", world_ranks),
+        message_process_group=process_group("messages", world_ranks),
+    )

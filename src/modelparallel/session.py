@@ -1,0 +1,285 @@
+"""The ambient object: what `smp.init()` found out about this process, and made.
+
+One of the two ambient objects of the library (the other is `registry`). Only the public API and the wrappers read
+`current()`; the parts get groups, configuration and device as arguments.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import datetime
+import logging
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from modelparallel.config import Config, load_config, merge_second_init
+from modelparallel.errors import CommunicationError, NotInitializedError, SMPConfigError
+from modelparallel.topology import ProcessIdentity, Topology, discover_process, master_host
+
+if TYPE_CHECKING:
+    from modelparallel.comm.groups import Groups
+
+logger = logging.getLogger("modelparallel")
+
+#: "cpu" runs on the CPU although there is a GPU; the launcher's `--device` sets it.
+DEVICE_VARIABLE = "MODELPARALLEL_DEVICE"
+
+
+@dataclass
+class Session:
+    """What `smp.init()` made. `models` are the wrapped models of this process, in the order of wrapping."""
+
+    config: Config
+    topology: Topology
+    identity: ProcessIdentity
+    groups: Groups
+    device: torch.device
+    models: list[Any] = field(default_factory=list)
+    # Process groups by purpose and ranks, so that a second smp.init makes only those that are missing.
+    _made: dict[tuple[str, tuple[int, ...]], dist.ProcessGroup] = field(default_factory=dict)
+    _has_default_group: bool = False
+
+
+_current: Session | None = None
+
+
+def current() -> Session:
+    """The session of this process. Raises `NotInitializedError` before `smp.init()`."""
+    if _current is None:
+        raise NotInitializedError(
+            "modelparallel is not initialized: call smp.init() first, once, on every process (it makes the process groups)"
+        )
+    return _current
+
+
+def is_initialized() -> bool:
+    """Whether `smp.init()` was called. Local."""
+    return _current is not None
+
+
+def initialize(parameters: Mapping[str, Any] | str | None = None, environ: Mapping[str, str] | None = None) -> Session:
+    """Make the session; collective over the world. What `smp.init(parameters)` does (smp-api section 1).
+
+    Finds rank and world size (smp-config section 5.7), loads and checks the configuration, initializes
+    `torch.distributed` unless the script did, and makes all groups. A second call adds the keys that are new; keys that
+    contradict the first call are ignored with a warning.
+
+    Raises `SMPConfigError`, before anything is started, for values that are wrong or do not fit the number of processes.
+    """
+    global _current
+    environ = os.environ if environ is None else environ
+    if _current is not None:
+        _initialize_again(_current, parameters)
+        return _current
+    config = load_config(parameters, environ)
+    identity = _identify(environ)
+    config.check_world(identity.world_size)
+    device = _choose_device(identity, environ)
+    backend = _backend(config, device)
+    has_default_group = not dist.is_initialized()
+    if has_default_group:
+        _initialize_torch_distributed(config, identity, environ, backend)
+    if identity.global_rank == 0:
+        for notice in config.notices:
+            logger.warning("%s", notice)
+        if config.ddp_dist_backend == "nccl" and device.type != "cuda":
+            logger.warning("ddp_dist_backend='nccl': gloo is used instead, since this process has no GPU")
+    session = _assemble(config, identity, device, has_default_group)
+    _current = session
+    atexit.register(shutdown)
+    return session
+
+
+def shutdown() -> None:
+    """Forget the session and destroy the process groups that it made; local. For tests, and at the end of the process.
+
+    Without it torch's threads may abort the process at its end.
+    """
+    global _current
+    session, _current = _current, None
+    atexit.unregister(shutdown)
+    if session is None or not dist.is_initialized():
+        return
+    if sys.exc_info()[0] is not None or getattr(sys, "last_exc", None) or getattr(sys, "last_value", None):
+        # This process has failed. Its peers may never answer what is still under way, so nothing is waited for.
+        for process_group in {id(group): group for group in session._made.values()}.values():
+            with contextlib.suppress(RuntimeError):  # the backend may be broken already; the process ends anyway
+                process_group.abort()
+    if session._has_default_group:
+        dist.destroy_process_group()
+    else:
+        for process_group in {id(group): group for group in session._made.values()}.values():
+            if process_group is not dist.group.WORLD:
+                dist.destroy_process_group(process_group)
+
+
+def _initialize_again(session: Session, parameters: Mapping[str, Any] | str | None) -> None:
+    """Merge the parameters of a later smp.init; new groups only if they change the topology."""
+    if not parameters:
+        return
+    config, warnings = merge_second_init(session.config, parameters)
+    world_size = session.identity.world_size
+    config.check_world(world_size)
+    if session.identity.global_rank == 0:
+        for text in (*warnings, *(notice for notice in config.notices if notice not in session.config.notices)):
+            logger.warning("%s", text)
+    topology = _topology(config, world_size)
+    if topology != session.topology:
+        if session.models:
+            raise SMPConfigError(
+                "smp.init was called again, after smp.DistributedModel, with parameters that change the groups "
+                f"({session.topology} -> {topology}): call it before the first model is wrapped"
+            )
+        merged = _assemble(config, session.identity, session.device, session._has_default_group, session._made)
+        session.topology, session.groups = merged.topology, merged.groups
+    session.config = config
+
+
+def _assemble(
+    config: Config,
+    identity: ProcessIdentity,
+    device: torch.device,
+    has_default_group: bool,
+    made: dict[tuple[str, tuple[int, ...]], dist.ProcessGroup] | None = None,
+) -> Session:
+    # Imported here because comm is a layer above: this function is the one place where the session makes its parts.
+    from modelparallel.comm.groups import build_groups
+
+    topology = _topology(config, identity.world_size)
+    backend = _backend(config, device)
+    made = {} if made is None else made
+    if _carries(backend):
+        made.setdefault(("training", tuple(range(identity.world_size))), dist.group.WORLD)
+    groups = build_groups(
+        topology, identity.global_rank, backend=backend, timeout_seconds=_group_timeout(config), made=made
+    )
+    return Session(config, topology, identity, groups, device, _made=made, _has_default_group=has_default_group)
+
+
+def _topology(config: Config, world_size: int) -> Topology:
+    return Topology(
+        world_size, config.pipeline_parallel_degree, config.tensor_parallel_degree, config.placement_strategy
+    )
+
+
+def _carries(backend: str) -> bool:
+    """Whether the default group, which a script may have made, serves the tensors that our groups must carry."""
+    available = dist.get_backend_config(dist.group.WORLD)
+    if backend == "gloo":
+        return "cpu:gloo" in available
+    return "cpu:gloo" in available and "cuda:nccl" in available
+
+
+def _identify(environ: Mapping[str, str]) -> ProcessIdentity:
+    """Who this process is; a default group that a script made before smp.init has the last word."""
+    found = discover_process(environ)
+    if not dist.is_initialized():
+        return found
+    global_rank, world_size = dist.get_rank(), dist.get_world_size()
+    if (found.global_rank, found.world_size) == (global_rank, world_size):
+        return found
+    return ProcessIdentity(global_rank, world_size, global_rank, world_size, "torch.distributed")
+
+
+def _choose_device(identity: ProcessIdentity, environ: Mapping[str, str]) -> torch.device:
+    """The process's own device; torch.cuda.set_device is left to the script, as documented."""
+    wanted = environ.get(DEVICE_VARIABLE, "auto").strip().lower() or "auto"
+    if wanted not in ("auto", "cpu", "cuda"):
+        raise SMPConfigError(
+            f"environment variable {DEVICE_VARIABLE}: must be one of 'auto', 'cpu', 'cuda', got {wanted!r}"
+        )
+    # Looked at first: a rehearsal on the CPU lets scripts see CUDA as available.
+    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    num_devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if identity.local_rank >= num_devices:
+        raise SMPConfigError(
+            f"local rank {identity.local_rank} has no GPU: {identity.local_world_size} processes on {num_devices} GPUs of "
+            f"this host: start at most {num_devices} processes per host, or set {DEVICE_VARIABLE}=cpu"
+        )
+    return torch.device("cuda", identity.local_rank)
+
+
+def _backend(config: Config, device: torch.device) -> str:
+    # CPU tensors always need gloo: objects and the messages between stages travel on the CPU.
+    if device.type == "cuda" and config.ddp_dist_backend != "gloo" and dist.is_nccl_available():
+        return "cpu:gloo,cuda:nccl"
+    return "gloo"
+
+
+def _group_timeout(config: Config) -> float:
+    """Of torch's groups: each wait sets its own, shorter or equal, limit."""
+    return max(config.timeout_seconds, config.message_timeout_seconds)
+
+
+def _initialize_torch_distributed(
+    config: Config, identity: ProcessIdentity, environ: Mapping[str, str], backend: str
+) -> None:
+    """The default process group, through a store on the host of global rank 0; a single process uses no network."""
+    timeout = datetime.timedelta(seconds=_group_timeout(config))
+    with _named(identity, environ):
+        dist.init_process_group(
+            backend,
+            store=_make_store(config, identity, environ),
+            rank=identity.global_rank,
+            world_size=identity.world_size,
+            timeout=timeout,
+        )
+
+
+def _make_store(config: Config, identity: ProcessIdentity, environ: Mapping[str, str]) -> dist.Store:
+    if identity.world_size == 1:
+        return dist.HashStore()
+    host, port = _rendezvous(config, identity, environ)
+    # torchrun's agent may itself serve the store, and outlives a restart of the workers: keys that the workers of an
+    # earlier attempt left behind would lead to processes that are gone. Hence the attempt in the prefix.
+    is_served_by_agent = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    store = dist.TCPStore(
+        host,
+        port,
+        world_size=identity.world_size,
+        is_master=identity.global_rank == 0 and not is_served_by_agent,
+        # Of the rendezvous only; the processes of a job start within minutes of each other, or not at all.
+        timeout=datetime.timedelta(seconds=min(config.timeout_seconds, 300.0)),
+        multi_tenant=True,
+    )
+    return dist.PrefixStore(f"modelparallel/attempt_{environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+def _rendezvous(config: Config, identity: ProcessIdentity, environ: Mapping[str, str]) -> tuple[str, int]:
+    """Host and port of the store."""
+    host = environ.get("MASTER_ADDR")
+    if not host and identity.local_world_size == identity.world_size:
+        host = "127.0.0.1"
+    host = host or master_host(environ)
+    if not host:
+        raise SMPConfigError(
+            f"MASTER_ADDR is not set, and {identity.source} does not tell the host of rank 0 of {identity.world_size} "
+            "processes on several hosts: set MASTER_ADDR to that host on all processes"
+        )
+    port = environ.get("MASTER_PORT") or str(config.ddp_port)
+    if not port.isdigit() or int(port) > 65535:
+        raise SMPConfigError(f"environment variable MASTER_PORT: expected int 0..65535, got {port!r}")
+    return host, int(port)
+
+
+@contextlib.contextmanager
+def _named(identity: ProcessIdentity, environ: Mapping[str, str]) -> Iterator[None]:
+    """Say who failed to meet whom, instead of an error of a socket."""
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:
+        if isinstance(error, SMPConfigError):
+            raise
+        raise CommunicationError(
+            f"global rank {identity.global_rank} of {identity.world_size} (from {identity.source}) could not meet the other "
+            f"processes at MASTER_ADDR={environ.get('MASTER_ADDR')!r}, MASTER_PORT={environ.get('MASTER_PORT')!r}: {error}: "
+            "check that all processes were started, that the host can be reached and that the port is free"
+        ) from error
