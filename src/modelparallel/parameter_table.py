@@ -108,7 +108,7 @@ def _parameter(
     """A row of the table. `kind` and `valid` are what an error says was expected."""
     if kind == "float":
         constraints["allow_inf_nan"] = False
-    extra = {"kind": kind, "valid": valid, "choices": list(choices), "default_text": default_text}
+    extra: dict[str, Any] = {"kind": kind, "valid": valid, "choices": list(choices), "default_text": default_text}
     return Field(default=default, description=meaning, json_schema_extra=extra, **constraints)
 
 
@@ -256,8 +256,8 @@ class Config(BaseModel):
     )
     message_timeout_seconds: Real = _parameter(
         1800.0,
-        "How long `barrier`, `recv_from` and the other calls between scripts may wait, in seconds; what the other ranks do "
-        "before they arrive (a download, say) counts.",
+        "How long `barrier`, `recv_from` and the other calls between scripts may wait, in seconds; what the other "
+        "ranks do before they arrive (a download, say) counts.",
         kind="float",
         valid="> 0",
         gt=0.0,

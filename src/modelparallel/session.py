@@ -54,7 +54,7 @@ def current() -> Session:
     """The session of this process. Raises `NotInitializedError` before `smp.init()`."""
     if _current is None:
         raise NotInitializedError(
-            "modelparallel is not initialized: call smp.init() first, once, on every process (it makes the process groups)"
+            "modelparallel is not initialized: call smp.init() first, once, on every process; it makes the groups"
         )
     return _current
 
@@ -68,10 +68,11 @@ def initialize(parameters: Mapping[str, Any] | str | None = None, environ: Mappi
     """Make the session; collective over the world. What `smp.init(parameters)` does (smp-api section 1).
 
     Finds rank and world size (smp-config section 5.7), loads and checks the configuration, initializes
-    `torch.distributed` unless the script did, and makes all groups. A second call adds the keys that are new; keys that
-    contradict the first call are ignored with a warning.
+    `torch.distributed` unless the script did, and makes all groups. A second call adds the keys that are new; keys
+    that contradict the first call are ignored with a warning.
 
-    Raises `SMPConfigError`, before anything is started, for values that are wrong or do not fit the number of processes.
+    Raises `SMPConfigError`, before anything is started, for values that are wrong or do not fit the number of
+    processes.
     """
     global _current
     environ = os.environ if environ is None else environ
@@ -155,8 +156,9 @@ def _assemble(
     topology = _topology(config, identity.world_size)
     backend = _backend(config, device)
     made = {} if made is None else made
-    if _carries(backend):
-        made.setdefault(("training", tuple(range(identity.world_size))), dist.group.WORLD)
+    world = dist.group.WORLD
+    if world is not None and _carries(backend):
+        made.setdefault(("training", tuple(range(identity.world_size))), world)
     groups = build_groups(
         topology, identity.global_rank, backend=backend, timeout_seconds=_group_timeout(config), made=made
     )
@@ -201,8 +203,8 @@ def _choose_device(identity: ProcessIdentity, environ: Mapping[str, str]) -> tor
     num_devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if identity.local_rank >= num_devices:
         raise SMPConfigError(
-            f"local rank {identity.local_rank} has no GPU: {identity.local_world_size} processes on {num_devices} GPUs of "
-            f"this host: start at most {num_devices} processes per host, or set {DEVICE_VARIABLE}=cpu"
+            f"local rank {identity.local_rank} has no GPU: {identity.local_world_size} processes on {num_devices} GPUs "
+            f"of this host: start at most {num_devices} processes per host, or set {DEVICE_VARIABLE}=cpu"
         )
     return torch.device("cuda", identity.local_rank)
 
@@ -279,7 +281,8 @@ def _named(identity: ProcessIdentity, environ: Mapping[str, str]) -> Iterator[No
         if isinstance(error, SMPConfigError):
             raise
         raise CommunicationError(
-            f"global rank {identity.global_rank} of {identity.world_size} (from {identity.source}) could not meet the other "
-            f"processes at MASTER_ADDR={environ.get('MASTER_ADDR')!r}, MASTER_PORT={environ.get('MASTER_PORT')!r}: {error}: "
-            "check that all processes were started, that the host can be reached and that the port is free"
+            f"global rank {identity.global_rank} of {identity.world_size} (from {identity.source}) could not meet the "
+            f"other processes at MASTER_ADDR={environ.get('MASTER_ADDR')!r}, "
+            f"MASTER_PORT={environ.get('MASTER_PORT')!r}: {error}: check that all processes were started, that the "
+            "host can be reached and that the port is free"
         ) from error

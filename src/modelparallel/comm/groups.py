@@ -79,8 +79,8 @@ def build_groups(
 
     def process_group(purpose: str, ranks: tuple[int, ...]) -> dist.ProcessGroup:
         if (purpose, ranks) not in made:
-            # Only the members of a group make it. That cannot deadlock: all ranks go through the kinds in one order, and
-            # the groups of one kind are either equal to those of an earlier kind on all ranks, or on none.
+            # Only the members of a group make it. That cannot deadlock: all ranks go through the kinds in one order,
+            # and the groups of a kind are equal to those of an earlier kind on all ranks or on none.
             made[purpose, ranks] = dist.new_group(
                 list(ranks),
                 timeout=datetime.timedelta(seconds=timeout_seconds),
