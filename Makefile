@@ -1,0 +1,62 @@
+# Every target does its own set-up on a fresh machine; stamp files in the environment remember what is installed.
+#
+#   PYTHON=...   interpreter that makes the environment (default: python3). If it can import torch, that torch is used.
+#   VENV=...     an environment of your own to install into; default .venv, which is created.
+#   ARGS=...     extra arguments of pytest or of the benches;  ONLY=name, QUICK=1: see bench.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := PIP_CONSTRAINT=$(abspath $(VENV))/constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore $(BIN)/pip --quiet
+DATA ?= data
+MAKEFLAGS += --no-print-directory
+
+.PHONY: setup demo test test-all lint bench help
+
+help:
+	@echo "make setup | demo | test | test-all | lint | bench [ONLY=name] [QUICK=1]"
+
+setup: $(VENV)/.stamp-test
+
+# The environment and torch. A torch that is already there stays, and pip is kept from replacing it; otherwise the CPU
+# build pinned in constraints.txt is installed (a plain "torch" brings gigabytes of CUDA packages).
+$(VENV)/.stamp-torch: constraints.txt
+	@[ -x $(BIN)/python ] || $(PYTHON) -m venv $$($(PYTHON) -c 'import torch' 2>/dev/null && echo --system-site-packages) $(VENV)
+	@if $(BIN)/python -c 'import torch' 2>/dev/null; then \
+	  $(BIN)/python -c 'import torch; print("torch==" + torch.__version__); print("setuptools<81")' > $(VENV)/constraints.txt; \
+	else cp constraints.txt $(VENV)/constraints.txt; fi
+	@echo "setup: torch"
+	@$(PIP) install torch numpy
+	@touch $@
+
+$(VENV)/.stamp-test: $(VENV)/.stamp-torch pyproject.toml
+	@echo "setup: modelparallel and what its tests and examples need"
+	@$(PIP) install -e '.[test,mpi,examples]'
+	@touch $@
+
+$(VENV)/.stamp-dev: $(VENV)/.stamp-test
+	@echo "setup: linters"
+	@$(PIP) install -e '.[dev]'
+	@touch $@
+
+$(DATA)/MNIST/.stamp: examples/mnist/get_mnist.py | $(VENV)/.stamp-test
+	@PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python examples/mnist/get_mnist.py $(DATA)
+	@touch $@
+
+# The seed's two training jobs, 8 processes each, on real MNIST.
+demo: $(VENV)/.stamp-test $(DATA)/MNIST/.stamp
+	@$(BIN)/python examples/mnist/demo.py --data $(DATA) $(ARGS)
+
+test: $(VENV)/.stamp-test
+	@$(BIN)/python -m pytest -q -m "not slow" $(ARGS)
+
+test-all: $(VENV)/.stamp-dev $(DATA)/MNIST/.stamp
+	@$(BIN)/python -m pytest -q $(ARGS)
+
+lint: $(VENV)/.stamp-dev
+	@$(BIN)/ruff check src tests examples bench
+	@$(BIN)/ruff format --check src tests examples bench
+	@$(BIN)/mypy
+
+bench: $(VENV)/.stamp-test
+	@$(BIN)/python -m bench $(ARGS)
