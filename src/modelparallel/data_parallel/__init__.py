@@ -1,0 +1,9 @@
+"""Data parallelism: equal parameters on all ranks at the start, and gradients reduced over the ranks that share a
+parameter.
+"""
+
+from modelparallel.data_parallel.broadcast import BroadcastTensor, broadcast_parameters
+from modelparallel.data_parallel.buckets import ReducedParameter
+from modelparallel.data_parallel.reducer import GradientReducer
+
+__all__ = ["BroadcastTensor", "GradientReducer", "ReducedParameter", "broadcast_parameters"]

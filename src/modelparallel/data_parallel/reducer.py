@@ -1,0 +1,358 @@
+"""The gradient reducer: one for replicated and tensor-parallel parameters, for plain ``loss.backward()`` and steps.
+
+Note: Why not DDP's reducer
+    It knows one process group, and it counts one gradient per parameter and backward pass. Here the last microbatch's
+    backward runs in pieces, so a parameter may get several gradients, or none, in the synchronised microbatch.
+
+Note: Protocol
+    Gradients lie in flat buckets (see buckets.py), which are reduced by asynchronous collectives in ONE order over
+    all groups, the same on all ranks: the buckets that may be launched early, in planned order; the carriers (the
+    last bucket of each group); the late ones. An early bucket is launched as soon as each of its parameters has got a
+    gradient and all earlier buckets are launched. That is a guess: more gradients may come. When the step is over,
+    everything left is launched, and the carriers tell all ranks of the group which early buckets had changed on any
+    of them. Those are packed and reduced once more on all ranks, and are late from then on. Only then are gradients
+    written, so the local ones are intact until then.
+
+    What was launched and not finished (an exception ended the backward pass) stays launched: each bucket is launched
+    exactly once per reduction on every rank, so the collectives of all ranks stay paired, and the next reduction
+    finds the bucket changed and repeats it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from enum import Enum
+
+import torch
+from torch.utils.hooks import RemovableHandle
+
+from modelparallel.data_parallel.buckets import Bucket, ReducedParameter, Slot, plan_buckets
+from modelparallel.data_parallel.waits import check_agreement, wait_for
+from modelparallel.errors import SMPConfigError, StepUsageError
+from modelparallel.torch_compat import current_backward_id, queue_backward_callback
+
+
+class _Mode(Enum):
+    # No step is under way: each backward pass ends with final gradients.
+    AUTOMATIC = "automatic"
+    # In a step, before its last microbatch: gradients only accumulate.
+    QUIET = "quiet"
+    # Buckets are launched as they fill.
+    ARMED = "armed"
+
+
+class GradientReducer:
+    """Makes ``p.grad`` the sum over the parameter's group of all ranks' gradients, divided by ``divisor``.
+
+    smp-api sections 5 and 8.
+
+    parameters: name, parameter and group of every parameter of the local model, in the same order on all ranks of a
+    group. Parameters
+        that do not require gradients are left out for as long as that is so; it is looked up before each reduction
+        and must be the same on all ranks of the group.
+    divisor: number of ranks whose losses are averaged, usually the dp size, also where a parameter is summed over the
+    rdp group only. bucket_cap_mb: size of a bucket in MiB. overlap: reduce while backward still runs. False gives the
+    same gradients. timeout_seconds: how long a wait for another rank may last.
+
+    Outside a step, every backward pass that gives a gradient to one of the parameters ends with final gradients.
+    Inside a step the engine calls ``begin_step``, ``arm`` before the backward of the last microbatch, and
+    ``finish_step``; ``abort_step`` when the step raised. Gradients accumulated without a reduction (``no_sync``,
+    ``begin_step(False)``) are reduced with the next one. A parameter unused on all ranks keeps ``grad`` None; used on
+    some, all get the mean, the others counting as zero. Sparse gradients become dense.
+
+    Every backward pass outside ``no_sync``, and ``finish_step``, is collective over all groups of the parameters.
+    With nothing to reduce or scale (one process) no hook is registered.
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[ReducedParameter],
+        *,
+        divisor: int,
+        bucket_cap_mb: float = 25,
+        overlap: bool = True,
+        timeout_seconds: float = 300.0,
+    ) -> None:
+        if bucket_cap_mb <= 0:
+            raise SMPConfigError(
+                f"bucket_cap_mb={bucket_cap_mb} must be positive: it is the size of a gradient bucket in MiB"
+            )
+        if divisor < 1:
+            raise SMPConfigError(
+                f"divisor={divisor} must be at least 1: it is the number of ranks whose gradients are averaged"
+            )
+        self.overlap = overlap
+        self.timeout_seconds = timeout_seconds
+        #: Collectives launched so far, for tests and reports.
+        self.num_launches = 0
+        self._divisor = divisor
+        self._bucket_cap_mb = bucket_cap_mb
+        self._entries = tuple(
+            entry for entry in parameters if entry.group.size > 1 or self._divisor_of(entry) > 1
+        )  # one process has no work here
+        self._mode = _Mode.AUTOMATIC
+        self._num_no_sync = 0
+        self._will_synchronize = False
+        # The backward pass for which an end-of-backward callback is queued, and whether a reduction was begun for it.
+        self._backward_id: int | None = None
+        self._is_open = False
+        # CUDA runs hooks in threads of the autograd engine, one per device.
+        self._lock = threading.RLock()
+        self._handles: list[RemovableHandle] = []
+        self._layout: tuple[bool, ...] = ()
+        self._slots: dict[int, Slot] = {}
+        self.buckets: tuple[Bucket, ...] = ()
+        self._scaled_only: tuple[Slot, ...] = ()
+        self._launch_order: tuple[Bucket, ...] = ()
+        self._num_launched = 0
+        self._num_early = 0
+        self._plan()
+
+    def _divisor_of(self, entry: ReducedParameter) -> int:
+        return self._divisor if entry.divisor is None else entry.divisor
+
+    # The plan: which parameters take part.
+
+    def prepare(self) -> None:
+        """Look whether parameters were frozen or unfrozen, and plan anew if so. Called before a forward outside a
+        step.
+        """
+        if self._layout != tuple([entry.parameter.requires_grad for entry in self._entries]):
+            self._plan()
+
+    def _plan(self) -> None:
+        self._remove_hooks()
+        for bucket in self._launch_order:
+            if bucket.work is not None:
+                self._wait(bucket)
+                bucket.forget()
+        self._layout = tuple([entry.parameter.requires_grad for entry in self._entries])
+        known = self._slots
+        entries = [entry for entry, is_trained in zip(self._entries, self._layout, strict=True) if is_trained]
+        slots = [known.get(id(entry.parameter)) or Slot(entry, self._divisor_of(entry)) for entry in entries]
+        self._slots = known | {id(slot.parameter): slot for slot in slots}
+        pairs = [(entry, slot) for entry, slot in zip(entries, slots, strict=True) if entry.group.size > 1]
+        self._scaled_only = tuple(
+            slot for entry, slot in zip(entries, slots, strict=True) if entry.group.size == 1
+        )  # split over all ranks that exist
+        self.buckets = tuple(
+            plan_buckets([entry for entry, _ in pairs], [slot for _, slot in pairs], self._bucket_cap_mb)
+        )
+        for bucket in self.buckets:
+            if bucket.is_carrier:
+                self._check_layout(bucket)
+        self._order()
+        bucket_of = {id(slot): bucket for bucket in self.buckets for slot in bucket.slots}
+        for slot in slots:
+            hook = self._make_hook(slot, bucket_of.get(id(slot)))
+            self._handles.append(slot.parameter.register_post_accumulate_grad_hook(hook))
+            if slot.needs_rescaling:
+                self._handles.append(slot.parameter.register_hook(_make_rescaling_hook(slot)))
+
+    def _check_layout(self, carrier: Bucket) -> None:
+        """Compare the plan of the carrier's group over its ranks."""
+        listing = [
+            f"{slot.name} {tuple(slot.parameter.shape)} {bucket.dtype} /{slot.divisor} in bucket {position}"
+            for position, bucket in enumerate((*carrier.carried, carrier))
+            for slot in bucket.slots
+        ]
+        check_agreement(
+            carrier.group, carrier.device, listing, "the parameters whose gradients are reduced", self.timeout_seconds
+        )
+
+    def _order(self) -> None:
+        carriers = [bucket for bucket in self.buckets if bucket.is_carrier]
+        early = [bucket for bucket in self.buckets if not bucket.is_late and not bucket.is_carrier]
+        late = [bucket for bucket in self.buckets if bucket.is_late]
+        self._launch_order = (*early, *carriers, *late)
+        self._num_early = len(early)
+
+    # Hooks.
+
+    def _make_hook(self, slot: Slot, bucket: Bucket | None) -> Callable[[torch.Tensor], None]:
+        def hook(parameter: torch.Tensor) -> None:
+            if self._mode is _Mode.QUIET:
+                return
+            if self._mode is _Mode.AUTOMATIC:
+                if self._num_no_sync:
+                    return
+                if self._backward_id != current_backward_id():
+                    self._begin_backward()
+            if bucket is None or not self.overlap or slot.is_fired:
+                return
+            with self._lock:
+                slot.is_fired = True
+                bucket.num_waiting -= 1
+                if bucket.num_waiting == 0:
+                    self._launch_full_buckets()
+
+        return hook
+
+    def _begin_backward(self) -> None:
+        """The first gradient of a backward pass outside a step."""
+        with self._lock:
+            self._backward_id = current_backward_id()
+            queue_backward_callback(self._end_of_backward)
+            # A reduction may be open already: this pass runs inside another one (reentrant checkpoints), or the last
+            # one raised.
+            self._start_reduction()
+            self._is_open = True
+
+    def _end_of_backward(self) -> None:
+        # The pass around this one, if any, must queue a callback of its own for the gradients that follow.
+        self._backward_id = None
+        if self._is_open:
+            self._is_open = False
+            self._finish_reduction()
+
+    # Steps.
+
+    def begin_step(self, will_synchronize: bool) -> None:
+        """Start a step: gradients accumulate locally until ``arm``. Under ``no_sync`` no step synchronises.
+
+        Raises StepUsageError when a step is under way.
+        """
+        if self._mode is not _Mode.AUTOMATIC:
+            raise StepUsageError(
+                "a step begins while the gradients of another one are accumulated: steps of one model cannot be "
+                "nested; an engine that ends a step by an exception calls abort_step()"
+            )
+        self.prepare()
+        self._will_synchronize = will_synchronize and self._num_no_sync == 0
+        self._mode = _Mode.QUIET
+
+    def arm(self) -> None:
+        """The backward of the last microbatch begins: from now on full buckets are launched. No effect in a step
+        without reduction.
+        """
+        if self._mode is _Mode.QUIET and self._will_synchronize:
+            self._start_reduction()
+            self._mode = _Mode.ARMED
+
+    def finish_step(self) -> None:
+        """End the step; if it synchronises, wait for all reductions and write the final gradients.
+
+        Collective over all groups of the parameters. Raises WaitTimeoutError or CommunicationError, naming bucket and
+        group.
+        """
+        if self._mode is _Mode.AUTOMATIC:
+            raise StepUsageError("finish_step() without begin_step()")
+        self._mode = _Mode.AUTOMATIC
+        if self._will_synchronize:
+            self._finish_reduction()
+
+    def abort_step(self) -> None:
+        """The step ended by an exception: gradients stay local. Legal at any time."""
+        self._mode = _Mode.AUTOMATIC
+        self._will_synchronize = False
+        self._is_open = False
+        self._backward_id = None
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Inside, backward passes and steps accumulate local gradients; the first one outside reduces them too, as in
+        DDP.
+        """
+        self._num_no_sync += 1
+        try:
+            yield
+        finally:
+            self._num_no_sync -= 1
+
+    def detach(self) -> None:
+        """Remove all hooks; the reducer does nothing from then on."""
+        self._remove_hooks()
+        self._entries = ()
+        self._layout = ()
+        self._slots = {}
+        self.buckets = ()
+        self._scaled_only = ()
+        self._launch_order = ()
+        self._num_early = 0
+
+    def _remove_hooks(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    # The reduction.
+
+    def _start_reduction(self) -> None:
+        self.prepare()
+        for bucket in self._launch_order:
+            if not bucket.is_launched:
+                bucket.start_waiting()
+        self._skip_launched()
+
+    def _skip_launched(self) -> None:
+        self._num_launched = 0
+        while self._num_launched < len(self._launch_order) and self._launch_order[self._num_launched].is_launched:
+            self._num_launched += 1
+
+    def _launch_full_buckets(self) -> None:
+        while self._num_launched < self._num_early and self._launch_order[self._num_launched].num_waiting == 0:
+            self._launch(self._launch_order[self._num_launched])
+            self._num_launched += 1
+
+    def _launch(self, bucket: Bucket) -> None:
+        bucket.pack()
+        bucket.launch()
+        self.num_launches += 1
+
+    def _wait(self, bucket: Bucket) -> None:
+        assert bucket.work is not None
+        wait_for(bucket.work, self.timeout_seconds, f"the reduction of {bucket.title}", bucket.group, bucket.device)
+
+    def _finish_reduction(self) -> None:
+        self._skip_launched()
+        for bucket in self._launch_order[self._num_launched :]:
+            self._launch(bucket)
+        changed = self._find_changed() if self.overlap else set()
+        repeated: list[Bucket] = []
+        for bucket in self._launch_order:
+            self._wait(bucket)
+            if bucket in changed:
+                # Its memory is free now; all ranks of its group do the same at this point.
+                self._launch(bucket)
+                repeated.append(bucket)
+            else:
+                bucket.unpack()
+                bucket.forget()
+        for bucket in repeated:
+            self._wait(bucket)
+            bucket.unpack()
+            bucket.forget()
+            bucket.is_late = True
+        if repeated:
+            self._order()
+        self._scale_alone()
+
+    def _find_changed(self) -> set[Bucket]:
+        """The buckets that changed on some rank of their group after they were launched there."""
+        changed: set[Bucket] = set()
+        for bucket in self._launch_order:
+            if not bucket.is_late:
+                # Also the others, which came before the carriers: a timeout then names the oldest.
+                self._wait(bucket)
+            if bucket.carried:
+                flags = bucket.changed_anywhere()
+                changed.update(other for other, flag in zip(bucket.carried, flags, strict=True) if flag)
+        return changed
+
+    @torch.no_grad()
+    def _scale_alone(self) -> None:
+        """Parameters that no other rank holds: only the division."""
+        for slot in self._scaled_only:
+            gradient = slot.parameter.grad
+            if gradient is not None and not slot.is_final:
+                gradient.mul_(slot.pack_scale)
+            slot.is_final = True
+
+
+def _make_rescaling_hook(slot: Slot) -> Callable[[torch.Tensor], None]:
+    def hook(gradient: torch.Tensor) -> None:
+        slot.final_part_to_local()
+
+    return hook
