@@ -1,0 +1,200 @@
+"""The embedding with its width divided over the tensor-parallel ranks (smp-api section 9)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from modelparallel.comm.collectives import all_gather, gather_counts, merge_features
+from modelparallel.errors import TensorParallelError, UnsupportedError
+from modelparallel.plan.parameters import SplitSpec
+from modelparallel.tensor_parallel.distributed_module import DistributedModule
+from modelparallel.tensor_parallel.placements import (
+    NotSplittableError,
+    is_plain_parameter,
+    shrink_to_slice,
+    slice_length,
+    slice_of,
+)
+
+if TYPE_CHECKING:
+    from modelparallel.comm.groups import Group
+
+
+class DistributedEmbedding(DistributedModule):
+    """``nn.Embedding`` whose table is cut along the embedding dim: ids [N, S] (any shape) -> [N, S, embedding_dim].
+
+    Each of the t ranks of TP_GROUP calls it with its own ids, gathers those of all, looks up its slice of the width,
+    and gets all slices of its own rows back. The number of ids may differ from rank to rank.
+
+    Parameter: ``weight`` (num_embeddings, embedding_dim / t); its gradient is the sum over the batches of the group.
+
+    - ``padding_idx``: that row starts as zeros and gets no gradient.
+    - ``max_norm``: rows that any rank of the group looks up are rescaled, in place, by the norm of the *whole* row.
+    - ``scale_grad_by_freq``: by the frequency within each rank's own batch, as ``nn.Embedding`` on that rank would do
+      it.
+    - ``sparse``: refused (UnsupportedError), gradients of slices are dense.
+    - ``_weight``: the full table to start from, (num_embeddings, embedding_dim); otherwise the full table is drawn from
+      N(0, initializer_range), or N(0, 1) if that is None, and then sliced, so that it does not depend on t for one
+      seed.
+    - ``_skip_allgather``: the ids already are those of all ranks, [t*N, S], in rank order, equal on all ranks.
+    - ``_skip_scatter_and_merge``: leave the result as it is inside, [t*N, S, embedding_dim / t].
+
+    Raises TensorParallelError if ``embedding_dim`` is not divisible by t. Calls and backward are collective over
+    TP_GROUP.
+    """
+
+    weight: nn.Parameter
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        padding_idx: int | None = None,
+        max_norm: float | None = None,
+        norm_type: float = 2.0,
+        scale_grad_by_freq: bool = False,
+        sparse: bool = False,
+        _weight: torch.Tensor | None = None,
+        initializer_range: float | None = 0.02,
+        _skip_allgather: bool = False,
+        _skip_scatter_and_merge: bool = False,
+    ) -> None:
+        super().__init__()
+        group = self.tp_group
+        slice_length(embedding_dim, group.size, "embedding_dim of a DistributedEmbedding")
+        if sparse:
+            raise UnsupportedError(
+                "DistributedEmbedding: sparse=True is not supported, gradients of a sliced table are dense: use "
+                "sparse=False"
+            )
+        if padding_idx is not None:
+            if not -num_embeddings <= padding_idx < num_embeddings:
+                raise TensorParallelError(
+                    f"DistributedEmbedding: padding_idx={padding_idx} is not one of the {num_embeddings} rows"
+                )
+            padding_idx %= num_embeddings
+        if _weight is not None and tuple(_weight.shape) != (num_embeddings, embedding_dim):
+            raise TensorParallelError(
+                f"DistributedEmbedding: _weight has shape {tuple(_weight.shape)}, expected the full table "
+                f"{(num_embeddings, embedding_dim)}"
+            )
+        self.num_embeddings = num_embeddings
+        self.embedding_dim = embedding_dim
+        self.padding_idx = padding_idx
+        self.max_norm = max_norm
+        self.norm_type = norm_type
+        self.scale_grad_by_freq = scale_grad_by_freq
+        self.sparse = sparse
+        self.initializer_range = initializer_range
+        self._skip_allgather = _skip_allgather
+        self._skip_scatter_and_merge = _skip_scatter_and_merge
+        full = self._initial_table(None, None) if _weight is None else _weight.detach()
+        self.weight = nn.Parameter(slice_of(full, self._weight_spec(), group.rank_in_group, group.size))
+
+    @classmethod
+    def convert(cls, module: nn.Module, tp_group: Group) -> None:
+        """Turn an ``nn.Embedding`` into a DistributedEmbedding in place: same object, same parameter, each rank its
+        slice.
+        """
+        assert isinstance(module, nn.Embedding)
+        if set(module._parameters) != {"weight"} or not is_plain_parameter(module.weight) or module._buffers:
+            raise NotSplittableError("its weight is not a plain parameter (pruned, normalised, quantised or sharded)")
+        if module.sparse:
+            raise NotSplittableError("sparse=True, and gradients of a sliced table are dense")
+        slice_length(module.embedding_dim, tp_group.size, "embedding_dim")
+        spec = SplitSpec(1, (module.num_embeddings, module.embedding_dim))
+        shrink_to_slice(module.weight, spec, tp_group.rank_in_group, tp_group.size)
+        module.__dict__.update(initializer_range=None, _skip_allgather=False, _skip_scatter_and_merge=False)
+        cls._adopt(module, tp_group)
+
+    def reset_parameters(self) -> None:
+        """Draw the full table again and keep this rank's slice."""
+        full = self._initial_table(self.weight.device, self.weight.dtype)
+        with torch.no_grad():
+            self.weight.copy_(slice_of(full, self._weight_spec(), self.tp_group.rank_in_group, self.tp_group.size))
+
+    def split_tensors(self) -> dict[str, SplitSpec]:
+        """The table is cut along dim 1, the embedding dim."""
+        return {"weight": self._weight_spec()}
+
+    def _weight_spec(self) -> SplitSpec:
+        return SplitSpec(1, (self.num_embeddings, self.embedding_dim))
+
+    def _initial_table(self, device: torch.device | None, dtype: torch.dtype | None) -> torch.Tensor:
+        table = torch.empty(self.num_embeddings, self.embedding_dim, device=device, dtype=dtype)
+        nn.init.normal_(table, std=1.0 if self.initializer_range is None else self.initializer_range)
+        if self.padding_idx is not None:
+            table[self.padding_idx].zero_()
+        return table
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """ids of any shape -> [*shape, embedding_dim], for the caller's own batch (see the class for the two
+        switches).
+        """
+        group = self.tp_group
+        if input.dtype not in (torch.int64, torch.int32):
+            raise TensorParallelError(
+                f"DistributedEmbedding: ids must be int64 or int32, got {input.dtype} of shape {tuple(input.shape)}"
+            )
+        ids = input.reshape(-1)
+        if self._skip_allgather:
+            if ids.numel() % group.size or (input.dim() and input.shape[0] % group.size):
+                raise TensorParallelError(
+                    f"DistributedEmbedding: with _skip_allgather the ids are those of all {group.size} ranks, but "
+                    f"their shape "
+                    f"{tuple(input.shape)} is not divisible by that: give every rank the same number of rows"
+                )
+            counts = (ids.numel() // group.size,) * group.size
+            rows = tuple(input.shape)
+        else:
+            counts = gather_counts(ids.numel(), group)
+            ids = all_gather(ids, group, counts=counts)
+            rows = (sum(counts) // max(1, input[:1].numel()), *input.shape[1:])
+        slices = self._look_up(ids, counts)
+        if self._skip_scatter_and_merge:
+            if input.dim() == 0 or ids.numel() != torch.Size(rows).numel():
+                raise TensorParallelError(
+                    f"DistributedEmbedding: with _skip_scatter_and_merge the ids of all ranks must agree in all dims "
+                    f"but the first; this rank "
+                    f"has shape {tuple(input.shape)}, all ranks together {sum(counts)} ids"
+                )
+            return slices.view(*rows, slices.shape[-1])
+        own = input.shape if not self._skip_allgather else (input.shape[0] // group.size, *input.shape[1:])
+        return merge_features(slices, group, counts).view(*own, self.embedding_dim)
+
+    def _look_up(self, ids: torch.Tensor, counts: tuple[int, ...]) -> torch.Tensor:
+        """This rank's slice of the width, for the ids of all ranks: [len(ids), embedding_dim / t]."""
+        if self.max_norm is not None:
+            self._renormalise(ids)
+        if self.scale_grad_by_freq:
+            # One lookup per rank's ids, since each counts for itself.
+            parts = [
+                F.embedding(part, self.weight, self.padding_idx, scale_grad_by_freq=True)
+                for part in ids.split(list(counts))
+            ]
+            return torch.cat(parts)
+        return F.embedding(ids, self.weight, self.padding_idx)
+
+    @torch.no_grad()
+    def _renormalise(self, ids: torch.Tensor) -> None:
+        """Rescale the rows that are looked up to at most max_norm, as ``nn.Embedding`` does, by the norm over all
+        slices.
+        """
+        assert self.max_norm is not None
+        group, rows = self.tp_group, ids.unique()
+        partial = torch.linalg.vector_norm(self.weight[rows], self.norm_type, dim=1)
+        if self.norm_type == float("inf"):
+            norms = all_gather(partial.unsqueeze(0), group).amax(0)
+        else:
+            norms = torch.linalg.vector_norm(all_gather(partial.unsqueeze(0), group), self.norm_type, dim=0)
+        scales = torch.where(norms > self.max_norm, self.max_norm / (norms + 1e-7), torch.ones_like(norms))
+        self.weight[rows] = self.weight[rows] * scales.unsqueeze(1)
+
+    def extra_repr(self) -> str:
+        """The global sizes and the local slice."""
+        padding = f", padding_idx={self.padding_idx}" if self.padding_idx is not None else ""
+        return f"{self.num_embeddings}, {self.embedding_dim}{padding}, local_weight={tuple(self.weight.shape)}"

@@ -1,0 +1,1 @@
+"""Switching tensor parallelism on, and replacing marked modules by distributed ones."""

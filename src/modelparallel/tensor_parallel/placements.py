@@ -1,0 +1,52 @@
+"""How tensors are cut over the tensor-parallel ranks, and what cannot be cut."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from modelparallel.errors import TensorParallelError
+from modelparallel.plan.parameters import SplitSpec
+
+
+class NotSplittableError(TensorParallelError):
+    """This module cannot be distributed. One that was only marked is then left as it is, with a warning."""
+
+
+def slice_length(length: int, tp_size: int, what: str) -> int:
+    """``length / tp_size``; raises NotSplittableError if that is not whole. ``what`` names the length: "in_features of
+    ...".
+    """
+    if length % tp_size:
+        degrees = ", ".join(str(degree) for degree in range(1, min(length, 64) + 1) if length % degree == 0)
+        raise NotSplittableError(
+            f"{what} is {length}, not divisible by tensor_parallel_degree={tp_size}: use one of the degrees {degrees}"
+        )
+    return length // tp_size
+
+
+def slice_of(full: torch.Tensor, spec: SplitSpec, tp_rank: int, tp_size: int) -> torch.Tensor:
+    """The part of ``full`` that ``tp_rank`` holds, with storage of its own (so that the full tensor can be freed)."""
+    if tuple(full.shape) != spec.full_shape:
+        raise TensorParallelError(
+            f"a tensor of shape {tuple(full.shape)} was given where the full shape is {spec.full_shape}"
+        )
+    if tp_size == 1:
+        return full
+    part = spec.local_slice(tp_rank, tp_size)
+    return full.narrow(spec.dim, part.start, part.stop - part.start).clone(memory_format=torch.contiguous_format)
+
+
+def is_plain_parameter(tensor: torch.Tensor) -> bool:
+    """Whether ``tensor`` is a parameter that holds its own numbers: not quantised, sharded, or otherwise a tensor
+    subclass.
+    """
+    return type(tensor) is nn.Parameter and type(tensor.data) is torch.Tensor
+
+
+def shrink_to_slice(parameter: torch.Tensor, spec: SplitSpec, tp_rank: int, tp_size: int) -> None:
+    """Make ``parameter`` its own slice, in place: optimizers, hooks and names that hold it keep holding it."""
+    grad, parameter.grad = parameter.grad, None
+    parameter.data = slice_of(parameter.detach(), spec, tp_rank, tp_size)
+    if grad is not None:
+        parameter.grad = slice_of(grad, spec, tp_rank, tp_size)
