@@ -1,0 +1,20 @@
+"""The partitioner: which stage is the home of which module (marks -> trace -> costs -> solve -> plan)."""
+
+from modelparallel.partitioning.assign import log_plan, make_plan
+from modelparallel.partitioning.costs import Trace, microbatches_in_flight, sizes_only
+from modelparallel.partitioning.manual import manual_plan
+from modelparallel.partitioning.solve import solve
+from modelparallel.partitioning.trace import trace_step
+from modelparallel.partitioning.units import find_units
+
+__all__ = [
+    "Trace",
+    "find_units",
+    "log_plan",
+    "make_plan",
+    "manual_plan",
+    "microbatches_in_flight",
+    "sizes_only",
+    "solve",
+    "trace_step",
+]

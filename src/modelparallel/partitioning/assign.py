@@ -1,0 +1,82 @@
+"""From what is known to the plan: the one entry point, and the log line."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import nn
+
+from modelparallel.errors import PartitionError
+from modelparallel.partitioning.costs import Trace, sizes_only
+from modelparallel.partitioning.manual import Mark, check_sharing, manual_plan
+from modelparallel.partitioning.solve import solve
+from modelparallel.partitioning.units import find_units
+from modelparallel.plan.partition import PartitionPlan
+
+LOGGER = logging.getLogger("modelparallel.partitioning")
+
+
+def make_plan(
+    root: nn.Module,
+    num_stages: int,
+    *,
+    units: Sequence[str] | None = None,
+    trace: Trace | None = None,
+    memory_weight: float = 0.8,
+    num_microbatches: int = 1,
+    active_microbatches: int | None = None,
+    is_automatic: bool = True,
+    marks: Mark | None = None,
+    overrides: Sequence[tuple[nn.Module, int]] = (),
+    default_partition: int = 0,
+    load_from: str | Path | None = None,
+) -> PartitionPlan:
+    """The partition plan of the user's module ``root`` for ``num_stages`` stages (smp-api section 6).
+
+    Pure and local: equal arguments give an equal plan. Stored (``load_from``), by hand (``is_automatic=False``;
+    contexts and overrides count only then), from a trace, or from sizes.
+
+    Args:
+        units: from ``find_units(root)``; found here when None.
+        trace: from ``trace_step``. Ranks must use one and the same trace (that of one rank, broadcast), or their
+            plans may differ.
+        memory_weight, num_microbatches, active_microbatches: see :func:`~modelparallel.partitioning.solve.solve`.
+        marks, overrides, default_partition: see :func:`~modelparallel.partitioning.manual.manual_plan`.
+        load_from: the file of a plan saved with ``PartitionPlan.save``.
+
+    Raises:
+        PartitionError: the model cannot be placed as asked; a stored plan does not fit the model or the number of
+            stages.
+    """
+    units = find_units(root) if units is None else tuple(units)
+    if load_from is not None:
+        plan = PartitionPlan.load(load_from)
+        if plan.num_stages != num_stages:
+            raise PartitionError(
+                f"the partition plan {str(load_from)!r} is for {plan.num_stages} stages, but "
+                f"pipeline_parallel_degree is {num_stages}: use pipeline_parallel_degree={plan.num_stages}, "
+                "or make a new plan (load_partition false)"
+            )
+        plan = PartitionPlan(plan.num_stages, plan.modules, plan.tensors, "loaded", plan.figures)
+    elif not is_automatic:
+        plan = manual_plan(root, units, marks or _no_mark, overrides, default_partition, num_stages, trace=trace)
+    else:
+        plan = solve(trace or sizes_only(root, units), num_stages, memory_weight, num_microbatches, active_microbatches)
+    plan.check(
+        [name for name, _ in root.named_parameters()],
+        module_names=[name for name, _ in root.named_modules()],
+        buffer_names=[name for name, _ in root.named_buffers()],
+    )
+    check_sharing(root, plan)
+    return plan
+
+
+def log_plan(plan: PartitionPlan, logger: logging.Logger = LOGGER) -> None:
+    """Log the plan as a table, after the line ``Partition assignments:`` that job logs are searched for."""
+    logger.info("Partition assignments: (%s)\n%s", plan.origin, plan.table())
+
+
+def _no_mark(module: nn.Module) -> None:
+    return None

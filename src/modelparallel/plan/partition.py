@@ -1,0 +1,261 @@
+"""The partition plan: which stage is the home of which module, as frozen data.
+
+A plan is made by :mod:`modelparallel.partitioning` and read by everything that must know where a weight lives: the
+engine, the parameter table, the optimizer, checkpoints. It names *units* (the finest modules that are placed) and
+the few tensors that belong to a module above all units. Names are those of ``module.named_modules()`` and
+``module.named_parameters()`` of the user's own module; the root module is called ``""``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from modelparallel.errors import PartitionError
+
+FORMAT_VERSION = 1
+_MAX_NAMED = 8
+
+
+@dataclass(frozen=True)
+class StageFigures:
+    """What one stage holds and does, for the table; sizes are in bytes, shares are fractions of the whole model."""
+
+    num_parameters: int
+    parameter_bytes: int
+    memory_share: float
+    compute_share: float | None
+
+
+@dataclass(frozen=True)
+class PartitionPlan:
+    """The home stage of every unit and of every tensor above the units.
+
+    Two plans are equal when they place everything alike; where they come from and their figures do not count.
+
+    Attributes:
+        num_stages: the pipeline degree the plan is for.
+        modules: (module name, stage), in execution order (module order where nothing was traced).
+        tensors: (full tensor name, stage) of the parameters and changing buffers owned by modules above all units.
+        origin: how the plan was made: ``"traced"``, ``"sizes"``, ``"manual"`` or ``"loaded"``.
+        figures: one entry per stage, or empty.
+    """
+
+    num_stages: int
+    modules: tuple[tuple[str, int], ...]
+    tensors: tuple[tuple[str, int], ...] = ()
+    origin: str = field(default="manual", compare=False)
+    figures: tuple[StageFigures, ...] = field(default=(), compare=False)
+
+    def __post_init__(self) -> None:
+        entries = (*self.modules, *self.tensors)
+        for name, stage in entries:
+            if not 0 <= stage < self.num_stages:
+                raise PartitionError(
+                    f"{_quoted(name)} is placed on stage {stage}, but the plan has stages 0 to {self.num_stages - 1}"
+                )
+        for name, count in Counter(name for name, _ in entries).items():
+            if count > 1:
+                raise PartitionError(f"{_quoted(name)} is placed {count} times in the partition plan")
+
+    @cached_property
+    def _stage_of_entry(self) -> Mapping[str, int]:
+        return dict(self.modules)
+
+    @cached_property
+    def _stage_of_tensor(self) -> Mapping[str, int]:
+        return dict(self.tensors)
+
+    def unit_of(self, name: str) -> str | None:
+        """The unit that is the module ``name`` or contains it; None for a module above or outside all units."""
+        for candidate in _enclosing(name):
+            if candidate in self._stage_of_entry:
+                return candidate
+        return None
+
+    def home_of_module(self, name: str) -> int | None:
+        """The home stage of the module ``name``.
+
+        None for a module that has no home: one above the units (even when all its units share a stage), or without
+            weights.
+        """
+        unit = self.unit_of(name)
+        return None if unit is None else self._stage_of_entry[unit]
+
+    def home_of_tensor(self, name: str) -> int | None:
+        """The home stage of the parameter or buffer with this full name; None for a constant that every stage keeps."""
+        if name in self._stage_of_tensor:
+            return self._stage_of_tensor[name]
+        return self.home_of_module(name.rpartition(".")[0])
+
+    def modules_on(self, stage: int) -> tuple[str, ...]:
+        """The names of the units on ``stage``, in execution order."""
+        return tuple(name for name, home in self.modules if home == stage)
+
+    def check(
+        self,
+        parameter_names: Iterable[str],
+        *,
+        module_names: Iterable[str] | None = None,
+        buffer_names: Iterable[str] = (),
+    ) -> None:
+        """Every parameter is placed exactly once, or :class:`PartitionError`; with ``module_names`` nothing else is.
+
+        Args:
+            parameter_names: as from ``named_parameters()`` of the user's module.
+            module_names: as from ``named_modules()``; None leaves out the search for entries that the model does not
+                have.
+            buffer_names: as from ``named_buffers()``; only used with ``module_names``.
+        """
+        parameters = list(parameter_names)
+        problems = []
+        missing = [name for name in parameters if self.home_of_tensor(name) is None]
+        if missing:
+            problems.append(f"no stage for {_some(missing, 'parameter')}")
+        twice = []
+        for name in parameters:
+            owner = name.rpartition(".")[0]
+            places = [entry for entry in _enclosing(owner) if entry in self._stage_of_entry]
+            if len(places) + (name in self._stage_of_tensor) > 1:
+                twice.append(name)
+        if twice:
+            problems.append(f"more than one entry for {_some(twice, 'parameter')}")
+        if module_names is not None:
+            known = set(module_names)
+            unknown = [name for name, _ in self.modules if name not in known]
+            if unknown:
+                problems.append(f"the model has no {_some(unknown, 'module')}")
+            known_tensors = {*parameters, *buffer_names}
+            unknown = [name for name, _ in self.tensors if name not in known_tensors]
+            if unknown:
+                problems.append(f"the model has no {_some(unknown, 'tensor')}")
+        if problems:
+            raise PartitionError(
+                f"the partition plan ({self.origin}) does not fit the model: {'; '.join(problems)}. "
+                "Make a new plan (without load_partition) or use the model that the plan was made for"
+            )
+
+    def to_json(self) -> str:
+        """The plan as JSON text; :meth:`from_json` reads it back."""
+        content = {
+            "format": "modelparallel partition plan",
+            "version": FORMAT_VERSION,
+            "num_stages": self.num_stages,
+            "origin": self.origin,
+            "modules": [list(entry) for entry in self.modules],
+            "tensors": [list(entry) for entry in self.tensors],
+            "figures": [vars(figures) for figures in self.figures],
+        }
+        return json.dumps(content, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> PartitionPlan:
+        """The plan that :meth:`to_json` wrote; :class:`PartitionError` for any other text."""
+        try:
+            content: dict[str, Any] = json.loads(text)
+            if content["version"] != FORMAT_VERSION:
+                raise PartitionError(
+                    f"partition plan of version {content['version']!r}; this version reads {FORMAT_VERSION} only"
+                )
+            return cls(
+                num_stages=int(content["num_stages"]),
+                modules=tuple((str(name), int(stage)) for name, stage in content["modules"]),
+                tensors=tuple((str(name), int(stage)) for name, stage in content["tensors"]),
+                origin=str(content["origin"]),
+                figures=tuple(StageFigures(**figures) for figures in content.get("figures", ())),
+            )
+        except (ValueError, KeyError, TypeError) as error:
+            raise PartitionError(f"this is not a partition plan: {type(error).__name__}: {error}") from error
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan to the file ``path`` as JSON; one process writes, the directory is made."""
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(self.to_json() + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> PartitionPlan:
+        """The plan stored in the file ``path``; :class:`PartitionError` if there is none."""
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except OSError as error:
+            raise PartitionError(f"cannot read the partition plan {str(path)!r}: {error}") from error
+        try:
+            return cls.from_json(text)
+        except PartitionError as error:
+            raise PartitionError(f"{str(path)!r}: {error}") from error
+
+    def table(self) -> str:
+        """A readable table: per stage its parameters, bytes, shares of memory and compute, and its modules."""
+        rows = [("stage", "parameters", "bytes", "memory", "compute", "modules")]
+        for stage in range(self.num_stages):
+            tensors = [name for name, home in self.tensors if home == stage]
+            contents = ", ".join([*_runs(self.modules_on(stage)), *tensors])
+            if self.figures:
+                figures = self.figures[stage]
+                rows.append(
+                    (
+                        str(stage),
+                        f"{figures.num_parameters:,}",
+                        _bytes(figures.parameter_bytes),
+                        f"{figures.memory_share:.1%}",
+                        "-" if figures.compute_share is None else f"{figures.compute_share:.1%}",
+                        contents,
+                    )
+                )
+            else:
+                rows.append((str(stage), "-", "-", "-", "-", contents))
+        widths = [max(len(row[column]) for row in rows) for column in range(5)]
+        return "\n".join(
+            "  ".join([*(cell.rjust(width) for cell, width in zip(row[:5], widths, strict=True)), row[5]]).rstrip()
+            for row in rows
+        )
+
+
+def _enclosing(name: str) -> list[str]:
+    """``name`` and the names of all modules around it, innermost first, the root ``""`` last."""
+    parts = name.split(".") if name else []
+    return [".".join(parts[:length]) for length in range(len(parts), -1, -1)]
+
+
+def _quoted(name: str) -> str:
+    return repr(name) if name else "the root module"
+
+
+def _some(names: list[str], noun: str) -> str:
+    """``"parameters 'a', 'b' and 3 more"``."""
+    shown = ", ".join(_quoted(name) for name in names[:_MAX_NAMED])
+    rest = len(names) - _MAX_NAMED
+    return f"{noun}{'s' if len(names) > 1 else ''} {shown}{f' and {rest} more' if rest > 0 else ''}"
+
+
+def _runs(names: Iterable[str]) -> list[str]:
+    """Names with runs of consecutive list elements folded: ``h.0, h.1, h.2`` is ``h.0..2``."""
+    folded: list[list[Any]] = []
+    for name in names:
+        prefix, _, last = name.rpartition(".")
+        index = int(last) if last.isdecimal() else None
+        if folded and index is not None and folded[-1][0] == prefix and folded[-1][2] == index - 1:
+            folded[-1][2] = index
+        else:
+            folded.append([prefix, last, index] if index is not None else [prefix, last, None])
+    result = []
+    for prefix, first, end in folded:
+        text = f"{prefix}.{first}" if prefix else str(first)
+        text = text or "(the whole model)"
+        result.append(text if end is None or str(end) == first else f"{text}..{end}")
+    return result
+
+
+def _bytes(count: int) -> str:
+    size = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{int(size)} B" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"
