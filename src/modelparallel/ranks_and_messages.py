@@ -81,7 +81,7 @@ def tp_size() -> int:
 
 
 def get_tp_group() -> list[int]:
-    """The global ranks, ascending, of the tensor-parallel group: the processes that share a layer of one stage. Local."""
+    """The global ranks, ascending, of the TP_GROUP: the processes that share the layers of one stage. Local."""
     return list(_group(GroupKind.TP).ranks)
 
 
@@ -101,7 +101,7 @@ def pp_size() -> int:
 
 
 def get_pp_group() -> list[int]:
-    """The global ranks, ascending, of the pipeline group: the stages of one model, same slice. Local."""
+    """The global ranks, ascending, of the PP_GROUP: the stages of one model, same slice. Local."""
     return list(_group(GroupKind.PP).ranks)
 
 
@@ -121,7 +121,7 @@ def rdp_size() -> int:
 
 
 def get_rdp_group() -> list[int]:
-    """The global ranks, ascending, of the reduced data-parallel group: the processes that hold the same slice of the same stage. Local."""
+    """The global ranks, ascending, of the RDP_GROUP: the holders of the same slice of the same stage. Local."""
     return list(_group(GroupKind.RDP).ranks)
 
 
@@ -141,7 +141,7 @@ def dp_size() -> int:
 
 
 def get_dp_group() -> list[int]:
-    """The global ranks, ascending, of the data-parallel group: all processes of the same stage. Local."""
+    """The global ranks, ascending, of the DP_GROUP: all processes of the same stage. Local."""
     return list(_group(GroupKind.DP).ranks)
 
 
@@ -161,7 +161,7 @@ def mp_size() -> int:
 
 
 def get_mp_group() -> list[int]:
-    """The global ranks, ascending, of the model-parallel group: the processes that hold one whole model. Local."""
+    """The global ranks, ascending, of the MP_GROUP: the processes that hold one whole model. Local."""
     return list(_group(GroupKind.MP).ranks)
 
 

@@ -9,8 +9,8 @@ Note: Protocol
     need not know which of the two it answers.
 
 Note: Tensors
-    Plain tensors travel as their bytes: only the elements that a view shows and not the storage behind it. A tensor that
-    was on a CPU comes back on the CPU; one that was on an accelerator comes back on the receiver's own device. Autograd
+    Plain tensors travel as their bytes: only the elements that a view shows and not the storage behind it. A CPU
+    tensor comes back on the CPU; one that was on an accelerator comes back on the receiver's own device. Autograd
     history, and Python attributes set on a tensor, do not travel; `requires_grad` does. Sparse and quantized tensors
     come back on the CPU. Everything else is pickled as it is.
 """
@@ -196,7 +196,7 @@ def dumps(obj: Any) -> torch.Tensor:
 def loads(payload: torch.Tensor, device: torch.device) -> Any:
     """The object from its bytes; tensors of accelerators go to `device`. Raises `CommunicationError`."""
     try:
-        return _Unpickler(io.BytesIO(payload.numpy()), device).load()
+        return _Unpickler(io.BytesIO(payload.numpy().tobytes()), device).load()
     except (pickle.UnpicklingError, AttributeError, ImportError, EOFError) as error:
         raise CommunicationError(
             f"a message of {payload.numel()} bytes cannot be read ({error}): its classes must be importable, under the "
