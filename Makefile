@@ -7,7 +7,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-PIP := PIP_CONSTRAINT=$(abspath $(VENV))/constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore $(BIN)/pip --quiet
+PIP := PIP_CONSTRAINT=$(abspath $(VENV))/constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore $(BIN)/pip -qq
 DATA ?= data
 MAKEFLAGS += --no-print-directory
 
