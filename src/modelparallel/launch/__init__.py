@@ -1,0 +1,21 @@
+"""Launching jobs on this machine: the estimator, the command line, the launch contract, and rehearsal on a CPU.
+
+    from modelparallel.launch import PyTorch
+    PyTorch(entry_point="train.py", instance_type="local", distribution={...}).fit({"train": "data/train"})
+"""
+
+from modelparallel.launch.estimator import Estimator, HuggingFace, JobHandle, PyTorch
+from modelparallel.launch.failures import JobFailedError, RankFailure
+from modelparallel.launch.job import JobResult, JobSpec, run_job
+
+__all__ = [
+    "Estimator",
+    "HuggingFace",
+    "JobFailedError",
+    "JobHandle",
+    "JobResult",
+    "JobSpec",
+    "PyTorch",
+    "RankFailure",
+    "run_job",
+]

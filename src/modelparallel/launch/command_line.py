@@ -1,0 +1,137 @@
+"""The command `modelparallel`.
+
+    modelparallel run --nproc 8 --parameters '{"tensor_parallel_degree": 4, "ddp": true}' train.py --epochs 3
+"""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+import typer
+from rich.console import Console
+
+from modelparallel.config import parse_parameters, validate_parameters
+from modelparallel.errors import LaunchError, SMPError
+from modelparallel.launch.channels import channel_option, input_channels
+from modelparallel.launch.devices import check_devices, resolve_device
+from modelparallel.launch.folder import JobFolder, default_folder, new_job_name
+from modelparallel.launch.job import Backend, JobSpec, check_script, run_job
+from modelparallel.version import __version__
+
+app = typer.Typer(
+    name="modelparallel",
+    help="Tensor, pipeline and data parallel training for PyTorch.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+#: Exit code of a command that stopped before any process was started.
+USAGE_EXIT_CODE = 2
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=lambda on: _show(on))
+    ] = False,
+) -> None:
+    """Tensor, pipeline and data parallel training for PyTorch."""
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False}
+)
+def run(
+    context: typer.Context,
+    script: Annotated[str, typer.Argument(help="The training script; what follows it are its own arguments.")],
+    nproc: Annotated[
+        int | None,
+        typer.Option(min=1, help="Number of processes. Default: one per GPU; on the CPU, as many as the degrees need."),
+    ] = None,
+    backend: Annotated[str, typer.Option(help="elastic (torch's agent) or mpi (mpirun of Open MPI).")] = "",
+    device: Annotated[str, typer.Option(help="auto, cpu (rehearse CUDA on the CPU) or cuda.")] = "auto",
+    parameters: Annotated[
+        str | None, typer.Option(help="Model parallel parameters: JSON, or a file with JSON.", metavar="JSON|FILE")
+    ] = None,
+    channel: Annotated[
+        list[str] | None, typer.Option(help="An input channel; may be repeated.", metavar="NAME=PATH")
+    ] = None,
+    job_dir: Annotated[
+        Path | None, typer.Option(help="The job folder. Default: ./modelparallel-jobs/<script>-<time>.")
+    ] = None,
+    timeout: Annotated[float | None, typer.Option(min=0.1, help="Stop the job after so many seconds.")] = None,
+) -> None:
+    """Run SCRIPT in several processes on this machine.
+
+    The script runs in the current directory with its own arguments; each line of output begins with the rank. The exit
+    code is that of the first failing process, 124 after the timeout, 130 after Ctrl-C, 2 if nothing was started.
+    """
+    try:
+        job = _job(script, context.args, nproc, backend, device, parameters, channel or [], job_dir, timeout)
+        result = run_job(job)
+    except SMPError as error:
+        _stop(str(error), USAGE_EXIT_CODE)
+    if result.exit_code != 0:
+        _stop(result.message, result.exit_code)
+
+
+def _job(
+    script: str,
+    arguments: list[str],
+    nproc: int | None,
+    backend: str,
+    device: str,
+    parameters: str | None,
+    channels: list[str],
+    job_dir: Path | None,
+    timeout: float | None,
+) -> JobSpec:
+    path = Path(os.path.abspath(script))
+    check_script(path, "script")
+    chosen_backend = backend or os.environ.get("MODELPARALLEL_BACKEND") or "elastic"
+    if chosen_backend not in ("elastic", "mpi"):
+        raise LaunchError(f"--backend {chosen_backend!r}: expected elastic or mpi")
+    chosen_device, available = resolve_device(device)
+    published: dict[str, Any] | None = None
+    num_processes = nproc or available or 1
+    if parameters is not None:
+        given = parse_parameters(parameters, "--parameters")
+        config = validate_parameters(given, num_processes=None)
+        num_processes = nproc or available or config.pipeline_parallel_degree * config.tensor_parallel_degree
+        config.check_world(num_processes)
+        published = {**given, **config.given}
+        published["partitions"] = published["pipeline_parallel_degree"] = config.pipeline_parallel_degree
+    check_devices(num_processes, chosen_device, available)
+    name = new_job_name(path.stem)
+    return JobSpec(
+        name=name,
+        script=path,
+        source_dir=path.parent,
+        working_directory=Path.cwd(),
+        folder=default_folder(name) if job_dir is None else JobFolder(Path(os.path.abspath(job_dir))),
+        num_processes=num_processes,
+        backend=cast(Backend, chosen_backend),
+        device=chosen_device,
+        arguments=tuple(arguments),
+        hyperparameters={} if published is None else {"mp_parameters": published},
+        parameters=published,
+        channels=input_channels(dict(map(channel_option, channels))),
+        preferred_port=int((published or {}).get("ddp_port", 7777)),
+        timeout=timeout,
+    )
+
+
+def _show(is_asked: bool) -> None:
+    if is_asked:
+        typer.echo(__version__)
+        raise typer.Exit()
+
+
+def _stop(message: str, code: int) -> None:
+    sys.stdout.flush()
+    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    console.print("error:", style="bold red", end=" ")
+    console.print(message, markup=False)
+    raise typer.Exit(code)

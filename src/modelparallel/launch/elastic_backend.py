@@ -1,0 +1,124 @@
+"""Starting the processes by torch's elastic agent, in this process."""
+
+import inspect
+import logging
+import os
+import signal
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs, SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from modelparallel.launch.environment import HOST_ADDRESS, interpreter, worker_command
+from modelparallel.launch.failures import JobInterrupted
+from modelparallel.launch.folder import JobFolder
+from modelparallel.launch.supervision import GRACE
+
+if TYPE_CHECKING:
+    from modelparallel.launch.job import JobSpec
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+_SIGNALS_VARIABLE = "TORCHELASTIC_SIGNALS_TO_HANDLE"
+
+
+class _JobLogsSpecs(LogsSpecs):
+    """Gives every process the job's variables, and files for what it prints before the bootstrap opens its log."""
+
+    def __init__(self, folder: JobFolder, environment: Mapping[str, str]) -> None:
+        super().__init__(str(folder.logs))
+        self._folder = folder
+        self._environment = environment
+
+    @property
+    def root_log_dir(self) -> str:
+        return str(self._folder.logs)
+
+    def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
+        destinations = LogsDest()
+        for local_rank, variables in envs.items():
+            global_rank = int(variables["RANK"])
+            for name, value in self._environment.items():
+                # The agent's own variables (its address, its store) are the right ones.
+                variables.setdefault(name, value)
+            variables["OMP_NUM_THREADS"] = self._environment["OMP_NUM_THREADS"]
+            error_file = str(self._folder.status / f"rank_{global_rank}.elastic.json")
+            variables["TORCHELASTIC_ERROR_FILE"] = error_file
+            destinations.error_files[local_rank] = error_file
+            destinations.stdouts[local_rank] = str(self._folder.startup_log(global_rank, "out"))
+            destinations.stderrs[local_rank] = str(self._folder.startup_log(global_rank, "err"))
+        return destinations
+
+
+def run(job: "JobSpec", environment: Mapping[str, str], port: int) -> tuple[int, dict[int, int]]:
+    """Run the job; returns an exit code and the exit codes of the processes that failed.
+
+    Raises `JobInterrupted` when this process is told to stop by a signal.
+    """
+    options = {
+        "min_nodes": 1,
+        "max_nodes": 1,
+        "nproc_per_node": job.num_processes,
+        "run_id": job.name,
+        "role": "rank",
+        "rdzv_backend": "static",
+        "rdzv_endpoint": f"{HOST_ADDRESS}:{port}",
+        "rdzv_configs": {"rank": 0, "timeout": 60},
+        "local_addr": HOST_ADDRESS,
+        "max_restarts": 0,
+        "monitor_interval": 0.1,
+        "logs_specs": _JobLogsSpecs(job.folder, environment),
+        "shutdown_timeout": int(GRACE),
+    }
+    known = inspect.signature(LaunchConfig).parameters
+    config = LaunchConfig(**{name: value for name, value in options.items() if name in known})
+    # The agent replaces ${local_rank} and the like in the arguments; the script's own dollars must arrive.
+    arguments = [text.replace("$", "$$") for text in worker_command(job)]
+    with _signal_state_kept(), _agent_log(job.folder):
+        try:
+            elastic_launch(config, interpreter())(*arguments)
+        except ChildFailedError as error:
+            codes = {global_rank: failure.exitcode for global_rank, failure in error.failures.items()}
+            return 1, codes
+        except SignalException as interruption:
+            raise JobInterrupted(interruption.sigval) from None
+        except KeyboardInterrupt:
+            raise JobInterrupted(signal.SIGINT) from None
+    return 0, {}
+
+
+@contextmanager
+def _signal_state_kept() -> Iterator[None]:
+    """The agent installs signal handlers and a variable and leaves them; this process goes on after the job."""
+    variable = os.environ.get(_SIGNALS_VARIABLE)
+    is_main = threading.current_thread() is threading.main_thread()
+    handlers = {number: signal.getsignal(number) for number in _SIGNALS} if is_main else {}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        if variable is None:
+            os.environ.pop(_SIGNALS_VARIABLE, None)
+        else:
+            os.environ[_SIGNALS_VARIABLE] = variable
+
+
+@contextmanager
+def _agent_log(folder: JobFolder) -> Iterator[None]:
+    """Keep the agent's own messages in logs/elastic.log: the user is to see one error, that of the script."""
+    agent_logger = logging.getLogger("torch.distributed.elastic")
+    handler = logging.FileHandler(folder.logs / "elastic.log", encoding="utf-8", delay=True)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    propagates = agent_logger.propagate
+    agent_logger.addHandler(handler)
+    agent_logger.propagate = False
+    try:
+        yield
+    finally:
+        agent_logger.removeHandler(handler)
+        agent_logger.propagate = propagates
+        handler.close()

@@ -1,0 +1,163 @@
+"""Which process of a job failed first, and what the user is shown of it.
+
+When one process fails, the others fail after it: their messages are refused ("Connection closed by peer") or they are
+stopped by the launcher. What the user has to see is the first one. Each process writes its own exception with a time;
+a process that could not (killed, os._exit) is known by the time of its death.
+"""
+
+import json
+import re
+import signal
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from modelparallel.errors import LaunchError
+from modelparallel.launch.folder import JobFolder
+
+#: A process that was killed counts as dead this long before its death was seen: its peers report the broken connection
+#: within milliseconds, and must not come first.
+_DEATH_LEAD = 0.5
+
+_CONSEQUENCE = re.compile(
+    r"Connection (closed|reset) by peer|Broken pipe|connectFullMesh|Connection refused|"
+    r"remote process exited or there was a network error|NCCL communicator was aborted",
+    re.IGNORECASE,
+)
+_TAIL_LINES = 15
+
+
+class JobInterrupted(Exception):
+    """The launcher was told by a signal to stop."""
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__(f"interrupted by {signal.Signals(signal_number).name}")
+        self.signal = signal.Signals(signal_number)
+
+
+@dataclass(frozen=True)
+class RankFailure:
+    """The first failing process. `exit_code` is negative for a signal, None if the process did not say and nobody else
+    saw it; `detail` is its traceback, or the last lines that it printed.
+    """
+
+    global_rank: int
+    exit_code: int | None
+    summary: str
+    detail: str
+    log: Path
+
+    @property
+    def process_exit_code(self) -> int | None:
+        """As a shell gives it: 128 + signal number for a process ended by a signal."""
+        if self.exit_code is None or self.exit_code >= 0:
+            return self.exit_code
+        return 128 - self.exit_code
+
+    def render(self, num_processes: int, seconds: float) -> str:
+        """The text for the user: who, where the log is, and last the traceback."""
+        head = (
+            f"rank {self.global_rank} of {num_processes} failed first, after {seconds:.1f} s: {self.summary}\n"
+            f"its log: {self.log}"
+        )
+        return f"{head}\n\n{self.detail.rstrip()}" if self.detail.strip() else head
+
+
+class JobFailedError(LaunchError):
+    """A job was started and did not succeed. `exit_code`, `failure` (or None) and `folder` say more."""
+
+    def __init__(self, message: str, exit_code: int, failure: RankFailure | None, folder: JobFolder) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+        self.failure = failure
+        self.folder = folder
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    is_consequence: bool
+    time: float
+    failure: RankFailure
+
+
+def first_failure(
+    folder: JobFolder, deaths: Mapping[int, float], exit_codes: Mapping[int, int], num_processes: int
+) -> RankFailure | None:
+    """The process that failed first, or None.
+
+    Arguments:
+        deaths: time at which each process was seen to be gone.
+        exit_codes: exit code of each process, where it is known; negative for a signal.
+    """
+    candidates = []
+    for global_rank in range(num_processes):
+        candidate = _recorded(folder, global_rank, exit_codes.get(global_rank)) or _unrecorded(
+            folder, global_rank, deaths.get(global_rank), exit_codes.get(global_rank)
+        )
+        if candidate is not None:
+            candidates.append(candidate)
+    if not candidates:
+        return None
+    return min(candidates, key=lambda candidate: (candidate.is_consequence, candidate.time)).failure
+
+
+def _recorded(folder: JobFolder, global_rank: int, exit_code: int | None) -> _Candidate | None:
+    """A process that wrote down its exception."""
+    try:
+        record = json.loads(folder.error_file(global_rank).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    failure = RankFailure(
+        global_rank, record["exit_code"], record["summary"], record["traceback"], folder.rank_log(global_rank)
+    )
+    # The text of the last exception alone decides: a traceback may name a connection on its way.
+    is_consequence = bool(_CONSEQUENCE.search(record["summary"])) or record["is_interrupt"]
+    return _Candidate(is_consequence, record["time"], failure)
+
+
+def _unrecorded(
+    folder: JobFolder, global_rank: int, death: float | None, exit_code: int | None
+) -> _Candidate | None:
+    """A process that ended without a word: killed, or left by os._exit, or never reached the bootstrap."""
+    if exit_code == 0 or (exit_code is None and death is None):
+        return None
+    has_finished = folder.finished_file(global_rank).exists()
+    if has_finished and exit_code is None:
+        return None
+    log = folder.rank_log(global_rank)
+    detail = ""
+    if not folder.started_file(global_rank).exists():
+        log = folder.startup_log(global_rank, "err")
+        summary = f"it ended with exit code {exit_code} before the script was started"
+        detail = _tail(log) or _tail(folder.startup_log(global_rank, "out"))
+    elif exit_code is not None and exit_code < 0:
+        name = _signal_name(-exit_code)
+        summary = f"it was killed by {name}"
+        if name == "SIGKILL":
+            summary += " (by hand, or by the kernel because memory ran out)"
+        # A crash in native code leaves a stack in the log (faulthandler); what a killed process printed is no reason.
+        detail = _tail(log) if name in ("SIGSEGV", "SIGABRT", "SIGBUS", "SIGFPE", "SIGILL") else ""
+    else:
+        summary = "it ended without an exception" + (f" (exit code {exit_code})" if exit_code is not None else "")
+        detail = _tail(log)
+    if has_finished:
+        summary += ", after the script had finished"
+    # SIGTERM is what the launcher itself sends to those that are still alive after a failure.
+    is_consequence = exit_code in (-signal.SIGTERM, -signal.SIGINT)
+    time = (death if death is not None else float("inf")) - _DEATH_LEAD
+    return _Candidate(is_consequence, time, RankFailure(global_rank, exit_code, summary, detail, log))
+
+
+def _tail(path: Path) -> str:
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except FileNotFoundError:
+        return ""
+    return "\n".join(lines[-_TAIL_LINES:])
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"

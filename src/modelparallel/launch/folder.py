@@ -1,0 +1,179 @@
+"""The folder of a job: what is /opt/ml in a training container is a folder of this machine here (smp-config 5.5).
+
+    code -> the source directory        input/data/<channel> -> the data        input/config/*.json
+    model        output/data        output/intermediate        output/failure        checkpoints
+    logs/rank_<rank>.log                 what a process printed
+    logs/startup/, logs/launcher.log     what was printed before the bootstrap took over; what the launcher says
+    status/                              how each process tells the launcher that it started, failed or finished
+"""
+
+import fcntl
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from modelparallel.errors import LaunchError
+
+#: Where jobs go that were not told where, below the current directory.
+DEFAULT_PARENT = "modelparallel-jobs"
+
+
+@dataclass(frozen=True)
+class JobFolder:
+    """Names of everything below one job folder."""
+
+    root: Path
+
+    @property
+    def code(self) -> Path:
+        return self.root / "code"
+
+    @property
+    def input(self) -> Path:
+        return self.root / "input"
+
+    @property
+    def input_config(self) -> Path:
+        return self.input / "config"
+
+    def channel(self, name: str) -> Path:
+        return self.input / "data" / name
+
+    @property
+    def model(self) -> Path:
+        return self.root / "model"
+
+    @property
+    def output(self) -> Path:
+        return self.root / "output"
+
+    @property
+    def output_data(self) -> Path:
+        return self.output / "data"
+
+    @property
+    def output_intermediate(self) -> Path:
+        return self.output / "intermediate"
+
+    @property
+    def failure_file(self) -> Path:
+        return self.output / "failure"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.root / "checkpoints"
+
+    @property
+    def logs(self) -> Path:
+        return self.root / "logs"
+
+    @property
+    def launcher_log(self) -> Path:
+        return self.logs / "launcher.log"
+
+    @property
+    def status(self) -> Path:
+        return self.root / "status"
+
+    @property
+    def description(self) -> Path:
+        """The file from which every process of the job reads what it has to do."""
+        return self.status / "job.json"
+
+    def rank_log(self, global_rank: int) -> Path:
+        return self.logs / f"rank_{global_rank}.log"
+
+    def startup_log(self, global_rank: int, stream: str) -> Path:
+        return self.logs / "startup" / f"rank_{global_rank}.{stream}"
+
+    def started_file(self, global_rank: int) -> Path:
+        return self.status / f"rank_{global_rank}.started.json"
+
+    def error_file(self, global_rank: int) -> Path:
+        return self.status / f"rank_{global_rank}.error.json"
+
+    def finished_file(self, global_rank: int) -> Path:
+        return self.status / f"rank_{global_rank}.finished.json"
+
+    def prepare(self, source_dir: Path, channels: Mapping[str, Path], checkpoints: Path | None = None) -> None:
+        """Make the directories and links. Logs, status and failure of an earlier run in this folder are removed;
+        model, output data and checkpoints stay, so that a job can go on where it stopped.
+        """
+        self.root.mkdir(parents=True, exist_ok=True)
+        for old in (self.logs, self.status, self.input):
+            shutil.rmtree(old, ignore_errors=True)
+        self.failure_file.unlink(missing_ok=True)
+        for directory in (
+            self.input_config,
+            self.input / "data",
+            self.model,
+            self.output_data,
+            self.output_intermediate,
+            self.logs / "startup",
+            self.status,
+        ):
+            directory.mkdir(parents=True, exist_ok=True)
+        _link(self.code, source_dir)
+        for name, path in channels.items():
+            if path.is_dir():
+                _link(self.channel(name), path)
+            else:
+                # A channel is a directory for the script, also when it is given as one file.
+                self.channel(name).mkdir()
+                _link(self.channel(name) / path.name, path)
+        if checkpoints is None:
+            if not self.checkpoints.is_symlink():
+                self.checkpoints.mkdir(exist_ok=True)
+        else:
+            checkpoints.mkdir(parents=True, exist_ok=True)
+            _link(self.checkpoints, checkpoints)
+
+    def write_input_config(self, name: str, content: Mapping[str, Any]) -> None:
+        """Write input/config/<name>.json."""
+        text = json.dumps(content, indent=2, sort_keys=True, default=str)
+        (self.input_config / f"{name}.json").write_text(text + "\n", encoding="utf-8")
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep other jobs out of the folder while this one runs."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        with (self.root / ".lock").open("w", encoding="ascii") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise LaunchError(
+                    f"another job is running in {self.root}: choose another folder (--job-dir, job_dir) or wait"
+                ) from error
+            yield
+
+
+def new_job_name(base: str, now: datetime | None = None) -> str:
+    """A name in the form base-2026-01-31-12-00-00-123."""
+    now = now or datetime.now()
+    base = re.sub(r"[^A-Za-z0-9-]+", "-", base).strip("-") or "job"
+    return f"{base}-{now:%Y-%m-%d-%H-%M-%S}-{now.microsecond // 1000:03d}"
+
+
+def default_folder(job_name: str) -> JobFolder:
+    """A folder for a job that was not given one: ./modelparallel-jobs/<job name>, ignored by git."""
+    parent = Path.cwd() / DEFAULT_PARENT
+    parent.mkdir(exist_ok=True)
+    ignore = parent / ".gitignore"
+    if not ignore.exists():
+        ignore.write_text("*\n", encoding="ascii")
+    return JobFolder(parent / job_name)
+
+
+def _link(link: Path, target: Path) -> None:
+    if link.is_symlink():
+        link.unlink()
+    elif link.exists():
+        raise LaunchError(f"{link} exists and is not a link of an earlier job: remove it or choose another job folder")
+    os.symlink(target, link, target_is_directory=target.is_dir())

@@ -1,0 +1,187 @@
+"""What a job is, and running one on this machine: folder, environment, backend, supervision, outcome."""
+
+import json
+import logging
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TextIO
+
+from modelparallel.errors import LaunchError
+from modelparallel.launch.environment import job_environment, resource_config
+from modelparallel.launch.failures import JobInterrupted, RankFailure, first_failure
+from modelparallel.launch.folder import JobFolder
+from modelparallel.launch.rendezvous_port import reserved_port
+from modelparallel.launch.supervision import RankMonitor, end_leftovers
+
+Backend = Literal["elastic", "mpi"]
+Device = Literal["cpu", "cuda"]
+
+logger = logging.getLogger("modelparallel.launch")
+
+#: Exit code of a job that ran longer than its timeout, as coreutils' `timeout` has it.
+TIMEOUT_EXIT_CODE = 124
+
+
+@dataclass(frozen=True)
+class JobSpec:
+    """Everything that is decided before a process starts.
+
+    `arguments` is the script's full command line. `hyperparameters` is what is published in SM_HPS and SM_HP_*.
+    `parameters` are the checked model parallel parameters, None for a job that is not model parallel; then nothing is
+    published about them and the script's own `smp.init(...)` decides.
+    """
+
+    name: str
+    script: Path
+    source_dir: Path
+    working_directory: Path
+    folder: JobFolder
+    num_processes: int
+    backend: Backend
+    device: Device
+    arguments: tuple[str, ...] = ()
+    hyperparameters: Mapping[str, Any] = field(default_factory=dict)
+    parameters: Mapping[str, Any] | None = None
+    channels: Mapping[str, Path] = field(default_factory=dict)
+    custom_mpi_options: str = ""
+    environment: Mapping[str, str] = field(default_factory=dict)
+    instance_type: str = "local"
+    preferred_port: int = 7777
+    timeout: float | None = None
+    checkpoints: Path | None = None
+
+
+@dataclass(frozen=True)
+class JobResult:
+    """How a job ended. `exit_code` is 0, that of the first failing process (128 + signal number if it was killed by a
+    signal), 124 after the timeout, 130 after Ctrl-C, 143 after SIGTERM.
+    """
+
+    exit_code: int
+    seconds: float
+    folder: JobFolder
+    failure: RankFailure | None = None
+    message: str = ""
+
+
+def check_script(script: Path, what: str = "entry point") -> None:
+    """Stop before any process starts if there is nothing to run."""
+    if not script.exists():
+        raise LaunchError(f"{what} {script} does not exist: check the name and the directory")
+    if script.is_dir():
+        raise LaunchError(f"{what} {script} is a directory: name a Python script")
+
+
+def run_job(job: JobSpec, output: TextIO | None = None, monitor: RankMonitor | None = None) -> JobResult:
+    """Run the job to its end and say how it ended. Output of the processes goes to `output` (default: stdout), each
+    line prefixed by its rank. Failures of the script are in the result; only a job that could not be started raises.
+    """
+    output = output or sys.stdout
+    check_script(job.script)
+    folder = job.folder
+    with folder.held(), reserved_port(job.preferred_port) as port:
+        folder.prepare(job.source_dir, job.channels, job.checkpoints)
+        _describe(job)
+        environment = job_environment(job, port)
+        monitor = monitor or RankMonitor()
+        monitor.attach(folder, job.num_processes, output, job.timeout)
+        monitor.say(_opening_line(job))
+        for line in _notices(job):
+            monitor.say(line)
+        started = time.monotonic()
+        monitor.start()
+        interrupted: JobInterrupted | None = None
+        exit_codes: dict[int, int] = {}
+        code = 1
+        try:
+            code, exit_codes = _run_backend(job, environment, port, monitor)
+        except JobInterrupted as interruption:
+            interrupted = interruption
+        finally:
+            end_leftovers(folder.description, patience=2.0 if code == 0 else 0.0)
+            monitor.close()
+        seconds = time.monotonic() - started
+        result = _outcome(job, monitor, code, exit_codes, interrupted, seconds)
+        if result.exit_code == 0:
+            monitor.say(f"job {job.name} finished in {seconds:.1f} s")
+        else:
+            folder.failure_file.write_text(result.message + "\n", encoding="utf-8")
+        return result
+
+
+def _run_backend(
+    job: JobSpec, environment: Mapping[str, str], port: int, monitor: RankMonitor
+) -> tuple[int, dict[int, int]]:
+    if job.backend == "mpi":
+        from modelparallel.launch import mpi_backend
+
+        return mpi_backend.run(job, environment, monitor)
+    from modelparallel.launch import elastic_backend  # imports torch's agent, which takes a second
+
+    return elastic_backend.run(job, environment, port)
+
+
+def _describe(job: JobSpec) -> None:
+    """Write what the bootstrap in each process needs, and the configuration files of the toolkit."""
+    folder = job.folder
+    description = {
+        "name": job.name,
+        "device": job.device,
+        "num_devices": job.num_processes,
+        "source_dir": str(job.source_dir),
+        "working_directory": str(job.working_directory),
+        "logs": str(folder.logs),
+        "status": str(folder.status),
+    }
+    folder.description.write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+    folder.write_input_config("hyperparameters", job.hyperparameters)
+    folder.write_input_config("resourceconfig", resource_config(job))
+    folder.write_input_config("inputdataconfig", {name: {"TrainingInputMode": "File"} for name in job.channels})
+
+
+def _opening_line(job: JobSpec) -> str:
+    processes = f"{job.num_processes} process" + ("es" if job.num_processes > 1 else "")
+    return f"job {job.name}: {processes} by {job.backend} on {job.device}; folder {job.folder.root}"
+
+
+def _notices(job: JobSpec) -> list[str]:
+    lines = []
+    if job.device == "cpu":
+        lines.append(
+            "rehearsal on the CPU: the CUDA calls of the script are mapped to the CPU, libraries see no GPU "
+            "(docs/rehearsal.md)"
+        )
+    if job.backend == "elastic" and job.custom_mpi_options.strip():
+        lines.append(
+            "mpi options are accepted; torch elastic starts the processes and has no use for the options of mpirun "
+            "other than -x and --NCCL_DEBUG (use --backend mpi, backend='mpi' or MODELPARALLEL_BACKEND=mpi for mpirun)"
+        )
+    return lines
+
+
+def _outcome(
+    job: JobSpec,
+    monitor: RankMonitor,
+    code: int,
+    exit_codes: dict[int, int],
+    interrupted: JobInterrupted | None,
+    seconds: float,
+) -> JobResult:
+    if interrupted is not None:
+        message = f"job {job.name} was stopped by {interrupted.signal.name} after {seconds:.1f} s"
+        return JobResult(128 + interrupted.signal, seconds, job.folder, message=message)
+    if monitor.stop_reason is not None:
+        is_timeout = monitor.has_timed_out
+        message = f"job {job.name} was stopped after {seconds:.1f} s: {monitor.stop_reason}"
+        return JobResult(TIMEOUT_EXIT_CODE if is_timeout else 143, seconds, job.folder, message=message)
+    if code == 0:
+        return JobResult(0, seconds, job.folder)
+    failure = first_failure(job.folder, monitor.deaths, {**exit_codes, **monitor.exit_codes}, job.num_processes)
+    if failure is None:
+        message = f"job {job.name} failed (exit code {code}); see {job.folder.logs}"
+        return JobResult(code, seconds, job.folder, message=message)
+    exit_code = failure.process_exit_code or code or 1
+    return JobResult(exit_code, seconds, job.folder, failure, failure.render(job.num_processes, seconds))

@@ -1,0 +1,154 @@
+"""The bootstrap that runs in every process of a job, before the script.
+
+It is started by path (`python .../launch/worker.py script.py arguments`), so that the log is open before anything heavy
+is imported. It sends output to the log of its rank, tells the launcher that the process started, rehearses CUDA where
+the job runs on the CPU, runs the script as `__main__`, and writes down an exception with its time.
+"""
+
+import sys
+
+# Started by path, Python puts this file's directory first; its neighbours must not be importable as top-level modules.
+if __name__ == "__main__":
+    del sys.path[0]
+
+import atexit
+import ctypes
+import faulthandler
+import importlib.util
+import io
+import json
+import os
+import signal
+import time
+import traceback
+import types
+from pathlib import Path
+from typing import Any
+
+_PR_SET_PDEATHSIG = 1
+
+
+def main() -> None:
+    script, arguments = sys.argv[1], sys.argv[2:]
+    job = json.loads(Path(os.environ["MODELPARALLEL_JOB"]).read_text(encoding="utf-8"))
+    global_rank = _own_global_rank()
+    status = Path(job["status"])
+    _redirect_output(Path(job["logs"]) / f"rank_{global_rank}.log")
+    _end_with_launcher()
+    faulthandler.enable()
+    # The launcher asks for the stacks of a job that runs out of time.
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
+    _write(status / f"rank_{global_rank}.started.json", {"pid": os.getpid(), "time": time.time()})
+    os.chdir(job["working_directory"])
+    sys.argv = [script, *arguments]
+    sys.path.insert(0, os.path.dirname(script))
+    if importlib.util.find_spec("modelparallel") is None:
+        # The launcher was run from a source tree that is not installed.
+        sys.path.append(str(Path(__file__).resolve().parents[2]))
+    # Registered first, so it runs last: handlers of the script may still communicate.
+    atexit.register(_leave_process_group)
+    try:
+        if job["device"] == "cpu" and importlib.util.find_spec("modelparallel.launch.rehearsal"):
+            _start_rehearsal(job)
+        _run_as_main(script)
+    except BaseException as error:
+        _record_and_leave(error, status / f"rank_{global_rank}.error.json", status, global_rank)
+    else:
+        _write(status / f"rank_{global_rank}.finished.json", {"time": time.time()})
+
+
+def _own_global_rank() -> int:
+    for name in ("RANK", "OMPI_COMM_WORLD_RANK"):
+        if name in os.environ:
+            return int(os.environ[name])
+    raise SystemExit("neither RANK nor OMPI_COMM_WORLD_RANK is set: this file is run by the launcher only")
+
+
+def _redirect_output(log: Path) -> None:
+    """Send file descriptors 1 and 2 to the log: one file, in the order of writing, C++ included."""
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.close(descriptor)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(line_buffering=True, encoding="utf-8", errors="backslashreplace")
+
+
+def _end_with_launcher() -> None:
+    """Have the kernel kill this process when the launcher dies without a chance to clean up."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _start_rehearsal(job: dict[str, Any]) -> None:
+    from modelparallel.launch import rehearsal
+
+    extra = os.environ.get("MODELPARALLEL_REHEARSAL_PATHS", "")
+    directories = [job["source_dir"], *filter(None, extra.split(os.pathsep))]
+    rehearsal.start(script_directories=directories, num_devices=job["num_devices"])
+
+
+def _run_as_main(script: str) -> None:
+    """As `python script.py`: in a module `__main__` that stays, so that its classes can be pickled."""
+    module = types.ModuleType("__main__")
+    module.__dict__.update(__file__=script, __builtins__=__builtins__, __cached__=None)
+    sys.modules["__main__"] = module
+    with open(script, "rb") as file:
+        code = compile(file.read(), script, "exec")
+    exec(code, module.__dict__)
+
+
+def _record_and_leave(error: BaseException, record_file: Path, status: Path, global_rank: int) -> None:
+    """Write down why the script ended, show it as Python would, and exit with its code."""
+    if isinstance(error, SystemExit):
+        exit_code = _code_of(error)
+        if exit_code == 0:
+            _write(status / f"rank_{global_rank}.finished.json", {"time": time.time()})
+            raise error
+        text = "" if isinstance(error.code, int) else str(error.code)
+        summary, shown = f"it exited with code {exit_code}" + (f": {text}" if text else ""), text
+    else:
+        exit_code = 128 + signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1
+        own_frames = error.__traceback__
+        while own_frames is not None and own_frames.tb_frame.f_code.co_filename == __file__:
+            own_frames = own_frames.tb_next
+        error = error.with_traceback(own_frames)
+        summary = "".join(traceback.format_exception_only(type(error), error)).strip().splitlines()[0]
+        shown = "".join(traceback.format_exception(type(error), error, own_frames))
+    record = {
+        "time": time.time(),
+        "exit_code": exit_code,
+        "summary": summary,
+        "traceback": shown,
+        "is_interrupt": isinstance(error, KeyboardInterrupt),
+    }
+    _write(record_file, record)
+    if isinstance(error, SystemExit):
+        raise error
+    sys.excepthook(type(error), error, error.__traceback__)
+    raise SystemExit(exit_code)
+
+
+def _code_of(error: SystemExit) -> int:
+    if error.code is None:
+        return 0
+    return error.code & 0xFF if isinstance(error.code, int) else 1
+
+
+def _leave_process_group() -> None:
+    """torch wants its process group destroyed before the interpreter goes; scripts of this API never do it."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    """Write the file whole: the launcher may look at any moment."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(content), encoding="utf-8")
+    partial.replace(path)
+
+
+if __name__ == "__main__":
+    main()
