@@ -12,11 +12,12 @@ _OPENING = """# Configuration
 
 <!-- Written by `python -m modelparallel.config_reference > docs/configuration.md`; a test compares the two. -->
 
-Parameters are given in the `parameters` dictionary of the estimator's `distribution`, by
-`modelparallel run --parameters` (JSON, or the path of a JSON file), or to `smp.init(dict)`. A launcher hands them
-to its processes in the environment variable `SM_HP_MP_PARAMETERS`, which wins over equal keys of the dict given to
-`smp.init`. `smp.state.cfg` holds the values in force, and `smp.state.cfg.sources` says for each whether it came from the "environment", from "init" or is the
-"default". A second `smp.init` adds keys that are new; a key that contradicts the first call is ignored with a warning.
+Parameters are given in the `parameters` dictionary of the estimator's `distribution`, by `modelparallel run
+--parameters` (JSON, or the path of a JSON file), or to `smp.init(dict)`. A launcher hands them to its processes in
+the environment variable `SM_HP_MP_PARAMETERS`, which wins over equal keys of the dict given to `smp.init`.
+`smp.state.cfg` holds the values in force, and `smp.state.cfg.sources` says for each whether it came from the
+"environment", from "init" or is the "default". A second `smp.init` adds keys that are new; a key that contradicts the
+first call is ignored with a warning.
 
 Whole numbers must not be bools; 0 and 1 serve as bools; `"4"` and `"True"` are read as the values they spell; numbers
 of elements may be written as 5e8. An unknown key is an error that names the nearest one; an unknown key that starts

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from modelparallel.config import Config, load_config, merge_second_init
-from modelparallel.errors import CommunicationError, NotInitializedError, SMPConfigError
+from modelparallel.errors import CommunicationError, NotInitializedError, SMPConfigError, SMPError
 from modelparallel.topology import ProcessIdentity, Topology, discover_process, master_host
 
 if TYPE_CHECKING:
@@ -42,6 +42,8 @@ class Session:
     groups: Groups
     device: torch.device
     models: list[Any] = field(default_factory=list)
+    # What the wrappers share (`runtime.Runtime`); made by them when it is first needed.
+    runtime: Any = None
     # Process groups by purpose and ranks, so that a second smp.init makes only those that are missing.
     _made: dict[tuple[str, tuple[int, ...]], dist.ProcessGroup] = field(default_factory=dict)
     _has_default_group: bool = False
@@ -159,9 +161,22 @@ def _assemble(
     world = dist.group.WORLD
     if world is not None and _carries(backend):
         made.setdefault(("training", tuple(range(identity.world_size))), world)
-    groups = build_groups(
-        topology, identity.global_rank, backend=backend, timeout_seconds=_group_timeout(config), made=made
-    )
+    try:
+        groups = build_groups(
+            topology,
+            identity.global_rank,
+            backend=backend,
+            timeout_seconds=_group_timeout(config),
+            settings=config.model_dump(),
+            made=made,
+        )
+    except RuntimeError as error:
+        if isinstance(error, SMPError):
+            raise
+        raise CommunicationError(
+            f"global rank {identity.global_rank} of {identity.world_size}: the process groups could not be made, most "
+            f"often because another process has ended or has not called smp.init ({str(error).splitlines()[0]})"
+        ) from error
     return Session(config, topology, identity, groups, device, _made=made, _has_default_group=has_default_group)
 
 

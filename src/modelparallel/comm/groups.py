@@ -4,11 +4,13 @@ Made once, by `smp.init`, from the topology. Parts of the library receive a `Gro
 """
 
 import datetime
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch.distributed as dist
 
+from modelparallel.errors import DivergenceError
 from modelparallel.topology import GroupKind, Topology
 
 
@@ -61,6 +63,7 @@ def build_groups(
     *,
     backend: str,
     timeout_seconds: float,
+    settings: Mapping[str, Any],
     made: MutableMapping[tuple[str, tuple[int, ...]], dist.ProcessGroup],
 ) -> Groups:
     """Make the process groups of this process; collective over the world.
@@ -68,6 +71,8 @@ def build_groups(
     Arguments:
         backend: of the groups that training uses, as `torch.distributed.new_group` takes it.
         timeout_seconds: the longest that an operation of these groups may take.
+        settings: the configuration; it must be equal on all ranks, or they would wait for each other in groups that
+            are not the same. Compared before anything depends on it.
         made: process groups that exist already, by purpose and ranks; new ones are added. Groups of equal ranks (tp=1
             makes the PP and MP groups equal, and all groups of one) share one process group, since every rank runs the
             same operations in the same order.
@@ -90,6 +95,8 @@ def build_groups(
             )
         return made[purpose, ranks]
 
+    message_process_group = process_group("messages", world_ranks)
+    _check_agreement(settings, global_rank, message_process_group)
     groups = {}
     for kind in GroupKind:
         ranks = topology.group_ranks(kind, global_rank)
@@ -97,5 +104,20 @@ def build_groups(
     return Groups(
         **groups,
         pipeline_process_group=process_group("pipeline", world_ranks),
-        message_process_group=process_group("messages", world_ranks),
+        message_process_group=message_process_group,
     )
+
+
+def _check_agreement(settings: Mapping[str, Any], global_rank: int, process_group: dist.ProcessGroup) -> None:
+    """Compare the configuration of all ranks; all of them raise `DivergenceError` if one differs."""
+    gathered: list[Any] = [None] * process_group.size()
+    dist.all_gather_object(gathered, dict(settings), group=process_group)
+    for other_rank, other in enumerate(gathered):
+        differing = [key for key in other if other[key] != gathered[0][key]]
+        if differing:
+            shown = "; ".join(
+                f"{key}: {gathered[0][key]!r} on rank 0, {other[key]!r} on rank {other_rank}" for key in differing
+            )
+            raise DivergenceError(
+                f"the processes were configured differently ({shown}): give smp.init the same parameters on every process"
+            )
