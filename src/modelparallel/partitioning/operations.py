@@ -104,7 +104,7 @@ class Traffic:
         if known is None:
             return False
         reference, first, last = known
-        size = tensor.numel() * tensor.element_size()
+        size = tensor.nbytes
         if position < first:
             self._crossings.append((position, first, size))
         elif position > last:
@@ -112,6 +112,16 @@ class Traffic:
         storage = id(tensor.untyped_storage())
         self._storages[storage] = (reference, min(first, position), max(last, position))
         return True
+
+    def cheapest_place(self, tensors: Iterable[torch.Tensor]) -> int | None:
+        """The position where an operation on ``tensors`` needs the fewest bytes moved; the later one of several."""
+        present = [(known[1], known[2], tensor.nbytes) for tensor in tensors if (known := self._known(tensor))]
+        places = sorted({place for first, last, _ in present for place in (first, last)}, reverse=True)
+        return min(
+            places,
+            key=lambda place: sum(size for first, last, size in present if not first <= place <= last),
+            default=None,
+        )
 
     def over_cuts(self, num_positions: int) -> list[int]:
         """The bytes over a cut after each position."""

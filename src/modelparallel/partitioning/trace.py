@@ -214,7 +214,8 @@ class _Recorder:
         self._stack: list[
             tuple[str, int, float, int]
         ] = []  # active unit, its nested calls, start time, allocated bytes
-        self._glue_owner: str | None = None
+        self._glue_unit: str | None = None  # where the glue operation that is running runs
+        self._reads_weight = False
         self._last: str | None = None
         self._has_gradients = False
         self._saved = StorageSet(root.parameters())
@@ -315,10 +316,10 @@ class _Recorder:
 
     @property
     def _current(self) -> str | None:
-        """The unit an operation counts for: in glue the unit whose weight it reads, else the one that ran last."""
+        """The unit that a running operation counts for."""
         if self._stack:
             return self._stack[-1][0]
-        return self._glue_owner or self._last
+        return self._glue_unit or self._last
 
     def _add_flops(self, count: int) -> None:
         if self._current is not None:
@@ -335,23 +336,26 @@ class _Recorder:
         return tensor
 
     def before_glue(self, inputs: Sequence[torch.Tensor]) -> None:
+        """An operation outside the units runs where the weight it reads lives, else where its data is."""
         owners = (self._owner_of_weight.get(id(tensor.untyped_storage())) for tensor in inputs)
-        self._glue_owner = next((owner for owner in owners if owner is not None), None)
+        owner = next((owner for owner in owners if owner in self._position), None)
+        place = self._traffic.cheapest_place(inputs) if owner is None else self._position[owner]
+        self._reads_weight = owner is not None
+        self._glue_unit = None if place is None else self.order[place]
 
     def after_glue(self, inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]) -> None:
-        unit, reads_weight = self._current, self._glue_owner is not None
-        self._glue_owner = None
+        unit, reads_weight = self._current, self._reads_weight
+        self._glue_unit, self._reads_weight = None, False
         if not outputs:
             return  # reading a shape or a dtype is no use
         for tensor in inputs:
             name = self._direct.get(id(tensor.untyped_storage()))
             reads_weight |= name is not None
             if name is not None and name not in self._near:
-                # A tensor above the units should live with the unit that made what it meets first.
                 self._near[name] = unit
                 if unit is None:
                     self._waiting.append(name)
-        place = 0 if unit is None else self._position.get(unit, 0)
+        place = 0 if unit is None else self._position[unit]
         moved = [self._traffic.used(tensor, place) for tensor in inputs]
         if reads_weight or any(moved):
             for tensor in outputs:

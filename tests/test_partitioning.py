@@ -1,0 +1,763 @@
+"""The partitioner: units, trace, split, manual placement, plan. One process; plans are data."""
+
+import itertools
+import logging
+import math
+import pickle
+import random
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from modelparallel.errors import PartitionError
+from modelparallel.partitioning import find_units, log_plan, make_plan, sizes_only, solve, trace_step
+from modelparallel.partitioning.costs import TensorCosts, Trace, UnitCosts, microbatches_in_flight
+from modelparallel.partitioning.operations import Traffic
+from modelparallel.partitioning.units import direct_tensors
+from modelparallel.plan.partition import PartitionPlan
+from modelparallel.registry import partition_context, partition_mark
+
+SMALL = {
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "vocab_size": 50,
+}
+
+
+def layers(num_layers, width=8):
+    return nn.Sequential(*(nn.Linear(width, width) for _ in range(num_layers)))
+
+
+class Attention(nn.Module):
+    def __init__(self, num_heads=2):
+        super().__init__()
+        self.heads = nn.ModuleList(Projections() for _ in range(num_heads))
+        self.proj = nn.Linear(4, 4)
+
+
+class Projections(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.key, self.query = nn.Linear(4, 4), nn.Linear(4, 4)
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention = Attention()
+        self.mlp = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 4))
+
+
+class Decoder(nn.Module):
+    """Everything at once: a table used again as head, parameters of its own, blocks, a constant."""
+
+    def __init__(self, num_blocks=3, vocabulary=11):
+        super().__init__()
+        self.table = nn.Embedding(vocabulary, 4)
+        self.positions = nn.Parameter(torch.zeros(5, 4))
+        self.scale = nn.Parameter(torch.ones(()))
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(num_blocks))
+        self.norm = nn.LayerNorm(4)
+        self.unused = nn.Linear(4, 4)
+        self.register_buffer("mask", torch.tril(torch.ones(5, 5)))
+
+    def forward(self, ids):
+        hidden = self.table(ids) + self.positions[: ids.shape[1]]
+        for block in self.blocks:
+            hidden = hidden + block(hidden)
+        return F.linear(self.norm(hidden), self.table.weight) * self.scale
+
+
+# Units
+
+
+def test_units_of_the_seed_network_and_of_plain_layers():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv1, self.conv2 = nn.Conv2d(1, 2, 3), nn.Conv2d(2, 4, 3)
+            self.drop = nn.Dropout()
+            self.fc1, self.fc2 = nn.Linear(4, 3), nn.Linear(3, 2)
+
+    assert find_units(Net()) == ("conv1", "conv2", "fc1", "fc2")
+    assert find_units(nn.Linear(2, 2)) == ("",)
+    assert find_units(nn.ReLU()) == ()
+    assert find_units(nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.ReLU(), nn.Linear(2, 2)))) == ("0", "1.1")
+
+
+def test_a_norm_without_weights_is_a_unit_only_if_it_keeps_statistics():
+    model = nn.Sequential(
+        nn.BatchNorm1d(3, affine=False),
+        nn.BatchNorm1d(3, affine=False, track_running_stats=False),
+        nn.LayerNorm(3, elementwise_affine=False),
+        nn.InstanceNorm1d(3, track_running_stats=True),
+    )
+    assert find_units(model) == ("0", "3")
+
+
+def test_blocks_are_units_and_keep_their_inner_lists():
+    model = nn.ModuleDict({"blocks": nn.ModuleList(Block() for _ in range(3)), "single": Block()})
+    # An attribute-like block is no list element of its like: its layers are placed one by one.
+    assert find_units(model["blocks"]) == ("0", "1", "2")
+    assert find_units(nn.Sequential(Block(), nn.Linear(4, 4)))[-1] == "1"
+    stages = nn.ModuleList(nn.ModuleDict({"blocks": nn.ModuleList([Attention(1), Attention(1)])}) for _ in range(2))
+    assert find_units(stages) == ("0.blocks.0", "0.blocks.1", "1.blocks.0", "1.blocks.1")
+
+
+def test_torch_modules_with_inner_weights_stay_whole():
+    model = nn.ModuleDict(
+        {
+            "attention": nn.MultiheadAttention(4, 2),
+            "rnn": nn.LSTM(4, 4, 2),
+            "normed": nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)),
+            "encoder": nn.TransformerEncoder(
+                nn.TransformerEncoderLayer(4, 2, 8, batch_first=True), 2, enable_nested_tensor=False
+            ),
+        }
+    )
+    assert find_units(model) == ("attention", "rnn", "normed", "encoder.layers.0", "encoder.layers.1")
+
+
+def test_a_distributed_layer_is_one_unit():
+    class Distributed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.query, self.dense = nn.Linear(2, 2), nn.Linear(2, 2)
+
+        def split_tensors(self):
+            return {}
+
+    assert find_units(nn.ModuleDict({"layer": Distributed(), "head": nn.Linear(2, 2)})) == ("layer", "head")
+
+
+def test_a_shared_module_is_one_unit_under_its_first_name():
+    shared = nn.Linear(4, 4)
+    model = nn.ModuleDict({"first": shared, "second": nn.ModuleList([shared, nn.Linear(4, 4)])})
+    assert find_units(model) == ("first", "second.1")
+    # A block that holds a unit met before is no unit itself: units do not nest.
+    block = Block()
+    model = nn.ModuleDict({"proj": block.attention.proj, "blocks": nn.ModuleList([block])})
+    units = find_units(model)
+    assert units[0] == "proj"
+    assert "blocks.0" not in units
+    assert not [unit for unit in units if unit.endswith("attention.proj")]
+
+
+def test_tensors_above_the_units_are_listed_once():
+    model = Decoder()
+    units = find_units(model)
+    assert units == ("table", "blocks.0.0", "blocks.1.0", "blocks.2.0", "norm", "unused")
+    assert [(direct.name, direct.is_parameter) for direct in direct_tensors(model, units)] == [
+        ("positions", True),
+        ("scale", True),
+        ("mask", False),
+    ]
+    lists = nn.ModuleDict({"layer": nn.Linear(2, 2), "gains": nn.ParameterList([nn.Parameter(torch.ones(2))])})
+    assert find_units(lists) == ("layer",)
+    assert [direct.name for direct in direct_tensors(lists, ("layer",))] == ["gains.0"]
+
+
+def hugging_face_model(name):
+    import transformers
+
+    t5 = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2, "vocab_size": 50}
+    vit = {**SMALL, "image_size": 32, "patch_size": 8}
+    vit.pop("vocab_size")
+    moe = {**SMALL, "num_key_value_heads": 2, "num_local_experts": 4}
+    swin = {"embed_dim": 16, "depths": [2, 2], "num_heads": [2, 2], "image_size": 32, "window_size": 2}
+    configurations = {
+        "LlamaForCausalLM": lambda: transformers.LlamaConfig(**SMALL),
+        "BertForPreTraining": lambda: transformers.BertConfig(**SMALL),
+        "GPT2LMHeadModel": lambda: transformers.GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=50),
+        "T5ForConditionalGeneration": lambda: transformers.T5Config(**t5),
+        "ViTForImageClassification": lambda: transformers.ViTConfig(**vit),
+        "MixtralForCausalLM": lambda: transformers.MixtralConfig(**moe),
+        "SwinForImageClassification": lambda: transformers.SwinConfig(**swin),
+    }
+    return getattr(transformers, name)(configurations[name]())
+
+
+HUGGING_FACE_UNITS = {
+    "LlamaForCausalLM": "model.embed_tokens model.layers.0 model.layers.1 model.norm lm_head",
+    "BertForPreTraining": "bert.embeddings.word_embeddings bert.embeddings.position_embeddings "
+    "bert.embeddings.token_type_embeddings bert.embeddings.LayerNorm bert.encoder.layer.0 bert.encoder.layer.1 "
+    "bert.pooler.dense cls.predictions.transform.dense cls.predictions.transform.LayerNorm cls.predictions.decoder "
+    "cls.seq_relationship",
+    "GPT2LMHeadModel": "transformer.wte transformer.wpe transformer.h.0 transformer.h.1 transformer.ln_f lm_head",
+    "T5ForConditionalGeneration": "shared encoder.block.0 encoder.block.1 encoder.final_layer_norm decoder.block.0 "
+    "decoder.block.1 decoder.final_layer_norm lm_head",
+    "ViTForImageClassification": "vit.embeddings.patch_embeddings.projection vit.encoder.layer.0 vit.encoder.layer.1 "
+    "vit.layernorm classifier",
+    "MixtralForCausalLM": "model.embed_tokens model.layers.0 model.layers.1 model.norm lm_head",
+    "SwinForImageClassification": "swin.embeddings.patch_embeddings.projection swin.embeddings.norm "
+    "swin.encoder.layers.0.blocks.0 swin.encoder.layers.0.blocks.1 swin.encoder.layers.0.downsample.reduction "
+    "swin.encoder.layers.0.downsample.norm swin.encoder.layers.1.blocks.0 swin.encoder.layers.1.blocks.1 "
+    "swin.layernorm classifier",
+}
+
+
+@pytest.mark.parametrize("name", HUGGING_FACE_UNITS)
+def test_units_of_hugging_face_models(name):
+    model = hugging_face_model(name)
+    units = find_units(model)
+    assert " ".join(units) == HUGGING_FACE_UNITS[name]
+    plan = make_plan(model, 2)  # checks that every parameter has one home
+    assert {stage for _, stage in plan.modules} == {0, 1}
+
+
+# Trace
+
+
+def test_flops_and_activations_equal_hand_counts():
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Conv1d(1, 3, 3), nn.Flatten(), nn.Linear(18, 2))
+
+    def run():
+        hidden = model[1](model[0](torch.zeros(5, 4)))
+        return model[4](model[3](model[2](hidden.unsqueeze(1)))).sum()
+
+    first, conv, last = trace_step(model, find_units(model), run).units
+    assert (first.name, first.first_call, first.num_calls) == ("0", 0, 1)
+    assert first.flops == 2 * 5 * 4 * 8
+    assert conv.flops == 2 * 5 * 6 * (1 * 3 * 3)
+    assert last.flops == 2 * 5 * 18 * 2
+    assert first.parameter_bytes == first.trainable_bytes == 4 * (4 * 8 + 8)
+    # Saved: the input and, in the glue that follows, the output of the ReLU, which the convolution saves again.
+    assert first.activation_bytes == 4 * (5 * 4 + 5 * 8)
+    assert conv.activation_bytes == 0
+    assert last.activation_bytes == 4 * 5 * 18
+    assert (first.output_bytes, conv.output_bytes, last.output_bytes) == (4 * 5 * 8, 4 * 5 * 3 * 6, 4 * 5 * 2)
+    assert (first.needs_weight_gradient, first.needs_input_gradient) == (True, False)
+    assert conv.compute == 3 * conv.flops
+    assert first.compute == 2 * first.flops
+    assert [unit.crossing_bytes for unit in (first, conv, last)] == [4 * 5 * 8, 4 * 5 * 18, 0]
+
+
+def test_a_microbatch_counts_as_itself_not_as_the_batch_it_is_a_view_of():
+    model = layers(1)
+    batch = torch.zeros(64, 8)
+    (unit,) = trace_step(model, ("0",), lambda: model(batch[:4])).units
+    assert unit.activation_bytes == 4 * 4 * 8
+
+
+def test_attention_and_recurrence_are_counted():
+    encoder = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    rows = 2 * 3
+    expected = 2 * rows * 8 * (24 + 8 + 32) + 2 * 2 * 2 * 3 * 3 * (4 + 4)
+    x = torch.randn(2, 3, 8)
+    for is_training in (True, False):
+        encoder.train(is_training)
+        assert trace_step(encoder, ("",), lambda: encoder(x)).units[0].flops == expected
+    with torch.inference_mode():
+        assert trace_step(encoder, ("",), lambda: encoder(x)).units[0].flops == expected
+    lstm = nn.LSTM(8, 4)
+    assert trace_step(lstm, ("",), lambda: lstm(x)).units[0].flops == 2 * rows * (16 * 8 + 16 * 4)
+
+
+def test_order_calls_and_glue_belong_to_the_right_units():
+    model = Decoder()
+    ids = torch.zeros(2, 5, dtype=torch.long)
+    model.table.weight.grad = None
+    trace = trace_step(model, find_units(model), lambda: model(ids).sum())
+    assert trace.order == ("table", "blocks.0.0", "blocks.1.0", "blocks.2.0", "norm")
+    costs = {unit.name: unit for unit in trace.units}
+    assert costs["unused"].first_call is None
+    # The product with the table's weight in glue runs at the table's home.
+    assert costs["table"].flops == 2 * 2 * 5 * 4 * 11
+    assert costs["norm"].flops == 0
+    near = {tensor.name: tensor.near_unit for tensor in trace.tensors}
+    assert near == {"positions": "table", "scale": "table"}
+    assert trace.stateful_buffers == ()
+    # Residuals cross too: between two blocks travels the running sum, and `norm`'s output goes back to the table.
+    hidden = 4 * 2 * 5 * 4
+    assert costs["blocks.0.0"].crossing_bytes == hidden * 2
+    assert pickle.loads(pickle.dumps(trace)) == trace
+
+
+def test_a_module_called_twice_counts_twice_and_inner_calls_count_for_their_unit():
+    block = Block()
+    model = nn.ModuleDict({"blocks": nn.ModuleList([block, Block()]), "head": nn.Linear(4, 4)})
+    x = torch.zeros(2, 4)
+
+    def run():
+        hidden = model["blocks"][1].mlp(model["head"](model["head"](x)))
+        return block.mlp(hidden)
+
+    trace = trace_step(model, find_units(model), run)
+    assert trace.order == ("head", "blocks.1", "blocks.0")
+    costs = {unit.name: unit for unit in trace.units}
+    assert (costs["head"].num_calls, costs["head"].flops) == (2, 2 * 2 * 2 * 4 * 4)
+    assert (costs["blocks.0"].num_calls, costs["blocks.0"].flops) == (1, 2 * 2 * (4 * 8 + 8 * 4))
+
+
+def test_frozen_weights_need_no_gradient_and_no_state():
+    model = layers(2)
+    model[0].requires_grad_(False)
+    first, second = trace_step(model, ("0", "1"), lambda: model(torch.zeros(3, 8))).units
+    assert first.compute == first.flops
+    assert first.state_bytes == first.parameter_bytes
+    assert second.compute == 2 * second.flops
+    assert second.state_bytes == 4 * second.parameter_bytes
+
+
+class Eventful(nn.Module):
+    """Changes everything that a step body can change in a model."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.norm = nn.BatchNorm1d(4)
+        self.register_buffer("count", torch.zeros(()))
+        self.register_buffer("replaced", torch.zeros(2))
+        self.register_buffer("grown", torch.zeros(2))
+        self.register_buffer("constant", torch.tensor([float("nan"), 1.0]))
+        self.register_buffer("moved", torch.ones(2))
+
+    def forward(self, x):
+        x = F.dropout(self.norm(self.layer(x)))
+        self.count += 1
+        self.replaced = self.replaced + x.detach().mean()
+        self.grown.data = torch.ones(3)
+        self.moved = self.moved.clone()
+        self.register_buffer("late", torch.ones(1))
+        return x.sum() * random.random()
+
+
+@pytest.mark.parametrize("is_failing", [False, True])
+def test_tracing_leaves_no_mark(is_failing):
+    import numpy
+
+    torch.manual_seed(3)
+    model = Eventful()
+    model.norm.eval()
+    model.layer.weight.grad = torch.ones(4, 4)
+    before = {name: (buffer, buffer.clone()) for name, buffer in model.named_buffers()}
+    gradient = model.layer.weight.grad
+    modes = {name: module.training for name, module in model.named_modules()}
+    states = torch.get_rng_state(), random.getstate(), numpy.random.get_state()[1].tolist()
+
+    def run():
+        loss = model(torch.randn(5, 4) + numpy.random.rand())
+        loss.backward()
+        model.eval()
+        if is_failing:
+            raise ValueError("a body may fail")
+
+    if is_failing:
+        with pytest.raises(ValueError, match="a body may fail"):
+            trace_step(model, find_units(model), run)
+    else:
+        trace = trace_step(model, find_units(model), run)
+        assert trace.stateful_buffers == ("count", "replaced", "grown")
+        assert {tensor.name for tensor in trace.tensors} == {"count", "replaced", "grown"}
+    assert {name: buffer for name, (buffer, _) in before.items()}.keys() == dict(model.named_buffers()).keys()
+    for name, buffer in model.named_buffers():
+        assert buffer is before[name][0], name
+        assert torch.equal(torch.nan_to_num(buffer), torch.nan_to_num(before[name][1])), name
+    assert model.layer.weight.grad is gradient
+    assert torch.equal(gradient, torch.ones(4, 4))
+    assert model.layer.bias.grad is None
+    assert {name: module.training for name, module in model.named_modules()} == modes
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert random.getstate() == states[1]
+    assert numpy.random.get_state()[1].tolist() == states[2]
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert torch.is_grad_enabled()
+
+
+def test_running_statistics_change_and_come_back():
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4, affine=False))
+    trace = trace_step(model, find_units(model), lambda: model(torch.randn(5, 4)).sum())
+    assert trace.stateful_buffers == ("1.running_mean", "1.running_var", "1.num_batches_tracked")
+    assert trace.tensors == ()  # they live in a unit
+    assert int(model[1].num_batches_tracked) == 0
+    assert torch.equal(model[1].running_mean, torch.zeros(4))
+
+
+def test_a_parameter_changed_by_the_body_is_reported(caplog):
+    model = layers(1)
+
+    def run():
+        with torch.no_grad():
+            model[0].weight.mul_(2)
+
+    with caplog.at_level(logging.WARNING, "modelparallel.partitioning"):
+        trace_step(model, ("0",), run)
+    assert "changes the parameter '0.weight' in place" in caplog.text
+
+
+def test_times_are_measured_in_a_second_run():
+    model = layers(2)
+    runs = []
+    trace = trace_step(model, ("0", "1"), lambda: runs.append(model(torch.zeros(2, 8))), measure_times=True)
+    assert len(runs) == 2
+    assert all(unit.seconds is not None and 0 < unit.seconds < 1 for unit in trace.units)
+    assert trace.units[0].compute == 2 * trace.units[0].seconds
+    assert trace.units[0].num_calls == 1
+
+
+def test_traffic_counts_what_lives_across_a_cut():
+    traffic = Traffic()
+    tensor = torch.zeros(10)
+    assert not traffic.used(tensor, 1)  # made from the inputs alone: every stage has it
+    traffic.made(tensor, 1)
+    assert traffic.used(tensor, 3)
+    assert traffic.used(tensor.view(5, 2), 2)  # already there on its way
+    traffic.used(tensor, 0)  # back
+    assert traffic.over_cuts(4) == [40, 40, 40, 0]
+    other, small = torch.zeros(100), torch.zeros(1)
+    traffic.made(other, 5)
+    traffic.made(small, 6)
+    assert traffic.cheapest_place([tensor, small]) == 3
+    assert traffic.cheapest_place([tensor, other, small]) == 5
+    assert traffic.cheapest_place([small, torch.zeros(1)]) == 6
+    assert traffic.cheapest_place([torch.zeros(1)]) is None
+
+
+# Split
+
+
+def unit(name, state=0, activation=0, flops=0, position=None, crossing=0):
+    return UnitCosts(
+        name=name,
+        num_parameters=state // 4,
+        parameter_bytes=state,
+        trainable_bytes=0,
+        buffer_bytes=0,
+        first_call=position,
+        num_calls=1,
+        activation_bytes=activation,
+        flops=flops,
+        crossing_bytes=crossing,
+    )
+
+
+def stage_costs(costs, bounds, weight, in_flight):
+    num_stages = len(bounds)
+    memory = [
+        sum(u.parameter_bytes + u.activation_bytes * in_flight[stage] for u in costs[start:end])
+        for stage, (start, end) in enumerate(bounds)
+    ]
+    compute = [sum(u.flops for u in costs[start:end]) for start, end in bounds]
+    mean_in_flight = sum(in_flight) / num_stages
+    mean_memory = sum(u.parameter_bytes + u.activation_bytes * mean_in_flight for u in costs) / num_stages
+    mean_compute = sum(compute) / num_stages
+    return [weight * m / mean_memory + (1 - weight) * c / mean_compute for m, c in zip(memory, compute, strict=True)]
+
+
+def test_the_split_is_the_best_of_all_splits():
+    generator = random.Random(7)
+    for trial in range(60):
+        num_units = generator.randint(3, 9)
+        num_stages = generator.randint(1, min(4, num_units))
+        scale = generator.choice([3, 1000])  # few different values make ties
+        costs = [
+            unit(
+                f"u{i}",
+                generator.randint(1, scale),
+                generator.randint(0, scale),
+                generator.randint(0, scale) + (i == 0),
+                i,
+                crossing=generator.randint(0, 3),
+            )
+            for i in range(num_units)
+        ]
+        weight = generator.choice([0.0, 0.2, 0.8, 1.0])
+        is_backward_first = generator.random() < 0.5
+        in_flight = microbatches_in_flight(num_stages, 4, 3, is_backward_first)
+        plan = solve(
+            Trace(tuple(costs), (), source="run", has_gradients=True),
+            num_stages,
+            weight,
+            num_microbatches=4,
+            active_microbatches=3,
+            is_backward_first=is_backward_first,
+        )
+        ours = [[name for name, home in plan.modules if home == stage] for stage in range(num_stages)]
+        edges = list(itertools.accumulate((len(names) for names in ours), initial=0))
+        assert [name for names in ours for name in names] == [u.name for u in costs]
+        assert all(ours)
+
+        def rate(edges, costs=costs, weight=weight, in_flight=in_flight):
+            per_stage = stage_costs(costs, list(itertools.pairwise(edges)), weight, in_flight)
+            crossing = sum(costs[edge - 1].crossing_bytes for edge in edges[1:-1])
+            return max(per_stage), crossing, sum(cost * cost for cost in per_stage)
+
+        ratings = [
+            rate((0, *inner, num_units)) for inner in itertools.combinations(range(1, num_units), num_stages - 1)
+        ]
+        best = min(maximum for maximum, _, _ in ratings)
+        equal = [rating[1:] for rating in ratings if math.isclose(rating[0], best, rel_tol=1e-9)]
+        found = rate(edges)
+        assert math.isclose(found[0], best, rel_tol=1e-9), trial
+        assert found[1] == min(crossing for crossing, _ in equal), trial
+        assert found[2] <= min(squares for crossing, squares in equal if crossing == found[1]) + 1e-9, trial
+
+
+@pytest.mark.parametrize("num_layers", [2, 3, 8, 13, 24])
+@pytest.mark.parametrize("num_rows", [1, 512])
+def test_c054_equal_layers_are_split_in_half_and_the_plan_is_logged(num_layers, num_rows, caplog):
+    model = layers(num_layers)
+    run = lambda: model(torch.zeros(num_rows, 8))  # noqa: E731
+    for trace in (trace_step(model, find_units(model), run), None):
+        plan = make_plan(model, 2, trace=trace, memory_weight=1.0, num_microbatches=4)
+        assert abs(len(plan.modules_on(0)) - num_layers / 2) <= 1
+        assert len(plan.modules_on(0)) + len(plan.modules_on(1)) == num_layers
+    with caplog.at_level(logging.INFO, "modelparallel.partitioning"):
+        log_plan(plan)
+    lines = caplog.messages[-1].splitlines()
+    assert lines[0].startswith("Partition assignments:")
+    assert lines[1].split() == ["stage", "parameters", "bytes", "memory", "compute", "modules"]
+    assert len(lines) == 4
+    assert lines[2].split()[0] == "0"
+
+
+def test_a_big_vocabulary_head_leaves_its_stage_fewer_layers():
+    model = nn.Sequential(*layers(12, 16), nn.Linear(16, 200))
+    trace = trace_step(model, find_units(model), lambda: model(torch.zeros(8, 16)).sum())
+    for weight in (0.0, 0.2, 0.8):
+        plan = make_plan(model, 2, trace=trace, memory_weight=weight)
+        assert len(plan.modules_on(1)) < len(plan.modules_on(0)), weight
+    figures = plan.figures
+    assert sum(stage.num_parameters for stage in figures) == sum(p.numel() for p in model.parameters())
+    assert math.isclose(sum(stage.compute_share for stage in figures), 1)
+    assert max(stage.memory_share for stage in figures) < 0.6
+
+
+def test_compute_only_without_a_trace_falls_back_to_sizes():
+    assert [stage for _, stage in make_plan(layers(6), 3, memory_weight=0.0).modules] == [0, 0, 1, 1, 2, 2]
+
+
+def test_tied_and_uncalled_modules_and_tensors_above_units_have_a_home():
+    model = Decoder(num_blocks=6)
+    model.head = nn.Linear(4, 11, bias=False)
+    model.head.weight = model.table.weight
+    ids = torch.zeros(2, 5, dtype=torch.long)
+    trace = trace_step(model, find_units(model), lambda: model.head(model(ids)[..., :4]).sum())
+    assert trace.ties == (("table", "head"),)
+    plan = make_plan(model, 3, trace=trace, memory_weight=0.2)
+    assert plan.origin == "traced"
+    assert plan.home_of_module("head") == plan.home_of_module("table") == 0
+    assert plan.home_of_tensor("positions") == 0
+    assert plan.home_of_module("unused") == plan.home_of_module("norm") == 2
+    assert plan.home_of_tensor("mask") is None
+    assert plan.home_of_tensor("blocks.3.0.weight") == plan.home_of_module("blocks.3.0")
+    stages = [stage for name, stage in plan.modules if name.startswith("blocks")]
+    assert stages == sorted(stages)
+    assert sizes_only(model, find_units(model)).ties == trace.ties
+
+
+def test_ties_that_meet_form_one_group_and_may_lie_above_the_units():
+    a, b, c, d = (nn.Linear(4, 4) for _ in range(4))
+    b.weight, b.bias = a.weight, c.bias
+    model = nn.ModuleDict({"a": a, "b": b, "c": c, "d": d, "e": nn.Linear(4, 4)})
+    model.register_parameter("own", d.bias)
+    trace = sizes_only(model, find_units(model))
+    assert sorted(sorted(group) for group in trace.ties) == [["a", "b", "c"], ["d", "own"]]
+    plan = make_plan(model, 3)
+    assert len({plan.home_of_module(name) for name in "abc"}) == 1
+    assert plan.home_of_tensor("own") == plan.home_of_tensor("d.bias")
+    assert {stage for _, stage in plan.modules} == {0, 1, 2}
+    total = sum(figures.num_parameters for figures in plan.figures)
+    assert total == sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_fewer_pieces_than_stages_is_an_error_with_both_numbers():
+    with pytest.raises(PartitionError, match=r"2 pieces .* pipeline_parallel_degree is 3"):
+        make_plan(layers(2), 3)
+    model = layers(3)
+    model[2].weight = model[0].weight
+    with pytest.raises(PartitionError, match=r"share parameters count as one piece: '0'\+'2'"):
+        make_plan(model, 3)
+    with pytest.raises(PartitionError, match="the model has 0 pieces"):
+        make_plan(nn.ReLU(), 2)
+    assert make_plan(layers(3), 3).modules == (("0", 0), ("1", 1), ("2", 2))
+
+
+def test_a_tensor_without_any_module_next_to_it_is_an_error():
+    trace = Trace((), (TensorCosts("weight", 1, 4, 4, 0),))
+    with pytest.raises(PartitionError, match="'weight' cannot be placed"):
+        solve(trace, 1, 0.5)
+
+
+def test_many_units_are_split_quickly():
+    costs = tuple(unit(f"u{i}", 100 + i % 7, 10, 100 + i % 5, i) for i in range(600))
+    plan = solve(Trace(costs, (), source="run", has_gradients=True), 16, 0.5, 8)
+    sizes = [len(plan.modules_on(stage)) for stage in range(16)]
+    assert min(sizes) >= 36
+    assert max(sizes) <= 39
+
+
+# By hand
+
+
+class Marked(nn.Module):
+    def __init__(self):
+        super().__init__()
+        with partition_context(1):
+            self.before = nn.Linear(2, 2)
+            with partition_context(2):
+                self.inner = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+            self.after = nn.Linear(2, 2)
+        self.outside = nn.Linear(2, 2)
+
+
+def by_hand(model, num_stages=3, **arguments):
+    return make_plan(model, num_stages, is_automatic=False, marks=partition_mark, **arguments)
+
+
+def test_c051_the_innermost_context_decides_the_stage():
+    plan = by_hand(Marked(), default_partition=0)
+    assert dict(plan.modules) == {"before": 1, "inner.0": 2, "after": 1, "outside": 0}
+    assert plan.origin == "manual"
+    assert by_hand(Marked(), default_partition=2).home_of_module("outside") == 2
+    assert plan.figures[2].num_parameters == 6
+
+
+def test_c052_a_partition_outside_the_pipeline_is_an_error_and_auto_ignores_contexts():
+    with pytest.raises(PartitionError, match=r"smp.partition\(2\).*'inner.*pipeline_parallel_degree=2.*use 0 to 1"):
+        by_hand(Marked(), 2)
+    with pytest.raises(PartitionError, match=r"default_partition=3: partition 3 does not exist"):
+        by_hand(layers(3), 3, default_partition=3)
+    assert make_plan(Marked(), 2, marks=partition_mark).modules == make_plan(Marked(), 2).modules
+
+
+def test_c055_set_partition_moves_a_subtree():
+    model = Marked()
+    plan = by_hand(model, overrides=[(model.inner, 0)])
+    assert plan.home_of_module("inner.0") == 0
+    plan = by_hand(model, overrides=[(model.inner[0], 1), (model, 2), (model.after, 0)])
+    assert dict(plan.modules) == {"before": 2, "inner.0": 2, "after": 0, "outside": 2}
+    with pytest.raises(PartitionError, match=r"smp.set_partition\('after', 5\).*0 to 2"):
+        by_hand(model, overrides=[(model.after, 5)])
+    with pytest.raises(PartitionError, match="not part of the model"):
+        by_hand(model, overrides=[(nn.Linear(2, 2), 1)])
+
+
+def test_a_mark_finer_than_a_unit_splits_it():
+    model = nn.ModuleList([Block(), Block()])
+    model[1].register_parameter("gain", nn.Parameter(torch.ones(1)))
+    plan = by_hand(model, 2, overrides=[(model[1], 1), (model[1].attention.heads[0], 0)])
+    assert dict(plan.modules) == {
+        "0": 0,
+        "1.attention.heads.0": 0,
+        "1.attention.heads.1": 1,
+        "1.attention.proj": 1,
+        "1.mlp": 1,
+    }
+    assert plan.tensors == (("1.gain", 1),)
+    assert plan.home_of_module("1") is None
+    attention = nn.Sequential(nn.MultiheadAttention(4, 2), nn.Linear(4, 4))
+    with pytest.raises(PartitionError, match=r"'0' \(MultiheadAttention\) cannot be split"):
+        by_hand(attention, 2, overrides=[(attention[0].out_proj, 1)])
+
+
+def test_modules_that_share_a_parameter_must_be_on_one_partition():
+    model = layers(3)
+    model[2].weight = model[0].weight
+    with pytest.raises(PartitionError, match=r"'0' \(partition 0\) and '2' \(partition 1\) share .*'0.weight'"):
+        by_hand(model, 2, overrides=[(model[2], 1)])
+    assert by_hand(model, 2, overrides=[(model[1], 1)]).home_of_module("2") == 0
+
+
+def test_manual_order_and_changing_buffers_follow_the_trace():
+    model = Eventful()
+    model.moved_block = nn.Linear(4, 4)
+    trace = trace_step(model, find_units(model), lambda: model(model.moved_block(torch.randn(3, 4))))
+    plan = by_hand(model, 2, trace=trace, overrides=[(model, 1), (model.layer, 0)])
+    assert plan.modules == (("moved_block", 1), ("layer", 0), ("norm", 1))
+    assert plan.tensors == (("count", 1), ("replaced", 1), ("grown", 1))
+    assert plan.figures[0].compute_share is not None
+
+
+# Plan
+
+
+def test_a_plan_answers_who_lives_where():
+    plan = PartitionPlan(2, (("stem", 0), ("blocks.1", 1), ("blocks.10", 0)), (("scale", 1), ("blocks.mask", 0)))
+    assert plan.unit_of("blocks.1.attention.query") == "blocks.1"
+    assert plan.home_of_module("blocks.10") == 0
+    assert plan.home_of_module("blocks") is None
+    assert plan.home_of_module("") is None
+    assert plan.home_of_tensor("blocks.1.attention.query.weight") == 1
+    assert plan.home_of_tensor("blocks.mask") == 0
+    assert plan.home_of_tensor("other") is None
+    whole = PartitionPlan(1, (("", 0),))
+    assert whole.home_of_module("any.thing") == whole.home_of_tensor("weight") == 0
+
+
+def test_a_plan_survives_json_files_and_pickles(tmp_path):
+    model = Decoder()
+    plan = make_plan(model, 3, memory_weight=0.8)
+    again = PartitionPlan.from_json(plan.to_json())
+    assert again == plan
+    assert (again.figures, again.origin, again.to_json()) == (plan.figures, plan.origin, plan.to_json())
+    assert hash(again) == hash(plan)
+    assert pickle.loads(pickle.dumps(plan)) == plan
+    path = tmp_path / "made" / "plan.json"
+    plan.save(path)
+    loaded = make_plan(model, 3, load_from=path)
+    assert loaded == plan
+    assert loaded.origin == "loaded"
+
+
+def test_c092_a_stored_plan_is_used_whatever_the_weights_say(tmp_path):
+    model = nn.Sequential(*layers(6, 16), nn.Linear(16, 400))
+    path = tmp_path / "plan.json"
+    trace = trace_step(model, find_units(model), lambda: model(torch.zeros(2, 16)))
+    stored = PartitionPlan(2, tuple((name, int(name > "4")) for name in find_units(model)))
+    stored.save(path)
+    for weight in (0.0, 1.0):
+        assert make_plan(model, 2, trace=trace, memory_weight=weight) != stored
+        assert make_plan(model, 2, trace=trace, memory_weight=weight, load_from=path) == stored
+
+
+def test_a_stored_plan_that_does_not_fit_names_the_differences(tmp_path):
+    path = tmp_path / "plan.json"
+    make_plan(nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)}), 2).save(path)
+    other = nn.ModuleDict({"a": nn.Linear(2, 2), "c": nn.Linear(2, 2)})
+    with pytest.raises(
+        PartitionError, match=r"no stage for parameters 'c.weight', 'c.bias'; the model has no module 'b'"
+    ):
+        make_plan(other, 2, load_from=path)
+    with pytest.raises(PartitionError, match=r"is for 2 stages, but pipeline_parallel_degree is 4"):
+        make_plan(other, 4, load_from=path)
+    with pytest.raises(PartitionError, match=r"cannot read the partition plan .*missing"):
+        make_plan(other, 2, load_from=tmp_path / "missing")
+    path.write_text("[1]")
+    with pytest.raises(PartitionError, match="not a partition plan"):
+        make_plan(other, 2, load_from=path)
+    tied = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)})
+    make_plan(tied, 2).save(path)
+    tied["b"].weight = tied["a"].weight
+    with pytest.raises(PartitionError, match="share the parameter"):
+        make_plan(tied, 2, load_from=path)
+
+
+def test_c037_every_parameter_is_placed_exactly_once():
+    names = ["a.weight", "b.inner.weight", "own"]
+    with pytest.raises(PartitionError, match="no stage for parameter 'own'"):
+        PartitionPlan(2, (("a", 0), ("b", 1))).check(names)
+    with pytest.raises(PartitionError, match=r"more than one entry for parameter 'b.inner.weight'"):
+        PartitionPlan(2, (("a", 0), ("b", 1), ("b.inner", 0)), (("own", 0),)).check(names)
+    with pytest.raises(PartitionError, match=r"'a' is placed 2 times"):
+        PartitionPlan(2, (("a", 0), ("a", 1)))
+    with pytest.raises(PartitionError, match=r"'a' is placed on stage 2, but the plan has stages 0 to 1"):
+        PartitionPlan(2, (("a", 2),))
+    model = Decoder()
+    for num_stages in (1, 2, 3):
+        plan = make_plan(model, num_stages)
+        homes = [plan.home_of_tensor(name) for name, _ in model.named_parameters()]
+        assert None not in homes
+        assert set(homes) == set(range(num_stages))
+
+
+def test_the_table_folds_runs_of_layers():
+    plan = PartitionPlan(2, (("emb", 0), ("h.0", 0), ("h.1", 0), ("h.2", 0), ("h.3", 1), ("head", 1)), (("pos", 0),))
+    lines = plan.table().splitlines()
+    assert lines[1].endswith("emb, h.0..2, pos")
+    assert lines[2].endswith("h.3, head")
+    assert "1.0 KiB" in make_plan(nn.Linear(16, 15), 1).table() or "1020 B" in make_plan(nn.Linear(16, 15), 1).table()
