@@ -192,12 +192,16 @@ def _record_arguments(module_class: type[nn.Module]) -> None:
     original_init: Any = module_class.__init__
     if getattr(original_init, "_smp_records", None) is module_class:
         return
+    has_own_init = "__init__" in module_class.__dict__
 
     @functools.wraps(original_init)
     def recording_init(self: nn.Module, *args: Any, **kwargs: Any) -> None:
         if type(self) is module_class:  # a subclass has a constructor, and arguments, of its own
             self.__dict__[_ARGUMENTS] = (args, dict(kwargs))
-        original_init(self, *args, **kwargs)
+        if has_own_init:
+            original_init(self, *args, **kwargs)
+        else:  # looked up now: a context may have replaced that of nn.Module
+            super(module_class, self).__init__(*args, **kwargs)
 
     recording_init._smp_records = module_class  # type: ignore[attr-defined]
     module_class.__init__ = recording_init  # type: ignore[method-assign]

@@ -142,7 +142,7 @@ def _gather_rows(rows: torch.Tensor, group: Group, counts: tuple[int, ...]) -> t
     if rows.is_cuda and len(set(counts)) == 1:
         _all_gather_single(gathered, rows.contiguous(), group=group.process_group)
         return gathered
-    copies = rows.expand(group.size, *rows.shape).reshape(-1, *rows.shape[1:])
+    copies = rows.expand(group.size, *rows.shape).contiguous().view(-1, *rows.shape[1:])
     _exchange(gathered, copies, counts, (rows.shape[0],) * group.size, group)
     return gathered
 
@@ -163,7 +163,7 @@ def _reduce_rows(rows: torch.Tensor, group: Group, counts: tuple[int, ...]) -> t
 def _split_features(matrix: torch.Tensor, group: Group, counts: tuple[int, ...]) -> torch.Tensor:
     num_rows, num_features = matrix.shape
     width = num_features // group.size
-    slices = matrix.reshape(num_rows, group.size, width).transpose(0, 1).reshape(-1, width)
+    slices = matrix.reshape(num_rows, group.size, width).transpose(0, 1).reshape(-1, width).contiguous()
     received = matrix.new_empty((sum(counts), width))
     _exchange(received, slices, counts, (num_rows,) * group.size, group)
     return received

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -140,31 +141,23 @@ class DistributedEmbedding(DistributedModule):
             raise TensorParallelError(
                 f"DistributedEmbedding: ids must be int64 or int32, got {input.dtype} of shape {tuple(input.shape)}"
             )
-        ids = input.reshape(-1)
+        ids, own_shape = input.reshape(-1), tuple(input.shape)
         if self._skip_allgather:
-            if ids.numel() % group.size or (input.dim() and input.shape[0] % group.size):
+            if input.dim() == 0 or input.shape[0] % group.size:
                 raise TensorParallelError(
                     f"DistributedEmbedding: with _skip_allgather the ids are those of all {group.size} ranks, but "
-                    f"their shape "
-                    f"{tuple(input.shape)} is not divisible by that: give every rank the same number of rows"
+                    f"their "
+                    f"shape {own_shape} is not divisible by that: give every rank the same number of rows"
                 )
+            own_shape = (input.shape[0] // group.size, *input.shape[1:])
             counts = (ids.numel() // group.size,) * group.size
-            rows = tuple(input.shape)
         else:
             counts = gather_counts(ids.numel(), group)
             ids = all_gather(ids, group, counts=counts)
-            rows = (sum(counts) // max(1, input[:1].numel()), *input.shape[1:])
         slices = self._look_up(ids, counts)
         if self._skip_scatter_and_merge:
-            if input.dim() == 0 or ids.numel() != torch.Size(rows).numel():
-                raise TensorParallelError(
-                    f"DistributedEmbedding: with _skip_scatter_and_merge the ids of all ranks must agree in all dims "
-                    f"but the first; this rank "
-                    f"has shape {tuple(input.shape)}, all ranks together {sum(counts)} ids"
-                )
-            return slices.view(*rows, slices.shape[-1])
-        own = input.shape if not self._skip_allgather else (input.shape[0] // group.size, *input.shape[1:])
-        return merge_features(slices, group, counts).view(*own, self.embedding_dim)
+            return slices.view(*_scaled_shape(own_shape, counts), slices.shape[-1])
+        return merge_features(slices, group, counts).view(*own_shape, self.embedding_dim)
 
     def _look_up(self, ids: torch.Tensor, counts: tuple[int, ...]) -> torch.Tensor:
         """This rank's slice of the width, for the ids of all ranks: [len(ids), embedding_dim / t]."""
@@ -198,3 +191,14 @@ class DistributedEmbedding(DistributedModule):
         """The global sizes and the local slice."""
         padding = f", padding_idx={self.padding_idx}" if self.padding_idx is not None else ""
         return f"{self.num_embeddings}, {self.embedding_dim}{padding}, local_weight={tuple(self.weight.shape)}"
+
+
+def _scaled_shape(own_shape: tuple[int, ...], counts: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of the ids of all ranks, if this rank's have ``own_shape`` and each rank has ``counts`` of them."""
+    row_length = math.prod(own_shape[1:])
+    if not own_shape or any(count % max(1, row_length) for count in counts):
+        raise TensorParallelError(
+            "DistributedEmbedding: with _skip_scatter_and_merge the ids of all ranks must agree in all dims but the "
+            f"first; this rank has shape {own_shape}, the ranks have {counts} ids"
+        )
+    return (sum(counts) // max(1, row_length), *own_shape[1:])
