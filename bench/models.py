@@ -1,0 +1,104 @@
+"""The models of the benchmarks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+
+@dataclass(frozen=True)
+class GPTSize:
+    """Sizes of a GPT; the default is the one that the targets name, 8 layers of width 512."""
+
+    num_layers: int = 8
+    hidden: int = 512
+    num_heads: int = 8
+    vocabulary: int = 2048
+    sequence: int = 64
+
+
+class Embedding(nn.Module):
+    """Token and position embedding."""
+
+    def __init__(self, size: GPTSize) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(size.vocabulary, size.hidden)
+        self.positions = nn.Embedding(size.sequence, size.hidden)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.tokens(ids) + self.positions(torch.arange(ids.shape[1], device=ids.device))
+
+
+class Block(nn.Module):
+    """A transformer block with causal attention, normalised before each half."""
+
+    def __init__(self, size: GPTSize) -> None:
+        super().__init__()
+        self.num_heads = size.num_heads
+        self.attention_norm = nn.LayerNorm(size.hidden)
+        self.attention_in = nn.Linear(size.hidden, 3 * size.hidden)
+        self.attention_out = nn.Linear(size.hidden, size.hidden)
+        self.mlp_norm = nn.LayerNorm(size.hidden)
+        self.mlp_in = nn.Linear(size.hidden, 4 * size.hidden)
+        self.mlp_out = nn.Linear(4 * size.hidden, size.hidden)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        shape = (x.shape[0], x.shape[1], 3, self.num_heads, -1)
+        query, key, value = self.attention_in(self.attention_norm(x)).view(shape).permute(2, 0, 3, 1, 4)
+        attended = functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+        x = x + self.attention_out(attended.transpose(1, 2).flatten(2))
+        return x + self.mlp_out(functional.gelu(self.mlp_in(self.mlp_norm(x))))
+
+
+class Head(nn.Module):
+    """Final norm and projection to the vocabulary."""
+
+    def __init__(self, size: GPTSize) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(size.hidden)
+        self.projection = nn.Linear(size.hidden, size.vocabulary, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.projection(self.norm(x))
+
+
+class GPT(nn.Module):
+    """Embedding, blocks, head."""
+
+    def __init__(self, size: GPTSize) -> None:
+        super().__init__()
+        self.embedding = Embedding(size)
+        self.blocks = nn.ModuleList(Block(size) for _ in range(size.num_layers))
+        self.head = Head(size)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.embedding(ids)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+def stage_of_gpt(model: GPT, stage: int, num_stages: int) -> nn.Sequential:
+    """Equal numbers of layers per stage, the embedding on the first, the head on the last: the split of the peer."""
+    per_stage = len(model.blocks) // num_stages
+    modules: list[nn.Module] = list(model.blocks[stage * per_stage : (stage + 1) * per_stage])
+    if stage == 0:
+        modules.insert(0, model.embedding)
+    if stage == num_stages - 1:
+        modules.append(model.head)
+    return nn.Sequential(*modules)
+
+
+def language_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Cross entropy of every position."""
+    return functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+def token_batch(size: GPTSize, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random ids and targets, [batch, sequence]; the same on all ranks."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, size.vocabulary, (batch, size.sequence + 1), generator=generator)
+    return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
