@@ -165,6 +165,7 @@ def hugging_face_model(name):
     import transformers
 
     t5 = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2, "vocab_size": 50}
+    t5["decoder_start_token_id"] = 0
     vit = {**SMALL, "image_size": 32, "patch_size": 8}
     vit.pop("vocab_size")
     moe = {**SMALL, "num_key_value_heads": 2, "num_local_experts": 4}

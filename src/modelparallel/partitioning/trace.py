@@ -223,19 +223,20 @@ class _Recorder:
         self._from_outside = StorageSet()
         self._tied = {name: group for group in sizes_only(root, self._units).ties for name in group}
         self._position: dict[str, int] = {}
-        self._direct = {id(direct.tensor.untyped_storage()): direct.name for direct in self._direct_tensors()}
+        self._direct = {
+            id(direct.tensor.untyped_storage()): direct
+            for direct in direct_tensors(root, self._units)
+            if _has_storage(direct.tensor)
+        }
         self._owner_of_weight = {
             id(parameter.untyped_storage()): unit
             for unit in reversed(self._units)
-            for parameter in self._parameters(unit)
+            for parameter in self._modules[unit].parameters()
+            if _has_storage(parameter)
         }
 
-    def _direct_tensors(self) -> list[Any]:
-        directs = direct_tensors(self._root, self._units)
-        return [direct for direct in directs if tensor_bytes(direct.tensor) or direct.tensor.is_meta]
-
-    def _parameters(self, unit: str) -> list[torch.Tensor]:
-        return [parameter for parameter in self._modules[unit].parameters() if tensor_bytes(parameter)]
+    def _is_trainable(self, unit: str) -> bool:
+        return any(parameter.requires_grad for parameter in self._modules[unit].parameters())
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -341,7 +342,7 @@ class _Recorder:
         owner = next((owner for owner in owners if owner in self._position), None)
         place = self._traffic.cheapest_place(inputs) if owner is None else self._position[owner]
         self._reads_weight = owner is not None
-        self._glue_unit = None if place is None else self.order[place]
+        self._glue_unit = self.order[place] if place is not None and place < len(self.order) else None
 
     def after_glue(self, inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]) -> None:
         unit, reads_weight = self._current, self._reads_weight
@@ -349,12 +350,14 @@ class _Recorder:
         if not outputs:
             return  # reading a shape or a dtype is no use
         for tensor in inputs:
-            name = self._direct.get(id(tensor.untyped_storage()))
-            reads_weight |= name is not None
-            if name is not None and name not in self._near:
-                self._near[name] = unit
+            direct = self._direct.get(id(tensor.untyped_storage()))
+            if direct is None:
+                continue
+            reads_weight |= direct.is_parameter
+            if direct.name not in self._near:
+                self._near[direct.name] = unit
                 if unit is None:
-                    self._waiting.append(name)
+                    self._waiting.append(direct.name)
         place = 0 if unit is None else self._position[unit]
         moved = [self._traffic.used(tensor, place) for tensor in inputs]
         if reads_weight or any(moved):
@@ -374,7 +377,7 @@ class _Recorder:
                 output_bytes=self._output_bytes[unit.name],
                 activation_bytes=max(self._saved_bytes[unit.name], self._memory_bytes[unit.name]),
                 flops=self._flops[unit.name],
-                needs_weight_gradient=self._output_gradient[unit.name] and unit.trainable_bytes > 0,
+                needs_weight_gradient=self._output_gradient[unit.name] and self._is_trainable(unit.name),
                 needs_input_gradient=self._input_gradient[unit.name],
                 seconds=None if seconds is None else seconds[unit.name],
             )
