@@ -18,8 +18,8 @@ Generated from `bench/results.json` by `make bench` (`make bench ONLY=name` for 
 not edit. The remarks come from `bench/notes.md`.
 
 A benchmark and its peer run in turn in the same processes (ours, peer, ours, peer, ...), with one thread per process.
-The ratio is ours / peer: the median over the pairs, with its 95% bootstrap interval; below 1 we are faster. "Within noise"
-means that the median is above the target and the interval contains it.
+The ratio is ours / peer: the median over the pairs, with its 95% bootstrap interval; below 1 we are faster. "Within
+noise" means that the median is above the target and the interval contains it.
 """
 
 
