@@ -425,6 +425,71 @@ def test_c073_sums_over_rdp_are_divided_by_dp():
     run_ranks(split_over_tp, 4)
 
 
+def random_steps(seed, cap, overlap):
+    """Random uses of the parameters, random modes, random clearing; split and replicated parameters."""
+    import random
+
+    rdp, dp = pairs(), world()
+    common, own = random.Random(seed), random.Random(1000 * seed + dist.get_rank())
+    model = Branches()
+    names = [name for name, _ in model.named_parameters()]
+    group_of = {name: rdp if int(name.split(".")[1]) % 2 else dp for name in names}
+    entries = [ReducedParameter(name, parameter, group_of[name]) for name, parameter in model.named_parameters()]
+    reducer = GradientReducer(entries, divisor=4, bucket_cap_mb=cap, overlap=overlap)
+    final = dict.fromkeys(names)
+    pending = Branches()  # accumulates what is not reduced yet
+    for _ in range(12):
+        if common.random() < 0.5:
+            keep = common.random() < 0.3
+            for parameter in (*model.parameters(), *pending.parameters()):
+                if parameter.grad is not None:
+                    parameter.grad = parameter.grad.zero_() if keep else None
+            final = {
+                name: torch.zeros_like(value) if keep and value is not None else None for name, value in final.items()
+            }
+        is_synchronised, is_automatic = common.random() < 0.7, common.random() < 0.3
+        if is_automatic:
+            pieces = [through(*own.sample(range(6), own.randint(1, 6)), step=own.randint(0, 9))]
+        else:
+            pieces = [
+                through(*own.sample(range(6), own.randint(1, 6)), step=own.randint(0, 9))
+                for _ in range(own.randint(0, 3))
+            ]
+        for piece in pieces:
+            piece(pending)
+        if is_automatic and is_synchronised:
+            pieces[0](model)
+        elif is_automatic:
+            with reducer.no_sync():
+                pieces[0](model)
+        else:
+            split = own.randint(0, len(pieces))
+            run_step(reducer, model, pieces[:split], pieces[split:], will_synchronize=is_synchronised)
+        if not is_synchronised:
+            continue
+        local = {name: parameter.grad for name, parameter in pending.named_parameters()}
+        over = {id(group): mean_over_ranks(local, model, group) for group in (dp, rdp)}
+        for name, parameter in model.named_parameters():
+            new = over[id(group_of[name])][name]
+            if new is not None:
+                final[name] = new if final[name] is None else final[name] + new
+            if final[name] is None:
+                assert parameter.grad is None
+            else:
+                torch.testing.assert_close(parameter.grad, final[name], rtol=1e-10, atol=1e-12)
+        pending.zero_grad()
+    reducer.detach()
+
+
+def random_runs():
+    for seed, (cap, overlap) in enumerate([(1e-6, True), (SMALL_CAP, True), (SMALL_CAP, False)]):
+        random_steps(seed, cap, overlap)
+
+
+def test_random_sequences_of_steps_keep_the_rule():
+    run_ranks(random_runs, 4)
+
+
 def held_by_one_rank():
     group = alone()
     model = Branches()
