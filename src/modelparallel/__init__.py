@@ -1,3 +1,126 @@
-"""The public namespace of modelparallel, usually imported as ``smp``."""
+"""The public namespace of modelparallel, usually imported as ``smp``.
 
-from modelparallel.version import __version__ as __version__
+``import modelparallel as smp`` and ``import smdistributed.modelparallel.torch as smp`` give the same module.
+"""
+
+from modelparallel import model as model
+from modelparallel import nn as nn
+from modelparallel.model import DistributedModel, set_partition
+from modelparallel.optimizer import DistributedOptimizer
+from modelparallel.pipeline.calls import mark_dynamic as dynamic
+from modelparallel.ranks_and_messages import (
+    allgather,
+    barrier,
+    broadcast,
+    dp_barrier,
+    dp_rank,
+    dp_size,
+    get_dp_group,
+    get_dp_process_group,
+    get_mp_group,
+    get_mp_process_group,
+    get_pp_group,
+    get_pp_process_group,
+    get_rdp_group,
+    get_rdp_process_group,
+    get_tp_group,
+    get_tp_process_group,
+    get_world_process_group,
+    local_rank,
+    local_size,
+    mp_barrier,
+    mp_rank,
+    mp_size,
+    pp_rank,
+    pp_size,
+    rank,
+    rdp_rank,
+    rdp_size,
+    recv_from,
+    send,
+    size,
+    tp_rank,
+    tp_size,
+)
+from modelparallel.runtime import init, is_initialized
+from modelparallel.state_mod import state
+from modelparallel.step_output import StepOutput
+from modelparallel.stepping import is_tracing, num_microbatches, step
+from modelparallel.tensor_parallel.contexts import (
+    partition,
+    set_tensor_parallelism,
+    tensor_parallelism,
+    tp_register,
+    tp_register_with_module,
+)
+from modelparallel.topology import CommGroup, RankType
+from modelparallel.version import __version__
+
+WORLD = CommGroup.WORLD
+MP_GROUP = CommGroup.MP_GROUP
+DP_GROUP = CommGroup.DP_GROUP
+TP_GROUP = CommGroup.TP_GROUP
+PP_GROUP = CommGroup.PP_GROUP
+RDP_GROUP = CommGroup.RDP_GROUP
+
+__all__ = [
+    "DP_GROUP",
+    "MP_GROUP",
+    "PP_GROUP",
+    "RDP_GROUP",
+    "TP_GROUP",
+    "WORLD",
+    "CommGroup",
+    "DistributedModel",
+    "DistributedOptimizer",
+    "RankType",
+    "StepOutput",
+    "__version__",
+    "allgather",
+    "barrier",
+    "broadcast",
+    "dp_barrier",
+    "dp_rank",
+    "dp_size",
+    "dynamic",
+    "get_dp_group",
+    "get_dp_process_group",
+    "get_mp_group",
+    "get_mp_process_group",
+    "get_pp_group",
+    "get_pp_process_group",
+    "get_rdp_group",
+    "get_rdp_process_group",
+    "get_tp_group",
+    "get_tp_process_group",
+    "get_world_process_group",
+    "init",
+    "is_initialized",
+    "is_tracing",
+    "local_rank",
+    "local_size",
+    "model",
+    "mp_barrier",
+    "mp_rank",
+    "mp_size",
+    "nn",
+    "num_microbatches",
+    "partition",
+    "pp_rank",
+    "pp_size",
+    "rank",
+    "rdp_rank",
+    "rdp_size",
+    "recv_from",
+    "send",
+    "set_partition",
+    "set_tensor_parallelism",
+    "size",
+    "state",
+    "step",
+    "tensor_parallelism",
+    "tp_rank",
+    "tp_register",
+    "tp_register_with_module",
+    "tp_size",
+]

@@ -94,7 +94,12 @@ def initialize(parameters: Mapping[str, Any] | str | None = None, environ: Mappi
             logger.warning("%s", notice)
         if config.ddp_dist_backend == "nccl" and device.type != "cuda":
             logger.warning("ddp_dist_backend='nccl': gloo is used instead, since this process has no GPU")
-    session = _assemble(config, identity, device, has_default_group)
+    try:
+        session = _assemble(config, identity, device, has_default_group)
+    except SMPError:
+        if has_default_group:
+            dist.destroy_process_group()
+        raise
     _current = session
     atexit.register(shutdown)
     return session

@@ -1,0 +1,129 @@
+"""State dicts of a distributed model: local parts, whole ones, and loading both (smp-api section 5)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from modelparallel.errors import SMPError
+from modelparallel.plan.parameters import ParameterRow
+from modelparallel.ranks_and_messages import allgather
+from modelparallel.topology import CommGroup
+
+if TYPE_CHECKING:
+    from modelparallel.model import DistributedModel
+
+PARTIAL_KEY = "_smp_is_partial"
+
+
+class StateDictError(SMPError, RuntimeError):
+    """A state dict does not fit the model."""
+
+
+def local_state_dict(model: DistributedModel) -> dict[str, Any]:
+    """The entries that this rank holds, detached, and the partial mark."""
+    stage = model._runtime.engine.stage
+    result: dict[str, Any] = {}
+    for name, value in model.module.state_dict(keep_vars=True).items():
+        if isinstance(value, torch.Tensor):
+            row = model.table.row_named(name)
+            if row is not None and not model.table.is_local(row, stage):
+                continue
+            value = value.detach()
+        result[name] = value
+    result[PARTIAL_KEY] = True
+    return result
+
+
+def full_state_dict(model: DistributedModel, gather_to_rank0: bool) -> dict[str, Any]:
+    """The merged entries of the caller's MP_GROUP, on the CPU, in the order of the module."""
+    groups = model._runtime.session.groups
+    local = local_state_dict(model)
+    local.pop(PARTIAL_KEY)
+    on_cpu = {name: value.cpu() if isinstance(value, torch.Tensor) else value for name, value in local.items()}
+    if groups.mp.size == 1:
+        merged = {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in on_cpu.items()}
+    else:
+        parts = allgather((groups.pp.rank_in_group, groups.tp.rank_in_group, on_cpu), CommGroup.MP_GROUP)
+        merged = merge(model, parts)
+    if gather_to_rank0 and groups.world.rank_in_group != 0:
+        return {}
+    return merged
+
+
+def merge(model: DistributedModel, parts: Sequence[tuple[int, int, Mapping[str, Any]]]) -> dict[str, Any]:
+    """One whole dict from the parts ``(pp_rank, tp_rank, entries)`` of an MP_GROUP."""
+    found: dict[str, dict[int, Any]] = {}
+    for _, tp_rank, entries in sorted(parts, key=lambda part: part[:2]):
+        for name, value in entries.items():
+            found.setdefault(name, {}).setdefault(tp_rank, value)
+    names = [name for name in model.module.state_dict(keep_vars=True) if name in found]
+    names.extend(name for name in found if name not in set(names))
+    return {name: _joined(model.table.row_named(name), found[name]) for name in names}
+
+
+def _joined(row: ParameterRow | None, by_tp_rank: Mapping[int, Any]) -> Any:
+    values = [by_tp_rank[tp_rank] for tp_rank in sorted(by_tp_rank)]
+    if row is None or row.split is None or not isinstance(values[0], torch.Tensor):
+        return values[0]
+    if values[0].shape == torch.Size(row.full_shape):
+        return values[0]
+    return torch.cat(values, dim=row.split.dim)
+
+
+def load_state_dict(model: DistributedModel, state: Mapping[str, Any], strict: bool, same_partition_load: bool) -> Any:
+    """Load a full dict, or a partial one of this partition; returns torch's record of missing and unexpected names."""
+    entries = dict(state)
+    is_partial = bool(entries.pop(PARTIAL_KEY, False))
+    if is_partial and not same_partition_load:
+        groups = model._runtime.session.groups
+        if groups.mp.size > 1:
+            entries = merge(model, allgather((groups.pp.rank_in_group, groups.tp.rank_in_group, entries), CommGroup.MP_GROUP))
+    expected = model.module.state_dict(keep_vars=True)
+    local_names = set(local_state_dict(model)) - {PARTIAL_KEY}
+    wanted = {name: entries[name] for name in entries if name in local_names}
+    missing = [name for name in (local_names if same_partition_load else expected) if name not in entries]
+    unexpected = [name for name in entries if name not in expected]
+    if strict and (missing or unexpected):
+        raise StateDictError(
+            f"load_state_dict(strict=True): missing {sorted(missing) or 'none'}; unexpected {sorted(unexpected) or 'none'}: load a state dict of the "
+            "same model, or pass strict=False"
+        )
+    sliced = {name: _local_part(model, name, value) for name, value in wanted.items()}
+    # strict=False: what lives on other stages is missing here by design; names were checked above.
+    model.module.load_state_dict(sliced, strict=False)
+    return torch.nn.modules.module._IncompatibleKeys(missing, unexpected)
+
+
+def _local_part(model: DistributedModel, name: str, value: Any) -> Any:
+    row = model.table.row_named(name)
+    if row is None or row.split is None or not isinstance(value, torch.Tensor):
+        return value
+    tensor = model.table.tensor(row.name)
+    if value.shape == tensor.shape and tensor.shape != torch.Size(row.full_shape):
+        return value  # already the local slice
+    tp = model._runtime.session.groups.tp
+    part = row.split.local_slice(tp.rank_in_group, tp.size)
+    return value.narrow(row.split.dim, part.start, part.stop - part.start)
+
+
+def gather_whole(model: DistributedModel) -> None:
+    """Give every stage all parameters and buffers, as before the partition; collective over MP_GROUP."""
+    groups = model._runtime.session.groups
+    held = {
+        row.name: tensor.detach().cpu()
+        for source in (model.table.parameters(), model.table.buffers())
+        for row, tensor in source
+        if model.table.is_local(row, model._runtime.engine.stage)
+    }
+    parts = allgather((groups.pp.rank_in_group, groups.tp.rank_in_group, held), CommGroup.MP_GROUP)
+    values: dict[str, torch.Tensor] = {}
+    for _, tp_rank, entries in parts:
+        if tp_rank == groups.tp.rank_in_group:
+            values.update(entries)
+    for source in (model.table.parameters(), model.table.buffers()):
+        for row, tensor in source:
+            if not model.table.is_local(row, model._runtime.engine.stage):
+                tensor.data = values[row.name].clone()

@@ -1,0 +1,53 @@
+"""``model.module.module.module``: scripts of several versions of the original reach for the user's module at depths 1, 2 and 3.
+
+``DistributedModel.module`` is the user's module itself. It gets a plain attribute ``module``, a view that behaves like it, whose ``module`` is
+a last view without one: so every depth resolves, and code that follows ``.module`` until there is none (Hugging Face's ``unwrap_model``) ends.
+Source: smp-api section 18, clients 1.0.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+_OWN = ("_viewed", "_depth")
+
+
+class ModuleView:
+    """Looks like the module that it views, for ``isinstance`` too."""
+
+    def __init__(self, viewed: nn.Module, depth: int) -> None:
+        object.__setattr__(self, "_viewed", viewed)
+        object.__setattr__(self, "_depth", depth)
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:  # type: ignore[override]
+        return type(object.__getattribute__(self, "_viewed"))
+
+    def __getattr__(self, name: str) -> Any:
+        viewed = object.__getattribute__(self, "_viewed")
+        if name == "module":
+            depth = object.__getattribute__(self, "_depth")
+            if depth == 0:
+                raise AttributeError(f"'{type(viewed).__name__}' object has no attribute 'module'")
+            return ModuleView(viewed, depth - 1)
+        return getattr(viewed, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(object.__getattribute__(self, "_viewed"), name, value)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return object.__getattribute__(self, "_viewed")(*args, **kwargs)
+
+    def __reduce__(self) -> Any:
+        return ModuleView, (object.__getattribute__(self, "_viewed"), object.__getattribute__(self, "_depth"))
+
+    def __repr__(self) -> str:
+        return repr(object.__getattribute__(self, "_viewed"))
+
+
+def attach_module_attribute(module: nn.Module) -> None:
+    """Let ``module.module`` and ``module.module.module`` lead to ``module``, unless it has an attribute of that name."""
+    if not hasattr(module, "module"):
+        module.__dict__["module"] = ModuleView(module, 1)

@@ -1,0 +1,256 @@
+"""``smp.DistributedOptimizer``: an optimizer whose parameters live on several stages and slices (smp-api section 7)."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from modelparallel import runtime as runtime_module
+from modelparallel.errors import SMPConfigError
+from modelparallel.model_states import PARTIAL_KEY
+from modelparallel.parameters import ParameterTable
+from modelparallel.plan.parameters import ParameterRow
+from modelparallel.ranks_and_messages import allgather
+from modelparallel.topology import CommGroup
+
+_LOSS_SCALE_ARGUMENTS = ("init_scale", "scale_factor", "scale_window", "min_scale", "delayed_shift", "consecutive_hysteresis")
+
+
+class DistributedOptimizer(torch.optim.Optimizer):
+    """Wraps an optimizer; use it in its place. It may be built before or after the model is wrapped, and before the partition.
+
+    At the partition its groups shrink to the parameters of this rank, in place: the group dicts stay the same objects, so schedulers attached
+    before go on working. ``step()`` on a rank without parameters does nothing. ``optimizer.optimizer`` is the inner optimizer. The loss-scale
+    arguments act with fp16 only.
+
+    Source: smp-api section 7.
+    """
+
+    # Hugging Face's accelerate then takes the wrapper as prepared and leaves it as it is.
+    _is_accelerate_prepared = True
+    step_was_skipped = False
+    overflow = False
+
+    def __new__(cls, optimizer: Any, *args: Any, **kwargs: Any) -> DistributedOptimizer:
+        inner_class = type(optimizer)
+        if isinstance(optimizer, torch.optim.Optimizer) and not isinstance(optimizer, DistributedOptimizer):
+            # isinstance(wrapped, torch.optim.SGD) holds, as scripts expect; every method of ours comes first.
+            cls = type(cls.__name__, (cls, inner_class), {"__module__": cls.__module__})
+        return object.__new__(cls)
+
+    def __init__(
+        self,
+        optimizer: Any,
+        static_loss_scale: float | None = 1.0,
+        dynamic_loss_scale: bool = False,
+        dynamic_loss_args: Mapping[str, Any] | None = None,
+        **dynamic_loss_kwargs: Any,
+    ) -> None:
+        if isinstance(optimizer, DistributedOptimizer):
+            raise SMPConfigError("smp.DistributedOptimizer was given a smp.DistributedOptimizer: wrap the optimizer once")
+        if not hasattr(optimizer, "param_groups") or not hasattr(optimizer, "step"):
+            raise SMPConfigError(f"smp.DistributedOptimizer: expected an optimizer, got {type(optimizer).__name__}")
+        for name in {**(dynamic_loss_args or {}), **dynamic_loss_kwargs}:
+            if name not in _LOSS_SCALE_ARGUMENTS:
+                raise SMPConfigError(f"smp.DistributedOptimizer: unknown argument {name!r}; loss scaling takes {', '.join(_LOSS_SCALE_ARGUMENTS)}")
+        # Not torch.optim.Optimizer.__init__: groups and state are those of the inner optimizer.
+        self.__dict__["optimizer"] = optimizer
+        self._runtime = runtime_module.current()
+        self._replace_parameters()
+        self._all: list[list[nn.Parameter]] = [list(group["params"]) for group in optimizer.param_groups]
+        self._waiting_state: Mapping[str, Any] | None = None
+        self._runtime.optimizers.append(weakref.ref(self))
+        for model in self._runtime.session.models:
+            if model.partitioned and self._runtime.is_pipelined:
+                self.keep_local_parameters(model)
+
+    def _replace_parameters(self) -> None:
+        """Parameters that tensor parallelism has replaced since the optimizer was built: take the new ones."""
+        replaced = self._runtime.replaced
+        for group in self.optimizer.param_groups:
+            for index, parameter in enumerate(group["params"]):
+                old = replaced.get(id(parameter))
+                if old is not None and old[0] is parameter:
+                    group["params"][index] = old[1]
+                    self.optimizer.state.pop(parameter, None)
+
+    # What torch expects of an optimizer
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """The groups of the inner optimizer."""
+        return self.optimizer.param_groups  # type: ignore[no-any-return]
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self.optimizer.param_groups = groups
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        """The state of the inner optimizer."""
+        return self.optimizer.state
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        self.optimizer.state = state
+
+    @property
+    def defaults(self) -> Any:  # type: ignore[override]
+        """The defaults of the inner optimizer."""
+        return self.optimizer.defaults
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Update the parameters that this rank holds; call it outside the step function, on every rank."""
+        return self.optimizer.step() if closure is None else self.optimizer.step(closure)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients of the parameters that this rank holds."""
+        self.optimizer.zero_grad(set_to_none=set_to_none)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; after the partition of the model it keeps what this rank holds."""
+        self.optimizer.add_param_group(param_group)
+        self._all.append(list(self.optimizer.param_groups[-1]["params"]))
+        for model in self._runtime.session.models:
+            if model.partitioned and self._runtime.is_pipelined:
+                self.keep_local_parameters(model)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "optimizer":
+            raise AttributeError(name)
+        return getattr(self.optimizer, name)
+
+    def __repr__(self) -> str:
+        return f"DistributedOptimizer({self.optimizer!r})"
+
+    def __getstate__(self) -> Any:
+        return self.__dict__
+
+    # Partition
+
+    def all_parameters(self) -> Iterable[nn.Parameter]:
+        """All parameters given to the optimizer, also those that live on other stages."""
+        return (parameter for group in self._all for parameter in group)
+
+    def keep_local_parameters(self, model: Any) -> None:
+        """Drop the parameters of ``model`` that live on other stages, in place; called when the model is partitioned."""
+        for group in self.optimizer.param_groups:
+            kept = [parameter for parameter in group["params"] if model._is_local_tensor(parameter)]
+            for parameter in group["params"]:
+                if not model._is_local_tensor(parameter):
+                    self.optimizer.state.pop(parameter, None)
+            group["params"][:] = kept
+        if self._waiting_state is not None and not self._has_unpartitioned_parameters():
+            state, self._waiting_state = self._waiting_state, None
+            self.load_state_dict(state)
+
+    def _has_unpartitioned_parameters(self) -> bool:
+        return self._runtime.is_pipelined and any(not model.partitioned for model in self._runtime.session.models)
+
+    # State dicts
+
+    def local_state_dict(self, gather_if_shard: bool = True) -> dict[str, Any]:
+        """The state of the parameters of this rank, indexed as in the whole model, with ``_smp_is_partial: True``; local."""
+        index_of = self._indices()
+        state = {
+            index_of[id(parameter)]: dict(values) for parameter, values in self.optimizer.state.items() if id(parameter) in index_of
+        }
+        return {"state": state, "param_groups": self._whole_groups(), PARTIAL_KEY: True}
+
+    def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
+        """The whole state, merged and un-sliced, on the CPU; collective over MP_GROUP. Source: smp-api section 7."""
+        groups = self._runtime.session.groups
+        local = self.local_state_dict()["state"]
+        if groups.mp.size == 1:
+            return {"state": local, "param_groups": self._whole_groups()}
+        on_cpu = {index: {key: _cpu(value) for key, value in values.items()} for index, values in local.items()}
+        parts = allgather((groups.pp.rank_in_group, groups.tp.rank_in_group, on_cpu), CommGroup.MP_GROUP)
+        return {"state": self._merged(parts), "param_groups": self._whole_groups()}
+
+    def orig_state_dict(self) -> dict[str, Any]:
+        """The inner optimizer's own state dict; local. Source: smp-api section 18."""
+        return self.optimizer.state_dict()  # type: ignore[no-any-return]
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], gather_if_shard: bool = True) -> None:  # type: ignore[override]
+        """Load a whole state, or the partial one of this partition; before the partition it is kept until then.
+
+        Collective over MP_GROUP for a partial one. Source: smp-api section 7.
+        """
+        if self._has_unpartitioned_parameters():
+            self._waiting_state = state_dict
+            return
+        state: Mapping[int, Any] = state_dict["state"]
+        groups = self._runtime.session.groups
+        if state_dict.get(PARTIAL_KEY) and groups.mp.size > 1:
+            state = self._merged(allgather((groups.pp.rank_in_group, groups.tp.rank_in_group, dict(state)), CommGroup.MP_GROUP))
+        index_of = self._indices()
+        local_groups, local_state = [], {}
+        position = 0
+        for saved, group in zip(state_dict["param_groups"], self.optimizer.param_groups, strict=True):
+            positions = []
+            for parameter in group["params"]:
+                values = state.get(index_of[id(parameter)])
+                if values is not None:
+                    local_state[position] = {key: self._local_part(parameter, value) for key, value in values.items()}
+                positions.append(position)
+                position += 1
+            local_groups.append({**{key: value for key, value in saved.items() if key != "params"}, "params": positions})
+        self.optimizer.load_state_dict({"state": local_state, "param_groups": local_groups})
+
+    def _indices(self) -> dict[int, int]:
+        """Position of each parameter in the whole model's optimizer, by identity."""
+        return {id(parameter): index for index, parameter in enumerate(self.all_parameters())}
+
+    def _whole_groups(self) -> list[dict[str, Any]]:
+        result, start = [], 0
+        for group, everything in zip(self.optimizer.param_groups, self._all, strict=True):
+            entry = {key: value for key, value in group.items() if key != "params"}
+            entry["params"] = list(range(start, start + len(everything)))
+            start += len(everything)
+            result.append(entry)
+        return result
+
+    def _row(self, parameter: nn.Parameter) -> tuple[ParameterTable, ParameterRow] | None:
+        for model in self._runtime.session.models:
+            row = model.table.row_of(parameter)
+            if row is not None:
+                return model.table, row
+        return None
+
+    def _merged(self, parts: Iterable[tuple[int, int, Mapping[int, Mapping[str, Any]]]]) -> dict[int, dict[str, Any]]:
+        parameters = list(self.all_parameters())
+        slices: dict[int, dict[int, Mapping[str, Any]]] = {}
+        for _, tp_rank, entries in sorted(parts, key=lambda part: part[:2]):
+            for index, values in entries.items():
+                slices.setdefault(index, {}).setdefault(tp_rank, values)
+        result = {}
+        for index in sorted(slices):
+            by_rank = [slices[index][tp_rank] for tp_rank in sorted(slices[index])]
+            found = self._row(parameters[index])
+            split = found[1].split if found is not None else None
+            merged = dict(by_rank[0])
+            if split is not None:
+                for key, value in merged.items():
+                    if isinstance(value, torch.Tensor) and value.shape == parameters[index].shape:
+                        merged[key] = torch.cat([values[key] for values in by_rank], dim=split.dim)
+            result[index] = merged
+        return result
+
+    def _local_part(self, parameter: nn.Parameter, value: Any) -> Any:
+        found = self._row(parameter)
+        if found is None or found[1].split is None or not isinstance(value, torch.Tensor):
+            return value
+        split = found[1].split
+        if value.shape != torch.Size(split.full_shape) or value.shape == parameter.shape:
+            return value
+        tp = self._runtime.session.groups.tp
+        part = split.local_slice(tp.rank_in_group, tp.size)
+        return value.narrow(split.dim, part.start, part.stop - part.start).clone()
+
+
+def _cpu(value: Any) -> Any:
+    return value.cpu() if isinstance(value, torch.Tensor) else value

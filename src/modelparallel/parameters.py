@@ -1,0 +1,99 @@
+"""The parameter table: the only truth about who owns which parameter and buffer of a distributed model.
+
+Built when the model is wrapped, completed with the homes when it is partitioned. Optimizer, reducer, state dicts and reports read it and
+nothing else. Names are those of the user's module, before and after wrapping.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from modelparallel.plan.parameters import ParameterRow, SplitSpec
+
+
+class ParameterTable:
+    """Rows by name, and the live tensors behind them."""
+
+    def __init__(self, module: nn.Module) -> None:
+        splits, scaled = _declared_by_layers(module)
+        self._rows: dict[str, ParameterRow] = {}
+        self._tensors: dict[str, torch.Tensor] = {}
+        self._names: dict[int, str] = {}
+        aliases: dict[int, list[str]] = {}
+        persistent = set(module.state_dict(keep_vars=True))
+        for is_buffer, source in ((False, module.named_parameters), (True, module.named_buffers)):
+            for name, tensor in source(remove_duplicate=False):
+                if id(tensor) in self._names:
+                    aliases.setdefault(id(tensor), []).append(name)
+                    continue
+                self._names[id(tensor)] = name
+                self._tensors[name] = tensor
+                split = splits.get(name)
+                self._rows[name] = ParameterRow(
+                    name, (), is_buffer, name in persistent, tensor.dtype,
+                    split.full_shape if split is not None else tuple(tensor.shape), split, name in scaled,
+                )  # fmt: skip
+        for identity, names in aliases.items():
+            first = self._names[identity]
+            self._rows[first] = replace(self._rows[first], aliases=tuple(names))
+
+    def rows(self) -> Iterator[ParameterRow]:
+        """All rows: parameters first, each in the order of the module."""
+        yield from self._rows.values()
+
+    def parameters(self) -> Iterator[tuple[ParameterRow, nn.Parameter]]:
+        """(row, live parameter) of every parameter, also of those that live on other stages."""
+        for name, row in self._rows.items():
+            tensor = self._tensors[name]
+            if isinstance(tensor, nn.Parameter):
+                yield row, tensor
+
+    def buffers(self) -> Iterator[tuple[ParameterRow, torch.Tensor]]:
+        """(row, live buffer) of every buffer."""
+        for name, row in self._rows.items():
+            if row.is_buffer:
+                yield row, self._tensors[name]
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """The live tensor of a row."""
+        return self._tensors[name]
+
+    def row_of(self, tensor: torch.Tensor) -> ParameterRow | None:
+        """The row of a parameter or buffer, by identity; None for a foreign tensor."""
+        name = self._names.get(id(tensor))
+        if name is None or self._tensors[name] is not tensor:
+            return None
+        return self._rows[name]
+
+    def row_named(self, name: str) -> ParameterRow | None:
+        """The row with this name or alias."""
+        row = self._rows.get(name)
+        if row is not None:
+            return row
+        return next((row for row in self._rows.values() if name in row.aliases), None)
+
+    def set_homes(self, home_of: Callable[[str], int | None]) -> None:
+        """Complete the table: ``home_of`` gives the stage of a name, None for a constant that every stage holds."""
+        self._rows = {name: replace(row, home=home_of(name)) for name, row in self._rows.items()}
+
+    def is_local(self, row: ParameterRow, stage: int) -> bool:
+        """Whether ``stage`` holds the tensor."""
+        return row.home is None or row.home == stage
+
+
+def _declared_by_layers(module: nn.Module) -> tuple[dict[str, SplitSpec], set[str]]:
+    """What the distributed layers say of their tensors, under full names."""
+    splits: dict[str, SplitSpec] = {}
+    scaled: set[str] = set()
+    for prefix, part in module.named_modules():
+        # By attribute and not by class: the layers are above this file.
+        if not hasattr(part, "split_tensors"):
+            continue
+        start = f"{prefix}." if prefix else ""
+        splits.update({start + name: spec for name, spec in part.split_tensors().items()})
+        scaled.update(start + name for name in part.scaled_batch_tensors())
+    return splits, scaled

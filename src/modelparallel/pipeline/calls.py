@@ -1,0 +1,96 @@
+"""Calls of placed modules: native at the home, an announcement elsewhere."""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from modelparallel.errors import UnsupportedError
+from modelparallel.pipeline import glue
+from modelparallel.pipeline.stage_tensor import StageTensor
+from modelparallel.pipeline.structures import call_key, flatten
+
+if TYPE_CHECKING:
+    from modelparallel.pipeline.engine import PipelineEngine
+    from modelparallel.pipeline.program import Program
+
+DYNAMIC_MARK = "_modelparallel_dynamic"
+_PRIMITIVES = (int, float, complex, str, bytes, bool, type(None), torch.dtype, torch.device, nn.Module)
+
+
+@dataclass
+class PlacedModule:
+    """A module with a home; ``inner`` is its own call, hooks included; ``unit`` its number if random frames hang on it."""
+
+    module: nn.Module
+    name: str
+    home: int
+    unit: int | None
+    inner: Callable[..., Any] = lambda *args, **kwargs: None
+
+    @property
+    def description(self) -> str:
+        return f"module '{self.name}' ({type(self.module).__name__})"
+
+
+def mark_dynamic(module: nn.Module) -> None:
+    """Let ``module`` announce its output at every call, since its shapes depend on data."""
+    module.__dict__[DYNAMIC_MARK] = True
+
+
+def run(engine: PipelineEngine, program: Program, entry: PlacedModule, args: Any, kwargs: Any) -> Any:
+    """Call a placed module; every stage of the pipeline does, in the same order."""
+    values, skeleton, rebuild = flatten((args, kwargs))
+    values = [program.resolve(value) for value in values]
+    inputs = [value for value in values if isinstance(value, StageTensor)]
+    program.fetch(inputs, entry.home, f"{entry.name} input")
+    is_dynamic = DYNAMIC_MARK in entry.module.__dict__
+    key = None if is_dynamic else call_key(entry.name, entry.module, values, skeleton)
+    if key is not None:
+        key = (id(entry), key)
+    is_new = key is None or key not in engine.structures
+
+    def compute(locals_: list[Any]) -> Any:
+        inner_args, inner_kwargs = rebuild(locals_)
+        if entry.unit is not None:
+            program.frames.enter_unit(entry.unit)
+        if not is_new:
+            return entry.inner(*inner_args, **inner_kwargs)
+        objects = [value for value in locals_ if not isinstance(value, (torch.Tensor, *_PRIMITIVES))]
+        before = [_fingerprint(value) for value in objects]
+        output = entry.inner(*inner_args, **inner_kwargs)
+        for value, old in zip(objects, before, strict=True):
+            if old is not None and _fingerprint(value) != old:
+                raise UnsupportedError(
+                    f"{entry.description} changed its argument of type {type(value).__name__}: what it stored there would stay on "
+                    f"pp_rank {entry.home}. Return it instead, or switch the recording off (Hugging Face models: use_cache=False, "
+                    "output_attentions=False)"
+                )
+        return output
+
+    return glue.execute(engine, program, entry.description, key, values, entry.home, compute, protect=True)
+
+
+class _FingerprintPickler(pickle.Pickler):
+    def persistent_id(self, value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return (id(value), value._version if not value.is_inference() else 0)
+        if isinstance(value, (nn.Module, type)) or callable(value):
+            return id(value)
+        return None
+
+
+def _fingerprint(value: Any) -> bytes | None:
+    """The content of an object, for telling whether a module has changed it; None where it cannot be told."""
+    file = io.BytesIO()
+    try:
+        _FingerprintPickler(file).dump(value)
+    except (pickle.PicklingError, AttributeError, TypeError, RecursionError):
+        return None
+    return file.getvalue()

@@ -1,0 +1,198 @@
+"""The engine of one process: what is placed where, the program that runs, and the interception of calls and operations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from modelparallel.comm.transport import StageTransport
+from modelparallel.errors import StepUsageError
+from modelparallel.pipeline import calls, glue
+from modelparallel.pipeline.program import Program
+from modelparallel.pipeline.randomness import RandomFrames, is_random, unit_number
+from modelparallel.pipeline.stage_tensor import StageTensor, is_metadata
+from modelparallel.pipeline.structures import Structure
+from modelparallel.torch_compat import (
+    DisableTorchFunctionSubclass,
+    install_call,
+    intercepted_function_apply,
+    suspended_function_mode,
+)
+
+
+@dataclass(frozen=True)
+class PlacedTensor:
+    """A parameter or buffer with a home. Shape and stride are those at the home: other stages hold an empty stand-in."""
+
+    name: str
+    home: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+
+class _GlueMode(TorchFunctionMode):
+    """Sees every operation outside the placed modules: those on parameters, on promoted tensors, and random ones."""
+
+    def __init__(self, engine: PipelineEngine) -> None:
+        super().__init__()
+        self._engine = engine
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        engine = self._engine
+        if engine.is_native:
+            return func(*args, **kwargs)
+        if is_metadata(func):
+            with DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        program = engine.program
+        if program is not None and (StageTensor in types or engine.has_placed(program, args, kwargs)):
+            return program.glue(func, args, kwargs)
+        if engine.frames is not None and is_random(func):
+            engine.frames.enter_glue_operation()
+        return func(*args, **kwargs)
+
+
+class _NativeRegion:
+    """While a module or an operation runs at its home nothing of the engine is in between."""
+
+    __slots__ = ("_engine", "_suspension", "_was_native")
+
+    def __init__(self, engine: PipelineEngine) -> None:
+        self._engine = engine
+
+    def __enter__(self) -> None:
+        self._was_native = self._engine.is_native
+        self._engine.is_native = True
+        self._suspension = suspended_function_mode(self._engine.mode)
+        self._suspension.__enter__()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._suspension.__exit__(None, None, None)
+        self._engine.is_native = self._was_native
+
+
+class PipelineEngine:
+    """One per process; all distributed models of the process share it, so that values may flow from one into another.
+
+    ``transport`` is None without pipelining; then only the random frames of the units are at work.
+    """
+
+    def __init__(self, device: torch.device, transport: StageTransport | None, push_limit_bytes: int) -> None:
+        self.device = device
+        self.stage = transport.stage if transport is not None else 0
+        self.num_stages = len(transport.global_ranks) if transport is not None else 1
+        self._transport = transport
+        self.push_limit_bytes = push_limit_bytes
+        self.placed: dict[int, PlacedTensor] = {}
+        self.structures: dict[Hashable, Structure] = {}
+        self.program: Program | None = None
+        self.frames: RandomFrames | None = None
+        self.is_native = False
+        self.mode = _GlueMode(self)
+        self._kept: list[torch.Tensor] = []  # keeps the ids in `placed` from being given to other tensors
+        if transport is not None:
+            transport.history = lambda: self.program.history() if self.program is not None else ""
+
+    @property
+    def transport(self) -> StageTransport:
+        if self._transport is None:
+            raise StepUsageError("there is no pipeline (pipeline_parallel_degree is 1)")
+        return self._transport
+
+    # Placing
+
+    def place_tensor(self, tensor: torch.Tensor, name: str, home: int) -> None:
+        """Note the home of a parameter or stateful buffer. Call it before the other stages drop the storage."""
+        self.placed[id(tensor)] = PlacedTensor(name, home, tuple(tensor.shape), tensor.stride())
+        self._kept.append(tensor)
+
+    def place_module(self, module: nn.Module, name: str, home: int, *, is_unit: bool) -> None:
+        """From now on calls of ``module`` inside a step run on ``home``."""
+        entry = calls.PlacedModule(module, name, home, unit_number(name) if is_unit else None)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if self.is_native:
+                return entry.inner(*args, **kwargs)
+            if self.program is None:
+                if entry.home != self.stage:
+                    raise StepUsageError(
+                        f"module '{entry.name}' is on pp_rank {entry.home} and was called on pp_rank {self.stage} outside a step: "
+                        "call the model inside a function decorated with @smp.step"
+                    )
+                return entry.inner(*args, **kwargs)
+            return calls.run(self, self.program, entry, args, kwargs)
+
+        entry.inner = install_call(module, call)
+
+    def frame_unit(self, module: nn.Module, name: str) -> None:
+        """Without pipelining: seed the generators around each call of a unit inside a step, as a pipeline would."""
+        number = unit_number(name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if self.is_native or self.frames is None:
+                return inner(*args, **kwargs)
+            self.frames.enter_unit(number)
+            with _NativeRegion(self):
+                return inner(*args, **kwargs)
+
+        inner = install_call(module, call)
+
+    def has_placed(self, program: Program, args: Any, kwargs: Any) -> bool:
+        """Whether a placed tensor, or one that has become a StageTensor, is among the arguments."""
+        placed, promoted = self.placed, program.promoted
+        pending = [*args, *kwargs.values()] if kwargs else list(args)
+        for value in pending:
+            if isinstance(value, torch.Tensor):
+                if id(value) in placed or id(value) in promoted:
+                    return True
+                if promoted and value.numel():
+                    program.resolve(value)  # stops if it is an old view of a promoted tensor
+            elif isinstance(value, (list, tuple)):
+                pending.extend(value)
+        return False
+
+    # Running
+
+    def native_region(self) -> _NativeRegion:
+        """A context in which torch runs untouched."""
+        return _NativeRegion(self)
+
+    @contextmanager
+    def running(self, program: Program | None, frames: RandomFrames) -> Iterator[None]:
+        """Run the user's code as ``program`` (None without pipelining)."""
+        if self.frames is not None:
+            raise StepUsageError("a function decorated with @smp.step was called inside another one: call it from outside")
+        self.program, self.frames = program, frames
+        try:
+            if program is None:
+                with self.mode:
+                    yield
+            else:
+                with intercepted_function_apply(self._function_apply), self.mode:
+                    yield
+        finally:
+            self.program, self.frames = None, None
+
+    def run_glue(self, program: Program, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        if self.program is not program and self.program is not None:
+            program.check_open()
+        return glue.run(self, program, func, args, kwargs)
+
+    def _function_apply(self, apply: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        program = self.program
+        if self.is_native or program is None:
+            return apply(*args, **kwargs)
+        if any(isinstance(value, StageTensor) for value in args) or self.has_placed(program, args, kwargs):
+            apply.__name__ = "autograd_function"
+            return glue.run(self, program, apply, args, kwargs)
+        return apply(*args, **kwargs)

@@ -1,0 +1,102 @@
+"""The reference executor: microbatch after microbatch, all forwards, then all backwards, blocking at each receive.
+
+It is right for every deterministic program; planned schedules are compared with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from modelparallel import trees
+from modelparallel.comm.transport import MessageKind, MessageName
+from modelparallel.pipeline.engine import PipelineEngine
+from modelparallel.pipeline.program import Program
+from modelparallel.pipeline.randomness import RandomFrames
+from modelparallel.pipeline.stage_tensor import StageTensor, TensorSpec
+
+
+@dataclass(frozen=True)
+class MicrobatchRun:
+    """What one microbatch needs: the user's function with its arguments, and its random frames."""
+
+    call: Callable[[], Any]
+    frames: RandomFrames
+
+
+def run_discovery_order(
+    engine: PipelineEngine,
+    runs: Sequence[MicrobatchRun],
+    *,
+    before_last_backward: Callable[[], None],
+    detach_outputs: bool,
+) -> list[Any]:
+    """Run each microbatch, then their backwards; returns the outputs, equal on every stage. Collective over PP_GROUP."""
+    programs = [Program(engine, index, run.frames) for index, run in enumerate(runs)]
+    try:
+        outputs = []
+        for program, run in zip(programs, runs, strict=True):
+            with engine.running(program, run.frames):
+                outputs.append(run.call())
+        for program in programs:
+            if program is programs[-1]:
+                before_last_backward()
+            if program.has_root:
+                program.backward()
+        results = _share_outputs(engine, outputs, programs[0], detach_outputs=detach_outputs)
+        for program in programs:
+            program.close()
+        engine.transport.drain()
+    except BaseException:
+        for program in programs:
+            program.abandon()
+        engine.transport.abandon()
+        raise
+    return results
+
+
+def _share_outputs(engine: PipelineEngine, outputs: list[Any], program: Program, *, detach_outputs: bool) -> list[Any]:
+    """The outputs with every StageTensor replaced by its value: one message per home and receiver."""
+    by_home: dict[int, list[StageTensor]] = {}
+    for leaf in trees.leaves(outputs):
+        if isinstance(leaf, StageTensor):
+            group = by_home.setdefault(leaf.home, [])
+            if not any(leaf is other for other in group):
+                group.append(leaf)
+    values: dict[int, torch.Tensor] = {}
+    for home in sorted(by_home):
+        tensors = by_home[home]
+        name = MessageName(MessageKind.OUTPUTS, program.microbatch, program.next_event(f"outputs of pp_rank {home}"))
+        if home == engine.stage:
+            found = [tensor.program.local(tensor) for tensor in tensors]
+            packed = _pack([tensor.detach() for tensor in found])
+            for peer in engine.transport.peers():
+                engine.transport.send_tensors(peer, name, [packed], "the step's outputs")
+        else:
+            packed = torch.empty(sum(tensor.spec.num_bytes for tensor in tensors), dtype=torch.uint8)
+            engine.transport.receive_tensors(home, name, [packed], "the step's outputs")
+            found = _unpack(packed, [tensor.spec for tensor in tensors], engine.device)
+            for value, tensor in zip(found, tensors, strict=True):
+                if tensor.spec.requires_grad and not detach_outputs:
+                    value.requires_grad_()
+        for tensor, value in zip(tensors, found, strict=True):
+            values[id(tensor)] = value.detach() if detach_outputs else value
+    return trees.map_leaves(lambda leaf: values[id(leaf)] if isinstance(leaf, StageTensor) else leaf, outputs)
+
+
+def _pack(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    return torch.cat([tensor.cpu().contiguous().view(-1).view(torch.uint8) for tensor in tensors])
+
+
+def _unpack(packed: torch.Tensor, specs: Sequence[TensorSpec], device: torch.device) -> list[torch.Tensor]:
+    result = []
+    start = 0
+    for spec in specs:
+        # A copy, since a view of another dtype needs an aligned start.
+        value = packed[start : start + spec.num_bytes].clone().view(spec.dtype).view(spec.shape)
+        result.append(value.to(device) if spec.device_type != "cpu" else value)
+        start += spec.num_bytes
+    return result

@@ -1,0 +1,110 @@
+"""The inputs of a step are those of pp_rank 0: sent to the other stages in one message when the step starts.
+
+Tensors, numbers, strings, arrays and the results of ``smp_slice`` travel; modules, optimizers, devices and other objects stay local, since
+each process has its own. Scripts feed placeholders of any shape on the other stages.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from modelparallel import trees
+from modelparallel.comm.transport import MessageKind, MessageName, StageTransport
+from modelparallel.errors import StepUsageError
+from modelparallel.pipeline.microbatches import SlicedObject
+from modelparallel.pipeline.program import empty_of, wire_view
+from modelparallel.pipeline.stage_tensor import TensorSpec
+
+_TRAVELLING = (int, float, complex, str, bytes, bool, type(None), torch.dtype, SlicedObject)
+_TENSORS_PER_MESSAGE = 48
+
+
+class _OwnObject:
+    """Stands for an object that does not travel: the receiver takes its own at this path. No dataclass: those are containers."""
+
+    def __init__(self, path: trees.Path) -> None:
+        self.path = path
+
+
+@dataclass(frozen=True)
+class _Envelope:
+    payload: bytes
+    specs: tuple[TensorSpec, ...]
+
+
+class _TensorPickler(pickle.Pickler):
+    def __init__(self, file: io.BytesIO) -> None:
+        super().__init__(file, protocol=5)
+        self.tensors: list[torch.Tensor] = []
+
+    def persistent_id(self, value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            self.tensors.append(value.detach())
+            return len(self.tensors) - 1
+        return None
+
+
+class _TensorUnpickler(pickle.Unpickler):
+    def __init__(self, file: io.BytesIO, tensors: list[torch.Tensor]) -> None:
+        super().__init__(file)
+        self._tensors = tensors
+
+    def persistent_load(self, pid: Any) -> Any:
+        return self._tensors[pid]
+
+
+def share_inputs(transport: StageTransport, arguments: dict[str, Any], extra: Any, step: int, device: torch.device) -> tuple[dict[str, Any], Any]:
+    """(arguments, extra) of pp_rank 0 on every stage. Collective over PP_GROUP; ``step`` numbers the calls."""
+    name = MessageName(MessageKind.INPUTS, 0, step)
+    what = "the inputs of the step"
+    if transport.stage != 0:
+        envelope: _Envelope = pickle.loads(transport.receive_object(0, name, what))
+        buffers = [empty_of(spec) for spec in envelope.specs]
+        wires = [wire_view(buffer, spec) for buffer, spec in zip(buffers, envelope.specs, strict=True)]
+        for start in range(0, len(wires), _TENSORS_PER_MESSAGE):
+            transport.receive_tensors(0, name, wires[start : start + _TENSORS_PER_MESSAGE], what)
+        tensors = [buffer.to(device) if spec.device_type != "cpu" else buffer for buffer, spec in zip(buffers, envelope.specs, strict=True)]
+        shared, extra = _TensorUnpickler(io.BytesIO(envelope.payload), tensors).load()
+        return trees.map_leaves(lambda leaf: _own(leaf, arguments) if isinstance(leaf, _OwnObject) else leaf, shared), extra
+    travelling = trees.map_leaves_with_path(lambda path, leaf: leaf if _travels(leaf) else _OwnObject(path), arguments)
+    file = io.BytesIO()
+    pickler = _TensorPickler(file)
+    try:
+        pickler.dump((travelling, extra))
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise StepUsageError(
+            f"smp.step: an argument cannot travel from pp_rank 0 to the other stages ({error}): pass tensors, numbers, strings and containers of them"
+        ) from error
+    specs = tuple(TensorSpec.of(tensor) for tensor in pickler.tensors)
+    wires = [wire_view(tensor, spec) for tensor, spec in zip(pickler.tensors, specs, strict=True)]
+    payload = pickle.dumps(_Envelope(file.getvalue(), specs))
+    for peer in transport.peers():
+        transport.send_object(peer, name, payload, what)
+        for start in range(0, len(wires), _TENSORS_PER_MESSAGE):
+            transport.send_tensors(peer, name, wires[start : start + _TENSORS_PER_MESSAGE], what)
+    return arguments, extra
+
+
+def _travels(leaf: Any) -> bool:
+    if isinstance(leaf, (torch.Tensor, *_TRAVELLING)):
+        return True
+    return type(leaf).__module__ == "numpy"  # arrays and numbers
+
+
+def _own(placeholder: _OwnObject, arguments: dict[str, Any]) -> Any:
+    value: Any = arguments
+    for key in placeholder.path:
+        try:
+            value = dict(trees.children(value))[key]
+        except (KeyError, TypeError):
+            where = ".".join(str(part) for part in placeholder.path)
+            raise StepUsageError(
+                f"smp.step: the argument at '{where}' on pp_rank 0 is an object that does not travel between stages, and this stage was called "
+                "without one there: pass the same modules, optimizers and other objects on every rank"
+            ) from None
+    return value

@@ -1,0 +1,368 @@
+"""Program: the run of one microbatch through the step function on one stage, its events, and its backward.
+
+[Note: cuts] The backward of a stage runs in pieces, one per stretch of local work between two of its events, and the autograd graph of one
+piece must not reach into another: a residual that is used before and after a send would otherwise be walked twice. So at each event of a
+stage every live StageTensor whose local tensor has a graph is *cut*: a detached leaf takes its place, and (original, leaf) goes onto the
+tape. Replaying the tape backwards, the backward of a piece is one ``torch.autograd.backward(originals, gradients of the leaves)``.
+
+[Note: events] An event is a point where values cross stages or the backward starts. Events are numbered in program order on every stage, also
+on those that take no part in them, so both ends of a message know its name without asking.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from modelparallel.comm.transport import MessageKind, MessageName, is_dense
+from modelparallel.errors import StepUsageError
+from modelparallel.pipeline.stage_tensor import AliasGroup, StageTensor, TensorSpec
+
+if TYPE_CHECKING:
+    from modelparallel.pipeline.engine import PipelineEngine
+    from modelparallel.pipeline.randomness import RandomFrames
+
+_TENSORS_PER_MESSAGE = 48
+
+
+@dataclass
+class _Event:
+    """One entry of the tape: what happens here in the backward, before the backward of the piece that ends here."""
+
+    kind: str  # "send", "receive" or "root"
+    number: int
+    peer: int
+    leaves: list[torch.Tensor | None]  # whose gradients travel; None: needs no gradient
+    seeds: list[torch.Tensor] = field(default_factory=list)  # root: the gradients to start from
+    cuts: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
+    description: str = ""
+
+
+class Program:
+    """See the notes at the top of this file."""
+
+    def __init__(self, engine: PipelineEngine, microbatch: int, frames: RandomFrames) -> None:
+        self.engine = engine
+        self.microbatch = microbatch
+        self.frames = frames
+        self.device = engine.device
+        self.stage = engine.stage
+        self.is_open = True
+        self.has_root = False
+        self.promoted: dict[int, tuple[torch.Tensor, StageTensor]] = {}
+        self._num_events = 0
+        self._num_pushes = 0
+        self._received_pushes: list[torch.Tensor] = []
+        self._expected_pushes: list[tuple[int, TensorSpec]] = []
+        self._tape: list[_Event] = []
+        self._history: list[str] = []
+        self._live: list[weakref.ref[StageTensor]] = []
+        self._parameters: dict[int, StageTensor] = {}
+
+    # Values
+
+    def new(self, spec: TensorSpec, home: int, local: torch.Tensor | None, aliases: AliasGroup | None = None) -> StageTensor:
+        """A value that ``home`` has computed; every stage makes it at the same point of the program."""
+        result = StageTensor(self, spec, home, local, aliases)
+        self._live.append(weakref.ref(result))
+        return result
+
+    def parameter(self, tensor: torch.Tensor) -> StageTensor:
+        """The reading of a placed parameter or stateful buffer in glue: a value that never leaves its home for an operation."""
+        known = self._parameters.get(id(tensor))
+        if known is None:
+            placed = self.engine.placed[id(tensor)]
+            spec = TensorSpec(placed.shape, placed.stride, tensor.dtype, tensor.requires_grad, tensor.device.type)
+            known = StageTensor(self, spec, placed.home, tensor if placed.home == self.stage else None)
+            known.is_pinned_home = True
+            self._parameters[id(tensor)] = known
+        return known
+
+    def resolve(self, leaf: Any) -> Any:
+        """An argument of glue or of a placed module as the engine sees it: parameters and promoted tensors as StageTensors."""
+        if not isinstance(leaf, torch.Tensor):
+            return leaf
+        if isinstance(leaf, StageTensor):
+            if leaf.program is not self:
+                leaf.program.check_open()
+                raise StepUsageError(
+                    f"a value of microbatch {leaf.program.microbatch} is used in microbatch {self.microbatch}: with pipelining, values that "
+                    "came out of weights live for one microbatch. Return what you need from the step function"
+                )
+            return leaf
+        if id(leaf) in self.engine.placed:
+            return self.parameter(leaf)
+        if self.promoted:
+            if id(leaf) in self.promoted:
+                return self.promoted[id(leaf)][1]
+            self._check_not_view_of_promoted(leaf)
+        if leaf.requires_grad and torch.is_grad_enabled():
+            raise StepUsageError(
+                "a tensor that requires grad but belongs to no smp.DistributedModel meets the values of one inside smp.step: with pipelining its "
+                "gradient would exist on one stage only. Make it part of the model (a parameter, or a module of it), or detach it"
+            )
+        return leaf
+
+    def promote(self, tensor: torch.Tensor, home: int) -> StageTensor:
+        """From now on ``tensor``, an ordinary tensor that glue writes a StageTensor into, is a value with a home."""
+        here = tensor if home == self.stage else None
+        result = self.new(TensorSpec.of(tensor), home, here)
+        self.promoted[id(tensor)] = (tensor, result)
+        return result
+
+    def _check_not_view_of_promoted(self, leaf: torch.Tensor) -> None:
+        if not leaf.numel() or leaf.layout is not torch.strided:
+            return
+        address = leaf.untyped_storage().data_ptr()
+        for tensor, _ in self.promoted.values():
+            if tensor.numel() and tensor.untyped_storage().data_ptr() == address:
+                raise StepUsageError(
+                    "a view taken before its tensor was written to by values of the pipeline is used afterwards: take the view (slice, reshape) "
+                    "again after the writing"
+                )
+
+    def local(self, tensor: StageTensor) -> torch.Tensor:
+        """The tensor itself; only where it is."""
+        if tensor.stale_reason is not None:
+            raise StepUsageError(tensor.stale_reason)
+        if tensor.local is None:
+            raise StepUsageError(f"pp_rank {self.stage} does not hold {tensor!r}; please report this with the model")
+        return tensor.local
+
+    # Events
+
+    def fetch(self, tensors: Sequence[StageTensor], stage: int, description: str) -> None:
+        """Make every tensor available on ``stage``; all stages call this with the same arguments."""
+        missing: dict[int, list[StageTensor]] = {}
+        for tensor in tensors:
+            group = missing.setdefault(tensor.home, [])
+            if stage not in tensor.places and not any(tensor is other for other in group):
+                group.append(tensor)
+        for source in sorted(missing):
+            group = missing[source]
+            for start in range(0, len(group), _TENSORS_PER_MESSAGE):
+                self._move(group[start : start + _TENSORS_PER_MESSAGE], source, stage, description)
+
+    def _move(self, tensors: list[StageTensor], source: int, destination: int, description: str) -> None:
+        number = self.next_event(f"{description}: pp_rank {source} -> {destination}")
+        name = MessageName(MessageKind.ACTIVATIONS, self.microbatch, number)
+        if self.stage == source:
+            cuts = self._cut()
+            locals_ = [self.local(tensor) for tensor in tensors]
+            wire = [wire_view(local, tensor.spec) for local, tensor in zip(locals_, tensors, strict=True)]
+            self.engine.transport.send_tensors(destination, name, wire, description)
+            leaves = [local if tensor.spec.requires_grad else None for local, tensor in zip(locals_, tensors, strict=True)]
+            self._tape.append(_Event("send", number, destination, leaves, cuts=cuts, description=description))
+        elif self.stage == destination:
+            cuts = self._cut()
+            buffers = [empty_of(tensor.spec) for tensor in tensors]
+            wire = [wire_view(buffer, tensor.spec) for buffer, tensor in zip(buffers, tensors, strict=True)]
+            self.engine.transport.receive_tensors(source, name, wire, description)
+            leaves = []
+            for tensor, buffer in zip(tensors, buffers, strict=True):
+                moved = buffer if tensor.spec.device_type == "cpu" else buffer.to(self.device)
+                tensor.local = moved.requires_grad_(tensor.spec.requires_grad)
+                leaves.append(tensor.local if tensor.spec.requires_grad else None)
+            self._tape.append(_Event("receive", number, source, leaves, cuts=cuts, description=description))
+        for tensor in tensors:
+            tensor.places.add(destination)
+
+    def next_event(self, description: str) -> int:
+        """The number of the event that happens now."""
+        self._num_events += 1
+        self._history.append(f"event {self._num_events}: {description}")
+        if len(self._history) > 12:
+            del self._history[0]
+        return self._num_events
+
+    def history(self) -> str:
+        """The last events, for error messages."""
+        lines = "\n  ".join(self._history) or "none"
+        return f"last events of microbatch {self.microbatch} on pp_rank {self.stage}:\n  {lines}"
+
+    def _cut(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        cuts: list[tuple[torch.Tensor, torch.Tensor]] = []
+        leaf_of: dict[int, torch.Tensor] = {}
+        alive: list[weakref.ref[StageTensor]] = []
+        for reference in self._live:
+            tensor = reference()
+            if tensor is None:
+                continue
+            alive.append(reference)
+            local = tensor.local
+            if local is None or not local.requires_grad or local.grad_fn is None:
+                continue
+            leaf = leaf_of.get(id(local))
+            if leaf is None:
+                leaf = leaf_of[id(local)] = local.detach().requires_grad_()
+                cuts.append((local, leaf))
+            tensor.local = leaf
+        self._live = alive
+        return cuts
+
+    # Announcements
+
+    def announce(self, source: int, payload: Callable[[], bytes], description: str) -> bytes | None:
+        """Stage ``source`` tells all others; returns the bytes on the others, None on the source."""
+        number = self.next_event(f"announcement of {description} by pp_rank {source}")
+        name = MessageName(MessageKind.ANNOUNCEMENT, self.microbatch, number)
+        transport = self.engine.transport
+        if self.stage != source:
+            return transport.receive_object(source, name, f"the output shapes of {description}")
+        data = payload()
+        for peer in transport.peers():
+            transport.send_object(peer, name, data, f"the output shapes of {description}")
+        return None
+
+    # Small outputs of a model are pushed to all stages
+
+    def push(self, tensor: StageTensor) -> None:
+        """Send a small value to every stage now; a stage receives it when it reads it, or at the end of the step."""
+        number = self._num_pushes
+        self._num_pushes += 1
+        home = tensor.home
+        if home == self.stage:
+            local = self.local(tensor)
+            name = MessageName(MessageKind.PUSH, self.microbatch, number)
+            for peer in self.engine.transport.peers():
+                self.engine.transport.send_tensors(peer, name, [wire_view(local, tensor.spec)], "a small output of the model", tag=1)
+            self._expected_pushes.append((home, tensor.spec))
+            tensor.replica = lambda: self.local(tensor).detach()
+        else:
+            self._expected_pushes.append((home, tensor.spec))
+            tensor.replica = lambda: self._pushed(number)
+
+    def _pushed(self, number: int) -> torch.Tensor:
+        while len(self._received_pushes) <= number:
+            index = len(self._received_pushes)
+            home, spec = self._expected_pushes[index]
+            if home == self.stage:
+                self._received_pushes.append(torch.empty(0))
+                continue
+            name = MessageName(MessageKind.PUSH, self.microbatch, index)
+            value = empty_of(spec)
+            self.engine.transport.receive_tensors(home, name, [wire_view(value, spec)], "a small output of the model", tag=1)
+            self._received_pushes.append(value)
+        return self._received_pushes[number].to(self.device)
+
+    # Backward
+
+    def backward_root(
+        self, tensors: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor | None], scale: float
+    ) -> None:
+        """``model.backward``: note where the backward starts; it runs when all forwards are done."""
+        for tensor, gradient in zip(tensors, gradients, strict=True):
+            value = self.resolve(tensor)
+            if not isinstance(value, StageTensor) or not value.spec.requires_grad:
+                raise StepUsageError(
+                    "model.backward was given a tensor that does not depend on the model's parameters (requires_grad is False)"
+                )
+            if gradient is None and value.spec.shape not in ((), (1,)) and torch.Size(value.spec.shape).numel() != 1:
+                raise StepUsageError(
+                    f"model.backward without grad_tensors needs a scalar, got a tensor of shape {tuple(value.spec.shape)}: reduce it, or pass gradients"
+                )
+            seed = self.resolve(gradient)
+            if isinstance(seed, StageTensor):
+                self.fetch([seed], value.home, "gradient given to model.backward")
+            number = self.next_event("root of the backward")
+            self.has_root = True
+            if value.home != self.stage:
+                continue
+            cuts = self._cut()
+            local = self.local(value)
+            start = torch.ones_like(local) if seed is None else (self.local(seed) if isinstance(seed, StageTensor) else seed)
+            start = start.detach().to(local.device) * scale
+            self._tape.append(_Event("root", number, self.stage, [local], [start], cuts, "root"))
+
+    def backward(self) -> None:
+        """Replay the tape backwards: gradients cross the stages where the values did."""
+        transport = self.engine.transport
+        while self._tape:
+            event = self._tape.pop()
+            name = MessageName(MessageKind.GRADIENTS, self.microbatch, event.number)
+            description = f"gradient of {event.description}"
+            extra: list[tuple[torch.Tensor, torch.Tensor]] = []
+            if event.kind == "root":
+                extra = self._add_gradients(event.leaves, list(event.seeds))
+            elif any(leaf is not None for leaf in event.leaves):
+                if event.kind == "receive":
+                    transport.send_tensors(
+                        event.peer, name, [None if leaf is None else leaf.grad for leaf in event.leaves], description
+                    )
+                else:
+                    buffers = [torch.empty(0) if leaf is None else torch.empty(leaf.shape, dtype=leaf.dtype) for leaf in event.leaves]
+                    received = transport.receive_tensors(event.peer, name, buffers, description)
+                    extra = self._add_gradients(event.leaves, received)
+            self._run_piece(event.cuts, extra)
+
+    def _add_gradients(
+        self, leaves: Sequence[torch.Tensor | None], gradients: Sequence[torch.Tensor | None]
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Add to the leaves' gradients; returns what must go through autograd instead, so that a parameter's hooks see it."""
+        through_autograd: list[tuple[torch.Tensor, torch.Tensor]] = []
+        for leaf, gradient in zip(leaves, gradients, strict=True):
+            if leaf is None or gradient is None or not leaf.requires_grad:
+                continue
+            gradient = gradient.to(leaf.device)
+            if id(leaf) in self.engine.placed:
+                through_autograd.append((leaf, gradient))
+            else:
+                leaf.grad = gradient if leaf.grad is None else leaf.grad + gradient
+        return through_autograd
+
+    def _run_piece(
+        self, cuts: Sequence[tuple[torch.Tensor, torch.Tensor]], extra: Sequence[tuple[torch.Tensor, torch.Tensor]]
+    ) -> None:
+        work = [(original, leaf.grad) for original, leaf in cuts if leaf.grad is not None]
+        work.extend(extra)
+        if not work:
+            return
+        torch.autograd.backward([tensor for tensor, _ in work], [gradient for _, gradient in work])
+
+    # Life
+
+    def check_open(self) -> None:
+        if not self.is_open:
+            raise StepUsageError(
+                "a value of smp.step is used after the step has ended (kept in a global, an attribute or a closure): with pipelining such "
+                "values live until the step returns. Return it from the step function instead"
+            )
+
+    def close(self) -> None:
+        """The step is over: receive what was pushed and never read, and let go of everything."""
+        if self._expected_pushes:
+            self._pushed(len(self._expected_pushes) - 1)
+        self.abandon()
+
+    def abandon(self) -> None:
+        """Let go of everything without talking to the other stages."""
+        self.is_open = False
+        self._tape.clear()
+        self._parameters.clear()
+        self.promoted.clear()
+        self._received_pushes.clear()
+        self._live.clear()
+
+    def glue(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Run an operation between modules where its data is; see glue.py."""
+        self.check_open()
+        return self.engine.run_glue(self, func, args, kwargs)
+
+
+def wire_view(tensor: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
+    """``tensor`` with its dimensions in the order in which its elements travel: that of ``spec``'s storage where it is dense."""
+    if not is_dense(spec.shape, spec.stride):
+        return tensor
+    order = sorted(range(len(spec.shape)), key=lambda dim: -spec.stride[dim])
+    return tensor if order == list(range(len(order))) else tensor.permute(order)
+
+
+def empty_of(spec: TensorSpec) -> torch.Tensor:
+    """A buffer on the CPU for a tensor of this spec, with its strides where they are dense."""
+    if is_dense(spec.shape, spec.stride):
+        return torch.empty_strided(spec.shape, spec.stride, dtype=spec.dtype)
+    return torch.empty(spec.shape, dtype=spec.dtype)

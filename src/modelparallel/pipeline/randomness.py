@@ -1,0 +1,84 @@
+"""Random numbers that do not depend on the partition (design: RNG units).
+
+The generators are seeded around every call of a unit (the finest modules that the partitioner may place, fixed by the model alone) from
+(seed, unit, call count, microbatch, step, dp coordinate), and around every random operation in glue from its number in program order. A
+step restores the generators' states at its end, so that code outside sees the stream it would see without pipelining.
+"""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from modelparallel.pipeline.stage_tensor import function_name
+
+_MASK = (1 << 63) - 1
+_GLUE = zlib.crc32(b"glue")
+
+RANDOM_FUNCTIONS = frozenset(
+    "rand rand_like randn randn_like randint randint_like randperm bernoulli bernoulli_ multinomial normal normal_ uniform_ random_ "
+    "exponential_ cauchy_ geometric_ log_normal_ poisson binomial dropout dropout_ dropout1d dropout2d dropout3d alpha_dropout alpha_dropout_ "
+    "feature_dropout feature_dropout_ feature_alpha_dropout feature_alpha_dropout_ native_dropout rrelu rrelu_ gumbel_softmax "
+    "scaled_dot_product_attention multi_head_attention_forward fractional_max_pool2d fractional_max_pool3d "
+    "fractional_max_pool2d_with_indices fractional_max_pool3d_with_indices _sample_dirichlet _standard_gamma rnn_tanh rnn_relu lstm gru "
+    "trunc_normal_ kaiming_uniform_ kaiming_normal_ xavier_uniform_ xavier_normal_ orthogonal_ sparse_ "
+    "kaiming_uniform kaiming_normal".split()
+)
+
+
+def is_random(func: Any) -> bool:
+    """Whether a torch function may draw from the default generators."""
+    return function_name(func) in RANDOM_FUNCTIONS
+
+
+def unit_number(name: str) -> int:
+    """A number for a unit's name, equal in every process."""
+    return zlib.crc32(name.encode())
+
+
+@dataclass
+class RandomFrames:
+    """Seeds the default generators for one microbatch of one step."""
+
+    device: torch.device
+    seed: int
+    step: int
+    dp_coordinate: int
+    microbatch: int
+    num_glue_operations: int = 0
+    _calls: dict[int, int] = field(default_factory=dict)
+
+    def enter_unit(self, unit: int) -> None:
+        """Seed for the next call of ``unit`` (see :func:`unit_number`)."""
+        call = self._calls.get(unit, 0)
+        self._calls[unit] = call + 1
+        self._seed(unit, call)
+
+    def enter_glue_operation(self) -> None:
+        """Seed for the next random operation in glue; every stage calls it for every such operation."""
+        self._seed(_GLUE, self.num_glue_operations)
+        self.num_glue_operations += 1
+
+    def _seed(self, what: int, count: int) -> None:
+        # The hash of a tuple of ints is the same in every process, and well mixed.
+        value = hash((self.seed, what, count, self.microbatch, self.step, self.dp_coordinate)) & _MASK
+        torch.default_generator.manual_seed(value)
+        if self.device.type == "cuda":
+            torch.cuda.default_generators[self.device.index or 0].manual_seed(value)
+
+
+class SavedGenerators:
+    """The states of the default generators, to be put back."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._cpu = torch.default_generator.get_state()
+        self._cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+    def restore(self) -> None:
+        torch.default_generator.set_state(self._cpu)
+        if self._cuda is not None:
+            torch.cuda.set_rng_state(self._cuda, self._device)

@@ -1,0 +1,174 @@
+"""StageTensor: a tensor of the step that came out of weights, known on every stage and present only where it is needed.
+
+[Note: one program, many stages] Every stage runs the same Python code. A StageTensor carries what that code may look at on any stage (shape,
+dtype, requires_grad, device) and the *home*, the stage that has computed it. Its local tensor is there on the home, and on stages that
+it was sent to. All bookkeeping (home, places, aliases) is symbolic and equal on all stages, since every stage takes its decisions from it.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from modelparallel.errors import StepUsageError
+from modelparallel.torch_compat import DisableTorchFunctionSubclass
+
+if TYPE_CHECKING:
+    from modelparallel.pipeline.program import Program
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """What every stage knows of a tensor."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    requires_grad: bool
+    device_type: str
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> TensorSpec:
+        return cls(tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.requires_grad, tensor.device.type)
+
+    @property
+    def num_bytes(self) -> int:
+        count = self.dtype.itemsize
+        for length in self.shape:
+            count *= length
+        return count
+
+
+class AliasGroup:
+    """The StageTensors of one program that share storage: writing to one makes the copies of all others on other stages old."""
+
+    def __init__(self) -> None:
+        self._members: list[weakref.ref[StageTensor]] = []
+
+    def add(self, tensor: StageTensor) -> None:
+        self._members.append(weakref.ref(tensor))
+
+    def others(self, tensor: StageTensor) -> list[StageTensor]:
+        alive = [member for ref in self._members if (member := ref()) is not None]
+        return [member for member in alive if member is not tensor]
+
+
+# Answered from the wrapper tensor and the spec, on every stage alike; everything else is an operation.
+_METADATA = frozenset(
+    "shape device dtype ndim layout is_cuda is_cpu is_xpu is_mps is_meta is_sparse is_sparse_csr is_quantized is_nested is_mkldnn itemsize nbytes "
+    "is_leaf names size dim stride numel nelement ndimension element_size is_contiguous is_floating_point is_complex "
+    "storage_offset get_device is_signed __len__ __hash__ is_same_size is_inference is_conj is_neg has_names "
+    "_is_view output_nr name is_shared is_pinned".split()
+)
+
+
+def function_name(func: Any) -> str:
+    """The name of a torch function as ``__torch_function__`` gets it; of a property, the property's name."""
+    name = getattr(func, "__name__", "")
+    if name in ("__get__", "__set__", "__delete__"):
+        owner = getattr(func, "__self__", None)
+        return getattr(owner, "__name__", name)
+    return name
+
+
+def is_metadata(func: Any) -> bool:
+    """Whether ``func`` only asks for what every stage knows of a tensor."""
+    if function_name(func) not in _METADATA:
+        return False
+    return getattr(func, "__name__", "") != "__set__"
+
+
+class StageTensor(torch.Tensor):
+    """See the note at the top of this file. Made by the engine only."""
+
+    program: Program
+    spec: TensorSpec
+    home: int
+    places: set[int]
+    local: torch.Tensor | None
+    aliases: AliasGroup
+    is_pinned_home: bool  # a parameter or stateful buffer: operations go to it
+    replica: Callable[[], torch.Tensor] | None  # a detached value that this stage may read without a message
+    stale_reason: str | None
+
+    @staticmethod
+    def __new__(
+        cls, program: Program, spec: TensorSpec, home: int, local: torch.Tensor | None, aliases: AliasGroup | None = None
+    ) -> StageTensor:
+        device = program.device if spec.device_type == program.device.type else torch.device(spec.device_type)
+        result = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls, spec.shape, strides=spec.stride, dtype=spec.dtype, device=device, requires_grad=False
+        )
+        result.program = program
+        result.spec = spec
+        result.home = home
+        result.places = {home}
+        result.local = local
+        result.aliases = aliases if aliases is not None else AliasGroup()
+        result.aliases.add(result)
+        result.is_pinned_home = False
+        result.replica = None
+        result.stale_reason = None
+        return result
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__()
+
+    def mark_requires_grad(self) -> None:
+        if not self.spec.requires_grad:
+            self.spec = replace(self.spec, requires_grad=True)
+
+    def mark_stale(self, reason: str) -> None:
+        """The value is old and cannot be made current: reading it stops with ``reason``."""
+        self.stale_reason = reason
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if is_metadata(func):
+            with DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        owner = next(tensor for tensor in _stage_tensors(args, kwargs))
+        return owner.program.glue(func, args, kwargs)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise StepUsageError(
+            f"{func} reached a value that is spread over the pipeline stages without being intercepted. Please report it with the model; "
+            "a module of your own around this operation (with weights, or placed by smp.set_partition) works around it"
+        )
+
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        shape = "x".join(str(length) for length in self.spec.shape)
+        return f"StageTensor({shape} {self.spec.dtype}, home={self.home})"
+
+    def __format__(self, format_spec: str) -> str:
+        if not self.spec.shape:
+            return format(self.item(), format_spec)
+        return repr(self)
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        return self.program.glue(torch.clone, (self.detach(),), {})
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise StepUsageError(
+            "a value of the step that is spread over the pipeline stages cannot be pickled or saved inside smp.step: return it from the "
+            "step function and save the result"
+        )
+
+
+def _stage_tensors(args: Any, kwargs: Any) -> list[StageTensor]:
+    found: list[StageTensor] = []
+    pending = [*args, *kwargs.values()]
+    for value in pending:
+        if isinstance(value, StageTensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            pending.extend(value)
+        elif isinstance(value, dict):
+            pending.extend(value.values())
+    return found

@@ -1,0 +1,94 @@
+"""What the step functions, models and optimizers of one process share: the engine, the running step, the registered objects."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from modelparallel import session
+from modelparallel.comm.transport import StageTransport
+from modelparallel.pipeline.engine import PipelineEngine
+
+if TYPE_CHECKING:
+    from modelparallel.model import DistributedModel
+    from modelparallel.optimizer import DistributedOptimizer
+
+
+@dataclass
+class RunningStep:
+    """The step function call that is under way, seen from the models."""
+
+    weight: float = 1.0
+    is_last_microbatch: bool = False
+    is_tracing: bool = False
+    models: list[DistributedModel] = field(default_factory=list)
+
+
+class Runtime:
+    """One per session."""
+
+    def __init__(self, of: session.Session) -> None:
+        self.session = of
+        transport = None
+        if of.groups.pp.size > 1:
+            transport = StageTransport(
+                of.groups.pp.rank_in_group, of.groups.pp.ranks, of.groups.pipeline_process_group, of.config.timeout_seconds, of.device
+            )
+        self.engine = PipelineEngine(of.device, transport, of.config.push_limit_bytes)
+        self.step: RunningStep | None = None
+        self.num_steps = 0
+        self.optimizers: list[weakref.ref[DistributedOptimizer]] = []
+        # Parameters that tensor parallelism has replaced by others: an optimizer built before wrapping holds the old ones.
+        self.replaced: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
+
+    @property
+    def is_pipelined(self) -> bool:
+        """Whether there is more than one stage."""
+        return self.engine.num_stages > 1
+
+    def live_optimizers(self) -> list[DistributedOptimizer]:
+        """The wrapped optimizers that still exist."""
+        alive = [(reference, optimizer) for reference in self.optimizers if (optimizer := reference()) is not None]
+        self.optimizers = [reference for reference, _ in alive]
+        return [optimizer for _, optimizer in alive]
+
+
+def current() -> Runtime:
+    """The runtime of this process; raises NotInitializedError before smp.init()."""
+    active = session.current()
+    runtime: Any = active.runtime
+    if runtime is None:
+        runtime = active.runtime = Runtime(active)
+    result: Runtime = runtime
+    return result
+
+
+def init(config: Mapping[str, Any] | str | None = None) -> None:
+    """Initialise the library: the first call of a script; collective over the world.
+
+    ``config`` holds parameters as in smp-config section 1; those delivered by a launcher override equal ones. A later call adds parameters that
+    were not given before. Does not select the CUDA device: call ``torch.cuda.set_device(smp.local_rank())``. Source: smp-api section 1.
+    """
+    _show_log_lines()
+    session.initialize(config)
+
+
+def is_initialized() -> bool:
+    """Whether ``smp.init()`` was called. Local."""
+    return session.is_initialized()
+
+
+def _show_log_lines() -> None:
+    """Print our log (the partition, notices) unless the script has set up logging itself."""
+    logger = logging.getLogger("modelparallel")
+    if logger.level == logging.NOTSET:
+        logger.setLevel(logging.INFO)
+    if not logger.handlers and not logging.getLogger().handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
+        logger.addHandler(handler)

@@ -1,0 +1,224 @@
+"""``smp.step``: run a function once per microbatch, over the stages of the pipeline (smp-api section 4)."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import random
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from modelparallel import runtime as runtime_module
+from modelparallel import trees
+from modelparallel.errors import SMPConfigError, StepUsageError
+from modelparallel.model import DistributedModel, partition_models
+from modelparallel.pipeline.executor import MicrobatchRun, run_discovery_order
+from modelparallel.pipeline.inputs import share_inputs
+from modelparallel.pipeline.microbatches import Microbatches, slice_objects, split
+from modelparallel.pipeline.randomness import RandomFrames, SavedGenerators
+from modelparallel.runtime import RunningStep, Runtime
+from modelparallel.step_output import merge_outputs
+
+if TYPE_CHECKING:
+    from modelparallel.config import Config
+
+
+class StepFunction:
+    """What ``@smp.step`` makes of a function.
+
+    Not a descriptor on purpose: as a class attribute it is called without the instance, which scripts rely on.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        non_split_inputs: Iterable[str] | None,
+        input_split_axes: Mapping[str, int] | None,
+        detach_outputs: bool,
+    ) -> None:
+        functools.update_wrapper(self, function)
+        self._function = function
+        self._signature = inspect.signature(function)
+        self._whole = set(non_split_inputs or ())
+        self._axes = dict(input_split_axes or {})
+        self._detach_outputs = detach_outputs
+        self._check_names()
+
+    def _check_names(self) -> None:
+        parameters = self._signature.parameters
+        if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
+            return
+        for option, names in (("non_split_inputs", self._whole), ("input_split_axes", set(self._axes))):
+            unknown = sorted(names - set(parameters))
+            if unknown:
+                raise SMPConfigError(
+                    f"smp.step: {option} names {unknown[0]!r}, which is not an argument of {self._function.__name__}"
+                    f"{self._signature}: use one of {', '.join(parameters)}"
+                )
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the function on each microbatch of the arguments; collective over PP_GROUP (and DP_GROUP when gradients are reduced)."""
+        runtime = runtime_module.current()
+        if runtime.step is not None:
+            raise StepUsageError(
+                f"{self._function.__name__} is decorated with @smp.step and was called inside another step function: call it from outside, "
+                "or call the undecorated function"
+            )
+        config = runtime.session.config
+        arguments = self._named_arguments(args, kwargs)
+        if not runtime.is_pipelined or runtime.engine.stage == 0:
+            arguments = slice_objects(arguments, config.microbatches, self._axes, self._whole)
+        partition_models(runtime, arguments, lambda: self._trace(runtime, arguments, config))
+        number = runtime.num_steps
+        runtime.num_steps += 1
+        seed = torch.initial_seed() if config.seed is None else config.seed
+        if runtime.is_pipelined:
+            arguments, seed = share_inputs(runtime.engine.transport, arguments, seed, number, runtime.session.device)
+        microbatches = self._split(arguments, config)
+        running = RunningStep()
+        try:
+            outputs = self._run(runtime, running, microbatches, seed, number)
+        except BaseException:
+            for model in running.models:
+                model.abort_step()
+            raise
+        finally:
+            runtime.step = None
+        for model in running.models:
+            model.finish_step()
+        return merge_outputs(outputs, microbatches.weights)
+
+    # The parts of a call
+
+    def _named_arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Arguments by name; those of ``*args`` and ``**kwargs`` parameters under names of their own."""
+        bound = self._signature.bind(*args, **kwargs)
+        named: dict[str, Any] = {}
+        for name, value in bound.arguments.items():
+            kind = self._signature.parameters[name].kind
+            if kind is inspect.Parameter.VAR_KEYWORD:
+                named.update(value)
+            else:
+                named[name] = value
+        return named
+
+    def _call(self, arguments: Mapping[str, Any]) -> Any:
+        positional: list[Any] = []
+        keyword: dict[str, Any] = {}
+        parameters = self._signature.parameters
+        has_var_positional = any(name in arguments and p.kind is p.VAR_POSITIONAL for name, p in parameters.items())
+        for name, value in arguments.items():
+            parameter = parameters.get(name)
+            if parameter is None or parameter.kind is inspect.Parameter.KEYWORD_ONLY:
+                keyword[name] = value
+            elif parameter.kind is inspect.Parameter.VAR_POSITIONAL:
+                positional.extend(value)
+            elif parameter.kind is inspect.Parameter.POSITIONAL_ONLY or has_var_positional:
+                positional.append(value)
+            else:
+                keyword[name] = value
+        return self._function(*positional, **keyword)
+
+    def _split(self, arguments: Mapping[str, Any], config: Config) -> Microbatches:
+        return split(
+            arguments, config.microbatches, self._axes, self._whole, is_uneven_allowed=config.uneven_microbatches == "exact"
+        )
+
+    def _trace(self, runtime: Runtime, arguments: Mapping[str, Any], config: Config) -> None:
+        """Run the body once on the first microbatch, for real, on the unsplit models."""
+        first = self._split(arguments, config).arguments[0]
+        runtime.step = RunningStep(is_tracing=True)
+        try:
+            self._call(first)
+        finally:
+            runtime.step = None
+
+    def _run(self, runtime: Runtime, running: RunningStep, microbatches: Microbatches, seed: int, number: int) -> list[Any]:
+        engine = runtime.engine
+        device = runtime.session.device
+        dp_rank = runtime.session.groups.dp.rank_in_group
+        runtime.step = running
+        num_microbatches = len(microbatches.arguments)
+        frames = [RandomFrames(device, seed, number, dp_rank, index) for index in range(num_microbatches)]
+        saved = SavedGenerators(device)
+
+        def call(index: int) -> Any:
+            running.weight = microbatches.weights[index]
+            running.is_last_microbatch = index == num_microbatches - 1
+            return self._call(_on_device(microbatches.arguments[index], device))
+
+        try:
+            if not runtime.is_pipelined:
+                outputs = []
+                for index in range(num_microbatches):
+                    with engine.running(None, frames[index]):
+                        outputs.append(call(index))
+                if self._detach_outputs:
+                    outputs = trees.map_leaves(_detached, outputs)
+                return outputs
+            python_state = random.getstate()
+            random.seed(hash((seed, number, dp_rank)))
+            try:
+                return run_discovery_order(
+                    engine,
+                    [MicrobatchRun(functools.partial(call, index), frames[index]) for index in range(num_microbatches)],
+                    before_last_backward=lambda: [model.arm() for model in running.models],
+                    detach_outputs=self._detach_outputs,
+                )
+            finally:
+                random.setstate(python_state)
+        finally:
+            saved.restore()
+
+
+def _detached(leaf: Any) -> Any:
+    return leaf.detach() if isinstance(leaf, torch.Tensor) else leaf
+
+
+def _on_device(arguments: Mapping[str, Any], device: torch.device) -> Mapping[str, Any]:
+    if device.type == "cpu":
+        return arguments
+    return trees.map_leaves(lambda leaf: leaf.to(device) if isinstance(leaf, torch.Tensor) else leaf, dict(arguments))
+
+
+def step(
+    function: Callable[..., Any] | None = None,
+    *,
+    non_split_inputs: Iterable[str] | None = None,
+    input_split_axes: Mapping[str, int] | None = None,
+    detach_outputs: bool = True,
+) -> Any:
+    """Decorate one forward (and backward) pass: each call splits its arguments into microbatches and runs the function once for each.
+
+    ``@smp.step``, ``@smp.step()`` and ``@smp.step(non_split_inputs=[...], ...)`` all work. Tensors, also inside containers, are split along
+    axis 0, or ``input_split_axes[argument name]``; arguments named in ``non_split_inputs`` go whole to every microbatch; an object with
+    ``smp_slice(num_mb, mb, axis)`` splits itself; anything else is passed as it is. With pipelining the inputs are those of pp_rank 0.
+
+    Returned tensors come back as :class:`StepOutput`, other values as lists, one entry per microbatch, equal on all ranks of the PP_GROUP;
+    with ``detach_outputs=False`` tensors keep their graph (with pipelining: they require grad, the graph has been used). All ranks of a
+    PP_GROUP must call the same step functions in the same order. Inside, use ``model.backward(loss)``; call the optimizer outside.
+    Source: smp-api section 4.
+    """
+    if function is not None and not callable(function):
+        raise SMPConfigError(f"smp.step takes keyword arguments only, got {function!r}: write @smp.step(non_split_inputs=[...])")
+
+    def decorate(inner: Callable[..., Any]) -> StepFunction:
+        return StepFunction(inner, non_split_inputs, input_split_axes, detach_outputs)
+
+    return decorate if function is None else decorate(function)
+
+
+def is_tracing() -> bool:
+    """Whether the body of a step function runs for the trace of the first step (smp-api section 1). Local."""
+    running = runtime_module.current().step
+    return running is not None and running.is_tracing
+
+
+def num_microbatches() -> int:
+    """The configured number of microbatches (smp-api section 18). Local."""
+    return runtime_module.current().session.config.microbatches
+
+
+__all__ = ["DistributedModel", "StepFunction", "is_tracing", "num_microbatches", "step"]

@@ -1,0 +1,100 @@
+"""Every private or version-dependent name of torch that the library uses, in one place, each with the reason."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch._C import (  # the torch-function mode stack: modes are suspended while a module runs at its home
+    _get_function_stack_at,
+    _len_torch_function_stack,
+    _pop_torch_function_stack,
+    _push_on_torch_function_stack,
+)
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode  # the trace counts operations below autograd
+from torch.utils.flop_counter import flop_registry as flop_registry  # operation -> its count of floating-point operations
+
+# Disables the dispatch to tensor subclasses: metadata of a StageTensor is answered by its own wrapper tensor.
+DisableTorchFunctionSubclass = torch._C.DisableTorchFunctionSubclass
+
+
+def install_call(module: nn.Module, call: Callable[..., Any]) -> Callable[..., Any]:
+    """Make ``module(...)`` run ``call``; returns what it ran before.
+
+    ``nn.Module.__call__`` looks into the instance attribute ``_compiled_call_impl`` first (it is where ``Module.compile`` puts its
+    result) and leaves it out of pickles and copies. No other per-instance place catches a call before the module's own hooks run.
+    """
+    previous = module._compiled_call_impl if module._compiled_call_impl is not None else module._call_impl
+    module._compiled_call_impl = call
+    return previous
+
+
+def uninstall_call(module: nn.Module) -> None:
+    """Undo :func:`install_call`."""
+    module.__dict__.pop("_compiled_call_impl", None)
+
+
+@contextmanager
+def suspended_function_mode(mode: object) -> Iterator[None]:
+    """Take ``mode`` off the torch-function mode stack for a while, if it is the innermost one."""
+    num_modes = _len_torch_function_stack()
+    if num_modes == 0 or _get_function_stack_at(num_modes - 1) is not mode:
+        yield
+        return
+    _pop_torch_function_stack()
+    try:
+        yield
+    finally:
+        _push_on_torch_function_stack(mode)
+
+
+@contextmanager
+def intercepted_function_apply(handler: Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]) -> Iterator[None]:
+    """Send every ``autograd.Function.apply`` through ``handler(original_apply, args, kwargs)``.
+
+    ``apply`` does not look at ``__torch_function__``: given a StageTensor it would record a node on the empty wrapper and cut the
+    gradient in silence.
+    """
+    function_class = torch.autograd.Function
+    own_apply = function_class.__dict__.get("apply")
+    original = function_class.apply.__func__  # type: ignore[attr-defined]
+
+    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        return handler(lambda *inner_args, **inner_kwargs: original(cls, *inner_args, **inner_kwargs), args, kwargs)
+
+    function_class.apply = classmethod(apply)  # type: ignore[assignment,method-assign]
+    try:
+        yield
+    finally:
+        if own_apply is not None:
+            function_class.apply = own_apply
+        else:
+            del function_class.apply
+
+
+def autocast_state() -> tuple[Any, ...]:
+    """The autocast settings that decide the dtypes of outputs, as a hashable value."""
+    if not torch.is_autocast_enabled("cpu") and not torch.is_autocast_enabled("cuda"):
+        return ()
+    return tuple(
+        (device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in ("cpu", "cuda")
+    )
+
+
+def current_backward_id() -> int:
+    """A number that names the backward pass (autograd graph task) that runs now; -1 outside. Nested passes have their own.
+
+    There is no public way to tell two backward passes apart, and one that raised leaves no other trace in a reducer.
+    """
+    return torch._C._current_graph_task_id()
+
+
+def queue_backward_callback(callback: Callable[[], None]) -> None:
+    """Call ``callback`` when the backward pass that runs now is through; legal only inside one (in a hook).
+
+    DDP and FSDP finish their reductions with it, but it has no public name.
+    """
+    torch.autograd.Variable._execution_engine.queue_callback(callback)  # type: ignore[attr-defined]
