@@ -48,7 +48,7 @@ def main() -> None:
     # Registered first, so it runs last: handlers of the script may still communicate.
     atexit.register(_leave_process_group)
     try:
-        if job["device"] == "cpu" and importlib.util.find_spec("modelparallel.launch.rehearsal"):
+        if job["device"] == "cpu":
             _start_rehearsal(job)
         _run_as_main(script)
     except BaseException as error:
