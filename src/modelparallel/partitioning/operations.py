@@ -55,6 +55,19 @@ class OperationCounter(TorchDispatchMode):
         return result
 
 
+def storage_of(tensor: torch.Tensor) -> torch.UntypedStorage | None:
+    """The tensor's storage, whose ``id`` stands for it while it lives; None for a tensor without one.
+
+    Sparse tensors, lazy parameters and the wrappers of ``torch.vmap`` and ``torch.func`` have none.
+    """
+    if tensor.layout != torch.strided or torch.nn.parameter.is_lazy(tensor):
+        return None
+    try:
+        return tensor.untyped_storage()
+    except (NotImplementedError, RuntimeError):
+        return None
+
+
 class StorageSet:
     """Storages met so far. Remembered by weak reference: a freed storage's address may serve a new one."""
 
@@ -67,18 +80,16 @@ class StorageSet:
         """Whether the tensor's storage is new here. A tensor without one storage (sparse, lazy) is never new."""
         if tensor.layout != torch.strided or torch.nn.parameter.is_lazy(tensor):
             return False
-        if tensor in self:
+        storage = storage_of(tensor)
+        if storage is None or tensor in self:
             return False
-        storage = tensor.untyped_storage()
         self._seen[id(storage)] = weakref.ref(storage)
         return True
 
     def __contains__(self, tensor: torch.Tensor) -> bool:
-        if tensor.layout != torch.strided or torch.nn.parameter.is_lazy(tensor):
-            return False
-        storage = tensor.untyped_storage()
+        storage = storage_of(tensor)
         known = self._seen.get(id(storage))
-        return known is not None and known() is storage
+        return storage is not None and known is not None and known() is storage
 
 
 class Traffic:
@@ -94,8 +105,8 @@ class Traffic:
 
     def made(self, tensor: torch.Tensor, position: int) -> None:
         """``tensor`` was computed at ``position``."""
-        if tensor.layout == torch.strided and self._known(tensor) is None:
-            storage = tensor.untyped_storage()
+        storage = storage_of(tensor)
+        if storage is not None and self._known(tensor) is None:
             self._storages[id(storage)] = (weakref.ref(storage), position, position)
 
     def used(self, tensor: torch.Tensor, position: int) -> bool:
@@ -109,8 +120,7 @@ class Traffic:
             self._crossings.append((position, first, size))
         elif position > last:
             self._crossings.append((last, position, size))
-        storage = id(tensor.untyped_storage())
-        self._storages[storage] = (reference, min(first, position), max(last, position))
+        self._storages[id(storage_of(tensor))] = (reference, min(first, position), max(last, position))
         return True
 
     def cheapest_place(self, tensors: Iterable[torch.Tensor]) -> int | None:
@@ -132,11 +142,9 @@ class Traffic:
         return list(itertools.accumulate(changes))[:num_positions]
 
     def _known(self, tensor: torch.Tensor) -> tuple[weakref.ref[Any], int, int] | None:
-        if tensor.layout != torch.strided or torch.nn.parameter.is_lazy(tensor):
-            return None
-        storage = tensor.untyped_storage()
+        storage = storage_of(tensor)
         known = self._storages.get(id(storage))
-        return known if known is not None and known[0]() is storage else None
+        return known if storage is not None and known is not None and known[0]() is storage else None
 
 
 def _attention_flops(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any) -> int:

@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from modelparallel import trees
 from modelparallel.partitioning.costs import Trace, sizes_only, tensor_bytes
-from modelparallel.partitioning.operations import OperationCounter, StorageSet, Traffic
+from modelparallel.partitioning.operations import OperationCounter, StorageSet, Traffic, storage_of
 from modelparallel.partitioning.units import direct_tensors
 
 LOGGER = logging.getLogger("modelparallel.partitioning")
@@ -51,11 +51,13 @@ def trace_step(
 
     Local, except for collectives that the body itself contains. What ``run`` raises passes through.
     """
-    recorder = _Recorder(root, units, measure_memory)
-    with untouched(root) as changed, torch_fast_path_off():
-        with recorder.listening(), recorder.counting():
-            run()
-        stateful = changed()
+    try:
+        recorder, stateful = _record(root, units, run, measure_memory, counts_saved=True)
+    except RuntimeError as error:
+        if "saved tensor hooks" not in str(error):
+            raise
+        LOGGER.info("tracing: torch.func refuses saved-tensor hooks; output sizes stand for activations")
+        recorder, stateful = _record(root, units, run, measure_memory, counts_saved=False)
     seconds: dict[str, float] = {}
     if measure_times:
         clock = _Recorder(root, units, measure_memory=False)
@@ -63,6 +65,16 @@ def trace_step(
             run()
         seconds = clock.seconds
     return recorder.trace(stateful, seconds if measure_times else None)
+
+
+def _record(
+    root: nn.Module, units: Sequence[str], run: Callable[[], object], measure_memory: bool, counts_saved: bool
+) -> tuple[_Recorder, tuple[str, ...]]:
+    recorder = _Recorder(root, units, measure_memory)
+    with untouched(root) as changed, torch_fast_path_off():
+        with recorder.listening(), recorder.counting(counts_saved):
+            run()
+        return recorder, changed()
 
 
 @contextmanager
@@ -224,15 +236,15 @@ class _Recorder:
         self._tied = {name: group for group in sizes_only(root, self._units).ties for name in group}
         self._position: dict[str, int] = {}
         self._direct = {
-            id(direct.tensor.untyped_storage()): direct
+            id(storage_of(direct.tensor)): direct
             for direct in direct_tensors(root, self._units)
-            if _has_storage(direct.tensor)
+            if storage_of(direct.tensor) is not None
         }
         self._owner_of_weight = {
-            id(parameter.untyped_storage()): unit
+            id(storage_of(parameter)): unit
             for unit in reversed(self._units)
             for parameter in self._modules[unit].parameters()
-            if _has_storage(parameter)
+            if storage_of(parameter) is not None
         }
 
     def _is_trainable(self, unit: str) -> bool:
@@ -255,10 +267,11 @@ class _Recorder:
                 handle.remove()
 
     @contextmanager
-    def counting(self) -> Iterator[None]:
+    def counting(self, counts_saved: bool) -> Iterator[None]:
         with ExitStack() as stack:
             stack.enter_context(_GlueWatch(self))
-            stack.enter_context(saved_tensors_hooks(self._save, _keep))
+            if counts_saved:
+                stack.enter_context(saved_tensors_hooks(self._save, _keep))
             stack.enter_context(OperationCounter(self._add_flops))
             yield
 
@@ -338,7 +351,7 @@ class _Recorder:
 
     def before_glue(self, inputs: Sequence[torch.Tensor]) -> None:
         """An operation outside the units runs where the weight it reads lives, else where its data is."""
-        owners = (self._owner_of_weight.get(id(tensor.untyped_storage())) for tensor in inputs)
+        owners = (self._owner_of_weight.get(id(storage_of(tensor))) for tensor in inputs)
         owner = next((owner for owner in owners if owner in self._position), None)
         place = self._traffic.cheapest_place(inputs) if owner is None else self._position[owner]
         self._reads_weight = owner is not None
@@ -350,7 +363,7 @@ class _Recorder:
         if not outputs:
             return  # reading a shape or a dtype is no use
         for tensor in inputs:
-            direct = self._direct.get(id(tensor.untyped_storage()))
+            direct = self._direct.get(id(storage_of(tensor)))
             if direct is None:
                 continue
             reads_weight |= direct.is_parameter
@@ -399,12 +412,12 @@ class _GlueWatch(TorchFunctionMode):
         recorder = self._recorder
         if recorder._stack:
             return func(*args, **kwargs)
-        inputs = [tensor for tensor in _tensors((args, kwargs)) if _has_storage(tensor)]
+        inputs = [tensor for tensor in _tensors((args, kwargs)) if storage_of(tensor) is not None]
         recorder.before_glue(inputs)
         outputs: list[torch.Tensor] = []
         try:
             result = func(*args, **kwargs)
-            outputs = [tensor for tensor in _tensors(result) if _has_storage(tensor)]
+            outputs = [tensor for tensor in _tensors(result) if storage_of(tensor) is not None]
             return result
         finally:
             recorder.after_glue(inputs, outputs)
@@ -416,7 +429,3 @@ def _keep(tensor: torch.Tensor) -> torch.Tensor:
 
 def _tensors(value: object) -> Iterator[torch.Tensor]:
     return (leaf for leaf in trees.leaves(value) if isinstance(leaf, torch.Tensor))
-
-
-def _has_storage(tensor: torch.Tensor) -> bool:
-    return tensor.layout == torch.strided and not nn.parameter.is_lazy(tensor)
