@@ -2,6 +2,7 @@
 #
 #   PYTHON=...   interpreter that makes the environment (default: python3). If it can import torch, that torch is used.
 #   VENV=...     an environment of your own to install into; default .venv, which is created.
+#   TORCH=...    another version of torch than the one in constraints.txt, for a new environment.
 #   ARGS=...     extra arguments of pytest or of the benches;  ONLY=name, QUICK=1: see bench.
 
 PYTHON ?= python3
@@ -24,7 +25,7 @@ $(VENV)/.stamp-torch: constraints.txt
 	@[ -x $(BIN)/python ] || $(PYTHON) -m venv $$($(PYTHON) -c 'import torch' 2>/dev/null && echo --system-site-packages) $(VENV)
 	@if $(BIN)/python -c 'import torch' 2>/dev/null; then \
 	  $(BIN)/python -c 'import torch; print("torch==" + torch.__version__); print("setuptools<81")' > $(VENV)/constraints.txt; \
-	else cp constraints.txt $(VENV)/constraints.txt; fi
+	else sed '$(if $(TORCH),s/^torch==.*/torch==$(TORCH)/)' constraints.txt > $(VENV)/constraints.txt; fi
 	@echo "setup: torch"
 	@$(PIP) install torch numpy
 	@touch $@
