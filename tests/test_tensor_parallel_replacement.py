@@ -130,6 +130,22 @@ def test_marks_are_harmless_at_degree_one_and_layers_keep_what_they_were():
     assert torch.equal(embedding.weight, torch.arange(16.0).view(4, 4)[:, 2:]) and not embedding.weight.requires_grad
 
 
+def check_a_graph_that_is_still_alive():
+    net = nn.Sequential(nn.Linear(4, 4))
+    weight = net[0].weight
+    loss = net(torch.ones(1, 4)).sum()
+    loss.backward()
+    set_tensor_parallelism(net)
+    replace_marked_modules(net, everybody())
+    assert net[0].weight is not weight and net[0].weight.grad.shape == (4, 2)
+    net(torch.ones(1, 4)).sum().backward()
+    torch.testing.assert_close(net[0].weight.grad, torch.full((4, 2), 3.0))  # 1 before, and 2 ranks now
+
+
+def test_a_model_whose_last_graph_is_still_alive_can_be_split():
+    run_ranks(check_a_graph_that_is_still_alive, 2)
+
+
 # Registered classes and hooks
 
 

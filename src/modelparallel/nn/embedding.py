@@ -108,7 +108,7 @@ class DistributedEmbedding(DistributedModule):
             raise NotSplittableError("sparse=True, and gradients of a sliced table are dense")
         slice_length(module.embedding_dim, tp_group.size, "embedding_dim")
         spec = SplitSpec(1, (module.num_embeddings, module.embedding_dim))
-        shrink_to_slice(module.weight, spec, tp_group.rank_in_group, tp_group.size)
+        module.weight = shrink_to_slice(module.weight, spec, tp_group.rank_in_group, tp_group.size)
         module.__dict__.update(initializer_range=None, _skip_allgather=False, _skip_scatter_and_merge=False)
         cls._adopt(module, tp_group)
 

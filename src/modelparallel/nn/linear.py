@@ -71,7 +71,7 @@ class DistributedLinear(DistributedModule):
             raise NotSplittableError("its weight is not a plain parameter (pruned, normalised, quantised or sharded)")
         slice_length(module.in_features, tp_group.size, "in_features")
         spec = SplitSpec(1, (module.out_features, module.in_features))
-        shrink_to_slice(module.weight, spec, tp_group.rank_in_group, tp_group.size)
+        module.weight = shrink_to_slice(module.weight, spec, tp_group.rank_in_group, tp_group.size)
         cls._adopt(module, tp_group)
 
     def reset_parameters(self) -> None:

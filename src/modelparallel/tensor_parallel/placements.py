@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
 import torch
 from torch import nn
 
@@ -37,16 +39,34 @@ def slice_of(full: torch.Tensor, spec: SplitSpec, tp_rank: int, tp_size: int) ->
     return full.narrow(spec.dim, part.start, part.stop - part.start).clone(memory_format=torch.contiguous_format)
 
 
-def is_plain_parameter(tensor: torch.Tensor) -> bool:
+def is_plain_parameter(tensor: torch.Tensor) -> TypeGuard[nn.Parameter]:
     """Whether ``tensor`` is a parameter that holds its own numbers: not quantised, sharded, or otherwise a tensor
     subclass.
     """
     return type(tensor) is nn.Parameter and type(tensor.data) is torch.Tensor
 
 
-def shrink_to_slice(parameter: torch.Tensor, spec: SplitSpec, tp_rank: int, tp_size: int) -> None:
-    """Make ``parameter`` its own slice, in place: optimizers, hooks and names that hold it keep holding it."""
+def shrink_to_slice(parameter: nn.Parameter, spec: SplitSpec, tp_rank: int, tp_size: int) -> nn.Parameter:
+    """Make ``parameter`` its own slice, in place: optimizers, hooks and names that hold it keep holding it.
+
+    Returns the parameter to use: a new one if a graph of an earlier forward, still alive, expects gradients of the full
+    shape (autograd remembers the shape, and would refuse the slice's gradient).
+    """
     grad, parameter.grad = parameter.grad, None
     parameter.data = slice_of(parameter.detach(), spec, tp_rank, tp_size)
+    usable = parameter if _takes_gradients(parameter) else nn.Parameter(parameter.detach())
     if grad is not None:
-        parameter.grad = slice_of(grad, spec, tp_rank, tp_size)
+        usable.grad = slice_of(grad, spec, tp_rank, tp_size)
+    return usable
+
+
+def _takes_gradients(parameter: nn.Parameter) -> bool:
+    if not parameter.requires_grad:
+        return True
+    with torch.enable_grad():
+        probe = parameter.view_as(parameter)
+    try:
+        torch.autograd.grad(probe, parameter, torch.zeros((), dtype=probe.dtype, device=probe.device).expand_as(probe))
+    except RuntimeError:  # "invalid gradient ... expected shape": the only thing that such a small graph can refuse
+        return False
+    return True

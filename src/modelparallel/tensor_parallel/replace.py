@@ -73,8 +73,6 @@ def replace_marked_modules(root: nn.Module, tp_group: Group, match_weights: bool
         except NotSplittableError as error:
             _keep(name, module, str(error))
             continue
-        if replacement is None:
-            continue
         _dress_as(module, replacement, name, registration)
         if match_weights:
             replacement.copy_weights_from(module)
@@ -139,7 +137,7 @@ def _keep(name: str, module: nn.Module, reason: str) -> None:
     warnings.warn(
         f"tensor parallelism: module {name or 'the root module'!r} ({type(module).__name__}) was marked but is not "
         f"distributed: {reason}",
-        stacklevel=3,
+        stacklevel=4,  # where smp.DistributedModel is called
     )
 
 
@@ -156,24 +154,20 @@ def _convert(module: nn.Module, registration: Registration, tp_group: Group) -> 
 
 def _build(
     name: str, module: nn.Module, registration: Registration, mark: TensorParallelMark, tp_group: Group
-) -> DistributedModule | None:
-    """The distributed module for ``module``, or None, after a warning, if it must stay."""
+) -> DistributedModule:
+    """The distributed module for ``module``; raises NotSplittableError if ``module`` must stay."""
     recorded = registry.constructor_arguments(module)
     if recorded is None:
-        _keep(
-            name,
-            module,
-            "it was created before its class was registered, so its arguments are unknown; register the class first",
+        raise NotSplittableError(
+            "it was created before its class was registered, so its arguments are unknown; register the class first"
         )
-        return None
     distributed_class: Any = registration.distributed_class
     positional, keyword = recorded.positional, dict(recorded.keyword)
     hook = registration.init_hook
     if hook is not None:
         result = call_hook("init_hook", name, distributed_class, hook, positional, keyword)
         if result is None:
-            _keep(name, module, "its init_hook returned None: not supported with these arguments")
-            return None
+            raise NotSplittableError("its init_hook returned None: not supported with these arguments")
         positional, keyword = checked_arguments("init_hook", name, distributed_class, hook, result)
     signature = inspect.signature(distributed_class)
     if hook is not None:
@@ -224,7 +218,7 @@ def _known_arguments(
             f"tensor parallelism: the init_hook of module {name!r} gives {distributed_class.__name__} keyword "
             f"arguments that it does not "
             f"take; they are dropped: {', '.join(sorted(unknown))}",
-            stacklevel=4,
+            stacklevel=5,
         )
     return {key: value for key, value in keyword.items() if key not in unknown}
 
