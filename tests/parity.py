@@ -66,7 +66,7 @@ def _assert_all_below_one(excess: dict[str, float], pairs: dict[str, tuple[Tenso
     where = int((a - b).abs().argmax())
     norm, expected_norm = float(a.norm()), float(b.norm())
     raise AssertionError(
-        f"{len(bad)} of {len(pairs)} tensors differ; the worst is {worst!r} {tuple(b.shape)}: {excess[worst]:.3g} times "
+        f"{len(bad)} of {len(pairs)} differ; the worst is {worst!r} {tuple(b.shape)}: {excess[worst]:.3g} times "
         f"the allowed difference. Norms: {norm:.9g}, expected {expected_norm:.9g}, ratio "
         f"{norm / max(expected_norm, 1e-300):.6g}. At flat index {where}: {float(a.flatten()[where]):.12g}, expected "
         f"{float(b.flatten()[where]):.12g}. Differing: {bad[:8]}"
