@@ -197,9 +197,11 @@ class DistributedModel(nn.Module):
         self._has_called_backward = False
         if self._reducer is not None and torch.is_grad_enabled():
             is_boundary = (self._num_backward_steps + 1) % self._backward_passes_per_step == 0
-            self._reducer.begin_step(will_synchronize=is_boundary)
-            if self.training:
-                self._synchronise_buffers()
+            # The reducer looks at the parameters themselves; the engine would take that for glue of the program.
+            with self._runtime.engine.native_region():
+                self._reducer.begin_step(will_synchronize=is_boundary)
+                if self.training:
+                    self._synchronise_buffers()
 
     def arm(self) -> None:
         """The backward of the last microbatch begins."""
@@ -255,7 +257,7 @@ class DistributedModel(nn.Module):
             trace=trace,
             memory_weight=config.memory_weight,
             num_microbatches=config.microbatches,
-            active_microbatches=None,
+            active_microbatches=config.active_microbatches,
             is_automatic=config.auto_partition,
             marks=registry.partition_mark,
             overrides=self._overrides,
