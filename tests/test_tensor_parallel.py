@@ -226,6 +226,15 @@ def test_sizes_that_do_not_divide_are_refused_with_the_degrees_that_work():
     assert layer.scaled_batch_tensors() == {"weight"}
 
 
+def test_shapes_can_be_propagated_on_the_meta_device_without_communication():
+    with using_tp_group(imaginary(4)):
+        layers = nn.Sequential(DistributedEmbedding(7, 8), DistributedLinear(8, 4)).to("meta")
+    out = layers(torch.zeros(2, 3, dtype=torch.int64, device="meta"))
+    assert out.is_meta and out.shape == (2, 3, 4)
+    out.sum().backward()
+    assert layers[0].weight.grad.shape == (7, 2) and layers[1].weight.grad.shape == (4, 2)
+
+
 def test_signatures_are_the_documented_ones():
     assert list(inspect.signature(DistributedLinear).parameters) == [
         "in_features",

@@ -33,13 +33,14 @@ if TYPE_CHECKING:
     from modelparallel.comm.groups import Group
 
 
-def gather_counts(count: int, group: Group) -> tuple[int, ...]:
+def gather_counts(count: int, group: Group, like: torch.Tensor | None = None) -> tuple[int, ...]:
     """The ``count`` of every rank of the group, in the order of rank_in_group.
 
     One tiny message per call, deliberately: no cache on one rank can know that another rank's batch changed.
+    If ``like`` is a meta tensor, shapes are being propagated: nobody communicates, and equal batches are assumed.
     """
-    if group.size == 1:
-        return (count,)
+    if group.size == 1 or (like is not None and like.is_meta):
+        return (count,) * group.size
     device = torch.device("cpu") if _has_cpu_backend(group) else torch.device("cuda", torch.cuda.current_device())
     received = torch.empty(group.size, dtype=torch.int64, device=device)
     _exchange(received, torch.full((group.size,), count, dtype=torch.int64, device=device), None, None, group)
@@ -188,6 +189,8 @@ def _exchange(
     """
     if received_counts is not None and sent_counts is not None and not sum(received_counts) and not sum(sent_counts):
         # Then nobody has anything for this rank, nor it for others; the others see zero counts for it as well.
+        return
+    if received.is_meta:
         return
     try:
         dist.all_to_all_single(

@@ -105,13 +105,15 @@ class DistributedLinear(DistributedModule):
         if group.size == 1:
             return F.linear(input, self.weight, self.bias)
         rows = input.reshape(-1, self.in_features)
-        if torch.is_autocast_enabled(rows.device.type) and rows.dtype != torch.float64:
-            rows = rows.to(torch.get_autocast_dtype(rows.device.type))  # before it is sent: half the bytes
+        device_type = rows.device.type
+        has_autocast = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+        if has_autocast and rows.dtype != torch.float64:
+            rows = rows.to(torch.get_autocast_dtype(device_type))  # before it is sent: half the bytes
         elif rows.dtype != self.weight.dtype:
             raise TensorParallelError(
                 f"DistributedLinear: the input is {rows.dtype}, the weight {self.weight.dtype}: convert one of them"
             )
-        counts = gather_counts(rows.shape[0], group)
+        counts = gather_counts(rows.shape[0], group, rows)
         features = split_features(rows, group, counts)
         output = reduce_scatter(F.linear(features, self.weight), group, counts=counts)
         if self.bias is not None:
