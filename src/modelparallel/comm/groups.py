@@ -119,5 +119,5 @@ def _check_agreement(settings: Mapping[str, Any], global_rank: int, process_grou
                 f"{key}: {gathered[0][key]!r} on rank 0, {other[key]!r} on rank {other_rank}" for key in differing
             )
             raise DivergenceError(
-                f"the processes were configured differently ({shown}): give smp.init the same parameters on every process"
+                f"the processes were configured differently ({shown}): give smp.init the same parameters on all of them"
             )

@@ -85,12 +85,12 @@ class ObjectMessenger:
         if group.size == 1:
             return [loads(payload, self.device)]
         waiting = f"waits in allgather for the other members of {_described(group)}"
-        sizes = torch.zeros(group.size, dtype=torch.int64)
-        own_size = torch.tensor([payload.numel()], dtype=torch.int64)
-        self._wait(lambda: dist.all_gather_into_tensor(sizes, own_size, group.process_group, async_op=True), waiting)
+        sizes = [torch.zeros(1, dtype=torch.int64) for _ in group.ranks]
+        own_size = torch.tensor([payload.numel()])
+        self._wait(lambda: dist.all_gather(sizes, own_size, group.process_group, async_op=True), waiting)
         # One broadcast per member and not one padded gather: a group where one rank holds much would need its size
         # times the number of members everywhere.
-        payloads = [torch.empty(size, dtype=torch.uint8) for size in sizes.tolist()]
+        payloads = [torch.empty(size, dtype=torch.uint8) for size in map(int, sizes)]
         payloads[group.rank_in_group] = payload
         works = [
             dist.broadcast(part, source, group.process_group, async_op=True)
