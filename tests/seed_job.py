@@ -1,0 +1,96 @@
+"""The example jobs on made-up digits, recorded step by step; also a script that a launcher starts."""
+
+import argparse
+import importlib.util
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+import smdistributed.modelparallel.torch as smp
+
+MNIST = Path(__file__).resolve().parent.parent / "examples" / "mnist"
+BATCH_SIZE = 64
+NUM_STEPS = 5
+PARAMETERS = {
+    "train_tensor_parallel": {
+        "pipeline_parallel_degree": 1,
+        "placement_strategy": "cluster",
+        "tensor_parallel_degree": 4,
+        "ddp": True,
+    },
+    "train_tensor_pipeline_parallel": {
+        "microbatches": 4,
+        "pipeline_parallel_degree": 2,
+        "placement_strategy": "cluster",
+        "tensor_parallel_degree": 2,
+        "ddp": True,
+    },
+}
+
+
+def load_script(name):
+    """The example ``name`` as a module (its folder is no package)."""
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, MNIST / f"{name}.py")
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
+def make_digits(num_samples, dtype):
+    generator = torch.Generator().manual_seed(7)
+    images = torch.rand(num_samples, 1, 28, 28, generator=generator, dtype=torch.float64).to(dtype)
+    return images, torch.randint(0, 10, (num_samples,), generator=generator)
+
+
+def make_net(script, dtype):
+    torch.manual_seed(0)
+    torch.set_default_dtype(dtype)
+    try:
+        return load_script(script).Net()
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def train(script, dtype):
+    """What the script does up to its training loop, with 64 made-up digits for each data-parallel rank and step.
+
+    Returns (dp_rank, this rank's losses, the full weights after the steps, the classes of the four layers).
+    """
+    module = load_script(script)
+    has_pipeline = "pipeline" in script
+    dataset = TensorDataset(*make_digits(BATCH_SIZE * NUM_STEPS * smp.dp_size(), dtype))
+    loader = DataLoader(module.shard(dataset), batch_size=BATCH_SIZE, drop_last=has_pipeline)
+    if has_pipeline:
+        model = make_net(script, dtype)
+        smp.set_tensor_parallelism(model.fc1, True)
+    else:
+        with smp.tensor_parallelism():
+            model = make_net(script, dtype)
+    model = smp.DistributedModel(model)
+    optimizer = smp.DistributedOptimizer(torch.optim.Adadelta(model.parameters(), lr=4.0))
+    model.train()
+    losses = []
+    for data, target in loader:
+        optimizer.zero_grad()
+        if has_pipeline:
+            loss = module.train_step(model, data, target)[1].reduce_mean()
+        else:
+            loss = F.nll_loss(model(data), target, reduction="mean")
+            loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    classes = {name: type(child).__name__ for name, child in model.get_module().named_children()}
+    return smp.dp_rank(), losses, dict(model.state_dict()), classes
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("script")
+    parser.add_argument("results")
+    args = parser.parse_args()
+    smp.init()
+    torch.save(train(args.script, torch.float32), Path(args.results) / f"rank{smp.rank()}.pt")
