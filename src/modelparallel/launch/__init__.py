@@ -2,6 +2,8 @@
 
     from modelparallel.launch import PyTorch
     PyTorch(entry_point="train.py", instance_type="local", distribution={...}).fit({"train": "data/train"})
+
+docs/launching.md and docs/rehearsal.md say what a script finds.
 """
 
 from modelparallel.launch.estimator import Estimator, HuggingFace, JobHandle, PyTorch

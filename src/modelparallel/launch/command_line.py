@@ -1,6 +1,8 @@
 """The command `modelparallel`.
 
     modelparallel run --nproc 8 --parameters '{"tensor_parallel_degree": 4, "ddp": true}' train.py --epochs 3
+
+docs/launching.md has every option.
 """
 
 import os
@@ -23,6 +25,7 @@ app = typer.Typer(
     name="modelparallel",
     help="Tensor, pipeline and data parallel training for PyTorch.",
     no_args_is_help=True,
+    invoke_without_command=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
@@ -33,11 +36,12 @@ USAGE_EXIT_CODE = 2
 
 @app.callback()
 def _main(
-    version: Annotated[
-        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=lambda on: _show(on))
-    ] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
 ) -> None:
     """Tensor, pipeline and data parallel training for PyTorch."""
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit()
 
 
 @app.command(
@@ -121,12 +125,6 @@ def _job(
         preferred_port=int((published or {}).get("ddp_port", 7777)),
         timeout=timeout,
     )
-
-
-def _show(is_asked: bool) -> None:
-    if is_asked:
-        typer.echo(__version__)
-        raise typer.Exit()
 
 
 def _stop(message: str, code: int) -> None:

@@ -7,7 +7,7 @@ import signal
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -26,7 +26,7 @@ _SIGNALS_VARIABLE = "TORCHELASTIC_SIGNALS_TO_HANDLE"
 
 
 class _JobLogsSpecs(LogsSpecs):
-    """Gives every process the job's variables, and files for what it prints before the bootstrap opens its log."""
+    """Gives every process the job's variables."""
 
     def __init__(self, folder: JobFolder, environment: Mapping[str, str]) -> None:
         super().__init__(str(folder.logs))
@@ -48,8 +48,8 @@ class _JobLogsSpecs(LogsSpecs):
             error_file = str(self._folder.status / f"rank_{global_rank}.elastic.json")
             variables["TORCHELASTIC_ERROR_FILE"] = error_file
             destinations.error_files[local_rank] = error_file
-            destinations.stdouts[local_rank] = str(self._folder.startup_log(global_rank, "out"))
-            destinations.stderrs[local_rank] = str(self._folder.startup_log(global_rank, "err"))
+            # Inherited until the bootstrap opens the log of the rank; the agent would never close files of its own.
+            destinations.stdouts[local_rank] = destinations.stderrs[local_rank] = ""
         return destinations
 
 
@@ -58,7 +58,7 @@ def run(job: "JobSpec", environment: Mapping[str, str], port: int) -> tuple[int,
 
     Raises `JobInterrupted` when this process is told to stop by a signal.
     """
-    options = {
+    options: dict[str, Any] = {
         "min_nodes": 1,
         "max_nodes": 1,
         "nproc_per_node": job.num_processes,

@@ -258,7 +258,10 @@ class PyTorch:
             if self.pass_mp_parameters:
                 arguments["mp_parameters"] = parameters
         name = job_name or new_job_name(self.base_job_name or script.stem)
-        folder = default_folder(name) if self.job_dir is None else JobFolder(local_path(self.job_dir, "job_dir", must_exist=False))
+        if self.job_dir is None:
+            folder = default_folder(name)
+        else:
+            folder = JobFolder(local_path(self.job_dir, "job_dir", must_exist=False))
         return JobSpec(
             name=name,
             script=script,

@@ -115,9 +115,7 @@ def _recorded(folder: JobFolder, global_rank: int, exit_code: int | None) -> _Ca
     return _Candidate(is_consequence, record["time"], failure)
 
 
-def _unrecorded(
-    folder: JobFolder, global_rank: int, death: float | None, exit_code: int | None
-) -> _Candidate | None:
+def _unrecorded(folder: JobFolder, global_rank: int, death: float | None, exit_code: int | None) -> _Candidate | None:
     """A process that ended without a word: killed, or left by os._exit, or never reached the bootstrap."""
     if exit_code == 0 or (exit_code is None and death is None):
         return None
@@ -127,9 +125,8 @@ def _unrecorded(
     log = folder.rank_log(global_rank)
     detail = ""
     if not folder.started_file(global_rank).exists():
-        log = folder.startup_log(global_rank, "err")
         summary = f"it ended with exit code {exit_code} before the script was started"
-        detail = _tail(log) or _tail(folder.startup_log(global_rank, "out"))
+        log, detail = folder.mpirun_log, _tail(folder.mpirun_log)
     elif exit_code is not None and exit_code < 0:
         name = _signal_name(-exit_code)
         summary = f"it was killed by {name}"
@@ -142,8 +139,9 @@ def _unrecorded(
         detail = _tail(log)
     if has_finished:
         summary += ", after the script had finished"
-    # SIGTERM is what the launcher itself sends to those that are still alive after a failure.
-    is_consequence = exit_code in (-signal.SIGTERM, -signal.SIGINT)
+    # SIGTERM is what the launcher itself sends to those that are still alive after a failure; and mpirun tells the exit
+    # code of the process that failed first only.
+    is_consequence = exit_code in (None, -signal.SIGTERM, -signal.SIGINT)
     time = (death if death is not None else float("inf")) - _DEATH_LEAD
     return _Candidate(is_consequence, time, RankFailure(global_rank, exit_code, summary, detail, log))
 
@@ -153,7 +151,7 @@ def _tail(path: Path) -> str:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except FileNotFoundError:
         return ""
-    return "\n".join(lines[-_TAIL_LINES:])
+    return "\n".join(["last lines of its log:", *lines[-_TAIL_LINES:]]) if lines else ""
 
 
 def _signal_name(number: int) -> str:

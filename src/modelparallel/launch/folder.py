@@ -3,8 +3,10 @@
     code -> the source directory        input/data/<channel> -> the data        input/config/*.json
     model        output/data        output/intermediate        output/failure        checkpoints
     logs/rank_<rank>.log                 what a process printed
-    logs/startup/, logs/launcher.log     what was printed before the bootstrap took over; what the launcher says
+    logs/launcher.log                    what the launcher said; elastic.log, mpirun.log: what the backend said
     status/                              how each process tells the launcher that it started, failed or finished
+
+Only names and files; who runs what in it is in job.py.
 """
 
 import fcntl
@@ -79,6 +81,10 @@ class JobFolder:
         return self.logs / "launcher.log"
 
     @property
+    def mpirun_log(self) -> Path:
+        return self.logs / "mpirun.log"
+
+    @property
     def status(self) -> Path:
         return self.root / "status"
 
@@ -89,9 +95,6 @@ class JobFolder:
 
     def rank_log(self, global_rank: int) -> Path:
         return self.logs / f"rank_{global_rank}.log"
-
-    def startup_log(self, global_rank: int, stream: str) -> Path:
-        return self.logs / "startup" / f"rank_{global_rank}.{stream}"
 
     def started_file(self, global_rank: int) -> Path:
         return self.status / f"rank_{global_rank}.started.json"
@@ -106,7 +109,6 @@ class JobFolder:
         """Make the directories and links. Logs, status and failure of an earlier run in this folder are removed;
         model, output data and checkpoints stay, so that a job can go on where it stopped.
         """
-        self.root.mkdir(parents=True, exist_ok=True)
         for old in (self.logs, self.status, self.input):
             shutil.rmtree(old, ignore_errors=True)
         self.failure_file.unlink(missing_ok=True)
@@ -116,7 +118,7 @@ class JobFolder:
             self.model,
             self.output_data,
             self.output_intermediate,
-            self.logs / "startup",
+            self.logs,
             self.status,
         ):
             directory.mkdir(parents=True, exist_ok=True)
@@ -142,8 +144,11 @@ class JobFolder:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Keep other jobs out of the folder while this one runs."""
+        """Make the folder, and keep other jobs out of it while this one runs."""
         self.root.mkdir(parents=True, exist_ok=True)
+        ignore = self.root.parent / ".gitignore"
+        if self.root.parent.name == DEFAULT_PARENT and not ignore.exists():
+            ignore.write_text("*\n", encoding="ascii")
         with (self.root / ".lock").open("w", encoding="ascii") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -162,13 +167,8 @@ def new_job_name(base: str, now: datetime | None = None) -> str:
 
 
 def default_folder(job_name: str) -> JobFolder:
-    """A folder for a job that was not given one: ./modelparallel-jobs/<job name>, ignored by git."""
-    parent = Path.cwd() / DEFAULT_PARENT
-    parent.mkdir(exist_ok=True)
-    ignore = parent / ".gitignore"
-    if not ignore.exists():
-        ignore.write_text("*\n", encoding="ascii")
-    return JobFolder(parent / job_name)
+    """The folder of a job that was not given one: ./modelparallel-jobs/<job name>, ignored by git."""
+    return JobFolder(Path.cwd() / DEFAULT_PARENT / job_name)
 
 
 def _link(link: Path, target: Path) -> None:

@@ -47,7 +47,7 @@ def run(job: "JobSpec", environment: Mapping[str, str], monitor: RankMonitor) ->
         interpreter(),
         *worker_command(job),
     ]
-    log_path = job.folder.logs / "mpirun.log"
+    log_path = job.folder.mpirun_log
     with log_path.open("wb") as log, _signals_as_interruptions():
         process = subprocess.Popen(
             command,

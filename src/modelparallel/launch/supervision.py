@@ -40,7 +40,6 @@ class RankMonitor:
         self.exit_codes: dict[int, int] = {}
         self.stop_reason: str | None = None
         self.has_timed_out = False
-        self._folder: JobFolder | None = None
         self._descriptors: dict[int, int] = {}  # global rank -> pidfd, while the process lives
         self._pids: dict[int, int] = {}
         self._closing = threading.Event()
@@ -50,7 +49,7 @@ class RankMonitor:
         self._was_terminated = False
 
     def attach(self, folder: JobFolder, num_processes: int, output: TextIO, timeout: float | None) -> None:
-        self._folder = folder
+        self._folder: JobFolder = folder
         self._num_processes = num_processes
         self._console = Console(output, folder)
         self._relays = [LogRelay(folder, rank, self._console) for rank in range(num_processes)]
@@ -99,7 +98,6 @@ class RankMonitor:
         self._wait_for_deaths(0.0)
 
     def _notice_starts(self) -> None:
-        assert self._folder is not None
         for global_rank in range(self._num_processes):
             if global_rank in self._pids:
                 continue
@@ -140,7 +138,7 @@ class RankMonitor:
             self.has_timed_out = True
             self.stop_reason = (
                 f"it ran longer than its timeout of {self._timeout:g} s; the stacks of all ranks are in their logs, "
-                f"{self._folder.logs if self._folder else ''}"
+                f"{self._folder.logs}"
             )
             self._signal_all(signal.SIGUSR1)  # the bootstrap has asked faulthandler to print the stacks
             self._stop_at = now + _STACK_SECONDS
@@ -156,7 +154,6 @@ class RankMonitor:
             self._signal_all(signal.SIGKILL)
 
     def _has_failure(self) -> bool:
-        assert self._folder is not None
         return any(self.exit_codes.values()) or any(
             self._folder.error_file(rank).exists() for rank in range(self._num_processes)
         )

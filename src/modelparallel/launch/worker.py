@@ -126,7 +126,11 @@ def _record_and_leave(error: BaseException, record_file: Path, status: Path, glo
     _write(record_file, record)
     if isinstance(error, SystemExit):
         raise error
-    sys.excepthook(type(error), error, error.__traceback__)
+    # torch.distributed installs a hook that prefixes lines by rank, which the launcher does already; a hook of the
+    # script itself is respected.
+    is_from_torch = (getattr(sys.excepthook, "__module__", None) or "").startswith("torch")
+    hook = sys.__excepthook__ if is_from_torch else sys.excepthook
+    hook(type(error), error, error.__traceback__)
     raise SystemExit(exit_code)
 
 

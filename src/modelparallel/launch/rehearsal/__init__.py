@@ -1,8 +1,8 @@
 """Rehearsal on a CPU: a script that was written for CUDA runs where there is no GPU.
 
-The launcher starts it in each process of a job on the CPU, before the script. Calls of the *script* that ask about CUDA,
-or ask for it, are mapped to the CPU. *Libraries* see torch as it is, without CUDA: they get the very objects that were
-there before. docs/rehearsal.md lists every mapped name, and what stays different from a GPU.
+The launcher starts it in each process of a job on the CPU, before the script. Calls of the *script* that ask about
+CUDA, or ask for it, are mapped to the CPU. *Libraries* see torch as it is, without CUDA: they get the very objects that
+were there before. docs/rehearsal.md lists every mapped name, and what stays different from a GPU.
 """
 
 import os
@@ -35,7 +35,7 @@ def start(*, script_directories: Iterable[str | os.PathLike[str]], num_devices: 
     if _installation is not None:
         return
     if torch.cuda.is_available():
-        raise LaunchError("rehearsal: this process sees a CUDA device: run the job with device cuda, or hide the device")
+        raise LaunchError("rehearsal: this process sees a CUDA device: run the job on it with device cuda, or hide it")
     declare_torchvision_operators()
     # A loader with pin_memory=True works without a GPU, and says so each time.
     warnings.filterwarnings("ignore", message=".*'pin_memory' argument is set as true but no accelerator.*")
@@ -56,5 +56,5 @@ def is_active() -> bool:
 
 
 def mapped_names() -> list[MappedName]:
-    """Every mapped name, with what the script gets under it, in the order of docs/rehearsal.md. Empty if not started."""
+    """Every mapped name, with what the script gets under it, as docs/rehearsal.md lists them. Empty if not started."""
     return [] if _installation is None else list(_installation.names)

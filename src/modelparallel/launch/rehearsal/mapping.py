@@ -1,9 +1,9 @@
 """The table of mapped names, and how a mapping is put in place.
 
-The script has to see one thing and libraries another under the same name. Python gives a module another class for that
-(data model, "Customizing module attribute access"): a property on it looks at who reads the name. Libraries get the very
-object that was there before, so nothing is different for them, not even identities. For methods of `torch.Tensor` and
-`nn.Module` a descriptor in the class does the same.
+The script has to see one thing and libraries another under the same name. Python lets a module have another class for
+that (data model, "Customizing module attribute access"): a property on it looks at who reads the name. Libraries get
+the very object that was there before, so nothing is different for them, not even identities. For methods of
+`torch.Tensor` and `nn.Module` a descriptor in the class does the same.
 """
 
 import functools
@@ -78,7 +78,6 @@ class _MappedMethod:
         self._original = original
         self._script = script
         self._mapped = functools.partial(replacement, original, script)
-        functools.update_wrapper(self, original, updated=())
         self._function = _as_function(self._mapped, original)
 
     def __get__(self, instance: Any, owner: type | None = None) -> Any:

@@ -1,9 +1,9 @@
 """Declaring the operators that torchvision's CUDA wheel cannot bring to a CPU torch.
 
 The wheel that the package index has is linked against CUDA. With a CPU torch its C++ library does not load, and then
-`import torchvision` fails, because Python code in it registers shape functions for operators that do not exist. With the
-two schemas declared everything of torchvision that is written in Python works (datasets, transforms, models); the C++
-operators themselves (nms, roi_align, ...) stay unavailable.
+`import torchvision` fails, because Python code in it registers shape functions for operators that do not exist. With
+the two schemas declared everything of torchvision that is written in Python works (datasets, transforms, models); the
+C++ operators themselves (nms, roi_align, ...) stay unavailable.
 """
 
 import importlib.util

@@ -97,7 +97,8 @@ def _install_module_constructors(installation: Installation) -> None:
         if not (inspect.isclass(owner) and issubclass(owner, nn.Module)) or "__init__" not in vars(owner):
             continue
         if "device" in inspect.signature(owner.__init__).parameters:
-            owner.__init__ = _constructor(owner.__init__, installation.script)
+            constructor = _constructor(vars(owner)["__init__"], installation.script)
+            setattr(owner, "__init__", constructor)  # noqa: B010 (mypy refuses the plain assignment)
     installation.names.append(MappedName("torch.nn.*.__init__", "`device` that names CUDA: the CPU"))
 
 
@@ -161,8 +162,8 @@ def _tensor_type_mapped(original: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
-# Methods. Each gets the original and the script first. What does not name CUDA goes straight on; only then is looked who
-# asks, so that a library that asks for CUDA gets torch's own answer.
+# Methods. Each gets the original and the script first. What does not name CUDA goes straight on; only then does it
+# matter who asks: a library that asks for CUDA gets torch's own answer.
 
 
 def _to(original: Callable[..., Any], script: ScriptCode, instance: Any, *args: Any, **kwargs: Any) -> Any:

@@ -40,7 +40,9 @@ class RehearsedStream:
 class RehearsedEvent:
     """Stands for torch.cuda.Event; measures wall-clock time."""
 
-    def __init__(self, enable_timing: bool = False, blocking: bool = False, interprocess: bool = False, **_: Any) -> None:
+    def __init__(
+        self, enable_timing: bool = False, blocking: bool = False, interprocess: bool = False, **others: Any
+    ) -> None:
         self._is_timed = enable_timing
         self._time: float | None = None
 
