@@ -50,10 +50,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"  FAILED: {error}", flush=True)
             continue
         merge_results(results)
+        write_report()
         for result in results:
             print(f"  {format_result(result)}", flush=True)
         print(f"  ({time.monotonic() - start:.0f} s)", flush=True)
-    write_report()
     if failed:
         print(f"failed: {', '.join(failed)}")
     return 1 if failed else 0

@@ -31,6 +31,7 @@ def test_the_ratio_is_the_median_over_pairs_with_its_interval():
     assert harness.paired_result("name", "s", [1.0], [1.0], "ratio <= 1.05").verdict == "met"
     assert harness.plain_result("name", "us", 200.0, 3, "ours <= 150").verdict == "missed"
     assert harness.plain_result("name", "us", 200.0, 3, "reported").verdict == "-"
+    assert harness.plain_result("name", "MiB", 3.0, 1, "ratio <= 1.01", peer=2.0).verdict == "missed"
 
 
 def test_one_benchmark_replaces_only_its_own_line(tmp_path):

@@ -49,7 +49,7 @@ def our_model(size: GPTSize, is_same_split: bool) -> Any:
     """The wrapped GPT, with the split of the peer if asked."""
     model = smp.DistributedModel(make_gpt(size))
     if is_same_split:
-        gpt = model.module
+        gpt: Any = model.module
         half = size.num_layers // NUM_STAGES
         for stage in range(NUM_STAGES):
             for block in gpt.blocks[stage * half : (stage + 1) * half]:

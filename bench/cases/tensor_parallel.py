@@ -31,7 +31,7 @@ COLWISE_ROWWISE = {
     "0": partial(ColwiseParallel, input_layouts=Shard(0)),
     "2": partial(RowwiseParallel, output_layouts=Shard(0)),
 }
-PEERS = {"rowwise": ROWWISE, "colwise_rowwise": COLWISE_ROWWISE}
+PEERS: dict[str, dict[str, Any]] = {"rowwise": ROWWISE, "colwise_rowwise": COLWISE_ROWWISE}
 
 
 def make_pair() -> nn.Sequential:
