@@ -261,6 +261,7 @@ class Gluey(nn.Module):
         self.first = nn.Linear(16, 16)
         self.second = nn.Linear(16, 16)
         self.register_buffer("steps", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("average", torch.zeros(16, dtype=torch.float64))
 
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.embed(tokens)
@@ -274,6 +275,7 @@ class Gluey(nn.Module):
         y = _Scale.apply(collected, 0.5) + y.masked_fill(y > 1.0, 0.0)
         y[:, 0] = 0.0
         self.steps += 1
+        self.average = 0.9 * self.average + 0.1 * y.detach().mean(dim=(0, 1))
         return F.linear(y, self.embed.weight)
 
 

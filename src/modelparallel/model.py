@@ -171,7 +171,8 @@ class DistributedModel(nn.Module):
         scale = step.weight if self._average_grads else 1.0
         program = self._runtime.engine.program
         if program is not None:
-            program.backward_root(roots, seeds, scale)
+            with self._runtime.engine.native_region():
+                program.backward_root(roots, seeds, scale)
             return
         if step.is_last_microbatch:
             self.arm()
@@ -184,9 +185,10 @@ class DistributedModel(nn.Module):
         limit = self._runtime.engine.push_limit_bytes
         if program is None:
             return
-        for leaf in trees.leaves(output):
-            if isinstance(leaf, StageTensor) and leaf.spec.num_bytes <= limit and leaf.replica is None:
-                program.push(leaf)
+        with self._runtime.engine.native_region():
+            for leaf in trees.leaves(output):
+                if isinstance(leaf, StageTensor) and leaf.spec.num_bytes <= limit and leaf.replica is None:
+                    program.push(leaf)
 
     # Steps
 
@@ -295,6 +297,10 @@ class DistributedModel(nn.Module):
                     tensor.data = tensor.data.to(device)
                 else:
                     tensor.data = _stand_in(tensor, device)
+        for name, _ in plan.tensors:
+            owner, _, attribute = name.rpartition(".")
+            if attribute in self.module.get_submodule(owner)._buffers:
+                engine.place_buffer(self.module.get_submodule(owner), attribute)
         units = set(self._units)
         for name, home in plan.modules:
             engine.place_module(self.module.get_submodule(name), name, home, is_unit=name in units)

@@ -63,7 +63,11 @@ def intercepted_function_apply(handler: Callable[[Any, tuple[Any, ...], dict[str
     original = function_class.apply.__func__  # type: ignore[attr-defined]
 
     def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        return handler(lambda *inner_args, **inner_kwargs: original(cls, *inner_args, **inner_kwargs), args, kwargs)
+        def apply_of_class(*inner_args: Any, **inner_kwargs: Any) -> Any:
+            return original(cls, *inner_args, **inner_kwargs)
+
+        apply_of_class.__name__ = f"{cls.__qualname__}.apply"
+        return handler(apply_of_class, args, kwargs)
 
     function_class.apply = classmethod(apply)  # type: ignore[assignment,method-assign]
     try:

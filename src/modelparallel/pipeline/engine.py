@@ -99,6 +99,7 @@ class PipelineEngine:
         self.frames: RandomFrames | None = None
         self.is_native = False
         self.mode = _GlueMode(self)
+        self._assigned_buffers: list[tuple[nn.Module, str, torch.Tensor | None]] = []
         self._kept: list[torch.Tensor] = []  # keeps the ids in `placed` from being given to other tensors
         if transport is not None:
             transport.history = lambda: self.program.history() if self.program is not None else ""
@@ -116,6 +117,23 @@ class PipelineEngine:
         self.placed[id(tensor)] = PlacedTensor(name, home, tuple(tensor.shape), tensor.stride())
         self._kept.append(tensor)
 
+    def place_buffer(self, owner: nn.Module, name: str) -> None:
+        """Note that glue may assign a new value to this placed buffer (``self.average = 0.9 * self.average + ...``)."""
+        self._assigned_buffers.append((owner, name, owner._buffers[name]))
+
+    def settle_buffers(self) -> None:
+        """After the forward of a microbatch: values that glue has assigned to buffers go into the buffers themselves, at their homes."""
+        for owner, name, buffer in self._assigned_buffers:
+            assigned = owner._buffers.get(name)
+            if buffer is None or not isinstance(assigned, StageTensor):
+                continue
+            program, home = assigned.program, self.placed[id(buffer)].home
+            program.fetch([assigned], home, f"value of buffer '{name}'")
+            if home == self.stage:
+                with torch.no_grad():
+                    buffer.copy_(program.local(assigned))
+            owner._buffers[name] = buffer
+
     def place_module(self, module: nn.Module, name: str, home: int, *, is_unit: bool) -> None:
         """From now on calls of ``module`` inside a step run on ``home``."""
         entry = calls.PlacedModule(module, name, home, unit_number(name) if is_unit else None)
@@ -130,7 +148,8 @@ class PipelineEngine:
                         "call the model inside a function decorated with @smp.step"
                     )
                 return entry.inner(*args, **kwargs)
-            return calls.run(self, self.program, entry, args, kwargs)
+            with _NativeRegion(self):
+                return calls.run(self, self.program, entry, args, kwargs)
 
         entry.inner = install_call(module, call)
 
@@ -155,8 +174,8 @@ class PipelineEngine:
             if isinstance(value, torch.Tensor):
                 if id(value) in placed or id(value) in promoted:
                     return True
-                if promoted and value.numel():
-                    program.resolve(value)  # stops if it is an old view of a promoted tensor
+                if promoted:
+                    program.check_not_view_of_promoted(value)
             elif isinstance(value, (list, tuple)):
                 pending.extend(value)
         return False
@@ -193,6 +212,6 @@ class PipelineEngine:
         if self.is_native or program is None:
             return apply(*args, **kwargs)
         if any(isinstance(value, StageTensor) for value in args) or self.has_placed(program, args, kwargs):
-            apply.__name__ = "autograd_function"
-            return glue.run(self, program, apply, args, kwargs)
+            with _NativeRegion(self):
+                return glue.run(self, program, apply, args, kwargs)
         return apply(*args, **kwargs)

@@ -41,6 +41,7 @@ def run_discovery_order(
         for program, run in zip(programs, runs, strict=True):
             with engine.running(program, run.frames):
                 outputs.append(run.call())
+            engine.settle_buffers()
         for program in programs:
             if program is programs[-1]:
                 before_last_backward()

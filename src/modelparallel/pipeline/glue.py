@@ -51,6 +51,7 @@ def run(engine: PipelineEngine, program: Program, func: Callable[..., Any], args
         return special[0]
     values, skeleton, rebuild = flatten((args, kwargs))
     written = _written_index(func, name, args, kwargs, values)
+    given = values[written] if written is not None else None
     values = [program.resolve(value) for value in values]
     inputs = [value for value in values if isinstance(value, StageTensor)]
     if not inputs:
@@ -79,6 +80,8 @@ def run(engine: PipelineEngine, program: Program, func: Callable[..., Any], args
     result = execute(engine, program, f"operation {name}", key, values, home, compute, written=written)
     if written is None and not is_random(func) and not value_shaped:
         _derive_replica(values, result, compute)
+    if written is not None and result is values[written]:
+        return given  # x += y must leave the user's own object (a buffer, a plain tensor) in x
     return result
 
 

@@ -99,7 +99,7 @@ class Program:
         if self.promoted:
             if id(leaf) in self.promoted:
                 return self.promoted[id(leaf)][1]
-            self._check_not_view_of_promoted(leaf)
+            self.check_not_view_of_promoted(leaf)
         if leaf.requires_grad and torch.is_grad_enabled():
             raise StepUsageError(
                 "a tensor that requires grad but belongs to no smp.DistributedModel meets the values of one inside smp.step: with pipelining its "
@@ -114,7 +114,7 @@ class Program:
         self.promoted[id(tensor)] = (tensor, result)
         return result
 
-    def _check_not_view_of_promoted(self, leaf: torch.Tensor) -> None:
+    def check_not_view_of_promoted(self, leaf: torch.Tensor) -> None:
         if not leaf.numel() or leaf.layout is not torch.strided:
             return
         address = leaf.untyped_storage().data_ptr()

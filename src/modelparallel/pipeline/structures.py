@@ -49,11 +49,15 @@ class Structure:
     is_cacheable: bool
 
 
+_VALUES = (int, float, complex, str, bytes, bool, type(None), type(...), slice, torch.dtype, torch.device)
+
+
 class _Encoder(pickle.Pickler):
     def __init__(self, file: io.BytesIO, inputs: Sequence[torch.Tensor], opaque: Sequence[Any], what: str) -> None:
         super().__init__(file, protocol=5)
         self._inputs = {id(tensor): index for index, tensor in enumerate(inputs)}
-        self._opaque = {id(value): index for index, value in enumerate(opaque)}
+        # Numbers and the like are values, and small ones are one object wherever they stand.
+        self._opaque = {id(value): index for index, value in enumerate(opaque) if not isinstance(value, _VALUES)}
         self._what = what
         self._numbers: dict[int, int] = {}
         self.tensors: list[torch.Tensor] = []
@@ -64,13 +68,13 @@ class _Encoder(pickle.Pickler):
         if isinstance(value, torch.Tensor):
             if id(value) in self._inputs:
                 self.has_inputs = True
-                return ("input", self._inputs[id(value)])
+                return f"input {self._inputs[id(value)]}"
             if id(value) not in self._numbers:
                 self._numbers[id(value)] = len(self.tensors)
                 self.tensors.append(value)
-            return ("new", self._numbers[id(value)])
+            return f"new {self._numbers[id(value)]}"
         if id(value) in self._opaque:
-            return ("argument", self._opaque[id(value)])
+            return f"argument {self._opaque[id(value)]}"
         if isinstance(value, (torch.nn.Module, torch.Generator)):
             raise UnsupportedError(
                 f"{self._what} returns a {type(value).__name__}, which cannot be on several pipeline stages: return tensors, numbers and containers of them"
@@ -86,8 +90,8 @@ class _Decoder(pickle.Unpickler):
         self._tables = {"input": inputs, "argument": opaque, "new": new}
 
     def persistent_load(self, pid: Any) -> Any:
-        table, index = pid
-        return self._tables[table][index]
+        table, index = pid.split()
+        return self._tables[table][int(index)]
 
 
 def encode(
