@@ -64,13 +64,13 @@ JOBS = [
     Job(
         "launch_tensor_parallel.py",
         "tensor parallelism alone",
-        "8 processes: tp 4, dp 8",
+        "tp 4, dp 8",
         {},
     ),
     Job(
         "launch_tensor_pipeline_parallel.py",
         "tensor and pipeline parallelism",
-        "8 processes: pp 2, tp 2, dp 4, 4 microbatches",
+        "pp 2, tp 2, dp 4, 4 microbatches",
         {"max-steps": "160"},
     ),
 ]
@@ -81,7 +81,8 @@ def main() -> int:
     parser.add_argument("--data", type=Path, default=Path("data"))
     parser.add_argument("--max-steps", type=int, default=None, help="instead of the number chosen for each job")
     args = parser.parse_args()
-    console = Console()
+    # Wide enough for the table where the output is not a terminal; "test accuracy NN.N%" stays on one line.
+    console = Console(width=None if sys.stdout.isatty() else 120)
     for job in JOBS:
         console.rule(f"[bold]{job.title}[/bold] ({job.launch_file})")
         job.run(args.data.resolve(), args.max_steps)
@@ -90,7 +91,7 @@ def main() -> int:
             break
     table = Table(title="MNIST, real data, 8 processes on this machine")
     for name in ("job", "layout", "first loss", "last loss", "time", "result"):
-        table.add_column(name)
+        table.add_column(name, no_wrap=name == "result")
     for job in JOBS:
         losses = (f"{job.losses[0]:.3f}", f"{job.losses[-1]:.3f}") if job.losses else ("-", "-")
         result = "no result" if job.accuracy is None else f"test accuracy {job.accuracy:.1f}%"
