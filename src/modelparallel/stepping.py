@@ -12,9 +12,9 @@ import torch
 
 from modelparallel import runtime as runtime_module
 from modelparallel import trees
-from modelparallel.errors import SMPConfigError, StepUsageError
+from modelparallel.errors import DivergenceError, SMPConfigError, StepUsageError
 from modelparallel.model import DistributedModel, partition_models
-from modelparallel.pipeline.executor import MicrobatchRun, run_discovery_order
+from modelparallel.pipeline.executor import MicrobatchRun, run_discovery_order, run_locally
 from modelparallel.pipeline.inputs import share_inputs
 from modelparallel.pipeline.microbatches import Microbatches, slice_objects, split
 from modelparallel.pipeline.randomness import RandomFrames, SavedGenerators
@@ -40,6 +40,8 @@ class StepFunction:
     ) -> None:
         functools.update_wrapper(self, function)
         self._function = function
+        self._name = getattr(function, "__name__", repr(function))
+        self._title = f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', function)}"
         self._signature = inspect.signature(function)
         self._whole = set(non_split_inputs or ())
         self._axes = dict(input_split_axes or {})
@@ -54,7 +56,7 @@ class StepFunction:
             unknown = sorted(names - set(parameters))
             if unknown:
                 raise SMPConfigError(
-                    f"smp.step: {option} names {unknown[0]!r}, which is not an argument of {self._function.__name__}"
+                    f"smp.step: {option} names {unknown[0]!r}, which is not an argument of {self._name}"
                     f"{self._signature}: use one of {', '.join(parameters)}"
                 )
 
@@ -63,7 +65,7 @@ class StepFunction:
         runtime = runtime_module.current()
         if runtime.step is not None:
             raise StepUsageError(
-                f"{self._function.__name__} is decorated with @smp.step and was called inside another step function: call it from outside, "
+                f"{self._name} is decorated with @smp.step and was called inside another step function: call it from outside, "
                 "or call the undecorated function"
             )
         config = runtime.session.config
@@ -75,7 +77,15 @@ class StepFunction:
         runtime.num_steps += 1
         seed = torch.initial_seed() if config.seed is None else config.seed
         if runtime.is_pipelined:
-            arguments, seed = share_inputs(runtime.engine.transport, arguments, seed, number, runtime.session.device)
+            runtime.engine.transport.begin_step(number)
+            arguments, (seed, called) = share_inputs(
+                runtime.engine.transport, arguments, (seed, self._title), number, runtime.session.device
+            )
+            if called != self._title:
+                raise DivergenceError(
+                    f"pp_rank {runtime.engine.stage} calls the step function {self._title}, pp_rank 0 calls {called}: all ranks of a "
+                    "PP_GROUP must call the same step functions in the same order"
+                )
         microbatches = self._split(arguments, config)
         running = RunningStep()
         try:
@@ -149,12 +159,11 @@ class StepFunction:
             running.is_last_microbatch = index == num_microbatches - 1
             return self._call(_on_device(microbatches.arguments[index], device))
 
+        runs = [MicrobatchRun(functools.partial(call, index), frames[index]) for index in range(num_microbatches)]
         try:
             if not runtime.is_pipelined:
-                outputs = []
-                for index in range(num_microbatches):
-                    with engine.running(None, frames[index]):
-                        outputs.append(call(index))
+                kind = (self, torch.is_grad_enabled(), *(model.training for model in runtime.session.models))
+                outputs = run_locally(engine, runs, kind)
                 if self._detach_outputs:
                     outputs = trees.map_leaves(_detached, outputs)
                 return outputs
@@ -163,7 +172,7 @@ class StepFunction:
             try:
                 return run_discovery_order(
                     engine,
-                    [MicrobatchRun(functools.partial(call, index), frames[index]) for index in range(num_microbatches)],
+                    runs,
                     before_last_backward=lambda: [model.arm() for model in running.models],
                     detach_outputs=self._detach_outputs,
                 )

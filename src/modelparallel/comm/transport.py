@@ -23,6 +23,7 @@ import torch.distributed as dist
 from modelparallel.errors import CommunicationError, DivergenceError, WaitTimeoutError
 
 _PACKAGE_DIRECTORIES = (str(Path(__file__).resolve().parents[1]), str(Path(torch.__file__).resolve().parent))
+_TAGS_PER_STEP = 4
 _MAX_TENSORS = 48  # presence flags travel in one int64
 
 
@@ -93,6 +94,15 @@ class StageTransport:
     device: torch.device
     history: Callable[[], str] = lambda: ""
     _pending: list[_PendingSend] = field(default_factory=list)
+    _abandoned: list[_PendingSend] = field(default_factory=list)
+    _first_tag: int = 0
+
+    def begin_step(self, step: int) -> None:
+        """Messages from now on belong to step call ``step``, and meet only those of the same one.
+
+        Whatever a step that ended by an exception has left under way can so never be taken for a message of a later one.
+        """
+        self._first_tag = _TAGS_PER_STEP * (step % (2**31 // _TAGS_PER_STEP))
 
     def send_tensors(
         self, peer: int, name: MessageName, tensors: Sequence[torch.Tensor | None], description: str = "", tag: int = 0
@@ -160,9 +170,11 @@ class StageTransport:
         for send in pending:
             for work in send.works:
                 self._wait(work, send.description, None)
+        self._abandoned = []  # the peers have come through a whole step, and do not wait for older messages any more
 
     def abandon(self) -> None:
-        """Forget posted sends after an error; their peers fail by themselves."""
+        """After an error: wait for no posted send, but let the peers receive them, since they may still come to the same error."""
+        self._abandoned += self._pending
         self._pending = []
 
     def _post(
@@ -172,13 +184,13 @@ class StageTransport:
         messages = [header, *parts]
         global_rank = self.global_ranks[peer]
         try:
-            works = [self.process_group.send([message], global_rank, tag) for message in messages]
+            works = [self.process_group.send([message], global_rank, self._first_tag + tag) for message in messages]
         except RuntimeError as error:
             raise self._failure(f"send {description or name} to pp_rank {peer}", name, error) from error
         self._pending.append(_PendingSend(works, messages, f"send {description or name} to pp_rank {peer}"))
 
     def _receive(self, peer: int, buffer: torch.Tensor, tag: int) -> dist.Work:
-        return self.process_group.recv([buffer], self.global_ranks[peer], tag)
+        return self.process_group.recv([buffer], self.global_ranks[peer], self._first_tag + tag)
 
     def _receive_header(self, peer: int, name: MessageName, description: str, tag: int) -> tuple[int, int]:
         header = torch.empty(5, dtype=torch.int64)

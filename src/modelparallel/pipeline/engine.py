@@ -16,14 +16,15 @@ from modelparallel.comm.transport import StageTransport
 from modelparallel.errors import StepUsageError
 from modelparallel.pipeline import calls, glue
 from modelparallel.pipeline.program import Program
-from modelparallel.pipeline.randomness import RandomFrames, is_random, unit_number
+from modelparallel.pipeline.randomness import RandomFrames, is_random, may_draw, unit_number
 from modelparallel.pipeline.stage_tensor import StageTensor, is_metadata
 from modelparallel.pipeline.structures import Structure
 from modelparallel.torch_compat import (
     DisableTorchFunctionSubclass,
     install_call,
     intercepted_function_apply,
-    suspended_function_mode,
+    resume_function_mode,
+    suspend_function_mode,
 )
 
 
@@ -55,6 +56,11 @@ class _GlueMode(TorchFunctionMode):
         program = engine.program
         if program is not None and (StageTensor in types or engine.has_placed(program, args, kwargs)):
             return program.glue(func, args, kwargs)
+        if program is None and func is torch.Tensor.backward:
+            raise StepUsageError(
+                "loss.backward() inside a function decorated with @smp.step: write model.backward(loss), which averages over the microbatches and "
+                "lets the gradients be reduced over the data-parallel ranks"
+            )
         if engine.frames is not None and is_random(func):
             engine.frames.enter_glue_operation()
         return func(*args, **kwargs)
@@ -63,21 +69,22 @@ class _GlueMode(TorchFunctionMode):
 class _NativeRegion:
     """While a module or an operation runs at its home nothing of the engine is in between."""
 
-    __slots__ = ("_engine", "_suspension", "_was_native")
+    __slots__ = ("_engine", "_is_suspended", "_was_native")
 
     def __init__(self, engine: PipelineEngine) -> None:
         self._engine = engine
 
     def __enter__(self) -> None:
-        self._was_native = self._engine.is_native
-        self._engine.is_native = True
-        self._suspension = suspended_function_mode(self._engine.mode)
-        self._suspension.__enter__()
+        engine = self._engine
+        self._was_native = engine.is_native
+        engine.is_native = True
+        self._is_suspended = suspend_function_mode(engine.mode)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._suspension.__exit__(None, None, None)
+        if self._is_suspended:
+            resume_function_mode(self._engine.mode)
         self._engine.is_native = self._was_native
 
 
@@ -97,6 +104,7 @@ class PipelineEngine:
         self.structures: dict[Hashable, Structure] = {}
         self.program: Program | None = None
         self.frames: RandomFrames | None = None
+        self.kinds_without_random_glue: set[Hashable] = set()
         self.is_native = False
         self.mode = _GlueMode(self)
         self._assigned_buffers: list[tuple[nn.Module, str, torch.Tensor | None]] = []
@@ -155,6 +163,8 @@ class PipelineEngine:
 
     def frame_unit(self, module: nn.Module, name: str) -> None:
         """Without pipelining: seed the generators around each call of a unit inside a step, as a pipeline would."""
+        if not may_draw(module):
+            return
         number = unit_number(name)
 
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -187,20 +197,25 @@ class PipelineEngine:
         return _NativeRegion(self)
 
     @contextmanager
-    def running(self, program: Program | None, frames: RandomFrames) -> Iterator[None]:
-        """Run the user's code as ``program`` (None without pipelining)."""
-        if self.frames is not None:
-            raise StepUsageError("a function decorated with @smp.step was called inside another one: call it from outside")
-        self.program, self.frames = program, frames
+    def running(self, program: Program) -> Iterator[None]:
+        """Run the user's code as ``program``."""
+        self.program, self.frames = program, program.frames
         try:
-            if program is None:
-                with self.mode:
-                    yield
-            else:
-                with intercepted_function_apply(self._function_apply), self.mode:
-                    yield
+            with intercepted_function_apply(self._function_apply), self.mode:
+                yield
         finally:
             self.program, self.frames = None, None
+
+    def run_locally(self, frames: RandomFrames, call: Callable[[], Any], *, is_watched: bool) -> Any:
+        """Run the user's code without a pipeline; only a watched run sees the operations between the modules."""
+        self.frames = frames
+        try:
+            if is_watched:
+                with self.mode:
+                    return call()
+            return call()
+        finally:
+            self.frames = None
 
     def run_glue(self, program: Program, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         if self.program is not program and self.program is not None:

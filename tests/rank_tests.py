@@ -1,0 +1,105 @@
+"""Tests whose bodies run on several ranks, many in one set of processes.
+
+    PP2 = RankTests(2, {"pipeline_parallel_degree": 2, "microbatches": 4})
+
+    @on(PP2)
+    def test_something():
+        ...  # runs on both ranks, after smp.init(...); assert anything
+
+All bodies of a set run in the order of the file, in one process set, when the first of them is asked for: a set costs
+a second, not each test. A body that fails on some ranks only ends its set, since the ranks are no longer in step.
+RANK_TESTS_ONLY=part-of-a-name runs the bodies of that name alone.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from pool import run_ranks
+
+_sets: dict[str, list[RankTests]] = {}
+
+
+class RankTests:
+    """A set of tests for ``num_ranks`` processes and one configuration; make it at the top level of a test module."""
+
+    def __init__(self, num_ranks: int, parameters: dict[str, Any], timeout: float = 60) -> None:
+        # A short wait, so that a test that fails on one rank does not keep the others for minutes.
+        self.parameters = {"ddp": True, "timeout_seconds": 20, **parameters}
+        self.num_ranks = num_ranks
+        self.timeout = timeout
+        self.bodies: dict[str, Callable[[], None]] = {}
+        self.module = sys._getframe(1).f_globals["__name__"]
+        siblings = _sets.setdefault(self.module, [])
+        self.index = len(siblings)
+        siblings.append(self)
+        self._reports: list[dict[str, str]] | None = None
+
+    def __str__(self) -> str:
+        degrees = [("pp", "pipeline_parallel_degree"), ("tp", "tensor_parallel_degree"), ("mb", "microbatches")]
+        parts = [f"{short}{self.parameters[key]}" for short, key in degrees if key in self.parameters]
+        return "-".join([*parts, f"{self.num_ranks}p"])
+
+    def verify(self, name: str) -> None:
+        """Fail if the body ``name`` failed on some rank."""
+        if self._reports is None:
+            self._reports = run_ranks(
+                _run_bodies, self.num_ranks, self.module, self.index, parameters=self.parameters, timeout=self.timeout
+            )
+        texts = [report.get(name, "") for report in self._reports]
+        failed = [f"--- rank {rank} ---\n{text}" for rank, text in enumerate(texts) if text]
+        if failed:
+            pytest.fail("\n".join(failed), pytrace=False)
+
+
+def on(*sets: RankTests) -> Callable[[Callable[[], None]], Callable[..., None]]:
+    """Run the decorated body on the ranks of each set, as a test of its name."""
+
+    def decorate(body: Callable[[], None]) -> Callable[..., None]:
+        for ranks in sets:
+            ranks.bodies[body.__name__] = body
+
+        @pytest.mark.parametrize("ranks", sets, ids=str)
+        def test(ranks: RankTests) -> None:
+            ranks.verify(body.__name__)
+
+        test.__name__ = body.__name__
+        test.__doc__ = body.__doc__
+        return test
+
+    return decorate
+
+
+def _run_bodies(module: str, index: int) -> dict[str, str]:
+    """On a rank: run all bodies of the set; returns the tracebacks of those that failed, and who was left out."""
+    importlib.import_module(module)
+    reports: dict[str, str] = {}
+    left_out = ""
+    only = os.environ.get("RANK_TESTS_ONLY", "")
+    for name, body in _sets[module][index].bodies.items():
+        if only not in name:
+            continue
+        if left_out:
+            reports[name] = left_out
+            continue
+        start = time.monotonic()
+        try:
+            body()
+        except BaseException:
+            reports[name] = traceback.format_exc()
+        print(f"{name}: {time.monotonic() - start:.3f} s")
+        num_failed = torch.tensor(int(name in reports))
+        dist.all_reduce(num_failed)
+        if 0 < num_failed < dist.get_world_size():
+            left_out = f"not run, since {name} failed on {int(num_failed)} of {dist.get_world_size()} ranks before"
+    return reports

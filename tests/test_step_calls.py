@@ -1,0 +1,256 @@
+"""Calls of step functions: forms of the decorator, arguments, order, errors (smp-api section 4, clients 1.0)."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+import torch
+
+import modelparallel as smp
+from modelparallel.errors import DivergenceError, SMPConfigError, SMPError, StepUsageError, WaitTimeoutError
+from parity import assert_parity
+from rank_tests import RankTests, on
+from small_models import make_batch, make_classifier, mean_loss, sgd, train_step
+
+MB4 = RankTests(1, {"microbatches": 4})
+PP2 = RankTests(2, {"pipeline_parallel_degree": 2, "microbatches": 4})
+APART = [RankTests(2, {"pipeline_parallel_degree": 2, "microbatches": 2, "timeout_seconds": 1.5}) for _ in range(3)]
+ALL = (MB4, PP2)
+
+
+class Trainer:
+    """A script's class with a step function in its body, without self."""
+
+    def __init__(self, model):
+        self.model = model
+
+    @smp.step
+    def train_step(model, x, y):
+        loss = mean_loss(model, x, y)
+        model.backward(loss)
+        return loss
+
+    def run(self, x, y):
+        return self.train_step(self.model, x, y)
+
+
+@on(*ALL)
+def test_a_step_function_does_not_bind_as_a_method():
+    x, y = make_batch(8)
+    loss = Trainer(smp.DistributedModel(make_classifier())).run(x, y)
+    torch.testing.assert_close(loss.reduce_mean(), mean_loss(make_classifier(), x, y).detach())
+    assert not hasattr(Trainer.__dict__["train_step"], "__get__")
+
+
+@on(*ALL)
+def test_all_forms_of_the_decorator_and_what_it_keeps_of_the_function():
+    def body(x):
+        """Says what it does."""
+        return x.sum()
+
+    for decorated in (smp.step(body), smp.step()(body), smp.step(detach_outputs=True)(body)):
+        assert decorated.__name__ == "body" and decorated.__doc__ == "Says what it does."
+        assert float(decorated(torch.ones(4)).reduce_sum()) == 4
+    with pytest.raises(SMPConfigError, match="keyword arguments only"):
+        smp.step(["mask"])
+
+
+@on(*ALL)
+def test_names_that_are_no_arguments_are_refused():
+    for options in ({"non_split_inputs": ["mask"]}, {"input_split_axes": {"mask": 1}}):
+        with pytest.raises(ValueError, match=r"'mask', which is not an argument of body\(x, y\)"):
+
+            @smp.step(**options)
+            def body(x, y):
+                return x
+
+    @smp.step(input_split_axes={"x": 1})
+    def no_axis(x):
+        return x
+
+    with pytest.raises(StepUsageError, match=r"'x' has a tensor of shape \(4,\), which has no axis 1"):
+        no_axis(torch.ones(4))
+
+
+@on(*ALL)
+def test_every_kind_of_parameter():
+    @smp.step(input_split_axes={"extra": 1})
+    def body(first, /, second=2, *rest, key, default=10, **others):
+        shapes = " ".join(str(list(value.shape)) for value in (*rest, *others.values()))
+        return len(first), second, shapes, key, default, sorted(others)
+
+    x = torch.zeros(8, 4)
+    result = body(x, 5, x, x, key="k", extra=x, more=x)
+    assert result[0] == [2] * 4 and result[1] == [5] * 4 and result[3] == ["k"] * 4 and result[4] == [10] * 4
+    assert result[5] == [["extra"] * 4, ["more"] * 4]
+    assert result[2] == ["[2, 4] [2, 4] [8, 1] [2, 4]"] * 4
+    with pytest.raises(TypeError, match="missing a required"):
+        body(x)
+
+
+@on(*ALL)
+def test_a_step_function_inside_another_is_refused_and_the_next_call_works():
+    @smp.step
+    def inner(x):
+        return x.sum()
+
+    @smp.step
+    def outer(x):
+        return inner(x)
+
+    with pytest.raises(StepUsageError, match=r"inner is decorated with @smp\.step and was called inside another"):
+        outer(torch.ones(4))
+    assert float(inner(torch.ones(4)).reduce_sum()) == 4
+
+
+@on(*ALL)
+def test_two_step_functions_in_turn_train_one_model():
+    @smp.step
+    def other_step(model, y, x):
+        loss = (model(x) ** 2).mean()
+        model.backward(loss)
+        return loss
+
+    model = smp.DistributedModel(make_classifier())
+    optimizer = smp.DistributedOptimizer(sgd(model.parameters()))
+    plain = make_classifier()
+    plain_optimizer = sgd(plain.parameters())
+    for step in range(4):
+        x, y = make_batch(8, seed=step)
+        optimizer.zero_grad()
+        plain_optimizer.zero_grad()
+        if step % 2:
+            train_step(model, x, y)
+            mean_loss(plain, x, y).backward()
+        else:
+            other_step(model, y, x=x)
+            (plain(x) ** 2).mean().backward()
+        optimizer.step()
+        plain_optimizer.step()
+    assert_parity(model.state_dict(), plain.state_dict(), dtype=torch.float64)
+
+
+@on(*ALL)
+def test_a_step_without_tensors_runs_each_microbatch():
+    @smp.step
+    def body(number):
+        return torch.tensor(float(number)), number
+
+    output, numbers = body(3)
+    assert numbers == [3] * 4 and output.stack().tolist() == [3.0] * 4
+    assert smp.step(lambda: None)() == [None] * 4
+
+
+@on(*ALL)
+def test_integer_and_boolean_outputs_reduce():
+    @smp.step
+    def body(x):
+        return (x > 2).sum(), x > 2, x.to(torch.int32)
+
+    count, flags, values = body(torch.arange(8.0))
+    assert int(count.reduce_sum()) == 5 and float(count.reduce_mean()) == 1.25
+    assert flags.concat().tolist() == [False] * 3 + [True] * 5
+    assert values.concat().dtype == torch.int32
+    assert "4 x (2,)" in repr(values)
+
+
+@on(*ALL)
+def test_plain_backward_inside_a_step_is_refused():
+    model = smp.DistributedModel(make_classifier())
+
+    @smp.step
+    def body(model, x, y):
+        loss = mean_loss(model, x, y)
+        loss.backward()
+        return loss
+
+    with pytest.raises(StepUsageError, match=r"model\.backward\(loss\)"):
+        body(model, *make_batch(8))
+
+
+@on(*ALL)
+def test_an_error_of_every_rank_leaves_the_next_step_intact():
+    model = smp.DistributedModel(make_classifier())
+    x, y = make_batch(8)
+
+    @smp.step
+    def broken(model, x, y):
+        mean_loss(model, x, y)
+        if not smp.is_tracing():
+            raise KeyError("the script's own mistake")
+
+    with pytest.raises(KeyError, match="the script's own mistake"):
+        broken(model, x, y)
+    _, loss = train_step(model, x, y)
+    torch.testing.assert_close(loss.reduce_mean(), mean_loss(make_classifier(), x, y).detach())
+
+
+@on(*ALL)
+def test_random_numbers_of_the_script_are_not_used_up_by_a_step():
+    torch.manual_seed(11)
+    expected = torch.get_rng_state()
+    smp.step(lambda x: x + torch.rand(2))(torch.ones(4, 2))
+    assert torch.equal(torch.get_rng_state(), expected)
+
+
+# Calls that differ between the ranks: in process sets of their own, since the connections are of no use afterwards
+
+
+def error_within(seconds: float, call: Any, *expected: type[SMPError]) -> str:
+    """The message of the error that ``call`` must end in."""
+    start = time.monotonic()
+    with pytest.raises(expected) as caught:
+        call()
+    assert time.monotonic() - start < seconds, "an error, but too late"
+    assert "pp_rank" in str(caught.value), str(caught.value)
+    return str(caught.value)
+
+
+@smp.step
+def other_step(model, x):
+    return model(x)
+
+
+@on(APART[0])
+def test_step_calls_in_another_order_stop_with_a_named_error():
+    model = smp.DistributedModel(make_classifier())
+    x, y = make_batch(8)
+    train_step(model, x, y)
+    if smp.pp_rank() == 0:
+        error_within(10, lambda: train_step(model, x, y), WaitTimeoutError)
+    else:
+        text = error_within(10, lambda: other_step(model, x), DivergenceError)
+        assert (
+            "pp_rank 1 calls the step function test_step_calls.other_step, pp_rank 0 calls small_models.train" in text
+        )
+
+
+@on(APART[1])
+def test_another_number_of_step_calls_stops_with_a_named_error():
+    model = smp.DistributedModel(make_classifier())
+    x, y = make_batch(8)
+    train_step(model, x, y)
+    if smp.pp_rank() == 1:
+        text = error_within(10, lambda: train_step(model, x, y), WaitTimeoutError)
+        assert "waiting to receive the inputs of the step from pp_rank 0" in text
+
+
+@on(APART[2])
+def test_an_exception_on_one_stage_ends_the_others_with_a_named_error():
+    model = smp.DistributedModel(make_classifier())
+    x, y = make_batch(8)
+
+    @smp.step
+    def broken(model, x, y):
+        if smp.pp_rank() == 0 and not smp.is_tracing():
+            raise KeyError("the script's own mistake")
+        return mean_loss(model, x, y)
+
+    if smp.pp_rank() == 0:
+        with pytest.raises(KeyError, match="the script's own mistake"):
+            broken(model, x, y)
+    else:
+        text = error_within(10, lambda: broken(model, x, y), WaitTimeoutError)
+        assert ("microbatch 0" in text and "test_step_calls.py" in text) or "small_models.py" in text
