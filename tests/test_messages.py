@@ -13,6 +13,7 @@ import torch.distributed as dist
 from modelparallel import ranks_and_messages as smp
 from modelparallel import session
 from modelparallel.comm.objects import dumps, loads
+from modelparallel.config import load_config
 from modelparallel.errors import (
     CommunicationError,
     DivergenceError,
@@ -22,7 +23,7 @@ from modelparallel.errors import (
     SMPConfigError,
     WaitTimeoutError,
 )
-from modelparallel.topology import CommGroup, GroupKind, RankType
+from modelparallel.topology import CommGroup, GroupKind, ProcessIdentity, RankType
 from pool import RankError, run_ranks
 
 WORLD_RANK, MP_RANK, PP_RANK = RankType.WORLD_RANK, RankType.MP_RANK, RankType.PP_RANK
@@ -459,3 +460,53 @@ def test_groups_by_kind() -> None:
 def kinds_of_groups() -> list[str]:
     groups = session.initialize().groups
     return [groups.of(kind).kind.value for kind in GroupKind]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Meeting point, device and the end of a process
+
+
+@pytest.mark.parametrize(
+    ("environ", "expected"),
+    [
+        ({"MASTER_ADDR": "algo-1", "MASTER_PORT": "7778"}, ("algo-1", 7778)),
+        ({"MASTER_ADDR": "algo-1"}, ("algo-1", 7777)),
+        ({}, ("127.0.0.1", 7777)),
+        ({"SLURM_JOB_NODELIST": "n[4-7]"}, ("127.0.0.1", 7777)),
+    ],
+)
+def test_meeting_point_on_one_host(environ: dict[str, str], expected: tuple[str, int]) -> None:
+    assert session._rendezvous(load_config({}, environ), ProcessIdentity(1, 2, 1, 2, "PMI"), environ) == expected
+
+
+def test_meeting_point_on_several_hosts() -> None:
+    identity, config = ProcessIdentity(2, 4, 0, 2, "PMI"), load_config({}, {})
+    assert session._rendezvous(config, identity, {"SLURM_JOB_NODELIST": "n[4-7]"}) == ("n4", 7777)
+    with pytest.raises(SMPConfigError, match="MASTER_ADDR is not set, and PMI does not tell"):
+        session._rendezvous(config, identity, {})
+    with pytest.raises(SMPConfigError, match="MASTER_PORT: expected int"):
+        session._rendezvous(config, identity, {"MASTER_ADDR": "a", "MASTER_PORT": "http"})
+
+
+def test_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    identity = ProcessIdentity(5, 8, 5, 8, "torchrun")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert session._choose_device(ProcessIdentity(3, 8, 3, 8, "torchrun"), {}) == torch.device("cuda", 3)
+    with pytest.raises(SMPConfigError, match="local rank 5 has no GPU: 8 processes on 4 GPUs"):
+        session._choose_device(identity, {})
+    assert session._choose_device(identity, {"MODELPARALLEL_DEVICE": "cpu"}) == torch.device("cpu")
+    with pytest.raises(SMPConfigError, match="must be one of 'auto', 'cpu', 'cuda', got 'tpu'"):
+        session._choose_device(identity, {"MODELPARALLEL_DEVICE": "tpu"})
+
+
+def end_of_process() -> float:
+    session.initialize({"ddp": True})
+    smp.barrier()
+    started = time.monotonic()
+    session.shutdown()
+    return time.monotonic() - started
+
+
+def test_shutdown_is_quick() -> None:
+    assert max(run_ranks(end_of_process, 2)) < 2
