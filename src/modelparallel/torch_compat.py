@@ -37,18 +37,18 @@ def uninstall_call(module: nn.Module) -> None:
     module.__dict__.pop("_compiled_call_impl", None)
 
 
-@contextmanager
-def suspended_function_mode(mode: object) -> Iterator[None]:
-    """Take ``mode`` off the torch-function mode stack for a while, if it is the innermost one."""
+def suspend_function_mode(mode: object) -> bool:
+    """Take ``mode`` off the torch-function mode stack if it is the innermost one; whether it was."""
     num_modes = _len_torch_function_stack()
     if num_modes == 0 or _get_function_stack_at(num_modes - 1) is not mode:
-        yield
-        return
+        return False
     _pop_torch_function_stack()
-    try:
-        yield
-    finally:
-        _push_on_torch_function_stack(mode)
+    return True
+
+
+def resume_function_mode(mode: object) -> None:
+    """Put ``mode`` back after :func:`suspend_function_mode`."""
+    _push_on_torch_function_stack(mode)
 
 
 @contextmanager

@@ -5,7 +5,7 @@ It is right for every deterministic program; planned schedules are compared with
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,21 @@ class MicrobatchRun:
     frames: RandomFrames
 
 
+def run_locally(engine: PipelineEngine, runs: Sequence[MicrobatchRun], kind: Hashable) -> list[Any]:
+    """Run each microbatch, in order, without a pipeline; ``kind`` says what is run (which function, in which mode).
+
+    [Note: watching] Seeding random operations in glue needs a look at every operation between the modules, about a microsecond each. So only
+    the first step of a kind is watched; if no random operation was seen there, later ones are not. Where such an operation first appears
+    later (behind a branch on data), it draws from the generator as the last unit has left it: random and reproducible, but then not equal
+    to the same run under a pipeline.
+    """
+    is_watched = kind not in engine.kinds_without_random_glue
+    outputs = [engine.run_locally(run.frames, run.call, is_watched=is_watched) for run in runs]
+    if is_watched and all(run.frames.num_glue_operations == 0 for run in runs):
+        engine.kinds_without_random_glue.add(kind)
+    return outputs
+
+
 def run_discovery_order(
     engine: PipelineEngine,
     runs: Sequence[MicrobatchRun],
@@ -39,7 +54,7 @@ def run_discovery_order(
     try:
         outputs = []
         for program, run in zip(programs, runs, strict=True):
-            with engine.running(program, run.frames):
+            with engine.running(program):
                 outputs.append(run.call())
             engine.settle_buffers()
         for program in programs:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 
 from modelparallel.pipeline.stage_tensor import function_name
 
@@ -31,7 +32,34 @@ RANDOM_FUNCTIONS = frozenset(
 
 def is_random(func: Any) -> bool:
     """Whether a torch function may draw from the default generators."""
-    return function_name(func) in RANDOM_FUNCTIONS
+    if getattr(func, "__closure__", None) is not None:  # made anew for each call, some of them: not to be kept
+        return function_name(func) in RANDOM_FUNCTIONS
+    known = _known.get(func)
+    if known is None:
+        known = _known[func] = function_name(func) in RANDOM_FUNCTIONS
+    return known
+
+
+_known: dict[Any, bool] = {}
+
+
+# Modules of torch.nn that draw nothing; a unit made of these alone needs no frame.
+_DRAWS_NOTHING = frozenset(
+    getattr(nn, name)
+    for name in (
+        "Linear Bilinear Identity Conv1d Conv2d Conv3d ConvTranspose1d ConvTranspose2d ConvTranspose3d BatchNorm1d BatchNorm2d BatchNorm3d "
+        "LayerNorm GroupNorm RMSNorm InstanceNorm1d InstanceNorm2d InstanceNorm3d Embedding EmbeddingBag PReLU ReLU ReLU6 GELU SiLU Tanh "
+        "Sigmoid Softmax LogSoftmax ELU LeakyReLU Hardtanh Hardswish Softplus Mish Flatten Unflatten MaxPool1d MaxPool2d MaxPool3d AvgPool1d "
+        "AvgPool2d AvgPool3d AdaptiveAvgPool1d AdaptiveAvgPool2d AdaptiveMaxPool2d Upsample Sequential ModuleList ModuleDict"
+    ).split()
+)
+
+
+def may_draw(module: nn.Module) -> bool:
+    """Whether calls of ``module`` may draw random numbers; a subclass may, whatever its base class does."""
+    if any("forward" in part.__dict__ for part in module.modules()):
+        return True
+    return any(type(part) not in _DRAWS_NOTHING for part in module.modules())
 
 
 def unit_number(name: str) -> int:
