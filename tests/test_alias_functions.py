@@ -1,10 +1,10 @@
 """The functions of the odd module paths: state_mod, utils."""
 
 import pytest
-from pool import run_ranks
 
 import modelparallel as smp
 from modelparallel.errors import NotInitializedError
+from pool import run_ranks
 
 
 def odd_paths():

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 import modelparallel as smp
-from modelparallel.config import load_config
-from modelparallel.errors import NotBuiltError
+from modelparallel.config import ENVIRONMENT_KEY, ENVIRONMENT_WITHOUT_EFFECT, load_config, validate_distribution
+from modelparallel.errors import NotBuiltError, SMPConfigError
 from modelparallel.parameter_table import PARAMETER_KEYS
 from pool import run_ranks
 
@@ -90,7 +90,8 @@ def test_rows_are_unique_and_explained():
     paths = [path for path, *_ in ROWS]
     assert len(paths) == len(set(paths)) > 150
     roots = {path.partition(".")[0] for path in paths}
-    assert roots == {"smp", "model", "optimizer", "output", "config", "smdistributed", "modelparallel"}
+    objects = {"smp", "model", "optimizer", "output", "parameter", "smdistributed", "modelparallel"}
+    assert roots == objects | {"config", "keyword", "environment", "mpi"}
 
 
 def test_names_of_the_namespace():
@@ -124,13 +125,41 @@ def look_up_objects(rows):
     model = smp.DistributedModel(torch.nn.Linear(2, 2))
     optimizer = smp.DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1))
     objects = {"model": model, "optimizer": optimizer, "output": forward(model, torch.zeros(2, 2)), "smp": smp}
+    objects["parameter"] = next(model.parameters())
     return [check(objects[root], path, parameters, status, root_name=root) for root, path, parameters, status in rows]
 
 
 def test_methods_and_attributes_of_objects():
-    rows = rows_of("model", "optimizer", "output")
+    rows = rows_of("model", "optimizer", "output", "parameter")
     rows += [row for row in rows_of("smp") if row[1].startswith("state.")]
     report(run_ranks(look_up_objects, 1, rows, parameters={})[0])
+
+
+@pytest.mark.parametrize("keyword", [path for _, path, _, _ in rows_of("keyword")])
+def test_keywords_of_tensor_parallelism_are_accepted(keyword):
+    import torch
+
+    with smp.tensor_parallelism(**{keyword: True}):
+        module = torch.nn.Linear(2, 2)
+    smp.set_tensor_parallelism(module, True, **{keyword: False})
+
+
+def test_environment_variables():
+    listed = {path: status for _, path, _, status in rows_of("environment")}
+    assert listed.pop(ENVIRONMENT_KEY) == "same"
+    assert set(listed) == set(ENVIRONMENT_WITHOUT_EFFECT) and set(listed.values()) == {"differs"}
+    config = load_config({}, dict.fromkeys(listed, "1"))
+    assert all(any(name in notice for notice in config.notices) for name in listed)
+    assert load_config({}, {ENVIRONMENT_KEY: '{"microbatches": 3}'}).microbatches == 3
+
+
+def test_keys_of_the_mpi_dictionary():
+    values = {"enabled": True, "processes_per_host": 2, "custom_mpi_options": "--mca a b"}
+    assert {path for _, path, _, _ in rows_of("mpi")} == set(values)
+    parameters = {"enabled": True, "parameters": {"partitions": 2}}
+    validate_distribution({"smdistributed": {"modelparallel": parameters}, "mpi": values}, 1)
+    with pytest.raises(SMPConfigError):
+        validate_distribution({"smdistributed": {"modelparallel": parameters}, "mpi": {**values, "other": 1}}, 1)
 
 
 def test_every_configuration_parameter_is_in_the_table():
