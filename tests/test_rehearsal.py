@@ -1,8 +1,8 @@
 """Rehearsal: a script for CUDA runs on a CPU, libraries see no CUDA, and the documentation lists every mapped name."""
 
+import importlib
 import io
 import re
-import subprocess
 import sys
 import textwrap
 from pathlib import Path
@@ -46,7 +46,7 @@ LIBRARY = """
 """
 
 SCRIPT = """
-    import copy, io, os, pickle, sys, warnings
+    import copy, importlib.util, io, os, pickle, sys, warnings
     filters = warnings.filters[:]
     warnings.simplefilter("error")
     import torch
@@ -177,6 +177,8 @@ SCRIPT = """
     warnings.filters[:] = filters
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.ones(4, 1)), pin_memory=True)
     assert len([batch.cuda() for (batch,) in loader]) == 4
+    if importlib.util.find_spec("torchvision") is not None:
+        from torchvision import datasets, models, transforms
     from transformers import BatchEncoding, GPT2Config, GPT2LMHeadModel
     from transformers.utils import is_torch_cuda_available
     assert not is_torch_cuda_available()
@@ -238,7 +240,10 @@ def test_documentation_lists_every_mapped_name(rehearsed):
     mapped = dict(line.split("\t") for line in lines)
     text = (Path(__file__).parents[1] / "docs" / "rehearsal.md").read_text(encoding="utf-8")
     documented = dict(re.findall(r"^\| `(torch\.[^`]+)` \| (.+?) \|$", text, re.MULTILINE))
-    assert documented == mapped
+    assert {name: documented.get(name) for name in mapped} == mapped
+    for name in documented.keys() - mapped.keys():  # only names that another version of torch has
+        module, _, attribute = name.rpartition(".")
+        assert not hasattr(importlib.import_module(module), attribute), name
 
 
 def test_installed_packages_below_the_script_are_libraries(tmp_path):
@@ -257,18 +262,6 @@ def test_installed_packages_below_the_script_are_libraries(tmp_path):
     assert not ScriptCode([Path(torch.__file__).parents[1]]).owns(sys._getframe())
     assert owns("<string>", "__main__")
     assert not owns("<string>", "torch.fx")
-
-
-def test_torchvision_imports_after_its_operators_are_declared():
-    pytest.importorskip("torchnet")
-    code = (
-        "from modelparallel.launch.rehearsal import declare_torchvision_operators as declare\n"
-        "print(declare(), declare())\n"
-        "from torchvision import datasets, transforms\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert len(set(done.stdout.split())) == 1
 
 
 def test_declaring_operators_again_is_harmless():

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
-from modelparallel.launch.supervision import JOB_VARIABLE
+from modelparallel.launch.processes import JOB_VARIABLE
 
 if TYPE_CHECKING:
     from modelparallel.launch.job import JobSpec
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 #: The only host of a local job, by the name that scripts know.
 HOST = "algo-1"
 HOST_ADDRESS = "127.0.0.1"
-LOOPBACK = "lo"
+LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
 INSTANCE_GROUP = "homogeneousCluster"
 
 #: Rank variables of an outer launcher. They must not reach a process that learns its rank from mpirun.

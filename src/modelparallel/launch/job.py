@@ -13,8 +13,9 @@ from modelparallel.errors import LaunchError
 from modelparallel.launch.environment import job_environment, resource_config
 from modelparallel.launch.failures import JobInterrupted, RankFailure, first_failure
 from modelparallel.launch.folder import JobFolder
+from modelparallel.launch.processes import end_leftovers
 from modelparallel.launch.rendezvous_port import reserved_port
-from modelparallel.launch.supervision import RankMonitor, end_leftovers
+from modelparallel.launch.supervision import RankMonitor
 
 Backend = Literal["elastic", "mpi"]
 Device = Literal["cpu", "cuda"]
@@ -23,6 +24,8 @@ logger = logging.getLogger("modelparallel.launch")
 
 #: Exit code of a job that ran longer than its timeout, as coreutils' `timeout` has it.
 TIMEOUT_EXIT_CODE = 124
+#: Seconds that helpers of the script (data loader workers, ...) have to end after it succeeded.
+LEFTOVER_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,7 @@ def run_job(job: JobSpec, output: TextIO | None = None, monitor: RankMonitor | N
         except JobInterrupted as interruption:
             interrupted = interruption
         finally:
-            end_leftovers(folder.description, patience=2.0 if code == 0 else 0.0)
+            end_leftovers(folder.description, patience=LEFTOVER_SECONDS if code == 0 else 0.0)
             monitor.close()
         seconds = time.monotonic() - started
         result = _outcome(job, monitor, code, exit_codes, interrupted, seconds)

@@ -54,8 +54,9 @@ def memory_summary(device: Any = None, abbreviated: bool = False) -> str:
 
 def mem_get_info(device: Any = None) -> tuple[int, int]:
     """Free and total memory of this machine."""
-    page = os.sysconf("SC_PAGE_SIZE")
-    return os.sysconf("SC_AVPHYS_PAGES") * page, total_bytes()
+    if "SC_AVPHYS_PAGES" not in os.sysconf_names:  # macOS
+        return total_bytes() - resident_bytes(), total_bytes()
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), total_bytes()
 
 
 def total_bytes() -> int:

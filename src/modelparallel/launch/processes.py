@@ -1,0 +1,127 @@
+"""Watching and ending processes by means of the system: pidfd and /proc on Linux, less exact ones elsewhere."""
+
+import contextlib
+import json
+import os
+import select
+import signal
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+JOB_VARIABLE = "MODELPARALLEL_JOB"
+
+_HAS_PIDFD = hasattr(os, "pidfd_open")
+_POLL_SECONDS = 0.05
+
+
+class WatchedProcess:
+    """A process of the job, started by whomever. While `is_alive` was not seen to be False its pid is its own."""
+
+    def __init__(self, pid: int) -> None:
+        """Raises ProcessLookupError if it is gone already."""
+        self.pid = pid
+        self.exit_code: int | None = None
+        self._descriptor: int | None = None
+        if _HAS_PIDFD:
+            self._descriptor = os.pidfd_open(pid)
+        else:
+            os.kill(pid, 0)
+
+    @property
+    def descriptor(self) -> int | None:
+        return self._descriptor
+
+    def check(self) -> bool:
+        """Whether it is alive. Once it is not, `exit_code` is known if it is a child of this process, and still there:
+        it is only looked at, and stays for the backend to collect.
+        """
+        if self._descriptor is None:
+            return _exists(self.pid)
+        if not select.select([self._descriptor], [], [], 0)[0]:
+            return True
+        with contextlib.suppress(ChildProcessError):  # mpirun's child, or collected already
+            status = os.waitid(os.P_PIDFD, self._descriptor, os.WEXITED | os.WNOWAIT | os.WNOHANG)
+            if status is not None:
+                is_exit = status.si_code == os.CLD_EXITED
+                self.exit_code = status.si_status if is_exit else -status.si_status
+        return False
+
+    def signal(self, signal_number: int, *, with_group: bool) -> None:
+        """Signal it, and the processes of the group that it leads if asked."""
+        with contextlib.suppress(ProcessLookupError):
+            if with_group and os.getpgid(self.pid) == self.pid:
+                os.killpg(self.pid, signal_number)
+            else:
+                os.kill(self.pid, signal_number)
+
+    def close(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+
+def wait_for_any(processes: Mapping[int, WatchedProcess], seconds: float) -> list[int]:
+    """Keys of the processes that have ended; waits up to `seconds` for the first."""
+    descriptors = [process.descriptor for process in processes.values() if process.descriptor is not None]
+    if descriptors:
+        poller = select.poll()
+        for descriptor in descriptors:
+            poller.register(descriptor, select.POLLIN)
+        poller.poll(seconds * 1000)
+    else:
+        time.sleep(seconds)
+    return [key for key, process in processes.items() if not process.check()]
+
+
+def end_leftovers(description: Path, *, patience: float) -> int:
+    """Kill what is left of a job: processes with its MODELPARALLEL_JOB in their environment, whoever started them.
+
+    They have `patience` seconds to end by themselves. Returns how many were killed. Without /proc only the groups of
+    the ranks are known.
+    """
+    deadline = time.monotonic() + patience
+    while pids := list(_processes_of(description)):
+        if time.monotonic() >= deadline:
+            for pid in pids:
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.kill(pid, signal.SIGKILL)
+            return len(pids)
+        time.sleep(_POLL_SECONDS)
+    return 0
+
+
+def _processes_of(description: Path) -> Iterator[int]:
+    if sys.platform != "linux":
+        yield from _ranks_of(description.parent.glob("rank_*.started.json"))
+        return
+    mark = f"{JOB_VARIABLE}={description}".encode()
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit() or int(entry.name) == os.getpid():
+            continue
+        try:
+            if mark in (entry / "environ").read_bytes().split(b"\0") and _is_running(entry):
+                yield int(entry.name)
+        except OSError:  # gone meanwhile, or not ours to read
+            continue
+
+
+def _ranks_of(started_files: Iterable[Path]) -> Iterator[int]:
+    for path in started_files:
+        pid = json.loads(path.read_text(encoding="utf-8"))["pid"]
+        if _exists(pid):
+            yield pid
+
+
+def _exists(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def _is_running(entry: Path) -> bool:
+    """False for a zombie, which only waits to be collected."""
+    return (entry / "stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0] not in ("Z", "X")
