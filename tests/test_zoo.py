@@ -1,4 +1,6 @@
-"""Unmodified models in a pipeline against one process: losses, every gradient by name, weights after optimizer steps."""
+"""Unmodified models in a pipeline against one process: losses, every gradient by name, weights after optimizer
+steps.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from parity import assert_parity, reference_run
 from pool import run_ranks
 from zoo import ZOO
@@ -73,4 +76,6 @@ def check(names: list[str], num_stages: int, num_microbatches: int, optimizer: s
 @pytest.mark.parametrize("num_stages", [2, 3])
 @pytest.mark.parametrize("name", list(ZOO))
 def test_pipelined_model_equals_one_process(name: str, num_stages: int) -> None:
-    check([name], num_stages, num_microbatches=2 if num_stages == 2 else 3, optimizer="sgd" if num_stages == 2 else "adam")
+    check(
+        [name], num_stages, num_microbatches=2 if num_stages == 2 else 3, optimizer="sgd" if num_stages == 2 else "adam"
+    )

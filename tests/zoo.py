@@ -1,4 +1,6 @@
-"""Models that are trained pipelined, unmodified, and compared with one process: each with its inputs and its step body."""
+"""Models that are trained pipelined, unmodified, and compared with one process: each with its inputs and its step
+body.
+"""
 
 from __future__ import annotations
 
@@ -67,54 +69,109 @@ def _llama() -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     return LlamaForCausalLM(
-        LlamaConfig(vocab_size=VOCABULARY, hidden_size=16, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2,
-                    num_key_value_heads=1, max_position_embeddings=32, use_cache=False)
-    )  # fmt: skip
+        LlamaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=3,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            max_position_embeddings=32,
+            use_cache=False,
+        )
+    )
 
 
 def _bert(*, is_tied: bool) -> nn.Module:
     from transformers import BertConfig, BertForMaskedLM
 
     return BertForMaskedLM(
-        BertConfig(vocab_size=VOCABULARY, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-                   max_position_embeddings=16, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, tie_word_embeddings=is_tied)
-    )  # fmt: skip
+        BertConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=16,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+            tie_word_embeddings=is_tied,
+        )
+    )
 
 
 def _gpt2() -> nn.Module:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     return GPT2LMHeadModel(
-        GPT2Config(vocab_size=VOCABULARY, n_positions=16, n_embd=16, n_layer=3, n_head=2, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
-                   use_cache=False)
-    )  # fmt: skip
+        GPT2Config(
+            vocab_size=VOCABULARY,
+            n_positions=16,
+            n_embd=16,
+            n_layer=3,
+            n_head=2,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            use_cache=False,
+        )
+    )
 
 
 def _t5() -> nn.Module:
     from transformers import T5Config, T5ForConditionalGeneration
 
     return T5ForConditionalGeneration(
-        T5Config(vocab_size=VOCABULARY, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, dropout_rate=0.0, use_cache=False,
-                 decoder_start_token_id=0, pad_token_id=1)
-    )  # fmt: skip
+        T5Config(
+            vocab_size=VOCABULARY,
+            d_model=16,
+            d_kv=8,
+            d_ff=32,
+            num_layers=2,
+            num_heads=2,
+            dropout_rate=0.0,
+            use_cache=False,
+            decoder_start_token_id=0,
+            pad_token_id=1,
+        )
+    )
 
 
 def _mixtral() -> nn.Module:
     from transformers import MixtralConfig, MixtralForCausalLM
 
     return MixtralForCausalLM(
-        MixtralConfig(vocab_size=VOCABULARY, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
-                      num_key_value_heads=1, num_local_experts=3, num_experts_per_tok=2, max_position_embeddings=32, use_cache=False)
-    )  # fmt: skip
+        MixtralConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            num_local_experts=3,
+            num_experts_per_tok=2,
+            max_position_embeddings=32,
+            use_cache=False,
+        )
+    )
 
 
 def _vit() -> nn.Module:
     from transformers import ViTConfig, ViTForImageClassification
 
     return ViTForImageClassification(
-        ViTConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=4, num_labels=4,
-                  hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-    )  # fmt: skip
+        ViTConfig(
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            image_size=8,
+            patch_size=4,
+            num_labels=4,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+        )
+    )
 
 
 # Plain torch
@@ -150,7 +207,8 @@ class UNet(nn.Module):
         super().__init__()
         widths = [4, 8, 16]
         self.down = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(a, b, 3, padding=1), nn.GroupNorm(2, b), nn.SiLU()) for a, b in zip([3, *widths], widths, strict=False)
+            nn.Sequential(nn.Conv2d(a, b, 3, padding=1), nn.GroupNorm(2, b), nn.SiLU())
+            for a, b in zip([3, *widths], widths, strict=False)
         )
         self.middle = nn.Conv2d(16, 16, 3, padding=1)
         self.up = nn.ModuleList(nn.Conv2d(2 * width, max(width // 2, 4), 3, padding=1) for width in reversed(widths))
@@ -220,7 +278,9 @@ class _Stage(nn.Module):
         hidden = self.linear(carried.hidden) * scale
         if pair[0] is not None:
             hidden = hidden + pair[0] * pair[1]
-        return Carried(hidden, {"previous": carried.hidden, "count": carried.extra["count"], "list": [hidden.detach(), None]})
+        return Carried(
+            hidden, {"previous": carried.hidden, "count": carried.extra["count"], "list": [hidden.detach(), None]}
+        )
 
 
 class Containers(nn.Module):
@@ -251,7 +311,9 @@ class _Scale(torch.autograd.Function):
 
 
 class Gluey(nn.Module):
-    """Weights used directly, parameters above all modules, in-place glue, an autograd.Function, writing into a plain tensor."""
+    """Weights used directly, parameters above all modules, in-place glue, an autograd.Function, writing into a plain
+    tensor.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -354,7 +416,9 @@ ZOO: dict[str, Entry] = {
     "gpt2_tied": Entry(_gpt2, _tokens, _language_loss),
     "t5": Entry(_t5, _tokens, _encoder_decoder_loss),
     "mixtral": Entry(_mixtral, _tokens, _language_loss),
-    "vit": Entry(_vit, _images, lambda model, images, labels: F.cross_entropy(model(pixel_values=images).logits, labels)),
+    "vit": Entry(
+        _vit, _images, lambda model, images, labels: F.cross_entropy(model(pixel_values=images).logits, labels)
+    ),
     "cnn_batchnorm": Entry(ConvNet, _images, _classification_loss),
     "unet": Entry(UNet, _images, _classification_loss),
     "called_twice": Entry(CalledTwice, _vectors, _classification_loss),

@@ -14,8 +14,12 @@ from torch._C import (  # the torch-function mode stack: modes are suspended whi
     _pop_torch_function_stack,
     _push_on_torch_function_stack,
 )
-from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode  # the trace counts operations below autograd
-from torch.utils.flop_counter import flop_registry as flop_registry  # operation -> its count of floating-point operations
+from torch.utils._python_dispatch import (
+    TorchDispatchMode as TorchDispatchMode,
+)  # the trace counts operations below autograd
+from torch.utils.flop_counter import (
+    flop_registry as flop_registry,
+)  # operation -> its count of floating-point operations
 
 # Disables the dispatch to tensor subclasses: metadata of a StageTensor is answered by its own wrapper tensor.
 DisableTorchFunctionSubclass = torch._C.DisableTorchFunctionSubclass
@@ -24,8 +28,9 @@ DisableTorchFunctionSubclass = torch._C.DisableTorchFunctionSubclass
 def install_call(module: nn.Module, call: Callable[..., Any]) -> Callable[..., Any]:
     """Make ``module(...)`` run ``call``; returns what it ran before.
 
-    ``nn.Module.__call__`` looks into the instance attribute ``_compiled_call_impl`` first (it is where ``Module.compile`` puts its
-    result) and leaves it out of pickles and copies. No other per-instance place catches a call before the module's own hooks run.
+    ``nn.Module.__call__`` looks into the instance attribute ``_compiled_call_impl`` first (it is where
+    ``Module.compile`` puts its result) and leaves it out of pickles and copies. No other per-instance place catches a
+    call before the module's own hooks run.
     """
     previous = module._compiled_call_impl if module._compiled_call_impl is not None else module._call_impl
     module._compiled_call_impl = call
@@ -55,8 +60,8 @@ def resume_function_mode(mode: object) -> None:
 def intercepted_function_apply(handler: Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]) -> Iterator[None]:
     """Send every ``autograd.Function.apply`` through ``handler(original_apply, args, kwargs)``.
 
-    ``apply`` does not look at ``__torch_function__``: given a StageTensor it would record a node on the empty wrapper and cut the
-    gradient in silence.
+    ``apply`` does not look at ``__torch_function__``: given a StageTensor it would record a node on the empty wrapper
+    and cut the gradient in silence.
     """
     function_class = torch.autograd.Function
     own_apply = function_class.__dict__.get("apply")
@@ -89,7 +94,8 @@ def autocast_state() -> tuple[Any, ...]:
 
 
 def current_backward_id() -> int:
-    """A number that names the backward pass (autograd graph task) that runs now; -1 outside. Nested passes have their own.
+    """A number that names the backward pass (autograd graph task) that runs now; -1 outside. Nested passes have their
+    own.
 
     There is no public way to tell two backward passes apart, and one that raised leaves no other trace in a reducer.
     """

@@ -1,1 +1,3 @@
-"""The pipeline engine: stage tensors, programs, glue, calls at a home, announcements, randomness and the reference executor."""
+"""The pipeline engine: stage tensors, programs, glue, calls at a home, announcements, randomness and the reference
+executor.
+"""

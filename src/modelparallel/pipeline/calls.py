@@ -26,7 +26,7 @@ _PRIMITIVES = (int, float, complex, str, bytes, bool, type(None), torch.dtype, t
 
 @dataclass
 class PlacedModule:
-    """A module with a home; ``inner`` is its own call, hooks included; ``unit`` its number if random frames hang on it."""
+    """A module with a home; ``inner`` is its own call, hooks included; ``unit`` its number if frames hang on it."""
 
     module: nn.Module
     name: str
@@ -68,8 +68,10 @@ def run(engine: PipelineEngine, program: Program, entry: PlacedModule, args: Any
         for value, old in zip(objects, before, strict=True):
             if old is not None and _fingerprint(value) != old:
                 raise UnsupportedError(
-                    f"{entry.description} changed its argument of type {type(value).__name__}: what it stored there would stay on "
-                    f"pp_rank {entry.home}. Return it instead, or switch the recording off (Hugging Face models: use_cache=False, "
+                    f"{entry.description} changed its argument of type {type(value).__name__}: what it stored there "
+                    "would stay on "
+                    f"pp_rank {entry.home}. Return it instead, or switch the recording off (Hugging Face models: "
+                    "use_cache=False, "
                     "output_attentions=False)"
                 )
         return output

@@ -1,4 +1,4 @@
-"""The engine of one process: what is placed where, the program that runs, and the interception of calls and operations."""
+"""The engine of one process: what is placed where, the program that runs, the interception of calls and operations."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from modelparallel.torch_compat import (
 
 @dataclass(frozen=True)
 class PlacedTensor:
-    """A parameter or buffer with a home. Shape and stride are those at the home: other stages hold an empty stand-in."""
+    """A parameter or buffer with a home. Shape and stride are those there: other stages hold an empty stand-in."""
 
     name: str
     home: int
@@ -58,7 +58,8 @@ class _GlueMode(TorchFunctionMode):
             return program.glue(func, args, kwargs)
         if program is None and func is torch.Tensor.backward:
             raise StepUsageError(
-                "loss.backward() inside a function decorated with @smp.step: write model.backward(loss), which averages over the microbatches and "
+                "loss.backward() inside a function decorated with @smp.step: write model.backward(loss), which "
+                "averages over the microbatches and "
                 "lets the gradients be reduced over the data-parallel ranks"
             )
         if engine.frames is not None and is_random(func):
@@ -130,7 +131,9 @@ class PipelineEngine:
         self._assigned_buffers.append((owner, name, owner._buffers[name]))
 
     def settle_buffers(self) -> None:
-        """After the forward of a microbatch: values that glue has assigned to buffers go into the buffers themselves, at their homes."""
+        """After the forward of a microbatch: values that glue has assigned to buffers go into the buffers themselves,
+        at their homes.
+        """
         for owner, name, buffer in self._assigned_buffers:
             assigned = owner._buffers.get(name)
             if buffer is None or not isinstance(assigned, StageTensor):
@@ -152,7 +155,8 @@ class PipelineEngine:
             if self.program is None:
                 if entry.home != self.stage:
                     raise StepUsageError(
-                        f"module '{entry.name}' is on pp_rank {entry.home} and was called on pp_rank {self.stage} outside a step: "
+                        f"module '{entry.name}' is on pp_rank {entry.home} and was called on pp_rank {self.stage} "
+                        "outside a step: "
                         "call the model inside a function decorated with @smp.step"
                     )
                 return entry.inner(*args, **kwargs)

@@ -30,10 +30,10 @@ class MicrobatchRun:
 def run_locally(engine: PipelineEngine, runs: Sequence[MicrobatchRun], kind: Hashable) -> list[Any]:
     """Run each microbatch, in order, without a pipeline; ``kind`` says what is run (which function, in which mode).
 
-    [Note: watching] Seeding random operations in glue needs a look at every operation between the modules, about a microsecond each. So only
-    the first step of a kind is watched; if no random operation was seen there, later ones are not. Where such an operation first appears
-    later (behind a branch on data), it draws from the generator as the last unit has left it: random and reproducible, but then not equal
-    to the same run under a pipeline.
+    [Note: watching] Seeding random operations in glue needs a look at every operation between the modules, about a
+    microsecond each. So only the first step of a kind is watched; if no random operation was seen there, later ones are
+    not. Where such an operation first appears later (behind a branch on data), it draws from the generator as the last
+    unit has left it: random and reproducible, but then not equal to the same run under a pipeline.
     """
     is_watched = kind not in engine.kinds_without_random_glue
     outputs = [engine.run_locally(run.frames, run.call, is_watched=is_watched) for run in runs]
@@ -49,7 +49,7 @@ def run_discovery_order(
     before_last_backward: Callable[[], None],
     detach_outputs: bool,
 ) -> list[Any]:
-    """Run each microbatch, then their backwards; returns the outputs, equal on every stage. Collective over PP_GROUP."""
+    """Run each microbatch, then their backwards; returns the outputs, equal on all stages. Collective over PP_GROUP."""
     programs = [Program(engine, index, run.frames) for index, run in enumerate(runs)]
     try:
         outputs = []

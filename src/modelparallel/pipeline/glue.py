@@ -1,7 +1,7 @@
 """Glue: operations between the placed modules, run where their data is.
 
-Every stage reaches the operation; each takes the same decisions from the symbolic state alone (where to run it, what to send, which structure
-the output has), and only the chosen home computes.
+Every stage reaches the operation; each takes the same decisions from the symbolic state alone (where to run it, what to
+send, which structure the output has), and only the chosen home computes.
 """
 
 from __future__ import annotations
@@ -15,19 +15,30 @@ import torch
 from modelparallel.errors import DivergenceError, StepUsageError, UnsupportedError
 from modelparallel.pipeline.randomness import is_random
 from modelparallel.pipeline.stage_tensor import AliasGroup, StageTensor, function_name
-from modelparallel.pipeline.structures import Structure, check_same, decode, encode, flatten, is_value_shaped, operation_key
+from modelparallel.pipeline.structures import (
+    Structure,
+    check_same,
+    decode,
+    encode,
+    flatten,
+    is_value_shaped,
+    operation_key,
+)
 
 if TYPE_CHECKING:
     from modelparallel.pipeline.engine import PipelineEngine
     from modelparallel.pipeline.program import Program
 
 _IN_PLACE_DUNDERS = frozenset(
-    "__setitem__ __iadd__ __isub__ __imul__ __itruediv__ __ifloordiv__ __imod__ __ipow__ __iand__ __ior__ __ixor__ __ilshift__ __irshift__".split()
+    "__setitem__ __iadd__ __isub__ __imul__ __itruediv__ __ifloordiv__ __imod__ __ipow__ __iand__ __ior__ __ixor__ "
+    "__ilshift__ __irshift__".split()
 )
 _READS = frozenset("item tolist __bool__ __int__ __float__ __index__ __complex__ numpy __array__ is_nonzero".split())
 _REFUSED = {
-    "backward": "use model.backward(loss) inside smp.step: with pipelining the backward of all stages is run by the library",
-    "grad": "gradients inside a step are not known before the step returns (the backward runs at its end): read parameter.grad after it",
+    "backward": "use model.backward(loss) inside smp.step: with pipelining the backward of all stages is run by the "
+    "library",
+    "grad": "gradients inside a step are not known before the step returns (the backward runs at its end): read "
+    "parameter.grad after it",
     "data_ptr": "a value that is spread over the stages has no address",
     "untyped_storage": "a value that is spread over the stages has no storage here",
     "storage": "a value that is spread over the stages has no storage here",
@@ -61,7 +72,9 @@ def run(engine: PipelineEngine, program: Program, func: Callable[..., Any], args
     if name in _READS and all(value.replica is not None for value in inputs):
         # Known everywhere: no message, so that a read under `if smp.rank() == 0` cannot hang.
         with engine.native_region():
-            read_args, read_kwargs = rebuild([value.replica() if isinstance(value, StageTensor) else value for value in values])
+            read_args, read_kwargs = rebuild(
+                [value.replica() if isinstance(value, StageTensor) and value.replica else value for value in values]
+            )
             return func(*read_args, **read_kwargs)
     home = _choose_home(name, values, inputs, written)
     if written is not None and not isinstance(values[written], StageTensor):
@@ -99,8 +112,9 @@ def execute(
 ) -> Any:
     """Run ``compute`` on ``home`` and give every stage its output, with StageTensors for its tensors.
 
-    ``values`` are the arguments' leaves; ``key`` the signature (None: the output is announced every time). ``written``: the value that the
-    operation writes to. ``protect``: leaves that need a gradient go in as copies if the callee writes to them, or may.
+    ``values`` are the arguments' leaves; ``key`` the signature (None: the output is announced every time). ``written``:
+    the value that the operation writes to. ``protect``: leaves that need a gradient go in as copies if the callee
+    writes to them, or may.
     """
     known = engine.structures.get(key) if key is not None else None
     tensors = [value for value in values if isinstance(value, torch.Tensor)]
@@ -148,11 +162,12 @@ def _compute_here(
             locals_.append(value)
             continue
         local = program.local(value) if isinstance(value, StageTensor) else value
-        # A leaf that needs a gradient (cut, or received) cannot be written to: the writing goes to a copy, which then is the value.
+        # A leaf that needs a gradient (cut, or received) cannot be written to: the writing goes to a copy, which then
+        # is the value.
         may_be_written = index == written or (protect and (written_before is None or num_tensors in written_before))
-        if may_be_written and isinstance(value, StageTensor) and not value.is_pinned_home:
-            if local.requires_grad and local.is_leaf and torch.is_grad_enabled():
-                local = local.clone()
+        is_leaf = local.requires_grad and local.is_leaf and torch.is_grad_enabled()
+        if may_be_written and is_leaf and isinstance(value, StageTensor) and not value.is_pinned_home:
+            local = local.clone()
         num_tensors += 1
         locals_.append(local)
     tensors = [local for local in locals_ if isinstance(local, torch.Tensor)]
@@ -169,7 +184,8 @@ def _compute_here(
             if isinstance(source, StageTensor) and source.local is not tensor:
                 for other in source.aliases.others(source):
                     other.mark_stale(
-                        f"{what} wrote in place to a value of which another view was taken on the other side of a stage boundary; write "
+                        f"{what} wrote in place to a value of which another view was taken on the other side of a "
+                        "stage boundary; write "
                         "x = x.clone() before the in-place operation, or use the operation that returns a new tensor"
                     )
                 source.local = tensor
@@ -190,13 +206,19 @@ def _announce(program: Program, home: int, structure: Structure | None, what: st
 def _note_written(tensor: torch.Tensor, home: int, requires_grad: bool, what: str) -> None:
     if not isinstance(tensor, StageTensor):
         raise StepUsageError(
-            f"{what} writes to an input of the step in place; with pipelining only its home would see that. Write to a copy (x.clone())"
+            f"{what} writes to an input of the step in place; with pipelining only its home would see that. Write to "
+            "a copy (x.clone())"
         )
     if tensor.home != home:
         if tensor.is_pinned_home:
-            raise StepUsageError(f"{what} on pp_rank {home} writes to a parameter or buffer that lives on pp_rank {tensor.home}")
+            raise StepUsageError(
+                f"{what} on pp_rank {home} writes to a parameter or buffer that lives on pp_rank {tensor.home}"
+            )
         for other in tensor.aliases.others(tensor):
-            other.mark_stale(f"{what} wrote in place, on another pipeline stage, to a value of which this is a view; write to a copy instead")
+            other.mark_stale(
+                f"{what} wrote in place, on another pipeline stage, to a value of which this is a view; write to a "
+                "copy instead"
+            )
         tensor.home = home
     for member in (tensor, *tensor.aliases.others(tensor)):
         member.places = {member.home}
@@ -206,7 +228,9 @@ def _note_written(tensor: torch.Tensor, home: int, requires_grad: bool, what: st
 
 
 def _choose_home(name: str, values: Sequence[Any], inputs: Sequence[StageTensor], written: int | None) -> int:
-    """Where the fewest bytes must be moved to; ties go to the later stage. Parameters do not move, nor does what is written to."""
+    """Where the fewest bytes must be moved to; ties go to the later stage. Parameters do not move, nor does what is
+    written to.
+    """
     if written is not None and isinstance(values[written], StageTensor):
         target: StageTensor = values[written]
         return target.home
@@ -228,7 +252,9 @@ def _written_index(func: Any, name: str, args: Any, kwargs: Any, values: Sequenc
     if kwargs.get("out") is not None:
         target = kwargs["out"]
         if not isinstance(target, torch.Tensor):
-            raise UnsupportedError(f"{name}(out=several tensors) is not supported on values of a pipelined step: use the returned ones")
+            raise UnsupportedError(
+                f"{name}(out=several tensors) is not supported on values of a pipelined step: use the returned ones"
+            )
     elif name in _IN_PLACE_DUNDERS or (name.endswith("_") and not name.endswith("__") and name != "requires_grad_"):
         target = args[0]
     elif kwargs.get("inplace") is True:
@@ -244,7 +270,9 @@ def _special(program: Program, func: Any, name: str, args: Any, kwargs: Any) -> 
     if kind == "__set__":
         if name == "requires_grad":
             return (args[0].requires_grad_(args[1]),)
-        raise UnsupportedError(f"setting .{name} of a value that is spread over the pipeline stages is not supported: use an operation")
+        raise UnsupportedError(
+            f"setting .{name} of a value that is spread over the pipeline stages is not supported: use an operation"
+        )
     if kind == "__get__":
         if name == "requires_grad":
             return (args[0].spec.requires_grad,)
@@ -268,7 +296,9 @@ def _special(program: Program, func: Any, name: str, args: Any, kwargs: Any) -> 
 def _requires_grad_(tensor: Any, requires_grad: bool = True) -> Any:
     if isinstance(tensor, StageTensor) and not tensor.is_pinned_home:
         if not requires_grad:
-            raise UnsupportedError("requires_grad_(False) on a value of a pipelined step is not supported: use x.detach()")
+            raise UnsupportedError(
+                "requires_grad_(False) on a value of a pipelined step is not supported: use x.detach()"
+            )
         tensor.mark_requires_grad()
         if tensor.local is not None and not tensor.local.requires_grad:
             tensor.local.requires_grad_()
@@ -286,7 +316,9 @@ def _register_hook(program: Program, tensor: StageTensor, hook: Callable[[torch.
 
 
 def _derive_replica(values: Sequence[Any], result: Any, compute: Callable[[list[Any]], Any]) -> None:
-    """The result of an operation on values that every stage may read can be read by every stage, too: computed when it is."""
+    """The result of an operation on values that every stage may read can be read by every stage, too: computed when it
+    is.
+    """
     if not isinstance(result, StageTensor) or result.spec.num_bytes > result.program.engine.push_limit_bytes:
         return
     sources = [value for value in values if isinstance(value, StageTensor)]
@@ -300,7 +332,9 @@ def _derive_replica(values: Sequence[Any], result: Any, compute: Callable[[list[
             return result.local.detach()
         if not kept:
             with torch.no_grad(), engine.native_region():
-                read = [value.replica() if isinstance(value, StageTensor) and value.replica else value for value in values]
+                read = [
+                    value.replica() if isinstance(value, StageTensor) and value.replica else value for value in values
+                ]
                 kept.append(compute(read).detach())
         return kept[0]
 

@@ -1,7 +1,7 @@
 """The inputs of a step are those of pp_rank 0: sent to the other stages in one message when the step starts.
 
-Tensors, numbers, strings, arrays and the results of ``smp_slice`` travel; modules, optimizers, devices and other objects stay local, since
-each process has its own. Scripts feed placeholders of any shape on the other stages.
+Tensors, numbers, strings, arrays and the results of ``smp_slice`` travel; modules, optimizers, devices and other
+objects stay local, since each process has its own. Scripts feed placeholders of any shape on the other stages.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ _TENSORS_PER_MESSAGE = 48
 
 
 class _OwnObject:
-    """Stands for an object that does not travel: the receiver takes its own at this path. No dataclass: those are containers."""
+    """Stands for an object that does not travel: the receiver takes its own at this path. No dataclass: those are
+    containers.
+    """
 
     def __init__(self, path: trees.Path) -> None:
         self.path = path
@@ -58,7 +60,9 @@ class _TensorUnpickler(pickle.Unpickler):
         return self._tensors[pid]
 
 
-def share_inputs(transport: StageTransport, arguments: dict[str, Any], extra: Any, step: int, device: torch.device) -> tuple[dict[str, Any], Any]:
+def share_inputs(
+    transport: StageTransport, arguments: dict[str, Any], extra: Any, step: int, device: torch.device
+) -> tuple[dict[str, Any], Any]:
     """(arguments, extra) of pp_rank 0 on every stage. Collective over PP_GROUP; ``step`` numbers the calls."""
     name = MessageName(MessageKind.INPUTS, 0, step)
     what = "the inputs of the step"
@@ -68,9 +72,14 @@ def share_inputs(transport: StageTransport, arguments: dict[str, Any], extra: An
         wires = [wire_view(buffer, spec) for buffer, spec in zip(buffers, envelope.specs, strict=True)]
         for start in range(0, len(wires), _TENSORS_PER_MESSAGE):
             transport.receive_tensors(0, name, wires[start : start + _TENSORS_PER_MESSAGE], what)
-        tensors = [buffer.to(device) if spec.device_type != "cpu" else buffer for buffer, spec in zip(buffers, envelope.specs, strict=True)]
+        tensors = [
+            buffer.to(device) if spec.device_type != "cpu" else buffer
+            for buffer, spec in zip(buffers, envelope.specs, strict=True)
+        ]
         shared, extra = _TensorUnpickler(io.BytesIO(envelope.payload), tensors).load()
-        return trees.map_leaves(lambda leaf: _own(leaf, arguments) if isinstance(leaf, _OwnObject) else leaf, shared), extra
+        return trees.map_leaves(
+            lambda leaf: _own(leaf, arguments) if isinstance(leaf, _OwnObject) else leaf, shared
+        ), extra
     travelling = trees.map_leaves_with_path(lambda path, leaf: leaf if _travels(leaf) else _OwnObject(path), arguments)
     file = io.BytesIO()
     pickler = _TensorPickler(file)
@@ -78,7 +87,8 @@ def share_inputs(transport: StageTransport, arguments: dict[str, Any], extra: An
         pickler.dump((travelling, extra))
     except (pickle.PicklingError, AttributeError, TypeError) as error:
         raise StepUsageError(
-            f"smp.step: an argument cannot travel from pp_rank 0 to the other stages ({error}): pass tensors, numbers, strings and containers of them"
+            f"smp.step: an argument cannot travel from pp_rank 0 to the other stages ({error}): pass tensors, "
+            "numbers, strings and containers of them"
         ) from error
     specs = tuple(TensorSpec.of(tensor) for tensor in pickler.tensors)
     wires = [wire_view(tensor, spec) for tensor, spec in zip(pickler.tensors, specs, strict=True)]
@@ -104,7 +114,8 @@ def _own(placeholder: _OwnObject, arguments: dict[str, Any]) -> Any:
         except (KeyError, TypeError):
             where = ".".join(str(part) for part in placeholder.path)
             raise StepUsageError(
-                f"smp.step: the argument at '{where}' on pp_rank 0 is an object that does not travel between stages, and this stage was called "
+                f"smp.step: the argument at '{where}' on pp_rank 0 is an object that does not travel between stages, "
+                "and this stage was called "
                 "without one there: pass the same modules, optimizers and other objects on every rank"
             ) from None
     return value

@@ -30,13 +30,17 @@ class Microbatches:
     weights: tuple[float, ...]
 
 
-def slice_objects(arguments: Mapping[str, Any], num_microbatches: int, axes: Mapping[str, int], whole: set[str]) -> dict[str, Any]:
+def slice_objects(
+    arguments: Mapping[str, Any], num_microbatches: int, axes: Mapping[str, int], whole: set[str]
+) -> dict[str, Any]:
     """Replace every object that has ``smp_slice`` by its slices."""
 
     def cut(name: str, value: Any) -> Any:
         if hasattr(value, "smp_slice") and not isinstance(value, type):
             axis = axes.get(name, 0)
-            return SlicedObject(tuple(value.smp_slice(num_microbatches, index, axis) for index in range(num_microbatches)))
+            return SlicedObject(
+                tuple(value.smp_slice(num_microbatches, index, axis) for index in range(num_microbatches))
+            )
         if trees.is_container(value):
             return trees.rebuild(value, {key: cut(name, child) for key, child in trees.children(value)})
         return value
@@ -45,22 +49,31 @@ def slice_objects(arguments: Mapping[str, Any], num_microbatches: int, axes: Map
 
 
 def split(
-    arguments: Mapping[str, Any], num_microbatches: int, axes: Mapping[str, int], whole: set[str], *, is_uneven_allowed: bool
+    arguments: Mapping[str, Any],
+    num_microbatches: int,
+    axes: Mapping[str, int],
+    whole: set[str],
+    *,
+    is_uneven_allowed: bool,
 ) -> Microbatches:
     """The microbatches of ``arguments`` (name -> value; objects already cut by :func:`slice_objects`).
 
-    A batch that does not divide is cut into parts that differ by one sample; with fewer samples than microbatches only as many parts as
-    samples are made. Raises StepUsageError naming argument, length and the number of microbatches where that is not allowed or unclear.
+    A batch that does not divide is cut into parts that differ by one sample; with fewer samples than microbatches only
+    as many parts as samples are made. Raises StepUsageError naming argument, length and the number of microbatches
+    where that is not allowed or unclear.
     """
     lengths = _lengths(arguments, axes, whole)
     sizes = _sizes(lengths, num_microbatches, is_uneven_allowed=is_uneven_allowed)
     total = sum(sizes)
-    result = []
-    for index in range(len(sizes)):
-        result.append({
-            name: value if name in whole else trees.map_leaves(lambda leaf, name=name: _part(leaf, axes.get(name, 0), index, sizes), value)
-            for name, value in arguments.items()
-        })  # fmt: skip
+
+    def part(index: int) -> dict[str, Any]:
+        def cut(name: str, value: Any) -> Any:
+            axis = axes.get(name, 0)
+            return trees.map_leaves(lambda leaf: _part(leaf, axis, index, sizes), value)
+
+        return {name: value if name in whole else cut(name, value) for name, value in arguments.items()}
+
+    result = [part(index) for index in range(len(sizes))]
     return Microbatches(tuple(result), tuple(size / total for size in sizes))
 
 
@@ -74,7 +87,8 @@ def _lengths(arguments: Mapping[str, Any], axes: Mapping[str, int], whole: set[s
                 axis = axes.get(name, 0)
                 if not -leaf.ndim <= axis < leaf.ndim:
                     raise StepUsageError(
-                        f"smp.step: argument '{name}' has a tensor of shape {tuple(leaf.shape)}, which has no axis {axis} to split along: "
+                        f"smp.step: argument '{name}' has a tensor of shape {tuple(leaf.shape)}, which has no axis "
+                        f"{axis} to split along: "
                         f"correct input_split_axes, or name it in non_split_inputs"
                     )
                 lengths.append((name, leaf.shape[axis]))
@@ -94,14 +108,17 @@ def _sizes(lengths: Sequence[tuple[str, int]], num_microbatches: int, *, is_unev
     name, length = uneven[0]
     if not is_uneven_allowed:
         raise StepUsageError(
-            f"smp.step: argument '{name}' has length {length}, which does not divide into microbatches={num_microbatches}: use a batch size that "
+            f"smp.step: argument '{name}' has length {length}, which does not divide into "
+            f"microbatches={num_microbatches}: use a batch size that "
             'is a multiple of it (drop_last=True for the last batch), or set uneven_microbatches to "exact"'
         )
     other = next(((other, size) for other, size in lengths if size != length), None)
     if other is not None:
         raise StepUsageError(
-            f"smp.step: argument '{name}' has length {length} and argument '{other[0]}' has length {other[1]}; with microbatches="
-            f"{num_microbatches}, which does not divide {length}, it is unclear which samples belong together: give equal batch lengths, lengths "
+            f"smp.step: argument '{name}' has length {length} and argument '{other[0]}' has length {other[1]}; with "
+            "microbatches="
+            f"{num_microbatches}, which does not divide {length}, it is unclear which samples belong together: give "
+            "equal batch lengths, lengths "
             "that divide, or name what is not a batch in non_split_inputs"
         )
     num_parts = min(num_microbatches, length)

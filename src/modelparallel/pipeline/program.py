@@ -1,12 +1,13 @@
 """Program: the run of one microbatch through the step function on one stage, its events, and its backward.
 
-[Note: cuts] The backward of a stage runs in pieces, one per stretch of local work between two of its events, and the autograd graph of one
-piece must not reach into another: a residual that is used before and after a send would otherwise be walked twice. So at each event of a
-stage every live StageTensor whose local tensor has a graph is *cut*: a detached leaf takes its place, and (original, leaf) goes onto the
-tape. Replaying the tape backwards, the backward of a piece is one ``torch.autograd.backward(originals, gradients of the leaves)``.
+[Note: cuts] The backward of a stage runs in pieces, one per stretch of local work between two of its events, and the
+autograd graph of one piece must not reach into another: a residual that is used before and after a send would otherwise
+be walked twice. So at each event of a stage every live StageTensor whose local tensor has a graph is *cut*: a detached
+leaf takes its place, and (original, leaf) goes onto the tape. Replaying the tape backwards, the backward of a piece is
+one ``torch.autograd.backward(originals, gradients of the leaves)``.
 
-[Note: events] An event is a point where values cross stages or the backward starts. Events are numbered in program order on every stage, also
-on those that take no part in them, so both ends of a message know its name without asking.
+[Note: events] An event is a point where values cross stages or the backward starts. Events are numbered in program
+order on every stage, also on those that take no part in them, so both ends of a message know its name without asking.
 """
 
 from __future__ import annotations
@@ -65,14 +66,18 @@ class Program:
 
     # Values
 
-    def new(self, spec: TensorSpec, home: int, local: torch.Tensor | None, aliases: AliasGroup | None = None) -> StageTensor:
+    def new(
+        self, spec: TensorSpec, home: int, local: torch.Tensor | None, aliases: AliasGroup | None = None
+    ) -> StageTensor:
         """A value that ``home`` has computed; every stage makes it at the same point of the program."""
         result = StageTensor(self, spec, home, local, aliases)
         self._live.append(weakref.ref(result))
         return result
 
     def parameter(self, tensor: torch.Tensor) -> StageTensor:
-        """The reading of a placed parameter or stateful buffer in glue: a value that never leaves its home for an operation."""
+        """The reading of a placed parameter or stateful buffer in glue: a value that never leaves its home for an
+        operation.
+        """
         known = self._parameters.get(id(tensor))
         if known is None:
             placed = self.engine.placed[id(tensor)]
@@ -83,14 +88,17 @@ class Program:
         return known
 
     def resolve(self, leaf: Any) -> Any:
-        """An argument of glue or of a placed module as the engine sees it: parameters and promoted tensors as StageTensors."""
+        """An argument of glue or of a placed module as the engine sees it: parameters and promoted tensors as
+        StageTensors.
+        """
         if not isinstance(leaf, torch.Tensor):
             return leaf
         if isinstance(leaf, StageTensor):
             if leaf.program is not self:
                 leaf.program.check_open()
                 raise StepUsageError(
-                    f"a value of microbatch {leaf.program.microbatch} is used in microbatch {self.microbatch}: with pipelining, values that "
+                    f"a value of microbatch {leaf.program.microbatch} is used in microbatch {self.microbatch}: with "
+                    "pipelining, values that "
                     "came out of weights live for one microbatch. Return what you need from the step function"
                 )
             return leaf
@@ -102,8 +110,10 @@ class Program:
             self.check_not_view_of_promoted(leaf)
         if leaf.requires_grad and torch.is_grad_enabled():
             raise StepUsageError(
-                "a tensor that requires grad but belongs to no smp.DistributedModel meets the values of one inside smp.step: with pipelining its "
-                "gradient would exist on one stage only. Make it part of the model (a parameter, or a module of it), or detach it"
+                "a tensor that requires grad but belongs to no smp.DistributedModel meets the values of one inside "
+                "smp.step: with pipelining its "
+                "gradient would exist on one stage only. Make it part of the model (a parameter, or a module of it), "
+                "or detach it"
             )
         return leaf
 
@@ -121,7 +131,8 @@ class Program:
         for tensor, _ in self.promoted.values():
             if tensor.numel() and tensor.untyped_storage().data_ptr() == address:
                 raise StepUsageError(
-                    "a view taken before its tensor was written to by values of the pipeline is used afterwards: take the view (slice, reshape) "
+                    "a view taken before its tensor was written to by values of the pipeline is used afterwards: take "
+                    "the view (slice, reshape) "
                     "again after the writing"
                 )
 
@@ -155,7 +166,9 @@ class Program:
             locals_ = [self.local(tensor) for tensor in tensors]
             wire = [wire_view(local, tensor.spec) for local, tensor in zip(locals_, tensors, strict=True)]
             self.engine.transport.send_tensors(destination, name, wire, description)
-            leaves = [local if tensor.spec.requires_grad else None for local, tensor in zip(locals_, tensors, strict=True)]
+            leaves = [
+                local if tensor.spec.requires_grad else None for local, tensor in zip(locals_, tensors, strict=True)
+            ]
             self._tape.append(_Event("send", number, destination, leaves, cuts=cuts, description=description))
         elif self.stage == destination:
             cuts = self._cut()
@@ -229,7 +242,9 @@ class Program:
             local = self.local(tensor)
             name = MessageName(MessageKind.PUSH, self.microbatch, number)
             for peer in self.engine.transport.peers():
-                self.engine.transport.send_tensors(peer, name, [wire_view(local, tensor.spec)], "a small output of the model", tag=1)
+                self.engine.transport.send_tensors(
+                    peer, name, [wire_view(local, tensor.spec)], "a small output of the model", tag=1
+                )
             self._expected_pushes.append((home, tensor.spec))
             tensor.replica = lambda: self.local(tensor).detach()
         else:
@@ -245,7 +260,9 @@ class Program:
                 continue
             name = MessageName(MessageKind.PUSH, self.microbatch, index)
             value = empty_of(spec)
-            self.engine.transport.receive_tensors(home, name, [wire_view(value, spec)], "a small output of the model", tag=1)
+            self.engine.transport.receive_tensors(
+                home, name, [wire_view(value, spec)], "a small output of the model", tag=1
+            )
             self._received_pushes.append(value)
         return self._received_pushes[number].to(self.device)
 
@@ -259,11 +276,13 @@ class Program:
             value = self.resolve(tensor)
             if not isinstance(value, StageTensor) or not value.spec.requires_grad:
                 raise StepUsageError(
-                    "model.backward was given a tensor that does not depend on the model's parameters (requires_grad is False)"
+                    "model.backward was given a tensor that does not depend on the model's parameters (requires_grad "
+                    "is False)"
                 )
             if gradient is None and value.spec.shape not in ((), (1,)) and torch.Size(value.spec.shape).numel() != 1:
                 raise StepUsageError(
-                    f"model.backward without grad_tensors needs a scalar, got a tensor of shape {tuple(value.spec.shape)}: reduce it, or pass gradients"
+                    "model.backward without grad_tensors needs a scalar, got a tensor of shape "
+                    f"{tuple(value.spec.shape)}: reduce it, or pass gradients"
                 )
             seed = self.resolve(gradient)
             if isinstance(seed, StageTensor):
@@ -274,7 +293,11 @@ class Program:
                 continue
             cuts = self._cut()
             local = self.local(value)
-            start = torch.ones_like(local) if seed is None else (self.local(seed) if isinstance(seed, StageTensor) else seed)
+            start = (
+                torch.ones_like(local)
+                if seed is None
+                else (self.local(seed) if isinstance(seed, StageTensor) else seed)
+            )
             start = start.detach().to(local.device) * scale
             self._tape.append(_Event("root", number, self.stage, [local], [start], cuts, "root"))
 
@@ -294,7 +317,10 @@ class Program:
                         event.peer, name, [None if leaf is None else leaf.grad for leaf in event.leaves], description
                     )
                 else:
-                    buffers = [torch.empty(0) if leaf is None else torch.empty(leaf.shape, dtype=leaf.dtype) for leaf in event.leaves]
+                    buffers = [
+                        torch.empty(0) if leaf is None else torch.empty(leaf.shape, dtype=leaf.dtype)
+                        for leaf in event.leaves
+                    ]
                     received = transport.receive_tensors(event.peer, name, buffers, description)
                     extra = self._add_gradients(event.leaves, received)
             self._run_piece(event.cuts, extra)
@@ -302,7 +328,9 @@ class Program:
     def _add_gradients(
         self, leaves: Sequence[torch.Tensor | None], gradients: Sequence[torch.Tensor | None]
     ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Add to the leaves' gradients; returns what must go through autograd instead, so that a parameter's hooks see it."""
+        """Add to the leaves' gradients; returns what must go through autograd instead, so that a parameter's hooks see
+        it.
+        """
         through_autograd: list[tuple[torch.Tensor, torch.Tensor]] = []
         for leaf, gradient in zip(leaves, gradients, strict=True):
             if leaf is None or gradient is None or not leaf.requires_grad:
@@ -328,7 +356,8 @@ class Program:
     def check_open(self) -> None:
         if not self.is_open:
             raise StepUsageError(
-                "a value of smp.step is used after the step has ended (kept in a global, an attribute or a closure): with pipelining such "
+                "a value of smp.step is used after the step has ended (kept in a global, an attribute or a closure): "
+                "with pipelining such "
                 "values live until the step returns. Return it from the step function instead"
             )
 
@@ -354,7 +383,9 @@ class Program:
 
 
 def wire_view(tensor: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
-    """``tensor`` with its dimensions in the order in which its elements travel: that of ``spec``'s storage where it is dense."""
+    """``tensor`` with its dimensions in the order in which its elements travel: that of ``spec``'s storage where it is
+    dense.
+    """
     if not is_dense(spec.shape, spec.stride):
         return tensor
     order = sorted(range(len(spec.shape)), key=lambda dim: -spec.stride[dim])

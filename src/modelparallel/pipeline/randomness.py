@@ -1,8 +1,9 @@
 """Random numbers that do not depend on the partition (design: RNG units).
 
-The generators are seeded around every call of a unit (the finest modules that the partitioner may place, fixed by the model alone) from
-(seed, unit, call count, microbatch, step, dp coordinate), and around every random operation in glue from its number in program order. A
-step restores the generators' states at its end, so that code outside sees the stream it would see without pipelining.
+The generators are seeded around every call of a unit (the finest modules that the partitioner may place, fixed by the
+model alone) from (seed, unit, call count, microbatch, step, dp coordinate), and around every random operation in glue
+from its number in program order. A step restores the generators' states at its end, so that code outside sees the
+stream it would see without pipelining.
 """
 
 from __future__ import annotations
@@ -20,11 +21,15 @@ _MASK = (1 << 63) - 1
 _GLUE = zlib.crc32(b"glue")
 
 RANDOM_FUNCTIONS = frozenset(
-    "rand rand_like randn randn_like randint randint_like randperm bernoulli bernoulli_ multinomial normal normal_ uniform_ random_ "
-    "exponential_ cauchy_ geometric_ log_normal_ poisson binomial dropout dropout_ dropout1d dropout2d dropout3d alpha_dropout alpha_dropout_ "
-    "feature_dropout feature_dropout_ feature_alpha_dropout feature_alpha_dropout_ native_dropout rrelu rrelu_ gumbel_softmax "
+    "rand rand_like randn randn_like randint randint_like randperm bernoulli bernoulli_ multinomial normal normal_ "
+    "uniform_ random_ "
+    "exponential_ cauchy_ geometric_ log_normal_ poisson binomial dropout dropout_ dropout1d dropout2d dropout3d "
+    "alpha_dropout alpha_dropout_ "
+    "feature_dropout feature_dropout_ feature_alpha_dropout feature_alpha_dropout_ native_dropout rrelu rrelu_ "
+    "gumbel_softmax "
     "scaled_dot_product_attention multi_head_attention_forward fractional_max_pool2d fractional_max_pool3d "
-    "fractional_max_pool2d_with_indices fractional_max_pool3d_with_indices _sample_dirichlet _standard_gamma rnn_tanh rnn_relu lstm gru "
+    "fractional_max_pool2d_with_indices fractional_max_pool3d_with_indices _sample_dirichlet _standard_gamma rnn_tanh "
+    "rnn_relu lstm gru "
     "trunc_normal_ kaiming_uniform_ kaiming_normal_ xavier_uniform_ xavier_normal_ orthogonal_ sparse_ "
     "kaiming_uniform kaiming_normal".split()
 )
@@ -47,10 +52,14 @@ _known: dict[Any, bool] = {}
 _DRAWS_NOTHING = frozenset(
     getattr(nn, name)
     for name in (
-        "Linear Bilinear Identity Conv1d Conv2d Conv3d ConvTranspose1d ConvTranspose2d ConvTranspose3d BatchNorm1d BatchNorm2d BatchNorm3d "
-        "LayerNorm GroupNorm RMSNorm InstanceNorm1d InstanceNorm2d InstanceNorm3d Embedding EmbeddingBag PReLU ReLU ReLU6 GELU SiLU Tanh "
-        "Sigmoid Softmax LogSoftmax ELU LeakyReLU Hardtanh Hardswish Softplus Mish Flatten Unflatten MaxPool1d MaxPool2d MaxPool3d AvgPool1d "
-        "AvgPool2d AvgPool3d AdaptiveAvgPool1d AdaptiveAvgPool2d AdaptiveMaxPool2d Upsample Sequential ModuleList ModuleDict"
+        "Linear Bilinear Identity Conv1d Conv2d Conv3d ConvTranspose1d ConvTranspose2d ConvTranspose3d BatchNorm1d "
+        "BatchNorm2d BatchNorm3d "
+        "LayerNorm GroupNorm RMSNorm InstanceNorm1d InstanceNorm2d InstanceNorm3d Embedding EmbeddingBag PReLU ReLU "
+        "ReLU6 GELU SiLU Tanh "
+        "Sigmoid Softmax LogSoftmax ELU LeakyReLU Hardtanh Hardswish Softplus Mish Flatten Unflatten MaxPool1d "
+        "MaxPool2d MaxPool3d AvgPool1d "
+        "AvgPool2d AvgPool3d AdaptiveAvgPool1d AdaptiveAvgPool2d AdaptiveMaxPool2d Upsample Sequential ModuleList "
+        "ModuleDict"
     ).split()
 )
 

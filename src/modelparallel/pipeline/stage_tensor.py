@@ -1,8 +1,9 @@
 """StageTensor: a tensor of the step that came out of weights, known on every stage and present only where it is needed.
 
-[Note: one program, many stages] Every stage runs the same Python code. A StageTensor carries what that code may look at on any stage (shape,
-dtype, requires_grad, device) and the *home*, the stage that has computed it. Its local tensor is there on the home, and on stages that
-it was sent to. All bookkeeping (home, places, aliases) is symbolic and equal on all stages, since every stage takes its decisions from it.
+[Note: one program, many stages] Every stage runs the same Python code. A StageTensor carries what that code may look at
+on any stage (shape, dtype, requires_grad, device) and the *home*, the stage that has computed it. Its local tensor is
+there on the home, and on stages that it was sent to. All bookkeeping (home, places, aliases) is symbolic and equal on
+all stages, since every stage takes its decisions from it.
 """
 
 from __future__ import annotations
@@ -44,7 +45,9 @@ class TensorSpec:
 
 
 class AliasGroup:
-    """The StageTensors of one program that share storage: writing to one makes the copies of all others on other stages old."""
+    """The StageTensors of one program that share storage: writing to one makes the copies of all others on other stages
+    old.
+    """
 
     def __init__(self) -> None:
         self._members: list[weakref.ref[StageTensor]] = []
@@ -59,7 +62,8 @@ class AliasGroup:
 
 # Answered from the wrapper tensor and the spec, on every stage alike; everything else is an operation.
 _METADATA = frozenset(
-    "shape device dtype ndim layout is_cuda is_cpu is_xpu is_mps is_meta is_sparse is_sparse_csr is_quantized is_nested is_mkldnn itemsize nbytes "
+    "shape device dtype ndim layout is_cuda is_cpu is_xpu is_mps is_meta is_sparse is_sparse_csr is_quantized "
+    "is_nested is_mkldnn itemsize nbytes "
     "is_leaf names size dim stride numel nelement ndimension element_size is_contiguous is_floating_point is_complex "
     "storage_offset get_device is_signed __len__ __hash__ is_same_size is_inference is_conj is_neg has_names "
     "_is_view output_nr name is_shared is_pinned".split()
@@ -97,7 +101,12 @@ class StageTensor(torch.Tensor):
 
     @staticmethod
     def __new__(
-        cls, program: Program, spec: TensorSpec, home: int, local: torch.Tensor | None, aliases: AliasGroup | None = None
+        cls,
+        program: Program,
+        spec: TensorSpec,
+        home: int,
+        local: torch.Tensor | None,
+        aliases: AliasGroup | None = None,
     ) -> StageTensor:
         device = program.device if spec.device_type == program.device.type else torch.device(spec.device_type)
         result = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
@@ -138,7 +147,8 @@ class StageTensor(torch.Tensor):
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         raise StepUsageError(
-            f"{func} reached a value that is spread over the pipeline stages without being intercepted. Please report it with the model; "
+            f"{func} reached a value that is spread over the pipeline stages without being intercepted. Please report "
+            "it with the model; "
             "a module of your own around this operation (with weights, or placed by smp.set_partition) works around it"
         )
 
@@ -156,7 +166,8 @@ class StageTensor(torch.Tensor):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise StepUsageError(
-            "a value of the step that is spread over the pipeline stages cannot be pickled or saved inside smp.step: return it from the "
+            "a value of the step that is spread over the pipeline stages cannot be pickled or saved inside smp.step: "
+            "return it from the "
             "step function and save the result"
         )
 

@@ -1,9 +1,14 @@
-"""What an operation or a module returns, without its tensors: found out by the home, announced to the other stages, cached by all.
+"""What an operation or a module returns, without its tensors: found out by the home, announced to the other stages,
+cached by all.
 
-[Note: announcements] Stages that do not run a module must still know the shapes, dtypes and nesting of its outputs to go on with the
-program. Only the home can say (a custom kernel has no fake version), so the first time a (what, signature) is met the home sends its
-*structure*; later calls take it from the cache, which is equal on all stages, and the home checks every real output against it.
-An output is pickled with its tensors taken out, so any object that can be pickled may be returned, not only known containers.
+[Note: announcements] Stages that do not run a module must still know the shapes, dtypes and nesting of its outputs to
+go on with the
+program. Only the home can say (a custom kernel has no fake version), so the first time a (what, signature) is met the
+home sends its
+*structure*; later calls take it from the cache, which is equal on all stages, and the home checks every real output
+against it.
+An output is pickled with its tensors taken out, so any object that can be pickled may be returned, not only known
+containers.
 """
 
 from __future__ import annotations
@@ -22,14 +27,18 @@ from modelparallel.pipeline.stage_tensor import StageTensor, TensorSpec, functio
 from modelparallel.torch_compat import autocast_state
 
 _ARITHMETIC = frozenset(
-    "add sub mul div true_divide divide multiply subtract rsub pow add_ sub_ mul_ div_ pow_ __add__ __radd__ __iadd__ __sub__ __rsub__ "
-    "__isub__ __mul__ __rmul__ __imul__ __truediv__ __rtruediv__ __itruediv__ __pow__ __rpow__ addcmul addcdiv lerp clamp clamp_min clamp_max "
-    "eq ne lt le gt ge __eq__ __ne__ __lt__ __le__ __gt__ __ge__ masked_fill masked_fill_ fill_ where dropout layer_norm softmax log_softmax "
+    "add sub mul div true_divide divide multiply subtract rsub pow add_ sub_ mul_ div_ pow_ __add__ __radd__ __iadd__ "
+    "__sub__ __rsub__ "
+    "__isub__ __mul__ __rmul__ __imul__ __truediv__ __rtruediv__ __itruediv__ __pow__ __rpow__ addcmul addcdiv lerp "
+    "clamp clamp_min clamp_max "
+    "eq ne lt le gt ge __eq__ __ne__ __lt__ __le__ __gt__ __ge__ masked_fill masked_fill_ fill_ where dropout "
+    "layer_norm softmax log_softmax "
     "gelu leaky_relu leaky_relu_ elu hardtanh normalize cross_entropy smooth_l1_loss huber_loss".split()
 )
 _SHAPE_DEPENDS_ON_VALUES = frozenset(
-    "nonzero argwhere masked_select unique unique_consecutive unique_dim bincount repeat_interleave one_hot tensor_split "
-    "nonzero_static combinations cartesian_prod pack_padded_sequence _pack_padded_sequence pad_packed_sequence _pad_packed_sequence".split()
+    "nonzero argwhere masked_select unique unique_consecutive unique_dim bincount repeat_interleave one_hot "
+    "tensor_split nonzero_static combinations cartesian_prod pack_padded_sequence _pack_padded_sequence "
+    "pad_packed_sequence _pad_packed_sequence".split()
 )
 
 
@@ -37,9 +46,10 @@ _SHAPE_DEPENDS_ON_VALUES = frozenset(
 class Structure:
     """An output without its tensors.
 
-    ``specs`` describe its new tensors, ``aliases[i]`` is the index of the input tensor that new tensor i shares storage with (or None),
-    ``mutated`` lists the input tensors that were written to, with their requires_grad afterwards. ``payload`` is None for a single tensor,
-    else the pickled output. ``is_cacheable``: whether a later call with the same signature surely has the same structure.
+    ``specs`` describe its new tensors, ``aliases[i]`` is the index of the input tensor that new tensor i shares storage
+    with (or None), ``mutated`` lists the input tensors that were written to, with their requires_grad afterwards.
+    ``payload`` is None for a single tensor, else the pickled output. ``is_cacheable``: whether a later call with the
+    same signature surely has the same structure.
     """
 
     payload: bytes | None
@@ -77,7 +87,8 @@ class _Encoder(pickle.Pickler):
             return f"argument {self._opaque[id(value)]}"
         if isinstance(value, (torch.nn.Module, torch.Generator)):
             raise UnsupportedError(
-                f"{self._what} returns a {type(value).__name__}, which cannot be on several pipeline stages: return tensors, numbers and containers of them"
+                f"{self._what} returns a {type(value).__name__}, which cannot be on several pipeline stages: return "
+                "tensors, numbers and containers of them"
             )
         if isinstance(value, (int, float, complex)) and not isinstance(value, bool):
             self.has_values = True
@@ -105,8 +116,8 @@ def encode(
 ) -> tuple[Structure, list[torch.Tensor]]:
     """The structure of ``output`` and its new tensors, in order.
 
-    ``inputs`` are the tensors and ``opaque`` the other objects that went in (an output that is one of them stays that object).
-    ``values_are_fixed``: numbers in the output follow from the signature (sizes), not from values.
+    ``inputs`` are the tensors and ``opaque`` the other objects that went in (an output that is one of them stays that
+    object). ``values_are_fixed``: numbers in the output follow from the signature (sizes), not from values.
     """
     if type(output) is torch.Tensor and not any(output is tensor for tensor in inputs):
         return Structure(None, (TensorSpec.of(output),), (_alias(output, inputs),), tuple(mutated), True), [output]
@@ -116,7 +127,8 @@ def encode(
         encoder.dump(output)
     except (pickle.PicklingError, AttributeError, TypeError) as error:
         raise UnsupportedError(
-            f"{what} returns a value of type {type(output).__name__} that cannot travel to the other pipeline stages ({error}): "
+            f"{what} returns a value of type {type(output).__name__} that cannot travel to the other pipeline stages "
+            f"({error}): "
             "return tensors, numbers, strings, None and containers of them"
         ) from error
     new = encoder.tensors
@@ -131,7 +143,9 @@ def encode(
 
 
 def decode(structure: Structure, inputs: Sequence[Any], opaque: Sequence[Any], new: Sequence[StageTensor]) -> Any:
-    """The output with its tensors put in: ``new`` for the new ones, ``inputs`` and ``opaque`` as given to :func:`encode`."""
+    """The output with its tensors put in: ``new`` for the new ones, ``inputs`` and ``opaque`` as given to
+    :func:`encode`.
+    """
     if structure.payload is None:
         return new[0]
     return _Decoder(io.BytesIO(structure.payload), inputs, opaque, new).load()
@@ -139,12 +153,14 @@ def decode(structure: Structure, inputs: Sequence[Any], opaque: Sequence[Any], n
 
 def check_same(announced: Structure, found: Structure, what: str) -> None:
     """Stop if a real output is not what the other stages were told; called at the home, before anything is sent."""
-    if announced.specs == found.specs and announced.mutated == found.mutated:
-        if announced.payload == found.payload or _skeleton(announced) == _skeleton(found):
-            return
+    is_same_object = announced.payload == found.payload or _skeleton(announced) == _skeleton(found)
+    if is_same_object and announced.specs == found.specs and announced.mutated == found.mutated:
+        return
     raise DivergenceError(
-        f"{what} returned {_describe(found)}, but with the same argument shapes it returned {_describe(announced)} before, and the other "
-        "pipeline stages went on with that. If its output depends on data, mark it with smp.dynamic(module) before the first step: "
+        f"{what} returned {_describe(found)}, but with the same argument shapes it returned {_describe(announced)} "
+        "before, and the other "
+        "pipeline stages went on with that. If its output depends on data, mark it with smp.dynamic(module) before "
+        "the first step: "
         "then it announces its output at every call"
     )
 
@@ -155,11 +171,15 @@ def _skeleton(structure: Structure) -> Any:
     names = [f"new{i}" for i in range(len(structure.specs))]
     inputs = [f"input{i}" for i in range(256)]
     tree = _Decoder(io.BytesIO(structure.payload), inputs, [f"argument{i}" for i in range(256)], names).load()
-    return [leaf if isinstance(leaf, (str, int, float, type(None))) else type(leaf).__name__ for leaf in trees.leaves(tree)]
+    return [
+        leaf if isinstance(leaf, (str, int, float, type(None))) else type(leaf).__name__ for leaf in trees.leaves(tree)
+    ]
 
 
 def _describe(structure: Structure) -> str:
-    shapes = ", ".join(f"{tuple(spec.shape)} {spec.dtype} requires_grad={spec.requires_grad}" for spec in structure.specs)
+    shapes = ", ".join(
+        f"{tuple(spec.shape)} {spec.dtype} requires_grad={spec.requires_grad}" for spec in structure.specs
+    )
     written = f", writing to its inputs {[index for index, _ in structure.mutated]}" if structure.mutated else ""
     return f"[{shapes}]{written}"
 
@@ -169,7 +189,11 @@ def _alias(tensor: torch.Tensor, inputs: Sequence[torch.Tensor]) -> int | None:
         return None
     address = tensor.untyped_storage().data_ptr()
     for index, candidate in enumerate(inputs):
-        if candidate.layout is torch.strided and candidate.numel() and candidate.untyped_storage().data_ptr() == address:
+        if (
+            candidate.layout is torch.strided
+            and candidate.numel()
+            and candidate.untyped_storage().data_ptr() == address
+        ):
             return index
     return None
 
@@ -183,7 +207,8 @@ def is_value_shaped(func: Any, args: Any, kwargs: Any) -> bool:
         return len(args) + len(kwargs) == 1
     if name in ("__getitem__", "index"):
         return any(
-            isinstance(leaf, torch.Tensor) and leaf.dtype in (torch.bool, torch.uint8) for leaf in trees.leaves(args[1:])
+            isinstance(leaf, torch.Tensor) and leaf.dtype in (torch.bool, torch.uint8)
+            for leaf in trees.leaves(args[1:])
         )
     return False
 
@@ -219,7 +244,9 @@ def _leaf_key(leaf: Any, *, floats_by_type: bool) -> Hashable:
         return float if floats_by_type else leaf
     if isinstance(leaf, slice):
         return ("slice", *(_leaf_key(part, floats_by_type=False) for part in (leaf.start, leaf.stop, leaf.step)))
-    if isinstance(leaf, (int, str, bytes, type(None), type(...), torch.dtype, torch.device, torch.memory_format, torch.layout)):
+    if isinstance(
+        leaf, (int, str, bytes, type(None), type(...), torch.dtype, torch.device, torch.memory_format, torch.layout)
+    ):
         return (type(leaf).__name__, leaf)
     return type(leaf).__qualname__
 
@@ -232,7 +259,9 @@ def flatten(value: Any) -> tuple[list[Any], Hashable, Callable[[Sequence[Any]], 
     def visit(item: Any) -> None:
         if trees.is_container(item):
             pairs = trees.children(item)
-            shape.append((type(item).__name__, tuple(key for key, _ in pairs) if isinstance(item, dict) else len(pairs)))
+            shape.append(
+                (type(item).__name__, tuple(key for key, _ in pairs) if isinstance(item, dict) else len(pairs))
+            )
             for _, child in pairs:
                 visit(child)
         else:

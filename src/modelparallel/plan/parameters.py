@@ -9,7 +9,9 @@ import torch
 
 @dataclass(frozen=True)
 class SplitSpec:
-    """How a tensor is cut over the tensor-parallel ranks: ``dim`` is the cut dimension, ``full_shape`` the shape before the cut."""
+    """How a tensor is cut over the tensor-parallel ranks: ``dim`` is the cut dimension, ``full_shape`` the shape before
+    the cut.
+    """
 
     dim: int
     full_shape: tuple[int, ...]
@@ -24,8 +26,9 @@ class SplitSpec:
 class ParameterRow:
     """One logical parameter or buffer.
 
-    ``name`` is its name in the user's model (the key of every state dict), ``aliases`` the other names of the same tensor. ``home`` is the
-    pp_rank that holds it, None as long as the model is not partitioned and for constant buffers, which every stage holds.
+    ``name`` is its name in the user's model (the key of every state dict), ``aliases`` the other names of the same
+    tensor. ``home`` is the pp_rank that holds it, None as long as the model is not partitioned and for constant
+    buffers, which every stage holds.
     """
 
     name: str
@@ -40,5 +43,7 @@ class ParameterRow:
 
     @property
     def reducer_axis(self) -> str:
-        """The group over which its gradient is summed: "rdp" where the gradient already holds the whole tp group's batch, else "dp"."""
+        """The group over which its gradient is summed: "rdp" where the gradient already holds the whole tp group's
+        batch, else "dp".
+        """
         return "rdp" if self.split is not None or self.is_scaled_batch else "dp"
