@@ -5,7 +5,8 @@
 
 from modelparallel import model as model
 from modelparallel import nn as nn
-from modelparallel.model import DistributedModel, set_partition
+from modelparallel.model import DistributedModel
+from modelparallel.model_partition import set_partition
 from modelparallel.optimizer import DistributedOptimizer
 from modelparallel.pipeline.calls import mark_dynamic as dynamic
 from modelparallel.ranks_and_messages import (

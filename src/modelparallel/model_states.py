@@ -80,7 +80,9 @@ def load_state_dict(model: DistributedModel, state: Mapping[str, Any], strict: b
     if is_partial and not same_partition_load:
         groups = model._runtime.session.groups
         if groups.mp.size > 1:
-            entries = merge(model, allgather((groups.pp.rank_in_group, groups.tp.rank_in_group, entries), CommGroup.MP_GROUP))
+            entries = merge(
+                model, allgather((groups.pp.rank_in_group, groups.tp.rank_in_group, entries), CommGroup.MP_GROUP)
+            )
     expected = model.module.state_dict(keep_vars=True)
     local_names = set(local_state_dict(model)) - {PARTIAL_KEY}
     wanted = {name: entries[name] for name in entries if name in local_names}
@@ -88,7 +90,8 @@ def load_state_dict(model: DistributedModel, state: Mapping[str, Any], strict: b
     unexpected = [name for name in entries if name not in expected]
     if strict and (missing or unexpected):
         raise StateDictError(
-            f"load_state_dict(strict=True): missing {sorted(missing) or 'none'}; unexpected {sorted(unexpected) or 'none'}: load a state dict of the "
+            f"load_state_dict(strict=True): missing {sorted(missing) or 'none'}; unexpected "
+            f"{sorted(unexpected) or 'none'}: load a state dict of the "
             "same model, or pass strict=False"
         )
     sliced = {name: _local_part(model, name, value) for name, value in wanted.items()}

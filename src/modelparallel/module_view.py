@@ -1,8 +1,8 @@
-"""``model.module.module.module``: scripts of several versions of the original reach for the user's module at depths 1, 2 and 3.
+"""``model.module.module.module``: scripts for the original reach for the user's module at depths 1, 2 and 3.
 
-``DistributedModel.module`` is the user's module itself. It gets a plain attribute ``module``, a view that behaves like it, whose ``module`` is
-a last view without one: so every depth resolves, and code that follows ``.module`` until there is none (Hugging Face's ``unwrap_model``) ends.
-Source: smp-api section 18, clients 1.0.
+``DistributedModel.module`` is the user's module itself. It gets a plain attribute ``module``, a view that behaves like
+it, whose ``module`` is a last view without one: so every depth resolves, and code that follows ``.module`` until there
+is none (Hugging Face's ``unwrap_model``) ends. Source: smp-api section 18, clients 1.0.
 """
 
 from __future__ import annotations
@@ -48,6 +48,6 @@ class ModuleView:
 
 
 def attach_module_attribute(module: nn.Module) -> None:
-    """Let ``module.module`` and ``module.module.module`` lead to ``module``, unless it has an attribute of that name."""
+    """Let ``module.module`` and ``module.module.module`` lead to ``module``, unless it has one of that name."""
     if not hasattr(module, "module"):
         module.__dict__["module"] = ModuleView(module, 1)

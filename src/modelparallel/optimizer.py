@@ -17,15 +17,23 @@ from modelparallel.plan.parameters import ParameterRow
 from modelparallel.ranks_and_messages import allgather
 from modelparallel.topology import CommGroup
 
-_LOSS_SCALE_ARGUMENTS = ("init_scale", "scale_factor", "scale_window", "min_scale", "delayed_shift", "consecutive_hysteresis")
+_LOSS_SCALE_ARGUMENTS = (
+    "init_scale",
+    "scale_factor",
+    "scale_window",
+    "min_scale",
+    "delayed_shift",
+    "consecutive_hysteresis",
+)
 
 
 class DistributedOptimizer(torch.optim.Optimizer):
-    """Wraps an optimizer; use it in its place. It may be built before or after the model is wrapped, and before the partition.
+    """Wraps an optimizer; use it in its place. It may be built before or after the model is wrapped, and before the
+    partition.
 
-    At the partition its groups shrink to the parameters of this rank, in place: the group dicts stay the same objects, so schedulers attached
-    before go on working. ``step()`` on a rank without parameters does nothing. ``optimizer.optimizer`` is the inner optimizer. The loss-scale
-    arguments act with fp16 only.
+    At the partition its groups shrink to the parameters of this rank, in place: the group dicts stay the same objects,
+    so schedulers attached before go on working. ``step()`` on a rank without parameters does nothing.
+    ``optimizer.optimizer`` is the inner optimizer. The loss-scale arguments act with fp16 only.
 
     Source: smp-api section 7.
     """
@@ -51,12 +59,17 @@ class DistributedOptimizer(torch.optim.Optimizer):
         **dynamic_loss_kwargs: Any,
     ) -> None:
         if isinstance(optimizer, DistributedOptimizer):
-            raise SMPConfigError("smp.DistributedOptimizer was given a smp.DistributedOptimizer: wrap the optimizer once")
+            raise SMPConfigError(
+                "smp.DistributedOptimizer was given a smp.DistributedOptimizer: wrap the optimizer once"
+            )
         if not hasattr(optimizer, "param_groups") or not hasattr(optimizer, "step"):
             raise SMPConfigError(f"smp.DistributedOptimizer: expected an optimizer, got {type(optimizer).__name__}")
         for name in {**(dynamic_loss_args or {}), **dynamic_loss_kwargs}:
             if name not in _LOSS_SCALE_ARGUMENTS:
-                raise SMPConfigError(f"smp.DistributedOptimizer: unknown argument {name!r}; loss scaling takes {', '.join(_LOSS_SCALE_ARGUMENTS)}")
+                raise SMPConfigError(
+                    f"smp.DistributedOptimizer: unknown argument {name!r}; loss scaling takes "
+                    f"{', '.join(_LOSS_SCALE_ARGUMENTS)}"
+                )
         # Not torch.optim.Optimizer.__init__: groups and state are those of the inner optimizer.
         self.__dict__["optimizer"] = optimizer
         self._runtime = runtime_module.current()
@@ -137,11 +150,11 @@ class DistributedOptimizer(torch.optim.Optimizer):
         return (parameter for group in self._all for parameter in group)
 
     def keep_local_parameters(self, model: Any) -> None:
-        """Drop the parameters of ``model`` that live on other stages, in place; called when the model is partitioned."""
+        """Drop the parameters of ``model`` that live on other stages, in place; called at its partition."""
         for group in self.optimizer.param_groups:
-            kept = [parameter for parameter in group["params"] if model._is_local_tensor(parameter)]
+            kept = [parameter for parameter in group["params"] if model.is_local(parameter)]
             for parameter in group["params"]:
-                if not model._is_local_tensor(parameter):
+                if not model.is_local(parameter):
                     self.optimizer.state.pop(parameter, None)
             group["params"][:] = kept
         if self._waiting_state is not None and not self._has_unpartitioned_parameters():
@@ -154,10 +167,14 @@ class DistributedOptimizer(torch.optim.Optimizer):
     # State dicts
 
     def local_state_dict(self, gather_if_shard: bool = True) -> dict[str, Any]:
-        """The state of the parameters of this rank, indexed as in the whole model, with ``_smp_is_partial: True``; local."""
+        """The state of the parameters of this rank, indexed as in the whole model, with ``_smp_is_partial: True``;
+        local.
+        """
         index_of = self._indices()
         state = {
-            index_of[id(parameter)]: dict(values) for parameter, values in self.optimizer.state.items() if id(parameter) in index_of
+            index_of[id(parameter)]: dict(values)
+            for parameter, values in self.optimizer.state.items()
+            if id(parameter) in index_of
         }
         return {"state": state, "param_groups": self._whole_groups(), PARTIAL_KEY: True}
 
@@ -186,7 +203,9 @@ class DistributedOptimizer(torch.optim.Optimizer):
         state: Mapping[int, Any] = state_dict["state"]
         groups = self._runtime.session.groups
         if state_dict.get(PARTIAL_KEY) and groups.mp.size > 1:
-            state = self._merged(allgather((groups.pp.rank_in_group, groups.tp.rank_in_group, dict(state)), CommGroup.MP_GROUP))
+            state = self._merged(
+                allgather((groups.pp.rank_in_group, groups.tp.rank_in_group, dict(state)), CommGroup.MP_GROUP)
+            )
         index_of = self._indices()
         local_groups, local_state = [], {}
         position = 0
@@ -198,7 +217,9 @@ class DistributedOptimizer(torch.optim.Optimizer):
                     local_state[position] = {key: self._local_part(parameter, value) for key, value in values.items()}
                 positions.append(position)
                 position += 1
-            local_groups.append({**{key: value for key, value in saved.items() if key != "params"}, "params": positions})
+            local_groups.append(
+                {**{key: value for key, value in saved.items() if key != "params"}, "params": positions}
+            )
         self.optimizer.load_state_dict({"state": local_state, "param_groups": local_groups})
 
     def _indices(self) -> dict[int, int]:

@@ -1,7 +1,7 @@
 """The parameter table: the only truth about who owns which parameter and buffer of a distributed model.
 
-Built when the model is wrapped, completed with the homes when it is partitioned. Optimizer, reducer, state dicts and reports read it and
-nothing else. Names are those of the user's module, before and after wrapping.
+Built when the model is wrapped, completed with the homes when it is partitioned. Optimizer, reducer, state dicts and
+reports read it and nothing else. Names are those of the user's module, before and after wrapping.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""What the step functions, models and optimizers of one process share: the engine, the running step, the registered objects."""
+"""What the step functions, models and optimizers of one process share: the engine, the running step, the registered
+objects.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,13 @@ class RunningStep:
     weight: float = 1.0
     is_last_microbatch: bool = False
     is_tracing: bool = False
+    has_backward: bool = False
     models: list[DistributedModel] = field(default_factory=list)
+
+    def arm(self) -> None:
+        """The backward of the last microbatch begins."""
+        for model in self.models:
+            model.arm()
 
 
 class Runtime:
@@ -37,13 +45,18 @@ class Runtime:
         transport = None
         if of.groups.pp.size > 1:
             transport = StageTransport(
-                of.groups.pp.rank_in_group, of.groups.pp.ranks, of.groups.pipeline_process_group, of.config.timeout_seconds, of.device
+                of.groups.pp.rank_in_group,
+                of.groups.pp.ranks,
+                of.groups.pipeline_process_group,
+                of.config.timeout_seconds,
+                of.device,
             )
         self.engine = PipelineEngine(of.device, transport, of.config.push_limit_bytes)
         self.step: RunningStep | None = None
         self.num_steps = 0
         self.optimizers: list[weakref.ref[DistributedOptimizer]] = []
-        # Parameters that tensor parallelism has replaced by others: an optimizer built before wrapping holds the old ones.
+        # Parameters that tensor parallelism has replaced by others: an optimizer built before wrapping holds the old
+        # ones.
         self.replaced: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
 
     @property
@@ -71,8 +84,9 @@ def current() -> Runtime:
 def init(config: Mapping[str, Any] | str | None = None) -> None:
     """Initialise the library: the first call of a script; collective over the world.
 
-    ``config`` holds parameters as in smp-config section 1; those delivered by a launcher override equal ones. A later call adds parameters that
-    were not given before. Does not select the CUDA device: call ``torch.cuda.set_device(smp.local_rank())``. Source: smp-api section 1.
+    ``config`` holds parameters as in smp-config section 1; those delivered by a launcher override equal ones. A later
+    call adds parameters that were not given before. Does not select the CUDA device: call
+    ``torch.cuda.set_device(smp.local_rank())``. Source: smp-api section 1.
     """
     _show_log_lines()
     session.initialize(config)

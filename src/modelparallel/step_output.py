@@ -13,8 +13,8 @@ from modelparallel import trees
 class StepOutput:
     """One returned tensor, per microbatch.
 
-    ``outputs`` lists the tensors by microbatch. Microbatches may differ in size (a last batch that does not divide): ``weights`` are their
-    shares of the samples.
+    ``outputs`` lists the tensors by microbatch. Microbatches may differ in size (a last batch that does not divide):
+    ``weights`` are their shares of the samples.
     """
 
     def __init__(self, outputs: Sequence[torch.Tensor], weights: Sequence[float] | None = None) -> None:
@@ -22,10 +22,16 @@ class StepOutput:
         self.weights = tuple(weights) if weights is not None else (1 / len(self.outputs),) * len(self.outputs)
 
     def reduce_mean(self) -> torch.Tensor:
-        """The mean over the microbatches, weighted by their numbers of samples: of a mean-reduced loss, that of the whole batch."""
+        """The mean over the microbatches, weighted by their numbers of samples: of a mean-reduced loss, that of the
+        whole batch.
+        """
         if len(set(self.weights)) == 1:
-            return torch.stack(self.outputs).mean(dim=0) if self._is_floating() else self.reduce_sum() / len(self.outputs)
-        return torch.stack([output * weight for output, weight in zip(self.outputs, self.weights, strict=True)]).sum(dim=0)
+            return (
+                torch.stack(self.outputs).mean(dim=0) if self._is_floating() else self.reduce_sum() / len(self.outputs)
+            )
+        return torch.stack([output * weight for output, weight in zip(self.outputs, self.weights, strict=True)]).sum(
+            dim=0
+        )
 
     def reduce_sum(self) -> torch.Tensor:
         """The sum over the microbatches."""
@@ -54,7 +60,9 @@ class StepOutput:
 
 
 def merge_outputs(outputs: Sequence[Any], weights: Sequence[float]) -> Any:
-    """The returns of all microbatches as one: tensors become StepOutputs, other leaves lists, containers keep their types."""
+    """The returns of all microbatches as one: tensors become StepOutputs, other leaves lists, containers keep their
+    types.
+    """
 
     def merge(values: list[Any]) -> Any:
         if all(isinstance(value, torch.Tensor) for value in values):

@@ -13,7 +13,8 @@ import torch
 from modelparallel import runtime as runtime_module
 from modelparallel import trees
 from modelparallel.errors import DivergenceError, SMPConfigError, StepUsageError
-from modelparallel.model import DistributedModel, partition_models
+from modelparallel.model import DistributedModel
+from modelparallel.model_partition import partition_models
 from modelparallel.pipeline.executor import MicrobatchRun, run_discovery_order, run_locally
 from modelparallel.pipeline.inputs import share_inputs
 from modelparallel.pipeline.microbatches import Microbatches, slice_objects, split
@@ -61,11 +62,14 @@ class StepFunction:
                 )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the function on each microbatch of the arguments; collective over PP_GROUP (and DP_GROUP when gradients are reduced)."""
+        """Run the function on each microbatch of the arguments; collective over PP_GROUP (and DP_GROUP when gradients
+        are reduced).
+        """
         runtime = runtime_module.current()
         if runtime.step is not None:
             raise StepUsageError(
-                f"{self._name} is decorated with @smp.step and was called inside another step function: call it from outside, "
+                f"{self._name} is decorated with @smp.step and was called inside another step function: call it from "
+                "outside, "
                 "or call the undecorated function"
             )
         config = runtime.session.config
@@ -83,7 +87,8 @@ class StepFunction:
             )
             if called != self._title:
                 raise DivergenceError(
-                    f"pp_rank {runtime.engine.stage} calls the step function {self._title}, pp_rank 0 calls {called}: all ranks of a "
+                    f"pp_rank {runtime.engine.stage} calls the step function {self._title}, pp_rank 0 calls {called}: "
+                    "all ranks of a "
                     "PP_GROUP must call the same step functions in the same order"
                 )
         microbatches = self._split(arguments, config)
@@ -97,7 +102,7 @@ class StepFunction:
         finally:
             runtime.step = None
         for model in running.models:
-            model.finish_step()
+            model.finish_step(running.has_backward)
         return merge_outputs(outputs, microbatches.weights)
 
     # The parts of a call
@@ -133,19 +138,26 @@ class StepFunction:
 
     def _split(self, arguments: Mapping[str, Any], config: Config) -> Microbatches:
         return split(
-            arguments, config.microbatches, self._axes, self._whole, is_uneven_allowed=config.uneven_microbatches == "exact"
+            arguments,
+            config.microbatches,
+            self._axes,
+            self._whole,
+            is_uneven_allowed=config.uneven_microbatches == "exact",
         )
 
-    def _trace(self, runtime: Runtime, arguments: Mapping[str, Any], config: Config) -> None:
-        """Run the body once on the first microbatch, for real, on the unsplit models."""
+    def _trace(self, runtime: Runtime, arguments: Mapping[str, Any], config: Config) -> list[DistributedModel]:
+        """Run the body once on the first microbatch, for real, on the unsplit models; returns those that it calls."""
         first = self._split(arguments, config).arguments[0]
-        runtime.step = RunningStep(is_tracing=True)
+        running = runtime.step = RunningStep(is_tracing=True)
         try:
             self._call(first)
         finally:
             runtime.step = None
+        return running.models
 
-    def _run(self, runtime: Runtime, running: RunningStep, microbatches: Microbatches, seed: int, number: int) -> list[Any]:
+    def _run(
+        self, runtime: Runtime, running: RunningStep, microbatches: Microbatches, seed: int, number: int
+    ) -> list[Any]:
         engine = runtime.engine
         device = runtime.session.device
         dp_rank = runtime.session.groups.dp.rank_in_group
@@ -173,7 +185,7 @@ class StepFunction:
                 return run_discovery_order(
                     engine,
                     runs,
-                    before_last_backward=lambda: [model.arm() for model in running.models],
+                    before_last_backward=running.arm,
                     detach_outputs=self._detach_outputs,
                 )
             finally:
@@ -199,19 +211,23 @@ def step(
     input_split_axes: Mapping[str, int] | None = None,
     detach_outputs: bool = True,
 ) -> Any:
-    """Decorate one forward (and backward) pass: each call splits its arguments into microbatches and runs the function once for each.
+    """Decorate one forward (and backward) pass: each call splits its arguments into microbatches and runs the function
+    once for each.
 
-    ``@smp.step``, ``@smp.step()`` and ``@smp.step(non_split_inputs=[...], ...)`` all work. Tensors, also inside containers, are split along
-    axis 0, or ``input_split_axes[argument name]``; arguments named in ``non_split_inputs`` go whole to every microbatch; an object with
-    ``smp_slice(num_mb, mb, axis)`` splits itself; anything else is passed as it is. With pipelining the inputs are those of pp_rank 0.
+    ``@smp.step``, ``@smp.step()`` and ``@smp.step(non_split_inputs=[...], ...)`` all work. Tensors, also inside
+    containers, are split along axis 0, or ``input_split_axes[argument name]``; arguments named in ``non_split_inputs``
+    go whole to every microbatch; an object with ``smp_slice(num_mb, mb, axis)`` splits itself; anything else is passed
+    as it is. With pipelining the inputs are those of pp_rank 0.
 
-    Returned tensors come back as :class:`StepOutput`, other values as lists, one entry per microbatch, equal on all ranks of the PP_GROUP;
-    with ``detach_outputs=False`` tensors keep their graph (with pipelining: they require grad, the graph has been used). All ranks of a
-    PP_GROUP must call the same step functions in the same order. Inside, use ``model.backward(loss)``; call the optimizer outside.
-    Source: smp-api section 4.
+    Returned tensors come back as :class:`StepOutput`, other values as lists, one entry per microbatch, equal on all
+    ranks of the PP_GROUP; with ``detach_outputs=False`` tensors keep their graph (with pipelining: they require grad,
+    the graph has been used). All ranks of a PP_GROUP must call the same step functions in the same order. Inside, use
+    ``model.backward(loss)``; call the optimizer outside. Source: smp-api section 4.
     """
     if function is not None and not callable(function):
-        raise SMPConfigError(f"smp.step takes keyword arguments only, got {function!r}: write @smp.step(non_split_inputs=[...])")
+        raise SMPConfigError(
+            f"smp.step takes keyword arguments only, got {function!r}: write @smp.step(non_split_inputs=[...])"
+        )
 
     def decorate(inner: Callable[..., Any]) -> StepFunction:
         return StepFunction(inner, non_split_inputs, input_split_axes, detach_outputs)

@@ -1,8 +1,8 @@
 """Nested containers of values: walk them and rebuild them with the same types.
 
-Scripts pass dictionaries, tuples, dataclasses, Hugging Face outputs and batches to their step functions and modules, and expect the same
-types back. torch's pytree knows only registered classes, so this walks every list, tuple, named tuple, dict, set, dataclass and their
-subclasses; anything else is a leaf.
+Scripts pass dictionaries, tuples, dataclasses, Hugging Face outputs and batches to their step functions and modules,
+and expect the same types back. torch's pytree knows only registered classes, so this walks every list, tuple, named
+tuple, dict, set, dataclass and their subclasses; anything else is a leaf.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ def is_container(value: object) -> bool:
 
 
 def map_leaves(fn: Callable[[Any], Any], value: Any) -> Any:
-    """``value`` with every leaf replaced by ``fn(leaf)``; containers keep their type, and those without a changed leaf are not copied."""
+    """``value`` with every leaf replaced by ``fn(leaf)``; containers keep their type, and those without a changed leaf
+    are not copied.
+    """
     return map_leaves_with_path(lambda path, leaf: fn(leaf), value)
 
 
@@ -46,7 +48,9 @@ def children(value: Any) -> list[tuple[Any, Any]]:
         return list(value.items())
     if isinstance(value, (list, tuple, set, frozenset)):
         return list(enumerate(value))
-    return [(field.name, getattr(value, field.name)) for field in dataclasses.fields(value) if hasattr(value, field.name)]
+    return [
+        (field.name, getattr(value, field.name)) for field in dataclasses.fields(value) if hasattr(value, field.name)
+    ]
 
 
 def rebuild(value: Any, mapped: dict[Any, Any]) -> Any:

@@ -1,0 +1,148 @@
+"""What a wrapped model tells of its parameters, buffers and modules (smp-api sections 5 and 18)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from modelparallel.errors import PartitionError
+from modelparallel.tensor_parallel.distributed_module import DistributedModule
+
+if TYPE_CHECKING:
+    from modelparallel.parameters import ParameterTable
+    from modelparallel.plan.partition import PartitionPlan
+    from modelparallel.runtime import Runtime
+
+
+class ModelParameters(nn.Module):
+    """The iterators and questions of ``smp.DistributedModel`` that read its parameter table."""
+
+    module: nn.Module
+    _table: ParameterTable
+    _runtime: Runtime
+    _plan: PartitionPlan | None
+    _is_partitioned: bool
+
+    def is_local(self, tensor: torch.Tensor) -> bool:
+        """Whether this rank holds the parameter or buffer; before the partition, and of foreign tensors, it does."""
+        row = self._table.row_of(tensor)
+        return row is None or self._table.is_local(row, self._runtime.engine.stage)
+
+    def get_module(self) -> nn.Module:
+        """The user's module (with replaced layers), without any wrapper. Source: smp-api section 18."""
+        return self.module
+
+    @property
+    def table(self) -> ParameterTable:
+        """The parameter table: names, shapes, homes and slices of all parameters and buffers."""
+        return self._table
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """Names as in the user's model; after the partition only what this rank holds."""
+        for name, parameter in self.module.named_parameters(prefix, recurse, remove_duplicate):
+            if self.is_local(parameter):
+                yield name, parameter
+
+    def named_buffers(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """Names as in the user's model; after the partition only what this rank holds."""
+        for name, buffer in self.module.named_buffers(prefix, recurse, remove_duplicate):
+            if self.is_local(buffer):
+                yield name, buffer
+
+    def virtual_named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """(name, parameter) of all parameters in the order of the model, equal on all ranks.
+
+        Those of other stages are stand-ins: shape and dtype, but no storage.
+
+        Source: smp-api section 18.
+        """
+        return self.module.named_parameters()
+
+    def local_named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """(name, parameter) of what this rank holds; after the partition."""
+        self._needs_partition("local_named_parameters")
+        return self.named_parameters()
+
+    def local_parameters(self) -> Iterator[nn.Parameter]:
+        """The parameters that this rank holds; after the partition."""
+        self._needs_partition("local_parameters")
+        return (parameter for _, parameter in self.named_parameters())
+
+    def local_named_buffers(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(name, buffer) of what this rank holds; after the partition."""
+        self._needs_partition("local_named_buffers")
+        return self.named_buffers()
+
+    def local_buffers(self) -> Iterator[torch.Tensor]:
+        """The buffers that this rank holds; after the partition."""
+        self._needs_partition("local_buffers")
+        return (buffer for _, buffer in self.named_buffers())
+
+    def local_named_modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """(name, module) of the modules that run on this rank: those at home here, and those without a home."""
+        self._needs_partition("local_named_modules")
+        return self._modules_at_home()
+
+    def local_modules(self) -> Iterator[nn.Module]:
+        """The modules that run on this rank; after the partition."""
+        self._needs_partition("local_modules")
+        return (module for _, module in self._modules_at_home())
+
+    def _modules_at_home(self) -> Iterator[tuple[str, nn.Module]]:
+        for name, module in self.module.named_modules():
+            home = self._plan.home_of_module(name) if self._plan is not None else None
+            if home is None or home == self._runtime.engine.stage:
+                yield name, module
+
+    def distributed_modules(self) -> Iterator[nn.Module]:
+        """The modules that are split by tensor parallelism."""
+        return (module for module in self.module.modules() if isinstance(module, DistributedModule))
+
+    def is_distributed_parameter(self, parameter: torch.Tensor) -> bool:
+        """Whether the parameter is sliced over the tensor-parallel ranks."""
+        row = self._table.row_of(parameter)
+        return row is not None and row.split is not None
+
+    def is_distributed_buffer(self, buffer: torch.Tensor) -> bool:
+        """Whether the buffer is sliced over the tensor-parallel ranks."""
+        return self.is_distributed_parameter(buffer)
+
+    def is_scaled_batch_parameter(self, parameter: torch.Tensor) -> bool:
+        """Whether the parameter works on the batch of the whole TP_GROUP."""
+        row = self._table.row_of(parameter)
+        return row is not None and row.reducer_axis == "rdp"
+
+    def is_scaled_batch_buffer(self, buffer: torch.Tensor) -> bool:
+        """Whether the buffer works on the batch of the whole TP_GROUP."""
+        return self.is_scaled_batch_parameter(buffer)
+
+    def default_reducer_named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """(name, parameter) of the local parameters whose gradients are averaged over the DP_GROUP."""
+        return (
+            (name, parameter)
+            for name, parameter in self.named_parameters()
+            if not self.is_scaled_batch_parameter(parameter)
+        )
+
+    def scaled_batch_reducer_named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """(name, parameter) of the local parameters whose gradients are summed over the RDP_GROUP and divided by dp."""
+        return (
+            (name, parameter)
+            for name, parameter in self.named_parameters()
+            if self.is_scaled_batch_parameter(parameter)
+        )
+
+    def _needs_partition(self, what: str) -> None:
+        if not self._is_partitioned:
+            raise PartitionError(
+                f"model.{what}() needs the partition, which is made at the first call of a step function: call it "
+                "after that, or in a "
+                "hook given to model.register_post_partition_hook"
+            )

@@ -1,0 +1,114 @@
+"""When models are partitioned: at the first call of a step function that is given them (smp-api sections 4 and 6)."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+
+from modelparallel import runtime as runtime_module
+from modelparallel import trees
+from modelparallel.errors import PartitionError, StepUsageError
+from modelparallel.model import CannotTraceError, DistributedModel
+from modelparallel.plan.partition import PartitionPlan
+from modelparallel.ranks_and_messages import allgather
+from modelparallel.runtime import Runtime
+from modelparallel.topology import CommGroup
+
+logger = logging.getLogger("modelparallel")
+
+#: Runs the body once on the unsplit models; returns the models that it has called.
+TraceBody = Callable[[], list[DistributedModel]]
+
+
+def partition_models(runtime: Runtime, arguments: Mapping[str, Any], trace_body: TraceBody) -> None:
+    """At the start of a step call: partition the models that are not yet, and run their hooks.
+
+    Those among ``arguments`` and those that the traced body calls; with no model among the arguments, all that are
+    wrapped. Collective over the world if a model is not partitioned.
+    """
+    models: list[DistributedModel] = runtime.session.models
+    if runtime.is_pipelined and all(model.partitioned for model in models):
+        return
+    given = [leaf for leaf in trees.leaves(dict(arguments)) if isinstance(leaf, DistributedModel)]
+    known = given or models
+    if not runtime.is_pipelined:
+        for model in known:
+            model.run_post_partition_hooks()
+        return
+    waiting = [model for index, model in enumerate(known) if not model.partitioned and model not in known[:index]]
+    plans: list[PartitionPlan] = []
+    # All are traced before the first of them is split up.
+    for model in waiting:
+        if model.has_left:
+            raise StepUsageError(
+                "the model was moved away from the pipeline by model.cpu(); it cannot be trained any more"
+            )
+        plan, called = _agreed_plan(runtime, model, trace_body)
+        plans.append(plan)
+        waiting.extend(other for other in called if other not in waiting and not other.partitioned)
+    for model, plan in zip(waiting, plans, strict=True):
+        model.place(plan)
+
+
+def _agreed_plan(
+    runtime: Runtime, model: DistributedModel, trace_body: TraceBody
+) -> tuple[PartitionPlan, list[DistributedModel]]:
+    """The plan made by one rank, on every rank, and the models that the body calls as far as that is known."""
+    config, groups, models = runtime.session.config, runtime.session.groups, runtime.session.models
+    made: tuple[PartitionPlan, list[int]] | None = None
+    problem: BaseException | None = None
+    is_traced = config.auto_partition and not config.skip_tracing and not config.load_partition
+    try:
+        # The whole TP_GROUP traces, since split layers talk to each other.
+        if groups.pp.rank_in_group == 0 and groups.rdp.rank_in_group == 0:
+            plan, called = _traced_plan(model, trace_body) if is_traced else (model.make_plan(None), [])
+            made = plan, [models.index(other) for other in called]
+    except Exception as error:
+        problem = error
+    answers = allgather((made, None if problem is None else f"{type(problem).__name__}: {problem}"), CommGroup.WORLD)
+    if problem is not None:
+        raise problem
+    failed = next(((rank, text) for rank, (_, text) in enumerate(answers) if text is not None), None)
+    if failed is not None:
+        raise PartitionError(f"global rank {failed[0]} could not trace and partition the model: {failed[1]}")
+    result, indices = next(found for found, _ in answers if found is not None)
+    if config.partition_file and not config.load_partition and groups.world.rank_in_group == 0:
+        result.save(model.plan_file)
+    return result, [models[index] for index in indices]
+
+
+def _traced_plan(model: DistributedModel, trace_body: TraceBody) -> tuple[PartitionPlan, list[DistributedModel]]:
+    called: list[DistributedModel] = []
+    try:
+        trace = model.trace(lambda: called.extend(trace_body()))
+    except CannotTraceError as error:
+        logger.info("partitioned by sizes alone, without a trace: %s", error)
+        trace = None
+    return model.make_plan(trace), called
+
+
+def set_partition(module: nn.Module, index: int) -> None:
+    """Place ``module``, part of a wrapped model, and everything in it on stage ``index``; after wrapping, before the
+    first step.
+
+    Needs ``auto_partition: False``; ignored otherwise. Same calls on every rank. Source: smp-api sections 6 and 18.
+    """
+    active = runtime_module.current().session
+    num_stages = active.config.pipeline_parallel_degree
+    if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < num_stages:
+        raise PartitionError(
+            f"smp.set_partition: there is no partition {index!r}, use 0 to {num_stages - 1} "
+            f"(pipeline_parallel_degree={num_stages})"
+        )
+    for model in reversed(active.models):
+        if any(module is part for part in model.module.modules()):
+            model.set_partition(module, index)
+            return
+    raise PartitionError(
+        f"smp.set_partition: this {type(module).__name__} is part of no smp.DistributedModel: wrap the model first, "
+        "and take the module from "
+        "model.get_module()"
+    )
