@@ -30,6 +30,12 @@ $(VENV)/.stamp-torch: constraints.txt
 	@$(PIP) install torch numpy
 	@touch $@
 
+# The demo does without the packages that only tests need.
+$(VENV)/.stamp-demo: $(VENV)/.stamp-torch pyproject.toml
+	@echo "setup: modelparallel and what the examples need"
+	@$(PIP) install -e '.[examples]'
+	@touch $@
+
 $(VENV)/.stamp-test: $(VENV)/.stamp-torch pyproject.toml
 	@echo "setup: modelparallel and what its tests and examples need"
 	@$(PIP) install -e '.[test,mpi,examples]'
@@ -40,12 +46,13 @@ $(VENV)/.stamp-dev: $(VENV)/.stamp-test
 	@$(PIP) install -e '.[dev]'
 	@touch $@
 
-$(DATA)/MNIST/.stamp: examples/mnist/get_mnist.py | $(VENV)/.stamp-test
+$(DATA)/MNIST/.stamp: examples/mnist/get_mnist.py | $(VENV)/.stamp-torch
+	@echo "MNIST: $(DATA)/MNIST/raw"
 	@PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python examples/mnist/get_mnist.py $(DATA)
 	@touch $@
 
 # The seed's two training jobs, 8 processes each, on real MNIST.
-demo: $(VENV)/.stamp-test $(DATA)/MNIST/.stamp
+demo: $(VENV)/.stamp-demo $(DATA)/MNIST/.stamp
 	@$(BIN)/python examples/mnist/demo.py --data $(DATA) $(ARGS)
 
 test: $(VENV)/.stamp-test

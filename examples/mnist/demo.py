@@ -65,13 +65,13 @@ JOBS = [
         "launch_tensor_parallel.py",
         "tensor parallelism alone",
         "tp 4, dp 8",
-        {},
+        {"seed": "1"},
     ),
     Job(
         "launch_tensor_pipeline_parallel.py",
         "tensor and pipeline parallelism",
         "pp 2, tp 2, dp 4, 4 microbatches",
-        {"max-steps": "160"},
+        {"seed": "1", "max-steps": "160"},
     ),
 ]
 

