@@ -20,7 +20,7 @@ from modelparallel.launch.folder import JobFolder
 _DEATH_LEAD = 0.5
 
 _CONSEQUENCE = re.compile(
-    r"Connection (closed|reset) by peer|the connection failed|Broken pipe|connectFullMesh|Connection refused|"
+    r"Connection (closed|reset) by peer|the connection (failed|is gone)|Broken pipe|connectFullMesh|Connection refused|"
     r"remote process exited or there was a network error|NCCL communicator was aborted",
     re.IGNORECASE,
 )
