@@ -55,7 +55,8 @@ def run_discovery_order(
         outputs = []
         for program, run in zip(programs, runs, strict=True):
             with engine.running(program):
-                outputs.append(run.call())
+                output = run.call()
+            outputs.append(trees.map_leaves(program.returned, output))
             engine.settle_buffers()
         for program in programs:
             if program is programs[-1]:

@@ -117,6 +117,18 @@ class Program:
             )
         return leaf
 
+    def returned(self, leaf: Any) -> Any:
+        """A returned value as the engine sees it: a parameter, or a plain tensor that glue wrote into, has a home."""
+        if not isinstance(leaf, torch.Tensor) or isinstance(leaf, StageTensor):
+            return leaf
+        if id(leaf) in self.engine.placed:
+            return self.parameter(leaf)
+        if self.promoted:
+            if id(leaf) in self.promoted:
+                return self.promoted[id(leaf)][1]
+            self.check_not_view_of_promoted(leaf)
+        return leaf
+
     def promote(self, tensor: torch.Tensor, home: int) -> StageTensor:
         """From now on ``tensor``, an ordinary tensor that glue writes a StageTensor into, is a value with a home."""
         here = tensor if home == self.stage else None
