@@ -5,8 +5,8 @@ and 6).
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -95,6 +95,7 @@ class DistributedModel(ModelParameters):
         self.has_left = False
         self._has_begun_reduction = False
         self._num_backward_steps = 0
+        self._num_no_sync = 0
         self._overrides: list[tuple[nn.Module, int]] = []
         self._post_partition_hooks: OrderedDict[int, Hook] = OrderedDict()
         self._post_step_hooks: OrderedDict[int, Hook] = OrderedDict()
@@ -227,7 +228,7 @@ class DistributedModel(ModelParameters):
         is_boundary = (self._num_backward_steps + 1) % self._backward_passes_per_step == 0
         # The reducer looks at the parameters themselves; the engine would take that for glue of the program.
         with self._runtime.engine.native_region():
-            self._reducer.begin_step(will_synchronize=is_boundary)
+            self._reducer.begin_step(will_synchronize=is_boundary and self._num_no_sync == 0)
             self._synchronise_buffers()
 
     def arm(self) -> None:
@@ -256,9 +257,16 @@ class DistributedModel(ModelParameters):
         if self._reducer is not None:
             self._reducer.abort_step()
 
-    def no_sync(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
         """Inside, gradients are accumulated on each rank; the first backward outside reduces them too, as in DDP."""
-        return self._reducer.no_sync() if self._reducer is not None else nullcontext()
+        # Counted here as well: before the partition there is no reducer yet.
+        self._num_no_sync += 1
+        try:
+            with self._reducer.no_sync() if self._reducer is not None else nullcontext():
+                yield
+        finally:
+            self._num_no_sync -= 1
 
     # Partition
 
