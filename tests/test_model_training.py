@@ -319,7 +319,7 @@ class Branching(nn.Module):
         hidden = torch.tanh(self.shared(start))
         for layer in self.middle:
             hidden = torch.tanh(layer(hidden)) + start
-        if hidden.mean().item() > 0.2:
+        if hidden.mean().item() > 0:
             hidden = self.wide(hidden)
         hidden = torch.tanh(self.shared(hidden)) + start
         result = self.packed({"hidden": hidden, "mask": None}, Options(hidden * 0.5, 2))

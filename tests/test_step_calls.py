@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 from typing import Any
 
@@ -11,12 +13,14 @@ import torch
 import modelparallel as smp
 from modelparallel.errors import DivergenceError, SMPConfigError, SMPError, StepUsageError, WaitTimeoutError
 from parity import assert_parity
+from pool import RankFailure, run_ranks
 from rank_tests import RankTests, on
 from small_models import make_batch, make_classifier, mean_loss, sgd, train_step
 
 MB4 = RankTests(1, {"microbatches": 4})
 PP2 = RankTests(2, {"pipeline_parallel_degree": 2, "microbatches": 4})
 APART = [RankTests(2, {"pipeline_parallel_degree": 2, "microbatches": 2, "timeout_seconds": 1.5}) for _ in range(3)]
+APART_DP = RankTests(2, {"microbatches": 2, "timeout_seconds": 1.5})
 ALL = (MB4, PP2)
 
 
@@ -254,3 +258,61 @@ def test_an_exception_on_one_stage_ends_the_others_with_a_named_error():
     else:
         text = error_within(10, lambda: broken(model, x, y), WaitTimeoutError)
         assert ("microbatch 0" in text and "test_step_calls.py" in text) or "small_models.py" in text
+
+
+@on(APART_DP)
+def test_an_exception_on_one_replica_ends_the_others_with_a_named_error():
+    model = smp.DistributedModel(make_classifier())
+    x, y = make_batch(8)
+    train_step(model, x, y)
+
+    @smp.step
+    def broken(model, x, y):
+        if smp.dp_rank() == 0:
+            raise KeyError("the script's own mistake")
+        loss = mean_loss(model, x, y)
+        model.backward(loss)
+        return loss
+
+    start = time.monotonic()
+    with pytest.raises(KeyError if smp.dp_rank() == 0 else WaitTimeoutError) as caught:
+        broken(model, x, y)
+    assert time.monotonic() - start < 10
+    assert smp.dp_rank() == 0 or "first.weight" in str(caught.value), str(caught.value)
+
+
+# Failures of one process, with a wait that is long: the others must not sit it out
+
+
+def step_that_fails(how: str) -> tuple[str, float]:
+    model = smp.DistributedModel(make_classifier())
+    x, y = make_batch(8)
+    train_step(model, x, y)
+
+    @smp.step
+    def broken(model, x, y):
+        loss = mean_loss(model, x, y)
+        if smp.rank() == 1:
+            if how == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            os._exit(3)
+        model.backward(loss)
+        return loss
+
+    start = time.monotonic()
+    try:
+        for _ in range(2):
+            broken(model, x, y)
+    except SMPError as error:
+        return f"{type(error).__name__}: {error}", time.monotonic() - start
+    return "no error", 0.0
+
+
+@pytest.mark.parametrize("how", ["killed", "ended"])
+@pytest.mark.parametrize("degree", [1, 2])
+def test_a_process_that_dies_in_a_step_ends_the_others_with_a_named_error(how, degree):
+    parameters = {"pipeline_parallel_degree": degree, "microbatches": 2, "ddp": True, "timeout_seconds": 60}
+    results = run_ranks(step_that_fails, 2, how, parameters=parameters, return_failures=True, grace=20)
+    assert isinstance(results[1], RankFailure)
+    text, seconds = results[0]
+    assert text.startswith("CommunicationError") and seconds < 10, text
