@@ -93,6 +93,8 @@ class DistributedModel(ModelParameters):
         self._is_partitioned = False
         #: Whether cpu() has taken the partitioned model back.
         self.has_left = False
+        #: What a partial state dict held that was loaded before the partition.
+        self.early_names: set[str] | None = None
         self._has_begun_reduction = False
         self._num_backward_steps = 0
         self._num_no_sync = 0
@@ -104,10 +106,9 @@ class DistributedModel(ModelParameters):
 
         before = dict(module.named_parameters(remove_duplicate=False))
         module = replace_marked_modules(module, active.groups.tp, match_weights=active.config.match_weights)
-        for name, parameter in module.named_parameters(remove_duplicate=False):
-            old = before.get(name)
-            if old is not None and old is not parameter:
-                runtime.replaced[id(old)] = (old, parameter)
+        runtime.note_replaced(before, dict(module.named_parameters(remove_duplicate=False)))
+        for optimizer in runtime.live_optimizers():
+            optimizer.replace_parameters()
         self.module = module
         attach_module_attribute(module)
         self._units = find_units(module)
@@ -351,6 +352,7 @@ class DistributedModel(ModelParameters):
         units = set(self._units)
         for name, home in plan.modules:
             engine.place_module(self.module.get_submodule(name), name, home, is_unit=name in units)
+        model_states.check_early_part(self)
         self._synchronise_start()
         self._is_partitioned = True
         for optimizer in runtime.live_optimizers():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -73,39 +73,66 @@ def _joined(row: ParameterRow | None, by_tp_rank: Mapping[int, Any]) -> Any:
     return torch.cat(values, dim=row.split.dim)
 
 
-def load_state_dict(model: DistributedModel, state: Mapping[str, Any], strict: bool, same_partition_load: bool) -> Any:
+def load_state_dict(
+    model: DistributedModel, state: Mapping[str, Any], strict: bool, same_partition_load: bool
+) -> torch.nn.modules.module._IncompatibleKeys:
     """Load a full dict, or a partial one of this partition; returns torch's record of missing and unexpected names."""
     entries = dict(state)
     is_partial = bool(entries.pop(PARTIAL_KEY, False))
-    if is_partial and not same_partition_load:
-        groups = model._runtime.session.groups
-        if groups.mp.size > 1:
-            entries = merge(
-                model, allgather((groups.pp.rank_in_group, groups.tp.rank_in_group, entries), CommGroup.MP_GROUP)
-            )
+    groups = model._runtime.session.groups
+    if is_partial and not same_partition_load and groups.mp.size > 1:
+        parts = allgather((groups.pp.rank_in_group, groups.tp.rank_in_group, entries), CommGroup.MP_GROUP)
+        entries = merge(model, parts)
     expected = model.module.state_dict(keep_vars=True)
     local_names = set(local_state_dict(model)) - {PARTIAL_KEY}
-    wanted = {name: entries[name] for name in entries if name in local_names}
-    missing = [name for name in (local_names if same_partition_load else expected) if name not in entries]
+    # Before the partition every name is local, and which of them a part must hold is checked when it is made.
+    is_early = same_partition_load and model._runtime.is_pipelined and not model.partitioned
+    required: Iterable[str] = local_names if same_partition_load else expected
+    missing = [] if is_early else [name for name in required if name not in entries]
     unexpected = [name for name in entries if name not in expected]
     if strict and (missing or unexpected):
         raise StateDictError(
             f"load_state_dict(strict=True): missing {sorted(missing) or 'none'}; unexpected "
-            f"{sorted(unexpected) or 'none'}: load a state dict of the "
-            "same model, or pass strict=False"
+            f"{sorted(unexpected) or 'none'}: load a state dict of the same model, or pass strict=False"
         )
-    sliced = {name: _local_part(model, name, value) for name, value in wanted.items()}
+    _check_shapes(model, entries)
+    sliced = {name: _local_part(model, name, entries[name]) for name in entries if name in local_names}
     # strict=False: what lives on other stages is missing here by design; names were checked above.
     model.module.load_state_dict(sliced, strict=False)
+    model.early_names = set(sliced) if is_early and strict else None
     return torch.nn.modules.module._IncompatibleKeys(missing, unexpected)
+
+
+def check_early_part(model: DistributedModel) -> None:
+    """At the partition: the part that was loaded before it must be what this stage now holds."""
+    if model.early_names is None:
+        return
+    missing = sorted(set(local_state_dict(model)) - {PARTIAL_KEY} - model.early_names)
+    if missing:
+        raise StateDictError(
+            f"pp_rank {model._runtime.engine.stage} was given a partial state dict with same_partition_load=True, and now "
+            f"holds {', '.join(missing)} which it lacks: the partition has changed. Load it with "
+            "same_partition_load=False, or keep the plan (partition_file, load_partition)"
+        )
+
+
+def _check_shapes(model: DistributedModel, entries: Mapping[str, Any]) -> None:
+    """Of all names, also those of other stages, so that every rank comes to the same end."""
+    for name, value in entries.items():
+        row = model.table.row_named(name)
+        if row is None or not isinstance(value, torch.Tensor):
+            continue
+        local_shape = model.table.tensor(row.name).shape
+        if value.shape not in (torch.Size(row.full_shape), local_shape):
+            found, local = tuple(value.shape), f" (local slice {tuple(local_shape)})" if row.split is not None else ""
+            raise StateDictError(f"load_state_dict: '{name}' has shape {found}, the model has {row.full_shape}{local}")
 
 
 def _local_part(model: DistributedModel, name: str, value: Any) -> Any:
     row = model.table.row_named(name)
     if row is None or row.split is None or not isinstance(value, torch.Tensor):
         return value
-    tensor = model.table.tensor(row.name)
-    if value.shape == tensor.shape and tensor.shape != torch.Size(row.full_shape):
+    if value.shape == model.table.tensor(row.name).shape != torch.Size(row.full_shape):
         return value  # already the local slice
     tp = model._runtime.session.groups.tp
     part = row.split.local_slice(tp.rank_in_group, tp.size)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -46,8 +46,10 @@ class DistributedOptimizer(torch.optim.Optimizer):
     def __new__(cls, optimizer: Any, *args: Any, **kwargs: Any) -> DistributedOptimizer:
         inner_class = type(optimizer)
         if isinstance(optimizer, torch.optim.Optimizer) and not isinstance(optimizer, DistributedOptimizer):
-            # isinstance(wrapped, torch.optim.SGD) holds, as scripts expect; every method of ours comes first.
-            cls = type(cls.__name__, (cls, inner_class), {"__module__": cls.__module__})
+            # isinstance(wrapped, torch.optim.SGD) holds, as scripts expect. Every method of ours comes first, and those
+            # that only the inner class has run on the inner object.
+            own = {name: _delegate(name) for name in _methods_beside_torch_s(inner_class)}
+            cls = type(cls.__name__, (cls, inner_class), {"__module__": cls.__module__, **own})
         return object.__new__(cls)
 
     def __init__(
@@ -73,23 +75,26 @@ class DistributedOptimizer(torch.optim.Optimizer):
         # Not torch.optim.Optimizer.__init__: groups and state are those of the inner optimizer.
         self.__dict__["optimizer"] = optimizer
         self._runtime = runtime_module.current()
-        self._replace_parameters()
-        self._all: list[list[nn.Parameter]] = [list(group["params"]) for group in optimizer.param_groups]
+        self._all: list[list[nn.Parameter]] = []
         self._waiting_state: Mapping[str, Any] | None = None
+        self.replace_parameters()
         self._runtime.optimizers.append(weakref.ref(self))
-        for model in self._runtime.session.models:
-            if model.partitioned and self._runtime.is_pipelined:
-                self.keep_local_parameters(model)
+        self._keep_local_parameters_of_all()
 
-    def _replace_parameters(self) -> None:
-        """Parameters that tensor parallelism has replaced since the optimizer was built: take the new ones."""
-        replaced = self._runtime.replaced
-        for group in self.optimizer.param_groups:
-            for index, parameter in enumerate(group["params"]):
-                old = replaced.get(id(parameter))
-                if old is not None and old[0] is parameter:
-                    group["params"][index] = old[1]
+    def replace_parameters(self) -> None:
+        """Take the new parameters for those that tensor parallelism has replaced since the optimizer was built."""
+        self._note_new_groups()
+        for parameters in (*(group["params"] for group in self.optimizer.param_groups), *self._all):
+            for index, parameter in enumerate(parameters):
+                replacement = self._runtime.replacement_of(parameter)
+                if replacement is not None:
+                    parameters[index] = replacement
                     self.optimizer.state.pop(parameter, None)
+
+    def _note_new_groups(self) -> None:
+        """Remember the parameters of groups that were added since, perhaps to the inner optimizer."""
+        for group in self.optimizer.param_groups[len(self._all) :]:
+            self._all.append(list(group["params"]))
 
     # What torch expects of an optimizer
 
@@ -127,10 +132,8 @@ class DistributedOptimizer(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; after the partition of the model it keeps what this rank holds."""
         self.optimizer.add_param_group(param_group)
-        self._all.append(list(self.optimizer.param_groups[-1]["params"]))
-        for model in self._runtime.session.models:
-            if model.partitioned and self._runtime.is_pipelined:
-                self.keep_local_parameters(model)
+        self._note_new_groups()
+        self._keep_local_parameters_of_all()
 
     def __getattr__(self, name: str) -> Any:
         if name == "optimizer":
@@ -147,10 +150,12 @@ class DistributedOptimizer(torch.optim.Optimizer):
 
     def all_parameters(self) -> Iterable[nn.Parameter]:
         """All parameters given to the optimizer, also those that live on other stages."""
+        self._note_new_groups()
         return (parameter for group in self._all for parameter in group)
 
     def keep_local_parameters(self, model: Any) -> None:
         """Drop the parameters of ``model`` that live on other stages, in place; called at its partition."""
+        self._note_new_groups()
         for group in self.optimizer.param_groups:
             kept = [parameter for parameter in group["params"] if model.is_local(parameter)]
             for parameter in group["params"]:
@@ -161,8 +166,16 @@ class DistributedOptimizer(torch.optim.Optimizer):
             state, self._waiting_state = self._waiting_state, None
             self.load_state_dict(state)
 
+    def _keep_local_parameters_of_all(self) -> None:
+        for model in self._runtime.session.models:
+            if model.partitioned and self._runtime.is_pipelined:
+                self.keep_local_parameters(model)
+
     def _has_unpartitioned_parameters(self) -> bool:
-        return self._runtime.is_pipelined and any(not model.partitioned for model in self._runtime.session.models)
+        if not self._runtime.is_pipelined:
+            return False
+        waiting = [model.table for model in self._runtime.session.models if not model.partitioned]
+        return any(table.row_of(parameter) is not None for table in waiting for parameter in self.all_parameters())
 
     # State dicts
 
@@ -180,32 +193,31 @@ class DistributedOptimizer(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
         """The whole state, merged and un-sliced, on the CPU; collective over MP_GROUP. Source: smp-api section 7."""
-        groups = self._runtime.session.groups
         local = self.local_state_dict()["state"]
-        if groups.mp.size == 1:
+        if self._runtime.session.groups.mp.size == 1:
             return {"state": local, "param_groups": self._whole_groups()}
         on_cpu = {index: {key: _cpu(value) for key, value in values.items()} for index, values in local.items()}
-        parts = allgather((groups.pp.rank_in_group, groups.tp.rank_in_group, on_cpu), CommGroup.MP_GROUP)
-        return {"state": self._merged(parts), "param_groups": self._whole_groups()}
+        return {"state": self._merged(on_cpu), "param_groups": self._whole_groups()}
 
     def orig_state_dict(self) -> dict[str, Any]:
         """The inner optimizer's own state dict; local. Source: smp-api section 18."""
         return self.optimizer.state_dict()  # type: ignore[no-any-return]
 
     def load_state_dict(self, state_dict: Mapping[str, Any], gather_if_shard: bool = True) -> None:  # type: ignore[override]
-        """Load a whole state, or the partial one of this partition; before the partition it is kept until then.
+        """Load a whole state, or the partial one of this partition.
 
-        Collective over MP_GROUP for a partial one. Source: smp-api section 7.
+        Before the partition the values of the groups are taken at once, the state is kept until then. Collective over
+        MP_GROUP for a partial state. Raises SMPConfigError when the groups differ. Source: smp-api section 7.
         """
+        self._check_groups(state_dict["param_groups"])
         if self._has_unpartitioned_parameters():
+            for saved, group in zip(state_dict["param_groups"], self.optimizer.param_groups, strict=True):
+                group.update((key, value) for key, value in saved.items() if key != "params")
             self._waiting_state = state_dict
             return
         state: Mapping[int, Any] = state_dict["state"]
-        groups = self._runtime.session.groups
-        if state_dict.get(PARTIAL_KEY) and groups.mp.size > 1:
-            state = self._merged(
-                allgather((groups.pp.rank_in_group, groups.tp.rank_in_group, dict(state)), CommGroup.MP_GROUP)
-            )
+        if state_dict.get(PARTIAL_KEY) and self._runtime.session.groups.mp.size > 1:
+            state = self._merged(state)
         index_of = self._indices()
         local_groups, local_state = [], {}
         position = 0
@@ -221,6 +233,16 @@ class DistributedOptimizer(torch.optim.Optimizer):
                 {**{key: value for key, value in saved.items() if key != "params"}, "params": positions}
             )
         self.optimizer.load_state_dict({"state": local_state, "param_groups": local_groups})
+
+    def _check_groups(self, saved: Sequence[Mapping[str, Any]]) -> None:
+        self._note_new_groups()
+        lengths, own = [len(group["params"]) for group in saved], [len(group) for group in self._all]
+        if lengths != own:
+            raise SMPConfigError(
+                f"optimizer.load_state_dict: the state has {len(lengths)} groups of {lengths} parameters, the "
+                "optimizer "
+                f"{len(own)} of {own}: load a state of an optimizer over the same parameters in the same groups"
+            )
 
     def _indices(self) -> dict[int, int]:
         """Position of each parameter in the whole model's optimizer, by identity."""
@@ -242,10 +264,22 @@ class DistributedOptimizer(torch.optim.Optimizer):
                 return model.table, row
         return None
 
-    def _merged(self, parts: Iterable[tuple[int, int, Mapping[int, Mapping[str, Any]]]]) -> dict[int, dict[str, Any]]:
+    def _merged(self, local: Mapping[int, Mapping[str, Any]]) -> dict[int, dict[str, Any]]:
+        """The whole state from the ``local`` ones of an MP_GROUP; collective over it."""
+        groups = self._runtime.session.groups
+        own = (groups.pp.rank_in_group, groups.tp.rank_in_group, self._names(), dict(local))
+        parts = allgather(own, CommGroup.MP_GROUP)
+        for pp_rank, tp_rank, names, _ in parts:
+            if names != own[2]:
+                raise SMPConfigError(
+                    f"the optimizers of pp_rank {pp_rank}, tp_rank {tp_rank} and of pp_rank {own[0]}, tp_rank {own[1]} "
+                    f"were not built over the same parameters ({len(names)} and {len(own[2])}), so that their states "
+                    "cannot be merged: build the optimizer before the first step, or from the parameters of "
+                    "model.virtual_named_parameters()"
+                )
         parameters = list(self.all_parameters())
         slices: dict[int, dict[int, Mapping[str, Any]]] = {}
-        for _, tp_rank, entries in sorted(parts, key=lambda part: part[:2]):
+        for _, tp_rank, _, entries in sorted(parts, key=lambda part: part[:2]):
             for index, values in entries.items():
                 slices.setdefault(index, {}).setdefault(tp_rank, values)
         result = {}
@@ -261,6 +295,10 @@ class DistributedOptimizer(torch.optim.Optimizer):
             result[index] = merged
         return result
 
+    def _names(self) -> list[str]:
+        rows = (self._row(parameter) for parameter in self.all_parameters())
+        return [found[1].name if found is not None else "" for found in rows]
+
     def _local_part(self, parameter: nn.Parameter, value: Any) -> Any:
         found = self._row(parameter)
         if found is None or found[1].split is None or not isinstance(value, torch.Tensor):
@@ -275,3 +313,17 @@ class DistributedOptimizer(torch.optim.Optimizer):
 
 def _cpu(value: Any) -> Any:
     return value.cpu() if isinstance(value, torch.Tensor) else value
+
+
+def _methods_beside_torch_s(inner_class: type) -> list[str]:
+    names = {
+        name
+        for cls in inner_class.__mro__[: inner_class.__mro__.index(torch.optim.Optimizer)]
+        for name, value in vars(cls).items()
+        if callable(value) and not name.startswith("__")
+    }
+    return sorted(name for name in names if not hasattr(DistributedOptimizer, name))
+
+
+def _delegate(name: str) -> property:
+    return property(lambda self: getattr(self.optimizer, name))

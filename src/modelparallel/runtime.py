@@ -14,6 +14,7 @@ from torch import nn
 
 from modelparallel import session
 from modelparallel.comm.transport import StageTransport
+from modelparallel.errors import SMPConfigError
 from modelparallel.pipeline.engine import PipelineEngine
 
 if TYPE_CHECKING:
@@ -55,9 +56,35 @@ class Runtime:
         self.step: RunningStep | None = None
         self.num_steps = 0
         self.optimizers: list[weakref.ref[DistributedOptimizer]] = []
-        # Parameters that tensor parallelism has replaced by others: an optimizer built before wrapping holds the old
-        # ones.
-        self.replaced: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
+        # Parameters that tensor parallelism has replaced, by identity: (name, the old one, the new one if there is
+        # one).
+        # An optimizer that was built before wrapping holds the old ones; nothing else may keep them alive.
+        self._replaced: dict[int, tuple[str, weakref.ref[nn.Parameter], nn.Parameter | None]] = {}
+
+    def note_replaced(self, before: Mapping[str, nn.Parameter], after: Mapping[str, nn.Parameter]) -> None:
+        """Compare the parameters of a model, by name, before and after modules were replaced."""
+        kept = {id(parameter) for parameter in after.values()}
+        for name, parameter in before.items():
+            if id(parameter) not in kept:
+                self._replaced[id(parameter)] = (name, weakref.ref(parameter), after.get(name))
+
+    def replacement_of(self, parameter: nn.Parameter) -> nn.Parameter | None:
+        """The parameter that stands for ``parameter`` in the wrapped model; None if it was not replaced.
+
+        Raises SMPConfigError if it is gone.
+        """
+        entry = self._replaced.get(id(parameter))
+        if entry is None or entry[1]() is not parameter:
+            return None
+        name, _, replacement = entry
+        if replacement is None:
+            raise SMPConfigError(
+                f"the optimizer holds parameter '{name}', which tensor parallelism has replaced by parameters of other "
+                "names and shapes when the model was wrapped, so that it would train nothing\n"
+                "  wrong: optimizer = SGD(model.parameters()); model = smp.DistributedModel(model)\n"
+                "  right: model = smp.DistributedModel(model); optimizer = SGD(model.parameters())"
+            )
+        return replacement
 
     @property
     def is_pipelined(self) -> bool:
