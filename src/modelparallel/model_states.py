@@ -110,8 +110,8 @@ def check_early_part(model: DistributedModel) -> None:
     missing = sorted(set(local_state_dict(model)) - {PARTIAL_KEY} - model.early_names)
     if missing:
         raise StateDictError(
-            f"pp_rank {model._runtime.engine.stage} was given a partial state dict with same_partition_load=True, and now "
-            f"holds {', '.join(missing)} which it lacks: the partition has changed. Load it with "
+            f"pp_rank {model._runtime.engine.stage} was given a partial state dict with same_partition_load=True that "
+            f"lacks {', '.join(missing)}, which it now holds: the partition has changed. Load it with "
             "same_partition_load=False, or keep the plan (partition_file, load_partition)"
         )
 

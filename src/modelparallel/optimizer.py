@@ -46,9 +46,9 @@ class DistributedOptimizer(torch.optim.Optimizer):
     def __new__(cls, optimizer: Any, *args: Any, **kwargs: Any) -> DistributedOptimizer:
         inner_class = type(optimizer)
         if isinstance(optimizer, torch.optim.Optimizer) and not isinstance(optimizer, DistributedOptimizer):
-            # isinstance(wrapped, torch.optim.SGD) holds, as scripts expect. Every method of ours comes first, and those
-            # that only the inner class has run on the inner object.
-            own = {name: _delegate(name) for name in _methods_beside_torch_s(inner_class)}
+            # isinstance(wrapped, torch.optim.SGD) holds, as scripts expect. What the wrapper has comes first, and what
+            # only the inner class has is that of the inner object.
+            own = {name: _delegate(name) for name in _names_beside_torch_s(inner_class)}
             cls = type(cls.__name__, (cls, inner_class), {"__module__": cls.__module__, **own})
         return object.__new__(cls)
 
@@ -315,13 +315,10 @@ def _cpu(value: Any) -> Any:
     return value.cpu() if isinstance(value, torch.Tensor) else value
 
 
-def _methods_beside_torch_s(inner_class: type) -> list[str]:
-    names = {
-        name
-        for cls in inner_class.__mro__[: inner_class.__mro__.index(torch.optim.Optimizer)]
-        for name, value in vars(cls).items()
-        if callable(value) and not name.startswith("__")
-    }
+def _names_beside_torch_s(inner_class: type) -> list[str]:
+    """The methods and attributes of the class and its bases below torch.optim.Optimizer that the wrapper has not."""
+    own_classes = inner_class.__mro__[: inner_class.__mro__.index(torch.optim.Optimizer)]
+    names = {name for cls in own_classes for name in vars(cls) if not name.startswith("__")}
     return sorted(name for name in names if not hasattr(DistributedOptimizer, name))
 
 
