@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import random
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -164,7 +163,7 @@ class StepFunction:
         runtime.step = running
         num_microbatches = len(microbatches.arguments)
         frames = [RandomFrames(device, seed, number, dp_rank, index) for index in range(num_microbatches)]
-        saved = SavedGenerators(device)
+        saved = SavedGenerators(device, has_numpy=runtime.is_pipelined)
 
         def call(index: int) -> Any:
             running.weight = microbatches.weights[index]
@@ -179,17 +178,12 @@ class StepFunction:
                 if self._detach_outputs:
                     outputs = trees.map_leaves(_detached, outputs)
                 return outputs
-            python_state = random.getstate()
-            random.seed(hash((seed, number, dp_rank)))
-            try:
-                return run_discovery_order(
-                    engine,
-                    runs,
-                    before_last_backward=running.arm,
-                    detach_outputs=self._detach_outputs,
-                )
-            finally:
-                random.setstate(python_state)
+            return run_discovery_order(
+                engine,
+                runs,
+                before_last_backward=running.arm,
+                detach_outputs=self._detach_outputs,
+            )
         finally:
             saved.restore()
 

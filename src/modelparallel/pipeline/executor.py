@@ -36,7 +36,10 @@ def run_locally(engine: PipelineEngine, runs: Sequence[MicrobatchRun], kind: Has
     unit has left it: random and reproducible, but then not equal to the same run under a pipeline.
     """
     is_watched = kind not in engine.kinds_without_random_glue
-    outputs = [engine.run_locally(run.frames, run.call, is_watched=is_watched) for run in runs]
+    outputs = []
+    for run in runs:
+        run.frames.enter_microbatch(seeds_numpy=False)
+        outputs.append(engine.run_locally(run.frames, run.call, is_watched=is_watched))
     if is_watched and all(run.frames.num_glue_operations == 0 for run in runs):
         engine.kinds_without_random_glue.add(kind)
     return outputs
@@ -54,6 +57,7 @@ def run_discovery_order(
     try:
         outputs = []
         for program, run in zip(programs, runs, strict=True):
+            run.frames.enter_microbatch(seeds_numpy=True)
             with engine.running(program):
                 output = run.call()
             outputs.append(trees.map_leaves(program.returned, output))

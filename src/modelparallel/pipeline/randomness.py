@@ -2,12 +2,17 @@
 
 The generators are seeded around every call of a unit (the finest modules that the partitioner may place, fixed by the
 model alone) from (seed, unit, call count, microbatch, step, dp coordinate), and around every random operation in glue
-from its number in program order. A step restores the generators' states at its end, so that code outside sees the
-stream it would see without pipelining.
+from its number in program order. Python's own generator is seeded at the start of each microbatch. A step restores
+the generators' states at its end, so that code outside sees the stream it would see without pipelining.
+
+numpy's global generator costs tens of microseconds to save, so it is treated so only under a pipeline, where the stages
+would otherwise go apart; its numbers then differ from those of one process.
 """
 
 from __future__ import annotations
 
+import random
+import sys
 import zlib
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +24,7 @@ from modelparallel.pipeline.stage_tensor import function_name
 
 _MASK = (1 << 63) - 1
 _GLUE = zlib.crc32(b"glue")
+_PYTHON = zlib.crc32(b"python")
 
 RANDOM_FUNCTIONS = frozenset(
     "rand rand_like randn randn_like randint randint_like randperm bernoulli bernoulli_ multinomial normal normal_ "
@@ -88,6 +94,13 @@ class RandomFrames:
     num_glue_operations: int = 0
     _calls: dict[int, int] = field(default_factory=dict)
 
+    def enter_microbatch(self, *, seeds_numpy: bool) -> None:
+        """Seed the generators outside torch; before the user's code runs for this microbatch."""
+        value = hash((self.seed, _PYTHON, self.microbatch, self.step, self.dp_coordinate)) & _MASK
+        random.seed(value)
+        if seeds_numpy and "numpy" in sys.modules:
+            sys.modules["numpy"].random.seed(value & 0xFFFFFFFF)
+
     def enter_unit(self, unit: int) -> None:
         """Seed for the next call of ``unit`` (see :func:`unit_number`)."""
         call = self._calls.get(unit, 0)
@@ -108,14 +121,19 @@ class RandomFrames:
 
 
 class SavedGenerators:
-    """The states of the default generators, to be put back."""
+    """The states of the default generators (torch's, Python's and, if asked for, numpy's), to be put back."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, *, has_numpy: bool) -> None:
         self._device = device
         self._cpu = torch.default_generator.get_state()
         self._cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        self._python = random.getstate()
+        self._numpy = sys.modules["numpy"].random.get_state() if has_numpy and "numpy" in sys.modules else None
 
     def restore(self) -> None:
         torch.default_generator.set_state(self._cpu)
         if self._cuda is not None:
             torch.cuda.set_rng_state(self._cuda, self._device)
+        random.setstate(self._python)
+        if self._numpy is not None:
+            sys.modules["numpy"].random.set_state(self._numpy)

@@ -1,0 +1,184 @@
+"""Run many small models in one set of processes, placed so that values cross the stages all the time."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from parity import assert_parity
+from pool import run_ranks
+
+
+@dataclass(frozen=True)
+class Case:
+    """A program to run on different numbers of stages.
+
+    ``body(model, *batch)`` returns the loss, or (loss, other results); the harness calls ``model.backward(loss)`` unless
+    ``runs_backward`` says that the body does. ``error``: what every stage must raise instead (a part of its text).
+    """
+
+    make_model: Callable[[], nn.Module]
+    make_batch: Callable[[int], tuple[Any, ...]]
+    body: Callable[..., Any]
+    num_steps: int = 2
+    runs_backward: bool = False
+    dtype: torch.dtype | None = torch.float64
+    has_own_weights_everywhere: bool = False
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Outcome:
+    """What a case gave on one rank; ``error`` is empty or the exception's class and text."""
+
+    results: list[Any] = field(default_factory=list)
+    gradients: dict[str, Tensor] = field(default_factory=dict)
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    random_after: list[float] = field(default_factory=list)
+    printed: str = ""
+    error: str = ""
+    seconds: float = 0.0
+
+
+def scatter(model: Any) -> None:
+    """Neighbours on different stages: each unit goes to the next one; what shares a parameter stays together."""
+    import modelparallel as smp
+    from modelparallel.partitioning import find_units
+
+    homes: dict[int, int] = {}
+    modules = dict(model.module.named_modules())
+    for index, name in enumerate(find_units(model.module)):
+        parameters = list(modules[name].parameters())
+        home = next((homes[id(p)] for p in parameters if id(p) in homes), index % smp.pp_size())
+        homes.update((id(p), home) for p in parameters)
+        smp.set_partition(modules[name], home)
+
+
+def run_case(case: Case, *, is_scattered: bool) -> Outcome:
+    """One case in this process, as a user's script would do it."""
+    import modelparallel as smp
+
+    outcome = Outcome()
+    start = time.perf_counter()
+    printed = io.StringIO()
+    torch.manual_seed(11)
+    random.seed(11)
+    try:
+        made = case.make_model()
+        if case.dtype is not None:
+            made = made.to(case.dtype)
+        model = smp.DistributedModel(made.train())
+        if is_scattered and smp.pp_size() > 1:
+            scatter(model)
+        optimizer = smp.DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9))
+
+        @smp.step
+        def train_step(model: Any, *batch: Any) -> Any:
+            result = case.body(model, *batch)
+            if not case.runs_backward:
+                model.backward(result[0] if isinstance(result, tuple) else result)
+            return result
+
+        torch.manual_seed(11)
+        random.seed(11)
+        with contextlib.redirect_stdout(printed):
+            for step in range(case.num_steps):
+                optimizer.zero_grad()
+                result = train_step(model, *case.make_batch(step))
+                outcome.results.append(readable(result))
+                if step == 0:
+                    outcome.gradients = {
+                        name: value.grad.clone()
+                        for name, value in model.local_named_parameters()
+                        if value.grad is not None
+                    }
+                optimizer.step()
+            outcome.random_after = [float(torch.rand(())), random.random()]
+        outcome.weights = model.state_dict()
+    except Exception as error:
+        outcome.error = f"{type(error).__name__}: {error}"
+        if "-v" in case.options:
+            raise
+    outcome.printed = printed.getvalue()
+    outcome.seconds = time.perf_counter() - start
+    return outcome
+
+
+def readable(result: Any) -> Any:
+    """StepOutputs as lists of their microbatches, all without graph."""
+    from modelparallel import trees
+
+    import modelparallel as smp
+
+    def read(leaf: Any) -> Any:
+        if isinstance(leaf, smp.StepOutput):
+            return [read(part) for part in leaf.outputs]
+        return leaf.detach().clone() if isinstance(leaf, Tensor) else leaf
+
+    return trees.map_leaves(read, result)
+
+
+def run_cases(cases: dict[str, Case], *, is_scattered: bool) -> dict[str, Outcome]:
+    """The body of a rank: all cases, one after another."""
+    return {name: run_case(case, is_scattered=is_scattered) for name, case in cases.items()}
+
+
+def run_module(module: str, names: list[str], is_scattered: bool) -> dict[str, Outcome]:
+    """The cases called ``names`` of the dictionary CASES of a test module."""
+    import importlib
+
+    cases = importlib.import_module(module).CASES
+    return run_cases({name: cases[name] for name in names}, is_scattered=is_scattered)
+
+
+def outcomes(
+    module: str, names: list[str], num_stages: int, *, num_microbatches: int = 2, is_scattered: bool = True, **more: Any
+) -> list[dict[str, Outcome]]:
+    """Per rank, the outcome of each case on ``num_stages`` stages."""
+    parameters = {
+        "pipeline_parallel_degree": num_stages, "microbatches": num_microbatches, "timeout_seconds": 8, **more,
+    }  # fmt: skip
+    if is_scattered and num_stages > 1:
+        parameters |= {"auto_partition": False, "default_partition": 0}
+    return run_ranks(run_module, num_stages, module, names, is_scattered, parameters=parameters, timeout=150)
+
+
+def compare(name: str, ranks: list[Outcome], expected: Outcome) -> None:
+    """Every rank gave what one process gave: results, gradients (together), weights, the random stream afterwards."""
+    for rank, outcome in enumerate(ranks):
+        assert not outcome.error, f"{name}, pp_rank {rank}: {outcome.error}"
+        assert_equal_results(outcome.results, expected.results, f"{name}, pp_rank {rank}")
+        assert outcome.random_after == expected.random_after, f"{name}: the random stream after the step differs"
+        assert_parity(outcome.weights, expected.weights, dtype=torch.float64)
+    gradients = {key: value for outcome in ranks for key, value in outcome.gradients.items()}
+    assert_parity(gradients, expected.gradients, dtype=torch.float64)
+
+
+def assert_equal_results(actual: Any, expected: Any, where: str) -> None:
+    """Equal structure, types and values; tensors within 1e-9."""
+    if isinstance(expected, Tensor):
+        assert isinstance(actual, Tensor), f"{where}: {actual!r} is not a tensor"
+        assert actual.dtype == expected.dtype and actual.shape == expected.shape, f"{where}: {actual} vs. {expected}"
+        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-12, equal_nan=True, msg=lambda m: f"{where}: {m}")
+        return
+    assert type(actual) is type(expected), f"{where}: {type(actual)} vs. {type(expected)}"
+    if isinstance(expected, dict):
+        assert list(actual) == list(expected), where
+        for key in expected:
+            assert_equal_results(actual[key], expected[key], f"{where}[{key!r}]")
+    elif isinstance(expected, (list, tuple)):
+        assert len(actual) == len(expected), where
+        for index, (one, other) in enumerate(zip(actual, expected, strict=True)):
+            assert_equal_results(one, other, f"{where}[{index}]")
+    elif isinstance(expected, float):
+        assert abs(actual - expected) <= 1e-9 * max(1.0, abs(expected)), f"{where}: {actual} vs. {expected}"
+    else:
+        assert actual == expected, f"{where}: {actual!r} vs. {expected!r}"
