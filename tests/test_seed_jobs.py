@@ -67,16 +67,8 @@ def test_c043_tensor_and_pipeline_parallel_job_equals_one_process():
     check(script, run_ranks(train, 8, script, torch.float64, parameters=PARAMETERS[script], timeout=120), torch.float64)
 
 
-@pytest.mark.parametrize(
-    ("script", "backend"),
-    [
-        (SCRIPTS[1], "mpi"),
-        # Elastic launches of both jobs are in "make demo" too.
-        pytest.param(SCRIPTS[0], "mpi", marks=pytest.mark.slow),
-        pytest.param(SCRIPTS[0], "elastic", marks=pytest.mark.slow),
-        pytest.param(SCRIPTS[1], "elastic", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.parametrize("backend", ["elastic", "mpi"])
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_c043_c044_launched_jobs_equal_one_process(script, backend, tmp_path):
     if backend == "mpi" and shutil.which("mpirun", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}") is None:
         pytest.skip("mpirun is not installed")
