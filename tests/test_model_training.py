@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import pytest
@@ -481,3 +482,98 @@ def test_batch_statistics_are_those_of_the_first_replica():
             torch.testing.assert_close(apart[name], buffer)
         elif "num_batches" not in name:
             assert not torch.allclose(apart[name], buffer)
+
+
+# What scripts do around and inside a step
+
+
+@on(MB3, DP2, PP2, PP2_DP2)
+def test_a_penalty_on_all_parameters_inside_the_step():
+    """Inside a step every stage runs the same program, so there ``model.parameters()`` are all of them."""
+
+    def penalised(model, x, y):
+        return mean_loss(model, x, y) + 0.1 * sum(parameter.pow(2).sum() for parameter in model.parameters())
+
+    @smp.step
+    def step(model, x, y):
+        loss = penalised(model, x, y)
+        model.backward(loss)
+        return loss, len(list(model.parameters()))
+
+    model, plain = smp.DistributedModel(make_classifier()), make_classifier()
+    num_samples = 2 * smp.num_microbatches()
+    for step_number in range(2):
+        _, numbers = step(model, *own_batch(step_number, num_samples))
+        assert set(numbers) == {4}
+        losses = [penalised(plain, *batch) for batch in all_batches(step_number, num_samples)]
+        (sum(losses) / len(losses)).backward()
+    assert_parity(merged_gradients(model), gradients_of(plain), dtype=torch.float64)
+    if smp.pp_size() > 1:
+        assert len(list(model.parameters())) == 2, "outside, those of this stage"
+
+
+@on(MB3, DP2, PP2, PP2_DP2)
+def test_parameters_that_are_frozen_and_unfrozen_between_steps():
+    model, plain = smp.DistributedModel(make_classifier()), make_classifier()
+    for step, (part, is_trained) in enumerate(
+        [("first", False), ("first", True), ("second", False), ("first", False), ("second", True), ("first", True)]
+    ):
+        if step != 3:
+            for net in (model.get_module(), plain):
+                net.get_submodule(part).requires_grad_(is_trained)
+        model.zero_grad()
+        plain.zero_grad()
+        train_step(model, *own_batch(step))
+        (sum(mean_loss(plain, *batch) for batch in all_batches(step)) / smp.dp_size()).backward()
+        assert_parity(merged_gradients(model), gradients_of(plain), dtype=torch.float64)
+
+
+@on(*WITH_DP)
+def test_an_error_of_every_rank_in_the_middle_of_the_backwards():
+    model, plain = smp.DistributedModel(make_classifier()), make_classifier()
+    train_step(model, *own_batch(0))
+
+    @smp.step
+    def broken(model, x, y, where):
+        loss = mean_loss(model, x, y)
+        if where == "before" and x[0, 0] == x0:
+            raise KeyError("the script's own mistake")
+        model.backward(loss)
+        if where == "after" and x[0, 0] == x0:
+            raise KeyError("the script's own mistake")
+
+    for number, where in enumerate(("before", "after")):
+        batch = own_batch(number)
+        x0 = batch[0][2, 0]  # the second microbatch
+        with pytest.raises(KeyError, match="the script's own mistake"):
+            broken(model, *batch, where)
+        model.zero_grad()
+        train_step(model, *own_batch(number))
+        plain.zero_grad()
+        (sum(mean_loss(plain, *batch) for batch in all_batches(number)) / smp.dp_size()).backward()
+        assert_parity(merged_gradients(model), gradients_of(plain), dtype=torch.float64)
+
+
+@on(PP2, PP2_DP2, DP2)
+def test_states_loaded_in_the_hooks_of_the_first_step():
+    """As resuming scripts do: the model in the post-partition hook, the optimizer in the post-step hook."""
+    source = smp.DistributedModel(make_classifier())
+    source_optimizer = smp.DistributedOptimizer(torch.optim.Adam(source.parameters(), lr=0.01))
+    train_step(source, *own_batch(0))
+    source_optimizer.step()
+    parts = copy.deepcopy((source.local_state_dict(), source_optimizer.local_state_dict()))
+
+    target = smp.DistributedModel(make_classifier())
+    with torch.no_grad():
+        for parameter in target.parameters():
+            parameter.zero_()
+    optimizer = smp.DistributedOptimizer(torch.optim.Adam(target.parameters(), lr=0.5))
+    target.register_post_partition_hook(lambda model, _: model.load_state_dict(parts[0]))
+    target.register_post_step_hook(lambda _, optimizer: optimizer.load_state_dict(parts[1]))
+    _, loss = train_step(target, *own_batch(1))
+    source.zero_grad()
+    _, expected = train_step(source, *own_batch(1))
+    torch.testing.assert_close(loss.outputs, expected.outputs, rtol=0, atol=0)
+    optimizer.step()
+    source_optimizer.step()
+    torch.testing.assert_close(target.state_dict(), source.state_dict(), rtol=0, atol=0)

@@ -390,6 +390,7 @@ def test_c030_outputs_are_equal_on_all_ranks_of_a_pipeline():
             "x": x,
             "half": output.half(),
             "right": output.argmax(1) == y,
+            "large": output.repeat(1, 3000),
         }
 
     result = body(model, x, y)
@@ -399,6 +400,7 @@ def test_c030_outputs_are_equal_on_all_ranks_of_a_pipeline():
     torch.testing.assert_close(result["hidden"].concat(), plain.first(x).detach())
     torch.testing.assert_close(result["output"].concat(), plain(x).detach())
     torch.testing.assert_close(result["x"].concat(), x, rtol=0, atol=0)
+    assert result["large"].outputs[0].shape[1] == 30000
     assert result["half"].outputs[0].dtype == torch.float16 and result["right"].outputs[0].dtype == torch.bool
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import signal
 import time
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import modelparallel as smp
 from modelparallel.errors import DivergenceError, SMPConfigError, SMPError, StepUsageError, WaitTimeoutError
@@ -92,6 +94,28 @@ def test_every_kind_of_parameter():
     assert result[2] == ["[2, 4] [2, 4] [8, 1] [2, 4]"] * 4
     with pytest.raises(TypeError, match="missing a required"):
         body(x)
+
+
+@on(*ALL)
+def test_arguments_of_every_kind_that_scripts_pass():
+    from transformers.tokenization_utils_base import BatchEncoding
+
+    @smp.step
+    def body(args, model, optimizer, criterion, device, number, inputs, loader, data, target):
+        assert type(inputs) is BatchEncoding and inputs["name"] == "batch" and len(inputs["ids"]) == 2
+        assert args.rank == smp.rank() and isinstance(optimizer, smp.DistributedOptimizer) and loader[0] == number
+        loss = criterion(model(data.to(device)), target) * args.factor
+        model.backward(loss)
+        return loss
+
+    model = smp.DistributedModel(make_classifier())
+    optimizer = smp.DistributedOptimizer(sgd(model.parameters()))
+    args = argparse.Namespace(rank=smp.rank(), factor=2.0)
+    inputs = BatchEncoding({"ids": torch.arange(8), "name": "batch"})
+    x, y = make_batch(8)
+    loss = body(args, model, optimizer, nn.NLLLoss(), torch.device("cpu"), 3, inputs, range(3, 5), data=x, target=y)
+    torch.testing.assert_close(loss.reduce_mean(), 2 * mean_loss(make_classifier(), x, y).detach())
+    assert type(inputs) is BatchEncoding and len(inputs["ids"]) == 8
 
 
 @on(*ALL)

@@ -18,7 +18,11 @@ if TYPE_CHECKING:
 
 
 class ModelParameters(nn.Module):
-    """The iterators and questions of ``smp.DistributedModel`` that read its parameter table."""
+    """The iterators and questions of ``smp.DistributedModel`` that read its parameter table.
+
+    Inside a step function every stage must run the same program, so ``parameters()``, ``buffers()`` and their named
+    forms give everything there, wherever it lives.
+    """
 
     module: nn.Module
     _table: ParameterTable
@@ -43,17 +47,17 @@ class ModelParameters(nn.Module):
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Parameter]]:
-        """Names as in the user's model; after the partition only what this rank holds."""
+        """Names as in the user's model; after the partition what this rank holds, inside a step function all."""
         for name, parameter in self.module.named_parameters(prefix, recurse, remove_duplicate):
-            if self.is_local(parameter):
+            if self._runtime.step is not None or self.is_local(parameter):
                 yield name, parameter
 
     def named_buffers(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        """Names as in the user's model; after the partition only what this rank holds."""
+        """Names as in the user's model; after the partition what this rank holds, inside a step function all."""
         for name, buffer in self.module.named_buffers(prefix, recurse, remove_duplicate):
-            if self.is_local(buffer):
+            if self._runtime.step is not None or self.is_local(buffer):
                 yield name, buffer
 
     def virtual_named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:

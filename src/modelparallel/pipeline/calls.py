@@ -33,6 +33,10 @@ class PlacedModule:
     home: int
     unit: int | None
     inner: Callable[..., Any] = lambda *args, **kwargs: None
+    parameters: tuple[nn.Parameter, ...] = ()
+
+    def __post_init__(self) -> None:
+        self.parameters = tuple(self.module.parameters())
 
     @property
     def description(self) -> str:
@@ -53,7 +57,8 @@ def run(engine: PipelineEngine, program: Program, entry: PlacedModule, args: Any
     is_dynamic = DYNAMIC_MARK in entry.module.__dict__
     key = None if is_dynamic else call_key(entry.name, entry.module, values, skeleton)
     if key is not None:
-        key = (id(entry), key)
+        # Freezing a weight changes which outputs need gradients.
+        key = (id(entry), tuple([parameter.requires_grad for parameter in entry.parameters]), key)
     is_new = key is None or key not in engine.structures
 
     def compute(locals_: list[Any]) -> Any:
