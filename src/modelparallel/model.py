@@ -91,9 +91,9 @@ class DistributedModel(ModelParameters):
         self._reducer: GradientReducer | None = None
         self._plan: PartitionPlan | None = None
         self._is_partitioned = False
-        #: Whether cpu() has taken the partitioned model back.
+        # Whether cpu() has taken the partitioned model back.
         self.has_left = False
-        #: What a partial state dict held that was loaded before the partition.
+        # What a partial state dict held that was loaded before the partition.
         self.early_names: set[str] | None = None
         self._has_begun_reduction = False
         self._num_backward_steps = 0
@@ -101,7 +101,7 @@ class DistributedModel(ModelParameters):
         self._overrides: list[tuple[nn.Module, int]] = []
         self._post_partition_hooks: OrderedDict[int, Hook] = OrderedDict()
         self._post_step_hooks: OrderedDict[int, Hook] = OrderedDict()
-        self._has_run_post_partition_hooks = False
+        self.has_run_post_partition_hooks = False
         self._has_run_post_step_hooks = False
 
         before = dict(module.named_parameters(remove_duplicate=False))
@@ -201,7 +201,7 @@ class DistributedModel(ModelParameters):
         with self._runtime.engine.native_region():
             for leaf in trees.leaves(output):
                 if isinstance(leaf, StageTensor) and leaf.spec.num_bytes <= limit and leaf.replica is None:
-                    program.push(leaf)
+                    program.pushes.push(leaf)
 
     # Steps
 
@@ -214,6 +214,7 @@ class DistributedModel(ModelParameters):
     def _enter_step(self, step: RunningStep) -> None:
         """The model is used in this step: once, and once more when it is first used with gradients."""
         if self not in step.models:
+            self.check_has_not_left()
             if not self._is_partitioned:
                 raise StepUsageError(
                     "smp.step: the function calls a smp.DistributedModel that is not among its arguments, so that it "
@@ -231,6 +232,13 @@ class DistributedModel(ModelParameters):
         with self._runtime.engine.native_region():
             self._reducer.begin_step(will_synchronize=is_boundary and self._num_no_sync == 0)
             self._synchronise_buffers()
+
+    def check_has_not_left(self) -> None:
+        """Raise StepUsageError if the model was taken out of the pipeline."""
+        if self.has_left:
+            raise StepUsageError(
+                "the model was moved away from the pipeline by model.cpu(); it cannot be used in steps any more"
+            )
 
     def arm(self) -> None:
         """The backward of the last microbatch begins."""
@@ -436,9 +444,9 @@ class DistributedModel(ModelParameters):
 
     def run_post_partition_hooks(self) -> None:
         """Run the hooks that wait for the partition, unless they have run; called by the library."""
-        if self._has_run_post_partition_hooks:
+        if self.has_run_post_partition_hooks:
             return
-        self._has_run_post_partition_hooks = True
+        self.has_run_post_partition_hooks = True
         for hook in list(self._post_partition_hooks.values()):
             hook(self, self._optimizer())
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from modelparallel import runtime as runtime_module
 from modelparallel import trees
-from modelparallel.errors import PartitionError, StepUsageError
+from modelparallel.errors import PartitionError
 from modelparallel.model import CannotTraceError, DistributedModel
 from modelparallel.plan.partition import PartitionPlan
 from modelparallel.ranks_and_messages import allgather
@@ -30,7 +30,7 @@ def partition_models(runtime: Runtime, arguments: Mapping[str, Any], trace_body:
     wrapped. Collective over the world if a model is not partitioned.
     """
     models: list[DistributedModel] = runtime.session.models
-    if runtime.is_pipelined and all(model.partitioned for model in models):
+    if all(model.has_run_post_partition_hooks for model in models):
         return
     given = [leaf for leaf in trees.leaves(dict(arguments)) if isinstance(leaf, DistributedModel)]
     known = given or models
@@ -42,10 +42,7 @@ def partition_models(runtime: Runtime, arguments: Mapping[str, Any], trace_body:
     plans: list[PartitionPlan] = []
     # All are traced before the first of them is split up.
     for model in waiting:
-        if model.has_left:
-            raise StepUsageError(
-                "the model was moved away from the pipeline by model.cpu(); it cannot be trained any more"
-            )
+        model.check_has_not_left()
         plan, called = _agreed_plan(runtime, model, trace_body)
         plans.append(plan)
         waiting.extend(other for other in called if other not in waiting and not other.partitioned)

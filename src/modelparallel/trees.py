@@ -9,19 +9,25 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 from collections import UserDict
 from collections.abc import Callable, Iterator
 from typing import Any
 
 Path = tuple[Any, ...]
-_PLAIN_LEAVES = (int, float, str, bytes, bool, type(None))
 
 
 def is_container(value: object) -> bool:
     """Whether :func:`map_leaves` looks inside ``value``."""
-    if isinstance(value, (list, tuple, dict, set, frozenset, UserDict)):
+    return _is_container_class(type(value))
+
+
+@functools.lru_cache(maxsize=1024)
+def _is_container_class(cls: type) -> bool:
+    if issubclass(cls, (list, tuple, dict, set, frozenset, UserDict)):
         return True
-    return dataclasses.is_dataclass(value) and not isinstance(value, type) and not callable(value)
+    # A dataclass that can be called is an object with a life of its own, such as a module.
+    return dataclasses.is_dataclass(cls) and not any("__call__" in vars(base) for base in cls.__mro__)
 
 
 def map_leaves(fn: Callable[[Any], Any], value: Any) -> Any:
