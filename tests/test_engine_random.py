@@ -141,9 +141,13 @@ def bert() -> nn.Module:
 
     return BertForSequenceClassification(
         BertConfig(
-            vocab_size=32, hidden_size=WIDTH, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+            vocab_size=32,
+            hidden_size=WIDTH,
+            intermediate_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
             max_position_embeddings=8,
-        )  # fmt: skip
+        )
     )
 
 

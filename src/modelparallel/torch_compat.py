@@ -79,7 +79,7 @@ def intercepted_function_apply(handler: Callable[[Any, tuple[Any, ...], dict[str
         yield
     finally:
         if own_apply is not None:
-            function_class.apply = own_apply
+            function_class.apply = own_apply  # type: ignore[method-assign]
         else:
             del function_class.apply
 
@@ -108,3 +108,8 @@ def queue_backward_callback(callback: Callable[[], None]) -> None:
     DDP and FSDP finish their reductions with it, but it has no public name.
     """
     torch.autograd.Variable._execution_engine.queue_callback(callback)  # type: ignore[attr-defined]
+
+
+def num_storage_users(tensor: torch.Tensor) -> int:
+    """How many tensors share the memory of ``tensor``, itself included; there is no public way to ask."""
+    return int(torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)) - 1  # less the storage object just made

@@ -1,9 +1,10 @@
 """Messages between the stages of one pipeline, in program order, with a name for every wait.
 
-[Note: why headers] A gloo receive into a buffer that is too short aborts the process, and two programs that went apart would exchange
-tensors that happen to fit. So each message starts with a header of fixed size that says what it is (kind, microbatch, event) and how long
-its parts are; the receiver compares it with what it expects before it receives anything else. Sends are posted and waited for at the end of
-the step: gloo matches a send only when the receive is posted, so a blocking send would stop the sender's compute.
+[Note: why headers] A gloo receive into a buffer that is too short aborts the process, and two programs that went apart
+would exchange tensors that happen to fit. So each message starts with a header of fixed size that says what it is
+(kind, microbatch, event) and how long its parts are; the receiver compares it with what it expects before it receives
+anything else. Sends are posted and waited for at the end of the step: gloo matches a send only when the receive is
+posted, so a blocking send would stop the sender's compute.
 """
 
 from __future__ import annotations
@@ -60,9 +61,13 @@ class _PendingSend:
 
 
 def is_dense(shape: Sequence[int], stride: Sequence[int]) -> bool:
-    """Whether a tensor of this shape and stride fills its storage without gaps or overlaps, in some order of its dimensions."""
+    """Whether a tensor of this shape and stride fills its storage without gaps or overlaps, in some order of its
+    dimensions.
+    """
     expected = 1
-    for length, step in sorted(((n, s) for n, s in zip(shape, stride, strict=True) if n != 1), key=lambda pair: pair[1]):
+    for length, step in sorted(
+        ((n, s) for n, s in zip(shape, stride, strict=True) if n != 1), key=lambda pair: pair[1]
+    ):
         if length == 0:
             return True
         if step != expected:
@@ -83,8 +88,8 @@ def user_code_line() -> str:
 class StageTransport:
     """Point-to-point messages among the stages of the caller's PP_GROUP.
 
-    ``global_ranks[i]`` is the global rank of stage ``i``; ``process_group`` is a gloo group that spans them; ``timeout_seconds`` bounds
-    every wait. ``history`` is asked for the last events of the program when a wait fails.
+    ``global_ranks[i]`` is the global rank of stage ``i``; ``process_group`` is a gloo group that spans them;
+    ``timeout_seconds`` bounds every wait. ``history`` is asked for the last events of the program when a wait fails.
     """
 
     stage: int
@@ -100,7 +105,8 @@ class StageTransport:
     def begin_step(self, step: int) -> None:
         """Messages from now on belong to step call ``step``, and meet only those of the same one.
 
-        Whatever a step that ended by an exception has left under way can so never be taken for a message of a later one.
+        Whatever a step that ended by an exception has left under way can so never be taken for a message of a later
+        one.
         """
         self._first_tag = _TAGS_PER_STEP * (step % (2**31 // _TAGS_PER_STEP))
 
@@ -111,20 +117,25 @@ class StageTransport:
         flats = [None if tensor is None else tensor.detach().cpu().contiguous() for tensor in tensors]
         presence = sum(1 << index for index, flat in enumerate(flats) if flat is not None)
         sizes = sum(flat.numel() * flat.element_size() for flat in flats if flat is not None)
-        self._post(peer, name, presence, sizes, [flat for flat in flats if flat is not None and flat.numel()], description, tag)
+        self._post(
+            peer, name, presence, sizes, [flat for flat in flats if flat is not None and flat.numel()], description, tag
+        )
 
     def receive_tensors(
         self, peer: int, name: MessageName, buffers: Sequence[torch.Tensor], description: str = "", tag: int = 0
     ) -> list[torch.Tensor | None]:
-        """Receive a message of tensors from stage ``peer`` into ``buffers`` (contiguous, on the CPU); absent ones come back as None."""
+        """Receive a message of tensors from stage ``peer`` into ``buffers`` (contiguous, on the CPU); absent ones come
+        back as None.
+        """
         presence, size = self._receive_header(peer, name, description, tag)
         expected = sum(
             buffer.numel() * buffer.element_size() for index, buffer in enumerate(buffers) if presence >> index & 1
         )
         if size != expected:
             raise DivergenceError(
-                f"pp_rank {self.stage}: {name} ({description}) from pp_rank {peer} has {size} bytes, expected {expected}: "
-                "the stages disagree about its shapes. Do all ranks run the same program on the same inputs?"
+                f"pp_rank {self.stage}: {name} ({description}) from pp_rank {peer} has {size} bytes, expected "
+                f"{expected}: the stages disagree about its shapes. Do all ranks run the same program on the same "
+                "inputs?"
             )
         received: list[torch.Tensor | None] = []
         for index, buffer in enumerate(buffers):
@@ -173,12 +184,21 @@ class StageTransport:
         self._abandoned = []  # the peers have come through a whole step, and do not wait for older messages any more
 
     def abandon(self) -> None:
-        """After an error: wait for no posted send, but let the peers receive them, since they may still come to the same error."""
+        """After an error: wait for no posted send, but let the peers receive them, since they may still come to the
+        same error.
+        """
         self._abandoned += self._pending
         self._pending = []
 
     def _post(
-        self, peer: int, name: MessageName, presence: int, size: int, parts: list[torch.Tensor], description: str, tag: int
+        self,
+        peer: int,
+        name: MessageName,
+        presence: int,
+        size: int,
+        parts: list[torch.Tensor],
+        description: str,
+        tag: int,
     ) -> None:
         header = torch.tensor([name.kind, name.microbatch, name.event, presence, size], dtype=torch.int64)
         messages = [header, *parts]
@@ -204,9 +224,9 @@ class StageTransport:
         found = MessageName(MessageKind(kind), microbatch, event)
         if found != name:
             raise DivergenceError(
-                f"pp_rank {self.stage} at {user_code_line()} expected {name} ({description}) from pp_rank {peer}, which sent {found}: "
-                "the stages did not run the same program. Does the step function branch on the rank, on time or on unseeded randomness?"
-                f"\n{self.history()}"
+                f"pp_rank {self.stage} at {user_code_line()} expected {name} ({description}) from pp_rank {peer}, "
+                f"which sent {found}: the stages did not run the same program. Does the step function branch on the "
+                f"rank, on time or on unseeded randomness?\n{self.history()}"
             )
         return presence, size
 
@@ -221,9 +241,10 @@ class StageTransport:
         text = f"pp_rank {self.stage}{microbatch}: waiting to {what} ({user_code_line()})"
         if "imed out" in str(error) or "imeout" in str(error):
             return WaitTimeoutError(
-                f"{text}: no answer within timeout_seconds={self.timeout_seconds:g}. Is that process alive, and does it run the same "
-                f"program? Its own message says where it stands.\n{self.history()}"
+                f"{text}: no answer within timeout_seconds={self.timeout_seconds:g}. Is that process alive, and does "
+                f"it run the same program? Its own message says where it stands.\n{self.history()}"
             )
         return CommunicationError(
-            f"{text}: the connection is gone ({str(error).splitlines()[0]}); the peer has probably failed, see its message.\n{self.history()}"
+            f"{text}: the connection is gone ({str(error).splitlines()[0]}); the peer has probably failed, see its "
+            f"message.\n{self.history()}"
         )

@@ -103,6 +103,7 @@ class PipelineEngine:
         self.push_limit_bytes = push_limit_bytes
         self.placed: dict[int, PlacedTensor] = {}
         self.structures: dict[Hashable, Structure] = {}
+        self.structures_of_known: dict[Hashable, Structure] = {}  # of operations on values that all stages can read
         self.program: Program | None = None
         self.frames: RandomFrames | None = None
         self.kinds_without_random_glue: set[Hashable] = set()
@@ -182,14 +183,12 @@ class PipelineEngine:
 
     def has_placed(self, program: Program, args: Any, kwargs: Any) -> bool:
         """Whether a placed tensor, or one that has become a StageTensor, is among the arguments."""
-        placed, promoted = self.placed, program.promoted
+        placed, written = self.placed, program.written
         pending = [*args, *kwargs.values()] if kwargs else list(args)
         for value in pending:
             if isinstance(value, torch.Tensor):
-                if id(value) in placed or id(value) in promoted:
+                if id(value) in placed or written.find(value) is not None:
                     return True
-                if promoted:
-                    program.check_not_view_of_promoted(value)
             elif isinstance(value, (list, tuple)):
                 pending.extend(value)
         return False

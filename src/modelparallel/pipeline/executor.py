@@ -15,6 +15,7 @@ from modelparallel import trees
 from modelparallel.comm.transport import MessageKind, MessageName
 from modelparallel.pipeline.engine import PipelineEngine
 from modelparallel.pipeline.program import Program
+from modelparallel.pipeline.pushes import PushedValues
 from modelparallel.pipeline.randomness import RandomFrames
 from modelparallel.pipeline.stage_tensor import StageTensor, TensorSpec
 
@@ -53,7 +54,8 @@ def run_discovery_order(
     detach_outputs: bool,
 ) -> list[Any]:
     """Run each microbatch, then their backwards; returns the outputs, equal on all stages. Collective over PP_GROUP."""
-    programs = [Program(engine, index, run.frames) for index, run in enumerate(runs)]
+    pushes = PushedValues(engine.transport, engine.device)
+    programs = [Program(engine, index, run.frames, pushes) for index, run in enumerate(runs)]
     try:
         outputs = []
         for program, run in zip(programs, runs, strict=True):
@@ -61,21 +63,23 @@ def run_discovery_order(
             with engine.running(program):
                 output = run.call()
             outputs.append(trees.map_leaves(program.returned, output))
+            del output  # a tensor that only it refers to does not outlive the microbatch
             engine.settle_buffers()
+            program.written.settle()
         for program in programs:
             if program is programs[-1]:
                 before_last_backward()
             if program.has_root:
                 program.backward()
         results = _share_outputs(engine, outputs, programs[0], detach_outputs=detach_outputs)
-        for program in programs:
-            program.close()
+        pushes.receive_all()
         engine.transport.drain()
     except BaseException:
-        for program in programs:
-            program.abandon()
         engine.transport.abandon()
         raise
+    finally:
+        for program in programs:
+            program.close()
     return results
 
 

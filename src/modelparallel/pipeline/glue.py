@@ -7,11 +7,13 @@ send, which structure the output has), and only the chosen home computes.
 from __future__ import annotations
 
 import pickle
+import weakref
 from collections.abc import Callable, Hashable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from modelparallel.comm.transport import is_dense
 from modelparallel.errors import DivergenceError, StepUsageError, UnsupportedError
 from modelparallel.pipeline.randomness import is_random
 from modelparallel.pipeline.stage_tensor import AliasGroup, StageTensor, function_name
@@ -78,20 +80,23 @@ def run(engine: PipelineEngine, program: Program, func: Callable[..., Any], args
             return func(*read_args, **read_kwargs)
     home = _choose_home(name, values, inputs, written)
     if written is not None and not isinstance(values[written], StageTensor):
-        values[written] = program.promote(values[written], home)
+        values[written] = program.written.add(values[written], home)
         inputs.append(values[written])
     program.fetch(inputs, home, f"input of {name}")
     if is_random(func):
         program.frames.enter_glue_operation()
     value_shaped = is_value_shaped(func, args, kwargs)
+    is_known = written is None and not is_random(func) and all(_is_known_everywhere(value) for value in inputs)
     key = None if value_shaped else operation_key(func, values, skeleton)
 
     def compute(locals_: list[Any]) -> Any:
         inner_args, inner_kwargs = rebuild(locals_)
         return func(*inner_args, **inner_kwargs)
 
-    result = execute(engine, program, f"operation {name}", key, values, home, compute, written=written)
-    if written is None and not is_random(func) and not value_shaped:
+    result = execute(
+        engine, program, f"operation {name}", key, values, home, compute, written=written, is_known=is_known
+    )
+    if is_known and not value_shaped:
         _derive_replica(values, result, compute)
     if written is not None and result is values[written]:
         return given  # x += y must leave the user's own object (a buffer, a plain tensor) in x
@@ -109,14 +114,18 @@ def execute(
     *,
     written: int | None = None,
     protect: bool = False,
+    is_known: bool = False,
 ) -> Any:
     """Run ``compute`` on ``home`` and give every stage its output, with StageTensors for its tensors.
 
     ``values`` are the arguments' leaves; ``key`` the signature (None: the output is announced every time). ``written``:
     the value that the operation writes to. ``protect``: leaves that need a gradient go in as copies if the callee
-    writes to them, or may.
+    writes to them, or may. ``is_known``: every stage may read all values, and finds out the structure by itself; so
+    such an operation, and the reading of its result, may stand behind ``if smp.rank() == 0``.
     """
-    known = engine.structures.get(key) if key is not None else None
+    # Not one table for both: a stage alone may meet an operation on values that all know.
+    table = engine.structures_of_known if is_known else engine.structures
+    known = table.get(key) if key is not None else None
     tensors = [value for value in values if isinstance(value, torch.Tensor)]
     opaque = [value for value in values if not isinstance(value, torch.Tensor)]
     new_locals: list[torch.Tensor] | None = None
@@ -128,19 +137,23 @@ def execute(
         else:
             check_same(known, found, what)
     if known is None:
-        structure = _announce(program, home, structure, what)
+        if not is_known:
+            structure = _announce(program, home, structure, what)
+        elif structure is None:
+            structure = _structure_of_known(program, values, compute, what)
+        if structure is None:
+            raise DivergenceError(f"the home of {what} has not computed it")
         if key is not None and structure.is_cacheable:
-            engine.structures[key] = structure
+            table[key] = structure
     if structure is None:
         raise DivergenceError(f"no structure for {what}")
+    _note_all_written(program, tensors, structure, home, what)
     new = []
     for index, spec in enumerate(structure.specs):
         alias = structure.aliases[index]
-        source = tensors[alias] if alias is not None else None
+        source = program.resolve(tensors[alias]) if alias is not None else None
         group = source.aliases if isinstance(source, StageTensor) and source.home == home else AliasGroup()
         new.append(program.new(spec, home, None if new_locals is None else new_locals[index], group))
-    for index, requires_grad in structure.mutated:
-        _note_written(tensors[index], home, requires_grad, what)
     return decode(structure, tensors, opaque, new)
 
 
@@ -193,22 +206,54 @@ def _compute_here(
     return structure, new
 
 
-def _announce(program: Program, home: int, structure: Structure | None, what: str) -> Structure:
+def _structure_of_known(
+    program: Program, values: Sequence[Any], compute: Callable[[list[Any]], Any], what: str
+) -> Structure:
+    """What the home finds out, found out here with copies of the values."""
+    locals_: list[Any] = []
+    for value in values:
+        if isinstance(value, StageTensor) and value.replica is not None:
+            copied = torch.empty_strided(value.spec.shape, value.spec.stride, dtype=value.spec.dtype)
+            copied = copied.to(program.device if value.spec.device_type != "cpu" else "cpu")
+            locals_.append(copied.copy_(value.replica()).requires_grad_(value.spec.requires_grad))
+        else:
+            locals_.append(value)
+    tensors = [local for local in locals_ if isinstance(local, torch.Tensor)]
+    opaque = [local for local in locals_ if not isinstance(local, torch.Tensor)]
+    versions = [tensor._version if not tensor.is_inference() else 0 for tensor in tensors]
+    with program.engine.native_region():
+        output = compute(locals_)
+    mutated = [
+        (index, tensor.requires_grad)
+        for index, tensor in enumerate(tensors)
+        if not tensor.is_inference() and tensor._version != versions[index]
+    ]
+    return encode(output, tensors, opaque, mutated, what, values_are_fixed=False)[0]
+
+
+def _is_known_everywhere(value: StageTensor) -> bool:
+    return value.replica is not None and is_dense(value.spec.shape, value.spec.stride)
+
+
+def _announce(program: Program, home: int, structure: Structure | None, what: str) -> Structure | None:
     payload = program.announce(home, lambda: pickle.dumps(structure), what)
     if payload is not None:
         received: Structure = pickle.loads(payload)
         return received
-    if structure is None:
-        raise DivergenceError(f"the home of {what} has not computed it")
     return structure
 
 
-def _note_written(tensor: torch.Tensor, home: int, requires_grad: bool, what: str) -> None:
-    if not isinstance(tensor, StageTensor):
-        raise StepUsageError(
-            f"{what} writes to an input of the step in place; with pipelining only its home would see that. Write to "
-            "a copy (x.clone())"
-        )
+def _note_all_written(
+    program: Program, tensors: Sequence[torch.Tensor], structure: Structure, home: int, what: str
+) -> None:
+    for index, requires_grad in structure.mutated:
+        tensor = program.resolve(tensors[index])
+        if not isinstance(tensor, StageTensor):
+            tensor = program.written.add(tensor, home)
+        _note_written(tensor, home, requires_grad, what)
+
+
+def _note_written(tensor: StageTensor, home: int, requires_grad: bool, what: str) -> None:
     if tensor.home != home:
         if tensor.is_pinned_home:
             raise StepUsageError(
@@ -326,10 +371,12 @@ def _derive_replica(values: Sequence[Any], result: Any, compute: Callable[[list[
         return
     engine = result.program.engine
     kept: list[torch.Tensor] = []
+    weak_result = weakref.ref(result)  # a value that refers to itself would be freed late
 
     def replica() -> torch.Tensor:
-        if result.local is not None:
-            return result.local.detach()
+        own = weak_result()
+        if own is not None and own.local is not None:
+            return own.local.detach()
         if not kept:
             with torch.no_grad(), engine.native_region():
                 read = [

@@ -17,8 +17,8 @@ from modelparallel import trees
 from modelparallel.comm.transport import MessageKind, MessageName, StageTransport
 from modelparallel.errors import StepUsageError
 from modelparallel.pipeline.microbatches import SlicedObject
-from modelparallel.pipeline.program import empty_of, wire_view
 from modelparallel.pipeline.stage_tensor import TensorSpec
+from modelparallel.pipeline.wire import empty_of, wire_view
 
 _TRAVELLING = (int, float, complex, str, bytes, bool, type(None), torch.dtype, SlicedObject)
 _TENSORS_PER_MESSAGE = 48

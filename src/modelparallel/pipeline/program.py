@@ -19,12 +19,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from modelparallel.comm.transport import MessageKind, MessageName, is_dense
+from modelparallel.comm.transport import MessageKind, MessageName
 from modelparallel.errors import StepUsageError
 from modelparallel.pipeline.stage_tensor import AliasGroup, StageTensor, TensorSpec
+from modelparallel.pipeline.wire import empty_of, wire_view
+from modelparallel.pipeline.written import WrittenTensors
 
 if TYPE_CHECKING:
     from modelparallel.pipeline.engine import PipelineEngine
+    from modelparallel.pipeline.pushes import PushedValues
     from modelparallel.pipeline.randomness import RandomFrames
 
 _TENSORS_PER_MESSAGE = 48
@@ -46,19 +49,18 @@ class _Event:
 class Program:
     """See the notes at the top of this file."""
 
-    def __init__(self, engine: PipelineEngine, microbatch: int, frames: RandomFrames) -> None:
+    def __init__(self, engine: PipelineEngine, microbatch: int, frames: RandomFrames, pushes: PushedValues) -> None:
         self.engine = engine
+        self.pushes = pushes
         self.microbatch = microbatch
         self.frames = frames
         self.device = engine.device
         self.stage = engine.stage
         self.is_open = True
         self.has_root = False
-        self.promoted: dict[int, tuple[torch.Tensor, StageTensor]] = {}
+        self.written = WrittenTensors(self)
         self._num_events = 0
         self._num_pushes = 0
-        self._received_pushes: list[torch.Tensor] = []
-        self._expected_pushes: list[tuple[int, TensorSpec]] = []
         self._tape: list[_Event] = []
         self._history: list[str] = []
         self._live: list[weakref.ref[StageTensor]] = []
@@ -104,10 +106,8 @@ class Program:
             return leaf
         if id(leaf) in self.engine.placed:
             return self.parameter(leaf)
-        if self.promoted:
-            if id(leaf) in self.promoted:
-                return self.promoted[id(leaf)][1]
-            self.check_not_view_of_promoted(leaf)
+        if (written := self.written.find(leaf)) is not None:
+            return written
         if leaf.requires_grad and torch.is_grad_enabled():
             raise StepUsageError(
                 "a tensor that requires grad but belongs to no smp.DistributedModel meets the values of one inside "
@@ -123,30 +123,9 @@ class Program:
             return leaf
         if id(leaf) in self.engine.placed:
             return self.parameter(leaf)
-        if self.promoted:
-            if id(leaf) in self.promoted:
-                return self.promoted[id(leaf)][1]
-            self.check_not_view_of_promoted(leaf)
+        if (written := self.written.find(leaf)) is not None:
+            return written
         return leaf
-
-    def promote(self, tensor: torch.Tensor, home: int) -> StageTensor:
-        """From now on ``tensor``, an ordinary tensor that glue writes a StageTensor into, is a value with a home."""
-        here = tensor if home == self.stage else None
-        result = self.new(TensorSpec.of(tensor), home, here)
-        self.promoted[id(tensor)] = (tensor, result)
-        return result
-
-    def check_not_view_of_promoted(self, leaf: torch.Tensor) -> None:
-        if not leaf.numel() or leaf.layout is not torch.strided:
-            return
-        address = leaf.untyped_storage().data_ptr()
-        for tensor, _ in self.promoted.values():
-            if tensor.numel() and tensor.untyped_storage().data_ptr() == address:
-                raise StepUsageError(
-                    "a view taken before its tensor was written to by values of the pipeline is used afterwards: take "
-                    "the view (slice, reshape) "
-                    "again after the writing"
-                )
 
     def local(self, tensor: StageTensor) -> torch.Tensor:
         """The tensor itself; only where it is."""
@@ -243,40 +222,10 @@ class Program:
             transport.send_object(peer, name, data, f"the output shapes of {description}")
         return None
 
-    # Small outputs of a model are pushed to all stages
-
-    def push(self, tensor: StageTensor) -> None:
-        """Send a small value to every stage now; a stage receives it when it reads it, or at the end of the step."""
-        number = self._num_pushes
+    def next_push(self) -> int:
+        """The number of the small output that is pushed now."""
         self._num_pushes += 1
-        home = tensor.home
-        if home == self.stage:
-            local = self.local(tensor)
-            name = MessageName(MessageKind.PUSH, self.microbatch, number)
-            for peer in self.engine.transport.peers():
-                self.engine.transport.send_tensors(
-                    peer, name, [wire_view(local, tensor.spec)], "a small output of the model", tag=1
-                )
-            self._expected_pushes.append((home, tensor.spec))
-            tensor.replica = lambda: self.local(tensor).detach()
-        else:
-            self._expected_pushes.append((home, tensor.spec))
-            tensor.replica = lambda: self._pushed(number)
-
-    def _pushed(self, number: int) -> torch.Tensor:
-        while len(self._received_pushes) <= number:
-            index = len(self._received_pushes)
-            home, spec = self._expected_pushes[index]
-            if home == self.stage:
-                self._received_pushes.append(torch.empty(0))
-                continue
-            name = MessageName(MessageKind.PUSH, self.microbatch, index)
-            value = empty_of(spec)
-            self.engine.transport.receive_tensors(
-                home, name, [wire_view(value, spec)], "a small output of the model", tag=1
-            )
-            self._received_pushes.append(value)
-        return self._received_pushes[number].to(self.device)
+        return self._num_pushes
 
     # Backward
 
@@ -374,38 +323,14 @@ class Program:
             )
 
     def close(self) -> None:
-        """The step is over: receive what was pushed and never read, and let go of everything."""
-        if self._expected_pushes:
-            self._pushed(len(self._expected_pushes) - 1)
-        self.abandon()
-
-    def abandon(self) -> None:
-        """Let go of everything without talking to the other stages."""
+        """The step is over: let go of everything."""
         self.is_open = False
         self._tape.clear()
         self._parameters.clear()
-        self.promoted.clear()
-        self._received_pushes.clear()
+        self.written.clear()
         self._live.clear()
 
     def glue(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Run an operation between modules where its data is; see glue.py."""
         self.check_open()
         return self.engine.run_glue(self, func, args, kwargs)
-
-
-def wire_view(tensor: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
-    """``tensor`` with its dimensions in the order in which its elements travel: that of ``spec``'s storage where it is
-    dense.
-    """
-    if not is_dense(spec.shape, spec.stride):
-        return tensor
-    order = sorted(range(len(spec.shape)), key=lambda dim: -spec.stride[dim])
-    return tensor if order == list(range(len(order))) else tensor.permute(order)
-
-
-def empty_of(spec: TensorSpec) -> torch.Tensor:
-    """A buffer on the CPU for a tensor of this spec, with its strides where they are dense."""
-    if is_dense(spec.shape, spec.stride):
-        return torch.empty_strided(spec.shape, spec.stride, dtype=spec.dtype)
-    return torch.empty(spec.shape, dtype=spec.dtype)

@@ -145,7 +145,9 @@ class StageTensor(torch.Tensor):
         return owner.program.glue(func, args, kwargs)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         raise StepUsageError(
             f"{func} reached a value that is spread over the pipeline stages without being intercepted. Please report "
             "it with the model; "
@@ -160,6 +162,9 @@ class StageTensor(torch.Tensor):
         if not self.spec.shape:
             return format(self.item(), format_spec)
         return repr(self)
+
+    def __copy__(self) -> Any:
+        return self.detach()  # torch's own copy shares the memory and starts a graph of its own, too
 
     def __deepcopy__(self, memo: Any) -> Any:
         return self.program.glue(torch.clone, (self.detach(),), {})

@@ -1,0 +1,125 @@
+"""Ordinary tensors that a program has written values with a home into.
+
+Such a tensor (zeros that glue fills row by row, a running sum outside the model) exists on every stage, but after the
+writing only the home has its value: within the program it counts as a StageTensor from then on. If it outlives the
+microbatch, the home sends its value to the other stages, so that it is an ordinary tensor again.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from modelparallel.comm.transport import MessageKind, MessageName
+from modelparallel.errors import StepUsageError
+from modelparallel.pipeline.stage_tensor import StageTensor, TensorSpec
+from modelparallel.pipeline.wire import empty_of, wire_view
+from modelparallel.torch_compat import num_storage_users
+
+if TYPE_CHECKING:
+    from modelparallel.pipeline.program import Program
+
+_TENSORS_PER_MESSAGE = 48
+
+
+class WrittenTensors:
+    """The written ordinary tensors of one program."""
+
+    def __init__(self, program: Program) -> None:
+        self._program = program
+        # Kept alive, or their ids and addresses would be given to others.
+        self._entries: dict[int, tuple[torch.Tensor, StageTensor]] = {}
+        self._addresses: set[int] = set()
+
+    def add(self, tensor: torch.Tensor, home: int) -> StageTensor:
+        """From now on ``tensor`` is a value with a home; every stage calls this at the same point of the program."""
+        program = self._program
+        result = program.new(TensorSpec.of(tensor), home, tensor if home == program.stage else None)
+        self._entries[id(tensor)] = (tensor, result)
+        self._addresses.add(_address(tensor))
+        return result
+
+    def find(self, leaf: torch.Tensor) -> StageTensor | None:
+        """The value that ``leaf`` has become, if it has; raises for a view of one, which is old on most stages."""
+        if not self._entries:
+            return None
+        entry = self._entries.get(id(leaf))
+        if entry is not None:
+            return entry[1]
+        if _address(leaf) in self._addresses:
+            raise StepUsageError(
+                "a tensor that shares memory with one that values of the pipeline were written to (a view taken before "
+                "the writing, or its base) is used afterwards: use the tensor that was written to, and take views "
+                "(slices, reshapes) again after the writing"
+            )
+        return None
+
+    def settle(self) -> None:
+        """At the end of the microbatch: give every stage the values of those that live on."""
+        entries = list(self._entries.values())
+        self.clear()
+        for home in sorted({value.home for _, value in entries}):
+            there = [entry for entry in entries if entry[1].home == home]
+            for start in range(0, len(there), _TENSORS_PER_MESSAGE):
+                self._share(home, there, range(start, min(start + _TENSORS_PER_MESSAGE, len(there))))
+
+    def _share(self, home: int, entries: list[tuple[torch.Tensor, StageTensor]], part: range) -> None:
+        program = self._program
+        transport = program.engine.transport
+        number = program.next_event(f"tensors written to on pp_rank {home}")
+        name = MessageName(MessageKind.VALUE, program.microbatch, number)
+        what = "tensors that values of the pipeline were written to"
+        if home != program.stage:
+            buffers = [empty_of(entries[index][1].spec) for index in part]
+            wires = [wire_view(buffer, entries[index][1].spec) for buffer, index in zip(buffers, part, strict=True)]
+            found = transport.receive_tensors(home, name, wires, what)
+            for index, buffer, wire in zip(part, buffers, found, strict=True):
+                if wire is not None:
+                    with torch.no_grad():
+                        entries[index][0].copy_(buffer)
+            return
+        sent: list[torch.Tensor | None] = []
+        for index in part:
+            if not _lives_on(entries, index):
+                sent.append(None)
+                continue
+            tensor, value = entries[index]
+            local = program.local(value)
+            if _address(local) != _address(tensor):
+                with torch.no_grad():
+                    tensor.copy_(local)
+            sent.append(wire_view(local, value.spec))
+        for peer in transport.peers():
+            transport.send_tensors(peer, name, sent, what)
+
+    def clear(self) -> None:
+        """Let go of everything."""
+        self._entries.clear()
+        self._addresses.clear()
+
+
+def _address(tensor: Any) -> int:
+    if tensor.layout is not torch.strided or not tensor.numel():
+        return -id(tensor)
+    return int(tensor.untyped_storage().data_ptr())
+
+
+def _num_references(entries: list[tuple[torch.Tensor, Any]], index: int) -> int:
+    return sys.getrefcount(entries[index][0])
+
+
+def _lives_on(entries: list[tuple[torch.Tensor, StageTensor]], index: int) -> bool:
+    """Whether something beside the program may read the tensor later: a reference to it, or to its memory."""
+    # How many references the counting itself takes depends on the version of Python.
+    own = _num_references([(torch.empty(0), None)], 0)
+    tensor, value = entries[index]
+    local = value.local
+    own += 1 + (local is tensor) + (value.local is tensor)  # the variables here
+    if _num_references(entries, index) > own or tensor._is_view():
+        return True
+    if value.spec.requires_grad:
+        return False  # what autograd has saved of it does not count
+    shares = local is not None and local is not tensor and _address(local) == _address(tensor)
+    return num_storage_users(tensor) > 1 + shares

@@ -1,0 +1,432 @@
+"""Values of the step as code between modules uses them: reads, in-place operations, attributes, structures."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict, namedtuple
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from engine_runs import Case, compare, outcomes
+from test_engine_random import WIDTH, Stack, sequences, square, vectors
+
+Pair = namedtuple("Pair", ["left", "right"])
+
+
+class Held(nn.Module):
+    """Four linear layers; ``run(self, x)`` is its forward."""
+
+    def __init__(self, run: Callable[..., Any]) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.d = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
+        self.run = run
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.run(self, *args, **kwargs)
+
+
+def held(run: Callable[..., Any]) -> Callable[[], nn.Module]:
+    return lambda: Held(run)
+
+
+class Returns(nn.Module):
+    """A placed module that returns ``make(y)``, y = its linear layer's output."""
+
+    def __init__(self, make: Callable[..., Any]) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(WIDTH, WIDTH) * 0.4)
+        self.make = make
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return self.make(x @ self.weight, *args, **kwargs)
+
+
+def between(make: Callable[..., Any], use: Callable[..., Tensor]) -> Callable[[], nn.Module]:
+    """A model of four stages' worth of modules where the second returns ``make(y)``, read by ``use(returned, y)``."""
+
+    class Between(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(WIDTH, WIDTH)
+            self.second = Returns(make)
+            self.third = nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x)
+            return self.third(use(self.second(x), x)) + x
+
+    return Between
+
+
+# Reads
+
+
+def reads(model: Any, x: Tensor) -> Any:
+    y = model(x)
+    loss = y.square().mean()
+    seen = {
+        "item": loss.item(), "list": y[0].detach().tolist(), "bool": bool(loss > 0), "float": float(loss),
+        "int": int(loss * 1000), "numpy": float(y.detach().numpy().sum()), "nonzero": (y > 0).nonzero().shape[0],
+        "format": f"{loss:.6f} {loss.item():.3e}", "rows": y[y > 0].numel(), "max": max(loss, loss * 2).item(),
+        "round": round(loss.item(), 6), "array": y.detach().cpu().numpy().shape, "len": len(y),
+        "any": bool((y > 100).any()), "equal": torch.equal(y, y), "allclose": torch.allclose(y, y + 1e-12),
+        "unique": [part.numel() for part in torch.unique((y > 0).long(), return_counts=True)],
+        "argmax": int(y.argmax()), "where": [index.numel() for index in torch.where(y > 0)],
+        "contains": 3.0 in y.detach(), "complex": complex(loss), "index": list(range(5))[(y > 0).sum() % 5],
+        "topk": y.topk(2).indices[0].tolist(), "print": str(loss.detach().item()),
+    }  # fmt: skip
+    return loss, seen
+
+
+def read_by_some(model: Any, x: Tensor) -> Any:
+    import modelparallel as smp
+
+    y = model(x)
+    loss = y.square().mean()
+    if smp.rank() == 0:
+        print("first", f"{loss.item():.9f}", float(y.detach().sum()))
+    if smp.pp_rank() == smp.pp_size() - 1:
+        print("last", float(loss), float((loss * 2 + 1).sqrt()))
+    return loss, y.detach()
+
+
+def loss_from_model(model: Any, x: Tensor) -> Any:
+    import modelparallel as smp
+
+    loss, extra = model(x)
+    if smp.rank() == 0:
+        print(loss.item(), extra["norm"].item())
+    print("all", loss.item())
+    return loss
+
+
+# In-place glue
+
+
+def residual_in_place(self: Any, x: Tensor) -> Tensor:
+    x = self.a(x)
+    kept = x
+    x = self.b(x)
+    x += kept  # homes differ
+    y = self.c(x)
+    y[:, 0] = kept[:, 1]
+    y[:, 1] *= 2
+    y.clamp_(-2, 2)
+    x = self.d(y)
+    x.masked_fill_(x.detach() > 1.0, 0.5).add_(y)
+    x.relu_()
+    return x
+
+
+class InPlaceFirst(nn.Module):
+    """Its first operation writes to its input, which comes from another stage."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(self.relu(x))
+
+
+class InPlaceUnits(nn.Module):
+    def __init__(self, *, reads_input_again: bool) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(InPlaceFirst() for _ in range(4))
+        self.reads_input_again = reads_input_again
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.blocks[0](x * 1)
+        for block in self.blocks[1:]:
+            y = block(x)
+            x = y + x if self.reads_input_again else y
+        return x
+
+
+def into_plain(self: Any, x: Tensor) -> Tensor:
+    first, second = self.a(x), self.b(x)
+    collected = torch.zeros(x.shape[0], 2, WIDTH, dtype=x.dtype)
+    collected[:, 0] = first
+    collected[:, 1] = second
+    out = torch.empty(x.shape, dtype=x.dtype)
+    with torch.no_grad():
+        torch.add(first, second, out=out)
+    flat = torch.zeros(WIDTH, dtype=x.dtype)
+    flat.add_(self.c(x).sum(0)).mul_(0.5)
+    return self.d(collected.sum(1) + flat) + out
+
+
+def views_written(self: Any, x: Tensor) -> Tensor:
+    x = self.b(self.a(x))
+    half, other = x[:, : WIDTH // 2], x[:, WIDTH // 2 :]
+    half.mul_(2.0)
+    rows = x.view(-1)
+    y = x * 1
+    y.view(-1)[:3] = 0.0
+    y.unsqueeze(0).transpose(1, 2).add_(1.0)
+    return self.c(y) + rows.view_as(x) + other.sum()
+
+
+def into_parameter_view(self: Any, x: Tensor) -> Tensor:
+    weight = self.a.weight
+    scaled = weight.clone()
+    scaled[0] = 0.0
+    return F.linear(self.b(x), scaled, self.c.bias) + self.d.weight.sum() + weight.norm() * self.c.weight.T[0]
+
+
+def norm_running(self: Any, x: Tensor) -> Tensor:
+    x = self.a(x)
+    x = F.batch_norm(x, None, None, training=True)
+    return self.b(F.layer_norm(x, (WIDTH,), self.c.weight[0], self.c.bias))
+
+
+# Attributes
+
+
+def attributes(self: Any, x: Tensor) -> Tensor:
+    x = self.a(x)
+    assert torch.is_tensor(x) and isinstance(x, Tensor) and not isinstance(x, nn.Parameter)
+    assert x.shape == (x.size(0), WIDTH) and x.dtype == torch.float64 and len(x) == x.shape[0] and x.dim() == x.ndim
+    assert x.device == torch.device("cpu") and not x.is_cuda and x.layout == torch.strided and x.requires_grad
+    assert x.numel() == x.shape[0] * WIDTH and x.is_contiguous() and x.stride() == (WIDTH, 1) and x.element_size() == 8
+    assert x.is_floating_point() and torch.is_floating_point(x) and not torch.is_complex(x) and bool(x.data.ndim == 2)
+    table = {x: 1, x.T: 2}
+    assert table[x] == 1 and hash(x) == hash(x) and repr(x)
+    y = sum(row * index for index, row in enumerate(x))
+    y = y + x.T.mT.mean(0) + x.to(torch.float32).to(x).sum(0) + x.type(torch.float32).double().mean(0)
+    y = y + x.cpu().sum(0) + x.data.sum(0) + x.detach().clone().mean(0) + copy.copy(x).sum(0) + x.type_as(x)[0]
+    y = y + copy.deepcopy(x.detach()).sum(0) + x.new_zeros(WIDTH) + x.new_tensor([1.0]) + x.new_full((1,), 2.0)
+    first, *rest = x
+    y = y + first + rest[-1] + x[..., None].squeeze(-1)[0] + x[None][0, -1] + x[:, [0, 1]].sum() + x[-1].real
+    z = self.b(y.expand_as(x).contiguous()) @ self.c(x).mT @ x
+    z = (z - 1.0) / 3 ** torch.tanh(z) + -z + 2.0 * z.abs().clamp(max=2) + (1.0 - z) + 1.0 / (1 + z * z)
+    z = z + z.detach() // 5
+    one, two = torch.split(z, WIDTH // 2, dim=1)
+    z = torch.cat([two, one], 1) + torch.stack([z, z]).sum(0) + torch.einsum("ij,kj->ki", z, z).sum() + (z % 2)
+    return self.d(torch.tanh(z * 0.1).half().double().float().to("cpu", torch.float64).to(device=x.device))
+
+
+def broadcasting(self: Any, x: Tensor) -> Tensor:
+    x = self.a(x)
+    wide = x[:, None, :].expand(-1, 3, -1)  # not dense
+    y = self.b(wide) + wide + x.unsqueeze(1)
+    flipped = self.c(y.transpose(0, 1)).transpose(0, 1)  # transposed strides
+    strided = self.d(y[:, ::2]) + y[:, ::2]  # gaps
+    return flipped.mean(1) + strided.permute(2, 1, 0).sum(1).T + self.a(x.t().contiguous().t())
+
+
+class Image(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(3, 3, 3, padding=1) for _ in range(3))
+        self.head = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.to(memory_format=torch.channels_last)
+        for conv in self.convs:
+            x = conv(x).contiguous(memory_format=torch.channels_last) + x
+            assert x.is_contiguous(memory_format=torch.channels_last)
+        return self.head(x.permute(0, 2, 3, 1)) + x.permute(0, 2, 3, 1)
+
+
+def images(step: int) -> tuple[Tensor, ...]:
+    return (torch.randn(4, 3, 4, 4, generator=torch.Generator().manual_seed(step), dtype=torch.float64),)
+
+
+def other_dtypes(self: Any, x: Tensor) -> Tensor:
+    y = self.a(x)
+    spectrum = torch.fft.fft(y)
+    back = self.b(torch.fft.ifft(spectrum * torch.tensor(1j)).real) + self.b(spectrum.abs())
+    mask, order = y > 0, y.argsort(dim=-1)
+    nothing = y[:0]
+    z = self.c(back) * mask + back.gather(1, order) + nothing.sum() + self.d(nothing).sum()
+    scalar = self.d(z).mean()
+    return z * scalar + torch.view_as_real(spectrum).sum(-1) + (order.to(torch.int8).float().double() * scalar)
+
+
+# Structures
+
+
+@dataclass
+class Box:
+    value: Tensor
+    name: str = "box"
+    others: tuple[Any, ...] = ()
+
+
+class Bag(dict):  # type: ignore[type-arg]
+    """A dict subclass with attributes."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+
+class Carrier:
+    """Any object that can be pickled."""
+
+    def __init__(self, tensor: Tensor, note: str) -> None:
+        self.tensor, self.note = tensor, note
+
+
+def model_output(y: Tensor) -> Any:
+    from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+    return BaseModelOutputWithPooling(last_hidden_state=y, pooler_output=None, hidden_states=(y * 2, y))
+
+
+def counted(y: Tensor, count: list[int] = [0]) -> Any:  # noqa: B006
+    count[0] += 1
+    return y, float(count[0]) / 7, {"count": count[0]}
+
+
+def use_counted(pair: Any, x: Tensor) -> Tensor:
+    y, number, more = pair
+    return y * number + more["count"]
+
+
+def shape_of(y: Tensor) -> Any:
+    return y, y.shape, y.dtype, [None, (None, {"none": None})], y.size(0)
+
+
+def use_shape(found: Any, x: Tensor) -> Tensor:
+    y, shape, dtype, nested, rows = found
+    assert isinstance(shape, torch.Size) and dtype == torch.float64 and nested[1][1]["none"] is None and rows == len(y)
+    return y.reshape(shape).to(dtype)
+
+
+def same_twice(y: Tensor) -> Any:
+    return y, y, [y]
+
+
+def use_same(found: Any, x: Tensor) -> Tensor:
+    assert found[0] is found[1] and found[2][0] is found[0]
+    return found[0] + found[1] * 2
+
+
+class Identity(nn.Module):
+    """Returns its input, views of it, its parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(WIDTH))
+
+    def forward(self, x: Tensor, *, again: Tensor | None = None, scale: float = 1.0) -> Any:
+        return x, x.view(-1), self.weight, x.chunk(2, dim=-1), again, x * self.weight * scale
+
+
+class Identities(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(WIDTH, WIDTH)
+        self.second = Identity()
+        self.third = nn.Linear(WIDTH, WIDTH)
+        self.gain = nn.Parameter(torch.ones(WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        same, flat, weight, (left, right), again, scaled = self.second(x, again=self.gain, scale=0.5)
+        assert same is x or same.shape == x.shape
+        y = self.third(torch.cat([right, left], dim=-1)) * weight + flat.view_as(x) * again
+        same2, *_ = self.second(x=y, scale=2.0)
+        return same2 + same + scaled + self.second(self.gain)[0] + self.gain
+
+
+def text(y: Tensor, *, mode: str, flag: bool = False, sizes: tuple[int, ...] = ()) -> Any:
+    return {"mode": mode.upper(), "y": y * (2 if flag else 1), "sizes": sizes, "set": {1, 2}}
+
+
+class Keywords(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.units = nn.ModuleList(Returns(text) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for index, unit in enumerate(self.units):
+            found = unit(x, mode="abc"[index], flag=index == 1, sizes=(index, 2))
+            assert found["mode"] == "ABC"[index] and found["sizes"] == (index, 2) and found["set"] == {1, 2}
+            x = found["y"] + x
+        return x
+
+
+def scalars(self: Any, x: Tensor) -> Tensor:
+    """Python numbers that come from values and vary from call to call."""
+    x = self.a(x)
+    scale = float(x.detach().abs().mean())
+    y = self.b(x * scale) * (1 / scale) + scale
+    return self.c(torch.where(y > scale, y, torch.tensor(scale, dtype=y.dtype))) + F.leaky_relu(y, scale)
+
+
+def use_normal(found: Any, x: Tensor) -> Tensor:
+    return found.rsample() + found.mean + found.entropy()
+
+
+CASES = {
+    "reads": Case(lambda: Stack(torch.tanh), vectors, reads),
+    "read_by_some": Case(lambda: Stack(torch.tanh), vectors, read_by_some),
+    "loss_from_model": Case(
+        held(lambda self, x: (self.b(self.a(x)).square().mean(), {"norm": self.c(x).norm()})), vectors, loss_from_model
+    ),
+    "residual_in_place": Case(held(residual_in_place), vectors, square),
+    "in_place_first": Case(lambda: InPlaceUnits(reads_input_again=False), vectors, square),
+    "in_place_first_read_again": Case(lambda: InPlaceUnits(reads_input_again=True), vectors, square),
+    "into_plain": Case(held(into_plain), vectors, square),
+    "views_written": Case(held(views_written), vectors, square),
+    "into_parameter_view": Case(held(into_parameter_view), vectors, square),
+    "norm_running": Case(held(norm_running), vectors, square),
+    "attributes": Case(held(attributes), vectors, square),
+    "broadcasting": Case(held(broadcasting), vectors, square),
+    "channels_last": Case(Image, images, square),
+    "other_dtypes": Case(held(other_dtypes), vectors, square),
+    "dataclass": Case(
+        between(lambda y: Box(y, others=(y.detach(), None)), lambda box, x: box.value + box.others[0] + len(box.name)),
+        vectors, square,
+    ),
+    "dict_subclass": Case(between(lambda y: Bag(value=y, one=1), lambda bag, x: bag.value + bag.one), vectors, square),
+    "ordered_dict": Case(
+        between(lambda y: OrderedDict(a=y, b=[y.sum()]), lambda d, x: d["a"] * d["b"][0]), vectors, square
+    ),
+    "named_tuple": Case(between(lambda y: Pair(y, (None, y * 2)), lambda p, x: p.left + p.right[1]), vectors, square),
+    "any_object": Case(
+        between(lambda y: Carrier(y, "note"), lambda c, x: c.tensor * len(c.note)), vectors, square
+    ),
+    "model_output": Case(
+        between(model_output, lambda out, x: out.last_hidden_state + out.hidden_states[0] + out[0]), vectors, square
+    ),
+    "return_types": Case(between(lambda y: y.max(dim=-1), lambda m, x: x + m.values[:, None] + m.indices[:, None]),
+                         vectors, square),
+    "numbers": Case(between(counted, use_counted), vectors, square, num_steps=3),
+    "shapes": Case(between(shape_of, use_shape), vectors, square),
+    "same_twice": Case(between(same_twice, use_same), vectors, square),
+    "normal": Case(
+        between(lambda y: torch.distributions.Normal(y, 1.0 + y.square()), use_normal), vectors, square
+    ),
+    "identities": Case(Identities, vectors, square),
+    "keywords": Case(Keywords, vectors, square),
+    "scalars": Case(held(scalars), vectors, square, num_steps=3),
+    "sequences": Case(lambda: Stack(lambda x: x.cumsum(1)), sequences, square),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("num_stages", [2, 3])
+def test_values_between_modules(num_stages: int) -> None:
+    expected = outcomes(__name__, list(CASES), 1)[0]
+    ranks = outcomes(__name__, list(CASES), num_stages)
+    for name in CASES:
+        compare(name, [rank[name] for rank in ranks], expected[name])
+    for rank, outcome in enumerate(ranks):
+        lines = outcome["read_by_some"].printed.splitlines()
+        wanted = ["first"] if rank == 0 else ["last"] if rank == num_stages - 1 else []
+        whole = [line for line in expected["read_by_some"].printed.splitlines() if line.split()[0] in wanted]
+        assert [line.split()[0] for line in lines] == wanted * 4
+        for line, other in zip(lines, whole, strict=True):
+            assert [float(v) for v in line.split()[1:]] == pytest.approx([float(v) for v in other.split()[1:]], 1e-9)
