@@ -11,7 +11,7 @@ import copy
 import dataclasses
 import functools
 from collections import UserDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 Path = tuple[Any, ...]
@@ -19,11 +19,12 @@ Path = tuple[Any, ...]
 
 def is_container(value: object) -> bool:
     """Whether :func:`map_leaves` looks inside ``value``."""
-    return _is_container_class(type(value))
+    cls: Hashable = type(value)
+    return _is_container_class(cls)
 
 
 @functools.lru_cache(maxsize=1024)
-def _is_container_class(cls: type) -> bool:
+def _is_container_class(cls: Any) -> bool:
     if issubclass(cls, (list, tuple, dict, set, frozenset, UserDict)):
         return True
     # A dataclass that can be called is an object with a life of its own, such as a module.
