@@ -124,7 +124,7 @@ def run_ranks(
     timeout: float = 60,
     environ: Mapping[str, str] | None = None,
     return_failures: bool = False,
-    grace: float = 3,
+    grace: float = 10,
     **kwargs: Any,
 ) -> list[Any]:
     """Call ``function(*args, **kwargs)`` on ``num_ranks`` processes and return their results in rank order.
