@@ -19,16 +19,17 @@ Path = tuple[Any, ...]
 
 def is_container(value: object) -> bool:
     """Whether :func:`map_leaves` looks inside ``value``."""
-    cls: Hashable = type(value)
-    return _is_container_class(cls)
+    kind: Hashable = type(value)
+    return _is_container_class(kind)
 
 
 @functools.lru_cache(maxsize=1024)
-def _is_container_class(cls: Any) -> bool:
-    if issubclass(cls, (list, tuple, dict, set, frozenset, UserDict)):
+def _is_container_class(kind: Any) -> bool:
+    if issubclass(kind, (list, tuple, dict, set, frozenset, UserDict)):
         return True
     # A dataclass that can be called is an object with a life of its own, such as a module.
-    return dataclasses.is_dataclass(cls) and not any("__call__" in vars(base) for base in cls.__mro__)
+    can_be_called = any("__call__" in vars(base) for base in kind.__mro__)
+    return not can_be_called and dataclasses.is_dataclass(kind)
 
 
 def map_leaves(fn: Callable[[Any], Any], value: Any) -> Any:
