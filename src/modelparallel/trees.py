@@ -12,15 +12,14 @@ import dataclasses
 import functools
 from collections import UserDict
 from collections.abc import Callable, Hashable, Iterator
-from typing import Any
+from typing import Any, cast
 
 Path = tuple[Any, ...]
 
 
 def is_container(value: object) -> bool:
     """Whether :func:`map_leaves` looks inside ``value``."""
-    kind: Hashable = type(value)
-    return _is_container_class(kind)
+    return _is_container_class(cast(Hashable, type(value)))
 
 
 @functools.lru_cache(maxsize=1024)
