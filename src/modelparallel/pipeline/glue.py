@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pickle
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -357,7 +358,7 @@ def _register_hook(program: Program, tensor: StageTensor, hook: Callable[[torch.
         if local.is_leaf and not tensor.is_pinned_home:
             local = tensor.local = local.view_as(local)
         return local.register_hook(hook)
-    return torch.utils.hooks.RemovableHandle({})
+    return torch.utils.hooks.RemovableHandle(OrderedDict())
 
 
 def _derive_replica(values: Sequence[Any], result: Any, compute: Callable[[list[Any]], Any]) -> None:
