@@ -14,6 +14,7 @@ import modelparallel as smp
 from distributed_run import assert_equal_over, merged_gradients
 from modelparallel import runtime
 from modelparallel.errors import PartitionError, SMPConfigError, StepUsageError
+from modelparallel.module_view import alias_inherited_forwards
 from parity import assert_parity
 from rank_tests import RankTests, on
 from small_models import Classifier, make_batch, make_classifier, mean_loss, sgd, train_step
@@ -33,6 +34,13 @@ def tensor_parallel_classifier() -> Classifier:
     model = make_classifier()
     smp.set_tensor_parallelism(model.first, True)
     return model
+
+
+class Doubled(Classifier):
+    """Calls its base class's forward as scripts for the original had to."""
+
+    def forward(self, *args, **kwargs):
+        return 2 * super()._orig_forward(*args, **kwargs)
 
 
 class Tied(nn.Module):
@@ -335,6 +343,17 @@ def test_c055_set_partition_after_wrapping_moves_a_subtree():
 
 
 # What the wrapper gives out
+
+
+def test_orig_forward_is_the_inherited_forward():
+    torch.manual_seed(0)
+    plain = Classifier()
+    torch.manual_seed(0)
+    doubled = Doubled()
+    x = make_batch(4)[0].float()
+    alias_inherited_forwards(doubled)
+    assert torch.equal(doubled(x), 2 * plain(x))
+    assert not hasattr(nn.Linear, "_orig_forward")
 
 
 @on(*PIPELINED, *FLAT)

@@ -19,7 +19,7 @@ from modelparallel.data_parallel import BroadcastTensor, GradientReducer, Reduce
 from modelparallel.errors import NotBuiltError, PartitionError, SMPConfigError, SMPError, StepUsageError
 from modelparallel.model_arguments import check_arguments
 from modelparallel.model_parameters import ModelParameters
-from modelparallel.module_view import attach_module_attribute
+from modelparallel.module_view import alias_inherited_forwards, attach_module_attribute
 from modelparallel.parameters import ParameterTable
 from modelparallel.partitioning import Trace, find_units, log_plan, make_plan, trace_step
 from modelparallel.pipeline.stage_tensor import StageTensor
@@ -111,6 +111,7 @@ class DistributedModel(ModelParameters):
             optimizer.replace_parameters()
         self.module = module
         attach_module_attribute(module)
+        alias_inherited_forwards(module)
         self._units = find_units(module)
         self._check_sync_batch_norm()
         if not runtime.is_pipelined:

@@ -51,3 +51,19 @@ def attach_module_attribute(module: nn.Module) -> None:
     """Let ``module.module`` and ``module.module.module`` lead to ``module``, unless it has one of that name."""
     if not hasattr(module, "module"):
         module.__dict__["module"] = ModuleView(module, 1)
+
+
+def alias_inherited_forwards(module: nn.Module) -> None:
+    """Let ``super()._orig_forward(...)`` mean ``super().forward(...)`` in the classes of ``module`` that write it.
+
+    Scripts for the original had to, since ``super().forward`` recursed there; here both work (smp-api section 15). Only
+    base classes of a class whose ``forward`` names it are touched.
+    """
+    for kind in {type(part) for part in module.modules()}:
+        for index, derived in enumerate(kind.__mro__):
+            code = getattr(derived.__dict__.get("forward"), "__code__", None)
+            if code is None or "_orig_forward" not in code.co_names:
+                continue
+            for base in kind.__mro__[index + 1 :]:
+                if "forward" in base.__dict__ and "_orig_forward" not in base.__dict__:
+                    base._orig_forward = base.__dict__["forward"]  # type: ignore[attr-defined]
