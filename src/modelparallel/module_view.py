@@ -65,5 +65,5 @@ def alias_inherited_forwards(module: nn.Module) -> None:
             if code is None or "_orig_forward" not in code.co_names:
                 continue
             for base in kind.__mro__[index + 1 :]:
-                if "forward" in base.__dict__ and "_orig_forward" not in base.__dict__:
+                if base is not nn.Module and "forward" in base.__dict__ and "_orig_forward" not in base.__dict__:
                     base._orig_forward = base.__dict__["forward"]  # type: ignore[attr-defined]
