@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch import nn
 from torch._C import (  # the torch-function mode stack: modes are suspended while a module runs at its home
     _get_function_stack_at,
@@ -57,8 +58,10 @@ def resume_function_mode(mode: object) -> None:
 
 
 @contextmanager
-def intercepted_function_apply(handler: Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]) -> Iterator[None]:
-    """Send every ``autograd.Function.apply`` through ``handler(original_apply, args, kwargs)``.
+def intercepted_function_apply(
+    handler: Callable[[Any, Any, tuple[Any, ...], dict[str, Any]], Any],
+) -> Iterator[None]:
+    """Send every ``autograd.Function.apply`` through ``handler(function class, original_apply, args, kwargs)``.
 
     ``apply`` does not look at ``__torch_function__``: given a StageTensor it would record a node on the empty wrapper
     and cut the gradient in silence.
@@ -72,7 +75,7 @@ def intercepted_function_apply(handler: Callable[[Any, tuple[Any, ...], dict[str
             return original(cls, *inner_args, **inner_kwargs)
 
         apply_of_class.__name__ = f"{cls.__qualname__}.apply"
-        return handler(apply_of_class, args, kwargs)
+        return handler(cls, apply_of_class, args, kwargs)
 
     function_class.apply = classmethod(apply)  # type: ignore[assignment,method-assign]
     try:
@@ -82,6 +85,40 @@ def intercepted_function_apply(handler: Callable[[Any, tuple[Any, ...], dict[str
             function_class.apply = own_apply  # type: ignore[method-assign]
         else:
             del function_class.apply
+
+
+#: The node of a reentrant checkpoint: ``apply(function, preserve_rng_state, *args)``.
+CheckpointFunction = torch.utils.checkpoint.CheckpointFunction
+#: The node with which a non-reentrant checkpoint keeps its inputs in older versions of torch (None in newer ones).
+CheckpointInputs = getattr(torch.utils.checkpoint, "_NoopSaveInputs", None)
+
+
+@contextmanager
+def intercepted_checkpoints(enter: Callable[[], bool], leave: Callable[[], None]) -> Iterator[None]:
+    """Call ``enter`` where a non-reentrant ``torch.utils.checkpoint`` begins; if it says True the region keeps what it
+    saves for the backward, and ``leave`` is called where it ends.
+
+    The region is entered through a private class; there is no public way to switch checkpoints off.
+    """
+    hook: Any = torch.utils.checkpoint._checkpoint_hook
+    base = torch.autograd.graph.saved_tensors_hooks
+
+    def begin(self: Any) -> None:
+        self.is_intercepted = enter()
+        if not self.is_intercepted:
+            base.__enter__(self)
+
+    def end(self: Any, *error: Any) -> None:
+        if self.is_intercepted:
+            leave()
+        else:
+            base.__exit__(self, *error)
+
+    hook.__enter__, hook.__exit__ = begin, end
+    try:
+        yield
+    finally:
+        del hook.__enter__, hook.__exit__
 
 
 def autocast_state() -> tuple[Any, ...]:

@@ -25,6 +25,8 @@ from modelparallel.errors import CommunicationError, DivergenceError, WaitTimeou
 
 _PACKAGE_DIRECTORIES = (str(Path(__file__).resolve().parents[1]), str(Path(torch.__file__).resolve().parent))
 _TAGS_PER_STEP = 4
+_TAGS = (0, 1)  # in program order; pushed values
+_MAX_FAILURE_TEXT = 4000
 _MAX_TENSORS = 48  # presence flags travel in one int64
 
 
@@ -39,6 +41,7 @@ class MessageKind(IntEnum):
     OUTPUTS = 6
     PUSH = 7
     PLAN = 8
+    FAILURE = 9  # the sender's step has ended by an exception; the message holds its text
 
 
 @dataclass(frozen=True)
@@ -183,10 +186,20 @@ class StageTransport:
                 self._wait(work, send.description, None)
         self._abandoned = []  # the peers have come through a whole step, and do not wait for older messages any more
 
-    def abandon(self) -> None:
-        """After an error: wait for no posted send, but let the peers receive them, since they may still come to the
-        same error.
+    def abandon(self, error: BaseException) -> None:
+        """After an error: tell the peers, and wait for no posted send, but let the peers receive them.
+
+        A peer learns of it when it next waits for a message of this stage. If it has come to the same error by itself
+        it never asks.
         """
+        text = f"{type(error).__name__}: {error}"[:_MAX_FAILURE_TEXT].encode()
+        name = MessageName(MessageKind.FAILURE, 0, 0)
+        for peer in self.peers():
+            for tag in _TAGS:
+                try:
+                    self.send_object(peer, name, text, "the failure of this stage", tag)
+                except CommunicationError:
+                    break  # that peer is gone already
         self._abandoned += self._pending
         self._pending = []
 
@@ -222,6 +235,13 @@ class StageTransport:
         self._wait(work, what, name)
         kind, microbatch, event, presence, size = header.tolist()
         found = MessageName(MessageKind(kind), microbatch, event)
+        if found.kind is MessageKind.FAILURE:
+            data = torch.empty(size, dtype=torch.uint8)
+            self._wait(self._receive(peer, data, tag), what, name)
+            raise CommunicationError(
+                f"{self._situation(what, name)}: the connection is gone, since the step of pp_rank "
+                f"{peer} has failed: {data.numpy().tobytes().decode(errors='replace')}"
+            )
         if found != name:
             raise DivergenceError(
                 f"pp_rank {self.stage} at {user_code_line()} expected {name} ({description}) from pp_rank {peer}, "
@@ -237,8 +257,7 @@ class StageTransport:
             raise self._failure(what, name, error) from error
 
     def _failure(self, what: str, name: MessageName | None, error: RuntimeError) -> CommunicationError:
-        microbatch = f", microbatch {name.microbatch}" if name is not None else ""
-        text = f"pp_rank {self.stage}{microbatch}: waiting to {what} ({user_code_line()})"
+        text = self._situation(what, name)
         if "imed out" in str(error) or "imeout" in str(error):
             return WaitTimeoutError(
                 f"{text}: no answer within timeout_seconds={self.timeout_seconds:g}. Is that process alive, and does "
@@ -248,3 +267,7 @@ class StageTransport:
             f"{text}: the connection is gone ({str(error).splitlines()[0]}); the peer has probably failed, see its "
             f"message.\n{self.history()}"
         )
+
+    def _situation(self, what: str, name: MessageName | None) -> str:
+        microbatch = f", microbatch {name.microbatch}" if name is not None else ""
+        return f"pp_rank {self.stage}{microbatch}: waiting to {what} ({user_code_line()})"

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.utils.checkpoint
 from torch import nn
 
+from modelparallel import trees
 from modelparallel.errors import UnsupportedError
 from modelparallel.pipeline import glue
 from modelparallel.pipeline.stage_tensor import StageTensor
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from modelparallel.pipeline.engine import PipelineEngine
     from modelparallel.pipeline.program import Program
 
+_NUM_OUTER_CONTAINERS = 3  # the pair (args, kwargs), and its two
 DYNAMIC_MARK = "_modelparallel_dynamic"
 _PRIMITIVES = (int, float, complex, str, bytes, bool, type(None), torch.dtype, torch.device, nn.Module)
 
@@ -59,29 +62,48 @@ def run(engine: PipelineEngine, program: Program, entry: PlacedModule, args: Any
     if key is not None:
         # Freezing a weight changes which outputs need gradients.
         key = (id(entry), tuple([parameter.requires_grad for parameter in entry.parameters]), key)
-    is_new = key is None or key not in engine.structures
+    has_containers = len(skeleton) > _NUM_OUTER_CONTAINERS
+    call = _checkpointed(entry.inner) if engine.num_open_checkpoints and torch.is_grad_enabled() else entry.inner
 
     def compute(locals_: list[Any]) -> Any:
         inner_args, inner_kwargs = rebuild(locals_)
         if entry.unit is not None:
             program.frames.enter_unit(entry.unit)
-        if not is_new:
-            return entry.inner(*inner_args, **inner_kwargs)
         objects = [value for value in locals_ if not isinstance(value, (torch.Tensor, *_PRIMITIVES))]
+        if not objects and not has_containers:
+            return call(*inner_args, **inner_kwargs)
         before = [_fingerprint(value) for value in objects]
-        output = entry.inner(*inner_args, **inner_kwargs)
+        output = call(*inner_args, **inner_kwargs)
         for value, old in zip(objects, before, strict=True):
             if old is not None and _fingerprint(value) != old:
-                raise UnsupportedError(
-                    f"{entry.description} changed its argument of type {type(value).__name__}: what it stored there "
-                    "would stay on "
-                    f"pp_rank {entry.home}. Return it instead, or switch the recording off (Hugging Face models: "
-                    "use_cache=False, "
-                    "output_attentions=False)"
-                )
+                raise _changed(entry, type(value))
+        if has_containers:
+            _check_containers(entry, (inner_args, inner_kwargs), locals_, skeleton)
         return output
 
     return glue.execute(engine, program, entry.description, key, values, entry.home, compute, protect=True)
+
+
+def _checkpointed(inner: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return torch.utils.checkpoint.checkpoint(inner, *args, use_reentrant=False, **kwargs)
+
+    return call
+
+
+def _check_containers(entry: PlacedModule, arguments: Any, leaves: list[Any], skeleton: Any) -> None:
+    found, found_skeleton, _ = flatten(arguments)
+    if found_skeleton != skeleton or any(one is not other for one, other in zip(found, leaves, strict=True)):
+        changed = next((type(leaf) for leaf in arguments[0] if trees.is_container(leaf)), dict)
+        raise _changed(entry, changed)
+
+
+def _changed(entry: PlacedModule, kind: type) -> UnsupportedError:
+    return UnsupportedError(
+        f"{entry.description} changed its argument of type {kind.__name__}: what it stored there would stay on "
+        f"pp_rank {entry.home}. Return it instead, or switch the recording off (Hugging Face models: use_cache=False, "
+        "output_attentions=False)"
+    )
 
 
 class _FingerprintPickler(pickle.Pickler):

@@ -20,8 +20,11 @@ from modelparallel.pipeline.randomness import RandomFrames, is_random, may_draw,
 from modelparallel.pipeline.stage_tensor import StageTensor, is_metadata
 from modelparallel.pipeline.structures import Structure
 from modelparallel.torch_compat import (
+    CheckpointFunction,
+    CheckpointInputs,
     DisableTorchFunctionSubclass,
     install_call,
+    intercepted_checkpoints,
     intercepted_function_apply,
     resume_function_mode,
     suspend_function_mode,
@@ -108,6 +111,7 @@ class PipelineEngine:
         self.frames: RandomFrames | None = None
         self.kinds_without_random_glue: set[Hashable] = set()
         self.is_native = False
+        self.num_open_checkpoints = 0
         self.mode = _GlueMode(self)
         self._assigned_buffers: list[tuple[nn.Module, str, torch.Tensor | None]] = []
         self._kept: list[torch.Tensor] = []  # keeps the ids in `placed` from being given to other tensors
@@ -202,9 +206,13 @@ class PipelineEngine:
     @contextmanager
     def running(self, program: Program) -> Iterator[None]:
         """Run the user's code as ``program``."""
-        self.program, self.frames = program, program.frames
+        self.program, self.frames, self.num_open_checkpoints = program, program.frames, 0
         try:
-            with intercepted_function_apply(self._function_apply), self.mode:
+            with (
+                intercepted_function_apply(self._function_apply),
+                intercepted_checkpoints(self._enter_checkpoint, self._leave_checkpoint),
+                self.mode,
+            ):
                 yield
         finally:
             self.program, self.frames = None, None
@@ -225,10 +233,40 @@ class PipelineEngine:
             program.check_open()
         return glue.run(self, program, func, args, kwargs)
 
-    def _function_apply(self, apply: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    # [Note: checkpoints] A region of the program that is recomputed (torch.utils.checkpoint) may reach over several
+    # stages, and running it again would be a second program. So the region itself keeps what it saves, and each
+    # placed module in it is checkpointed by itself, at its home: with the usual use, one layer per region, that is
+    # what was asked for.
+
+    def _enter_checkpoint(self) -> bool:
+        if self.is_native or self.program is None:
+            return False
+        self.num_open_checkpoints += 1
+        return True
+
+    def _leave_checkpoint(self) -> None:
+        self.num_open_checkpoints -= 1
+
+    def _reentrant_checkpoint(self, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+        # Like the original: without an input that requires grad the region is no part of any graph.
+        needs_grad = any(isinstance(value, torch.Tensor) and value.requires_grad for value in args)
+        self.num_open_checkpoints += 1
+        try:
+            with torch.set_grad_enabled(torch.is_grad_enabled() and needs_grad):
+                return function(*args)
+        finally:
+            self.num_open_checkpoints -= 1
+
+    def _function_apply(
+        self, function_class: Any, apply: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         program = self.program
         if self.is_native or program is None:
             return apply(*args, **kwargs)
+        if function_class is CheckpointFunction:
+            return self._reentrant_checkpoint(args[0], args[2:])
+        if function_class is CheckpointInputs:
+            return torch.empty(0)  # nothing is recomputed
         if any(isinstance(value, StageTensor) for value in args) or self.has_placed(program, args, kwargs):
             with _NativeRegion(self):
                 return glue.run(self, program, apply, args, kwargs)

@@ -74,8 +74,8 @@ def run_discovery_order(
         results = _share_outputs(engine, outputs, programs[0], detach_outputs=detach_outputs)
         pushes.receive_all()
         engine.transport.drain()
-    except BaseException:
-        engine.transport.abandon()
+    except BaseException as error:
+        engine.transport.abandon(error)
         raise
     finally:
         for program in programs:

@@ -251,7 +251,7 @@ def _leaf_key(leaf: Any, *, floats_by_type: bool) -> Hashable:
     return type(leaf).__qualname__
 
 
-def flatten(value: Any) -> tuple[list[Any], Hashable, Callable[[Sequence[Any]], Any]]:
+def flatten(value: Any) -> tuple[list[Any], tuple[Hashable, ...], Callable[[Sequence[Any]], Any]]:
     """(leaves, a hashable skeleton, a function that rebuilds ``value`` from other leaves)."""
     found: list[Any] = []
     shape: list[Hashable] = []
