@@ -46,6 +46,9 @@ class StepFunction:
         self._whole = set(non_split_inputs or ())
         self._axes = dict(input_split_axes or {})
         self._detach_outputs = detach_outputs
+        # The usual case, and the quick one: every argument can be given by name.
+        named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_KEYWORD)
+        self._takes_names = all(parameter.kind in named for parameter in self._signature.parameters.values())
         self._check_names()
 
     def _check_names(self) -> None:
@@ -68,8 +71,7 @@ class StepFunction:
         if runtime.step is not None:
             raise StepUsageError(
                 f"{self._name} is decorated with @smp.step and was called inside another step function: call it from "
-                "outside, "
-                "or call the undecorated function"
+                "outside, or call the undecorated function"
             )
         config = runtime.session.config
         arguments = self._named_arguments(args, kwargs)
@@ -87,8 +89,7 @@ class StepFunction:
             if called != self._title:
                 raise DivergenceError(
                     f"pp_rank {runtime.engine.stage} calls the step function {self._title}, pp_rank 0 calls {called}: "
-                    "all ranks of a "
-                    "PP_GROUP must call the same step functions in the same order"
+                    "all ranks of a PP_GROUP must call the same step functions in the same order"
                 )
         microbatches = self._split(arguments, config)
         running = RunningStep()
@@ -119,6 +120,8 @@ class StepFunction:
         return named
 
     def _call(self, arguments: Mapping[str, Any]) -> Any:
+        if self._takes_names:
+            return self._function(**arguments)
         positional: list[Any] = []
         keyword: dict[str, Any] = {}
         parameters = self._signature.parameters
