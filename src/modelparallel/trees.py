@@ -76,6 +76,8 @@ def rebuild(value: Any, mapped: dict[Any, Any]) -> Any:
             return kind(*mapped.values())
         if kind.__module__ == "torch.return_types":
             return kind(tuple(mapped.values()))
+        if kind.__module__ == "torch" and not all(isinstance(child, int) for child in mapped.values()):
+            return tuple(mapped.values())  # a torch.Size holds nothing but numbers
         return kind(mapped.values())
     if isinstance(value, (list, set, frozenset)):
         return kind(mapped.values())

@@ -114,10 +114,26 @@ class StageTransport:
         self._first_tag = _TAGS_PER_STEP * (step % (2**31 // _TAGS_PER_STEP))
 
     def send_tensors(
-        self, peer: int, name: MessageName, tensors: Sequence[torch.Tensor | None], description: str = "", tag: int = 0
+        self,
+        peer: int,
+        name: MessageName,
+        tensors: Sequence[torch.Tensor | None],
+        description: str = "",
+        tag: int = 0,
+        *,
+        is_stable: Sequence[bool] | None = None,
     ) -> None:
-        """Post a message of tensors to stage ``peer``; None marks an absent tensor. Returns at once."""
+        """Post a message of tensors to stage ``peer``; None marks an absent tensor. Returns at once.
+
+        ``is_stable``: which tensors nobody writes to before the end of the step; the others are copied, since they
+        leave later.
+        """
         flats = [None if tensor is None else tensor.detach().cpu().contiguous() for tensor in tensors]
+        for index, (flat, tensor) in enumerate(zip(flats, tensors, strict=True)):
+            if flat is None or tensor is None or (is_stable is not None and is_stable[index]):
+                continue
+            if flat.data_ptr() == tensor.data_ptr():
+                flats[index] = flat.clone()
         presence = sum(1 << index for index, flat in enumerate(flats) if flat is not None)
         sizes = sum(flat.numel() * flat.element_size() for flat in flats if flat is not None)
         self._post(

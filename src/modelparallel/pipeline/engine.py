@@ -191,7 +191,7 @@ class PipelineEngine:
         pending = [*args, *kwargs.values()] if kwargs else list(args)
         for value in pending:
             if isinstance(value, torch.Tensor):
-                if id(value) in placed or written.find(value) is not None:
+                if id(value) in placed or written.find(program, value) is not None:
                     return True
             elif isinstance(value, (list, tuple)):
                 pending.extend(value)

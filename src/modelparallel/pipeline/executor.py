@@ -54,6 +54,12 @@ def run_discovery_order(
     detach_outputs: bool,
 ) -> list[Any]:
     """Run each microbatch, then their backwards; returns the outputs, equal on all stages. Collective over PP_GROUP."""
+    if torch.is_inference_mode_enabled():
+        # Inference tensors do not say when they are written to, which the stages must know.
+        with torch.inference_mode(False), torch.no_grad():
+            return run_discovery_order(
+                engine, runs, before_last_backward=before_last_backward, detach_outputs=detach_outputs
+            )
     pushes = PushedValues(engine.transport, engine.device)
     programs = [Program(engine, index, run.frames, pushes) for index, run in enumerate(runs)]
     try:
@@ -65,7 +71,7 @@ def run_discovery_order(
             outputs.append(trees.map_leaves(program.returned, output))
             del output  # a tensor that only it refers to does not outlive the microbatch
             engine.settle_buffers()
-            program.written.settle()
+            program.written.settle(program)
         for program in programs:
             if program is programs[-1]:
                 before_last_backward()
@@ -99,7 +105,7 @@ def _share_outputs(engine: PipelineEngine, outputs: list[Any], program: Program,
             found = [tensor.program.local(tensor) for tensor in tensors]
             packed = _pack([tensor.detach() for tensor in found])
             for peer in engine.transport.peers():
-                engine.transport.send_tensors(peer, name, [packed], "the step's outputs")
+                engine.transport.send_tensors(peer, name, [packed], "the step's outputs", is_stable=[True])
         else:
             packed = torch.empty(sum(tensor.spec.num_bytes for tensor in tensors), dtype=torch.uint8)
             engine.transport.receive_tensors(home, name, [packed], "the step's outputs")

@@ -81,7 +81,7 @@ def run(engine: PipelineEngine, program: Program, func: Callable[..., Any], args
             return func(*read_args, **read_kwargs)
     home = _choose_home(name, values, inputs, written)
     if written is not None and not isinstance(values[written], StageTensor):
-        values[written] = program.written.add(values[written], home)
+        values[written] = program.written.add(program, values[written], home)
         inputs.append(values[written])
     program.fetch(inputs, home, f"input of {name}")
     if is_random(func):
@@ -179,9 +179,10 @@ def _compute_here(
         # A leaf that needs a gradient (cut, or received) cannot be written to: the writing goes to a copy, which then
         # is the value.
         may_be_written = index == written or (protect and (written_before is None or num_tensors in written_before))
-        is_leaf = local.requires_grad and local.is_leaf and torch.is_grad_enabled()
+        is_leaf = local.requires_grad and local.is_leaf
         if may_be_written and is_leaf and isinstance(value, StageTensor) and not value.is_pinned_home:
-            local = local.clone()
+            with torch.enable_grad():  # writing under no_grad changes the value, and not where its gradient goes
+                local = local.clone()
         num_tensors += 1
         locals_.append(local)
     tensors = [local for local in locals_ if isinstance(local, torch.Tensor)]
@@ -250,7 +251,7 @@ def _note_all_written(
     for index, requires_grad in structure.mutated:
         tensor = program.resolve(tensors[index])
         if not isinstance(tensor, StageTensor):
-            tensor = program.written.add(tensor, home)
+            tensor = program.written.add(program, tensor, home)
         _note_written(tensor, home, requires_grad, what)
 
 
@@ -371,13 +372,20 @@ def _derive_replica(values: Sequence[Any], result: Any, compute: Callable[[list[
     if any(value is result or value.replica is None for value in sources):
         return
     engine = result.program.engine
-    kept: list[torch.Tensor] = []
-    weak_result = weakref.ref(result)  # a value that refers to itself would be freed late
+    if result.home == engine.stage:
+        weak_result = weakref.ref(result)  # a value that refers to itself, or to its inputs, would be freed late
 
-    def replica() -> torch.Tensor:
-        own = weak_result()
-        if own is not None and own.local is not None:
-            return own.local.detach()
+        def own() -> torch.Tensor:
+            alive = weak_result()
+            if alive is None or alive.local is None:
+                raise DivergenceError("a value known on every stage was read after it had gone")
+            return alive.local.detach()
+
+        result.replica = own
+        return
+    kept: list[torch.Tensor] = []
+
+    def computed() -> torch.Tensor:
         if not kept:
             with torch.no_grad(), engine.native_region():
                 read = [
@@ -386,4 +394,4 @@ def _derive_replica(values: Sequence[Any], result: Any, compute: Callable[[list[
                 kept.append(compute(read).detach())
         return kept[0]
 
-    result.replica = replica
+    result.replica = computed

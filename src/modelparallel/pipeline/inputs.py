@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import pickle
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,17 +38,31 @@ class _OwnObject:
 class _Envelope:
     payload: bytes
     specs: tuple[TensorSpec, ...]
+    parts: tuple[_Part, ...]
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A tensor as a view of the flat tensor ``index`` of the message, in elements."""
+
+    index: int
+    spec: TensorSpec
+    offset: int
 
 
 class _TensorPickler(pickle.Pickler):
     def __init__(self, file: io.BytesIO) -> None:
         super().__init__(file, protocol=5)
         self.tensors: list[torch.Tensor] = []
+        self._indices: dict[int, int] = {}
 
     def persistent_id(self, value: Any) -> Any:
         if isinstance(value, torch.Tensor):
-            self.tensors.append(value.detach())
-            return len(self.tensors) - 1
+            # The same object twice stays one object: what the body writes to it is seen under both names.
+            if id(value) not in self._indices:
+                self._indices[id(value)] = len(self.tensors)
+                self.tensors.append(value)
+            return self._indices[id(value)]
         return None
 
 
@@ -58,6 +73,47 @@ class _TensorUnpickler(pickle.Unpickler):
 
     def persistent_load(self, pid: Any) -> Any:
         return self._tensors[pid]
+
+
+def _in_parts(tensors: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[TensorSpec], list[_Part]]:
+    """(what travels, its specs, per tensor how it is cut from what travels): tensors that share memory travel as one,
+    so that they share it on every stage.
+    """
+    sharing: dict[tuple[int, torch.dtype], list[int]] = {}
+    for index, tensor in enumerate(tensors):
+        if tensor.layout is torch.strided and tensor.numel():
+            sharing.setdefault((tensor.untyped_storage().data_ptr(), tensor.dtype), []).append(index)
+    parts: dict[int, _Part] = {}
+    travelling: list[torch.Tensor] = []
+    for members in sharing.values():
+        if len(members) == 1:
+            continue
+        first = min(tensors[index].storage_offset() for index in members)
+        last = max(_last_element(tensors[index]) for index in members)
+        for index in members:
+            tensor = tensors[index]
+            parts[index] = _Part(len(travelling), TensorSpec.of(tensor), int(tensor.storage_offset() - first))
+        travelling.append(tensors[members[0]].detach().as_strided((last + 1 - first,), (1,), first))
+    for index, tensor in enumerate(tensors):
+        if index not in parts:
+            parts[index] = _Part(len(travelling), TensorSpec.of(tensor), -1)
+            travelling.append(tensor.detach())
+    specs = [TensorSpec.of(tensor) for tensor in travelling]
+    return travelling, specs, [parts[index] for index in range(len(tensors))]
+
+
+def _last_element(tensor: torch.Tensor) -> int:
+    steps = sum((length - 1) * step for length, step in zip(tensor.shape, tensor.stride(), strict=True))
+    return int(tensor.storage_offset()) + steps
+
+
+def _from_parts(received: list[torch.Tensor], parts: Sequence[_Part]) -> list[torch.Tensor]:
+    return [
+        received[part.index]
+        if part.offset < 0
+        else received[part.index].as_strided(part.spec.shape, part.spec.stride, part.offset).data
+        for part in parts
+    ]
 
 
 def share_inputs(
@@ -76,7 +132,8 @@ def share_inputs(
             buffer.to(device) if spec.device_type != "cpu" else buffer
             for buffer, spec in zip(buffers, envelope.specs, strict=True)
         ]
-        shared, extra = _TensorUnpickler(io.BytesIO(envelope.payload), tensors).load()
+        unpickler = _TensorUnpickler(io.BytesIO(envelope.payload), _from_parts(tensors, envelope.parts))
+        shared, extra = unpickler.load()
         return trees.map_leaves(
             lambda leaf: _own(leaf, arguments) if isinstance(leaf, _OwnObject) else leaf, shared
         ), extra
@@ -90,9 +147,9 @@ def share_inputs(
             f"smp.step: an argument cannot travel from pp_rank 0 to the other stages ({error}): pass tensors, "
             "numbers, strings and containers of them"
         ) from error
-    specs = tuple(TensorSpec.of(tensor) for tensor in pickler.tensors)
-    wires = [wire_view(tensor, spec) for tensor, spec in zip(pickler.tensors, specs, strict=True)]
-    payload = pickle.dumps(_Envelope(file.getvalue(), specs))
+    travelling_tensors, specs, parts = _in_parts(pickler.tensors)
+    wires = [wire_view(tensor, spec) for tensor, spec in zip(travelling_tensors, specs, strict=True)]
+    payload = pickle.dumps(_Envelope(file.getvalue(), tuple(specs), tuple(parts)))
     for peer in transport.peers():
         transport.send_object(peer, name, payload, what)
         for start in range(0, len(wires), _TENSORS_PER_MESSAGE):

@@ -132,5 +132,9 @@ def _part(leaf: Any, axis: int, index: int, sizes: Sequence[int]) -> Any:
         return leaf
     length = leaf.shape[axis]
     if length % len(sizes) == 0:
-        return leaf.narrow(axis, index * (length // len(sizes)), length // len(sizes))
-    return leaf.narrow(axis, sum(sizes[:index]), sizes[index])
+        part = leaf.narrow(axis, index * (length // len(sizes)), length // len(sizes))
+    else:
+        part = leaf.narrow(axis, sum(sizes[:index]), sizes[index])
+    # With a version counter of its own: under a pipeline the body may write to its part before the backward of another
+    # microbatch has run.
+    return part if part.requires_grad else part.data

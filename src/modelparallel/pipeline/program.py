@@ -58,7 +58,7 @@ class Program:
         self.stage = engine.stage
         self.is_open = True
         self.has_root = False
-        self.written = WrittenTensors(self)
+        self.written = WrittenTensors()
         self._num_events = 0
         self._num_pushes = 0
         self._tape: list[_Event] = []
@@ -106,7 +106,7 @@ class Program:
             return leaf
         if id(leaf) in self.engine.placed:
             return self.parameter(leaf)
-        if (written := self.written.find(leaf)) is not None:
+        if (written := self.written.find(self, leaf)) is not None:
             return written
         if leaf.requires_grad and torch.is_grad_enabled():
             raise StepUsageError(
@@ -123,7 +123,7 @@ class Program:
             return leaf
         if id(leaf) in self.engine.placed:
             return self.parameter(leaf)
-        if (written := self.written.find(leaf)) is not None:
+        if (written := self.written.find(self, leaf)) is not None:
             return written
         return leaf
 
@@ -156,7 +156,9 @@ class Program:
             cuts = self._cut()
             locals_ = [self.local(tensor) for tensor in tensors]
             wire = [wire_view(local, tensor.spec) for local, tensor in zip(locals_, tensors, strict=True)]
-            self.engine.transport.send_tensors(destination, name, wire, description)
+            # Whoever writes to a leaf that needs a gradient writes to a copy.
+            is_stable = [local.requires_grad and local.is_leaf for local in locals_]
+            self.engine.transport.send_tensors(destination, name, wire, description, is_stable=is_stable)
             leaves = [
                 local if tensor.spec.requires_grad else None for local, tensor in zip(locals_, tensors, strict=True)
             ]
@@ -274,9 +276,8 @@ class Program:
                 extra = self._add_gradients(event.leaves, list(event.seeds))
             elif any(leaf is not None for leaf in event.leaves):
                 if event.kind == "receive":
-                    transport.send_tensors(
-                        event.peer, name, [None if leaf is None else leaf.grad for leaf in event.leaves], description
-                    )
+                    gradients = [None if leaf is None else leaf.grad for leaf in event.leaves]
+                    transport.send_tensors(event.peer, name, gradients, description, is_stable=[True] * len(gradients))
                 else:
                     buffers = [
                         torch.empty(0) if leaf is None else torch.empty(leaf.shape, dtype=leaf.dtype)

@@ -52,6 +52,7 @@ class PushedValues:
         for home, expected in self._expected.items():
             if expected:
                 self._value(home, len(expected) - 1)
+        self._received.clear()
 
     def _value(self, home: int, index: int) -> torch.Tensor:
         received = self._received.setdefault(home, [])

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from modelparallel.pipeline.stage_tensor import function_name
+from modelparallel.torch_compat import current_backward_id
 
 _MASK = (1 << 63) - 1
 _GLUE = zlib.crc32(b"glue")
@@ -91,8 +92,8 @@ class RandomFrames:
     step: int
     dp_coordinate: int
     microbatch: int
-    num_glue_operations: int = 0
     _calls: dict[int, int] = field(default_factory=dict)
+    _seen: dict[tuple[int, int], int] = field(default_factory=dict)
 
     def enter_microbatch(self, *, seeds_numpy: bool) -> None:
         """Seed the generators outside torch; before the user's code runs for this microbatch."""
@@ -103,14 +104,30 @@ class RandomFrames:
 
     def enter_unit(self, unit: int) -> None:
         """Seed for the next call of ``unit`` (see :func:`unit_number`)."""
-        call = self._calls.get(unit, 0)
-        self._calls[unit] = call + 1
-        self._seed(unit, call)
+        self._seed(unit, self._count(unit))
 
     def enter_glue_operation(self) -> None:
         """Seed for the next random operation in glue; every stage calls it for every such operation."""
-        self._seed(_GLUE, self.num_glue_operations)
-        self.num_glue_operations += 1
+        self._seed(_GLUE, self._count(_GLUE))
+
+    @property
+    def num_glue_operations(self) -> int:
+        """How many random operations in glue there were."""
+        return self._calls.get(_GLUE, 0)
+
+    def _count(self, what: int) -> int:
+        """The number of this call. A call that torch.utils.checkpoint repeats in the backward has its first number.
+
+        A checkpoint puts the generator into the state that it had before the first time, and the seed in it tells which
+        call that was.
+        """
+        before = torch.default_generator.initial_seed()
+        if current_backward_id() != -1 and (first := self._seen.get((what, before))) is not None:
+            return first
+        count = self._calls.get(what, 0)
+        self._calls[what] = count + 1
+        self._seen[what, before] = count
+        return count
 
     def _seed(self, what: int, count: int) -> None:
         # The hash of a tuple of ints is the same in every process, and well mixed.

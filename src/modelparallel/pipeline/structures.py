@@ -255,22 +255,21 @@ def flatten(value: Any) -> tuple[list[Any], tuple[Hashable, ...], Callable[[Sequ
     """(leaves, a hashable skeleton, a function that rebuilds ``value`` from other leaves)."""
     found: list[Any] = []
     shape: list[Hashable] = []
-
-    def visit(item: Any) -> None:
-        if trees.is_container(item):
-            pairs = trees.children(item)
-            shape.append(
-                (type(item).__name__, tuple(key for key, _ in pairs) if isinstance(item, dict) else len(pairs))
-            )
-            for _, child in pairs:
-                visit(child)
-        else:
-            found.append(item)
-
-    visit(value)
+    _collect(value, found, shape)
 
     def rebuild(leaves: Sequence[Any]) -> Any:
         iterator = iter(leaves)
         return trees.map_leaves(lambda _: next(iterator), value)
 
     return found, tuple(shape), rebuild
+
+
+def _collect(item: Any, found: list[Any], shape: list[Hashable]) -> None:
+    # No inner function of flatten: one that calls itself is a cycle, and would keep the values alive with it.
+    if not trees.is_container(item):
+        found.append(item)
+        return
+    pairs = trees.children(item)
+    shape.append((type(item).__name__, tuple(key for key, _ in pairs) if isinstance(item, dict) else len(pairs)))
+    for _, child in pairs:
+        _collect(child, found, shape)

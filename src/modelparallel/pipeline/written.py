@@ -8,12 +8,12 @@ microbatch, the home sends its value to the other stages, so that it is an ordin
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from modelparallel.comm.transport import MessageKind, MessageName
-from modelparallel.errors import StepUsageError
 from modelparallel.pipeline.stage_tensor import StageTensor, TensorSpec
 from modelparallel.pipeline.wire import empty_of, wire_view
 from modelparallel.torch_compat import num_storage_users
@@ -25,48 +25,61 @@ _TENSORS_PER_MESSAGE = 48
 
 
 class WrittenTensors:
-    """The written ordinary tensors of one program."""
+    """The written ordinary tensors of one program, and those that share memory with them."""
 
-    def __init__(self, program: Program) -> None:
-        self._program = program
-        # Kept alive, or their ids and addresses would be given to others.
+    def __init__(self) -> None:
+        # Kept alive, or their ids and addresses would be given to others. (No reference to the program: a cycle would
+        # keep it alive after the step.)
         self._entries: dict[int, tuple[torch.Tensor, StageTensor]] = {}
-        self._addresses: set[int] = set()
+        self._last_at: dict[int, StageTensor] = {}  # by address of the memory
 
-    def add(self, tensor: torch.Tensor, home: int) -> StageTensor:
+    def add(self, program: Program, tensor: torch.Tensor, home: int) -> StageTensor:
         """From now on ``tensor`` is a value with a home; every stage calls this at the same point of the program."""
-        program = self._program
-        result = program.new(TensorSpec.of(tensor), home, tensor if home == program.stage else None)
-        self._entries[id(tensor)] = (tensor, result)
-        self._addresses.add(_address(tensor))
-        return result
+        return self._note(tensor, program.new(TensorSpec.of(tensor), home, self._here(program, tensor, home)))
 
-    def find(self, leaf: torch.Tensor) -> StageTensor | None:
-        """The value that ``leaf`` has become, if it has; raises for a view of one, which is old on most stages."""
+    def find(self, program: Program, leaf: torch.Tensor) -> StageTensor | None:
+        """The value that ``leaf`` has become, if it or a tensor that shares its memory was written to."""
         if not self._entries:
             return None
         entry = self._entries.get(id(leaf))
         if entry is not None:
             return entry[1]
-        if _address(leaf) in self._addresses:
-            raise StepUsageError(
-                "a tensor that shares memory with one that values of the pipeline were written to (a view taken before "
-                "the writing, or its base) is used afterwards: use the tensor that was written to, and take views "
-                "(slices, reshapes) again after the writing"
+        other = self._last_at.get(_address(leaf))
+        if other is None:
+            return None
+        # Only the home's own tensor can tell whether it requires grad, so that the rule is the same everywhere.
+        spec = replace(TensorSpec.of(leaf), requires_grad=other.spec.requires_grad)
+        local = self._here(program, leaf, other.home)
+        if local is not None and local.requires_grad != spec.requires_grad:
+            local = local.detach().requires_grad_(spec.requires_grad)
+        value = program.new(spec, other.home, local, other.aliases)
+        if local is not None and other.local is not None and _address(other.local) != _address(leaf):
+            value.mark_stale(
+                "a tensor is used that shares memory with one that values of the pipeline were written to, of which a "
+                "new version was made in between: take views (slices, reshapes) again after the writing"
             )
-        return None
+        return self._note(leaf, value)
 
-    def settle(self) -> None:
+    def _note(self, tensor: torch.Tensor, value: StageTensor) -> StageTensor:
+        self._entries[id(tensor)] = (tensor, value)
+        self._last_at[_address(tensor)] = value
+        return value
+
+    @staticmethod
+    def _here(program: Program, tensor: torch.Tensor, home: int) -> torch.Tensor | None:
+        return tensor if home == program.stage else None
+
+    def settle(self, program: Program) -> None:
         """At the end of the microbatch: give every stage the values of those that live on."""
         entries = list(self._entries.values())
         self.clear()
         for home in sorted({value.home for _, value in entries}):
             there = [entry for entry in entries if entry[1].home == home]
             for start in range(0, len(there), _TENSORS_PER_MESSAGE):
-                self._share(home, there, range(start, min(start + _TENSORS_PER_MESSAGE, len(there))))
+                self._share(program, home, there, range(start, min(start + _TENSORS_PER_MESSAGE, len(there))))
 
-    def _share(self, home: int, entries: list[tuple[torch.Tensor, StageTensor]], part: range) -> None:
-        program = self._program
+    @staticmethod
+    def _share(program: Program, home: int, entries: list[tuple[torch.Tensor, StageTensor]], part: range) -> None:
         transport = program.engine.transport
         number = program.next_event(f"tensors written to on pp_rank {home}")
         name = MessageName(MessageKind.VALUE, program.microbatch, number)
@@ -97,7 +110,7 @@ class WrittenTensors:
     def clear(self) -> None:
         """Let go of everything."""
         self._entries.clear()
-        self._addresses.clear()
+        self._last_at.clear()
 
 
 def _address(tensor: Any) -> int:
