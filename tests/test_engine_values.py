@@ -163,6 +163,40 @@ def into_plain(self: Any, x: Tensor) -> Tensor:
     return self.d(collected.sum(1) + flat) + out
 
 
+def into_plain_views(self: Any, x: Tensor) -> Tensor:
+    first, second = self.a(x), self.b(x)
+    collected = torch.zeros(2, *x.shape, dtype=x.dtype)
+    rows = collected.view(-1)  # taken before the writing
+    for index in range(2):
+        collected[index] += first * (index + 1)
+    collected[1][:, 0].add_(second[:, 1])
+    y = self.c(rows.view(2, *x.shape)[0]) + collected[1]
+    counts = torch.zeros(4, dtype=x.dtype)
+    counts[1:3].copy_(second.detach()[0, :2])
+    low, high = counts.chunk(2)
+    return self.d(y * counts.sum()) + low.sum() * high[0]
+
+
+def views_written_after_cuts(self: Any, x: Tensor) -> Tensor:
+    y = self.a(x)
+    first = y[:, 0]
+    transposed = y.T
+    z = self.b(y * 1)  # a cut; y itself is not kept for the backward
+    y.mul_(2.0)
+    first.add_(1.0)
+    z = z + first.unsqueeze(1) + self.b(transposed.T * 1)  # another one
+    y[:, 2:4] += self.b(x)[:, 2:4]
+    y[0].mul_(0.5)
+    with torch.no_grad():
+        transposed[1] += 1.0
+    w = self.c(z) + y
+    y.view(-1)[3:7].tanh_()
+    only = self.d(w)[:, :3]
+    z = self.b(w * 1)
+    only.sub_(z[:, :3])
+    return z + y + first.mean() + transposed.sum(0).unsqueeze(1) + only.sum()
+
+
 def views_written(self: Any, x: Tensor) -> Tensor:
     x = self.b(self.a(x))
     half, other = x[:, : WIDTH // 2], x[:, WIDTH // 2 :]
@@ -380,6 +414,8 @@ CASES = {
     "in_place_first": Case(lambda: InPlaceUnits(reads_input_again=False), vectors, square),
     "in_place_first_read_again": Case(lambda: InPlaceUnits(reads_input_again=True), vectors, square),
     "into_plain": Case(held(into_plain), vectors, square),
+    "into_plain_views": Case(held(into_plain_views), vectors, square),
+    "views_written_after_cuts": Case(held(views_written_after_cuts), vectors, square),
     "views_written": Case(held(views_written), vectors, square),
     "into_parameter_view": Case(held(into_parameter_view), vectors, square),
     "norm_running": Case(held(norm_running), vectors, square),

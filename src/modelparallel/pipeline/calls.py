@@ -16,13 +16,12 @@ from modelparallel import trees
 from modelparallel.errors import UnsupportedError
 from modelparallel.pipeline import glue
 from modelparallel.pipeline.stage_tensor import StageTensor
-from modelparallel.pipeline.structures import call_key, flatten
+from modelparallel.pipeline.structures import call_key, flatten_call, has_containers
 
 if TYPE_CHECKING:
     from modelparallel.pipeline.engine import PipelineEngine
     from modelparallel.pipeline.program import Program
 
-_NUM_OUTER_CONTAINERS = 3  # the pair (args, kwargs), and its two
 DYNAMIC_MARK = "_modelparallel_dynamic"
 _PRIMITIVES = (int, float, complex, str, bytes, bool, type(None), torch.dtype, torch.device, nn.Module)
 
@@ -53,7 +52,7 @@ def mark_dynamic(module: nn.Module) -> None:
 
 def run(engine: PipelineEngine, program: Program, entry: PlacedModule, args: Any, kwargs: Any) -> Any:
     """Call a placed module; every stage of the pipeline does, in the same order."""
-    values, skeleton, rebuild = flatten((args, kwargs))
+    values, skeleton, rebuild = flatten_call(args, kwargs)
     values = [program.resolve(value) for value in values]
     inputs = [value for value in values if isinstance(value, StageTensor)]
     program.fetch(inputs, entry.home, f"{entry.name} input")
@@ -62,7 +61,7 @@ def run(engine: PipelineEngine, program: Program, entry: PlacedModule, args: Any
     if key is not None:
         # Freezing a weight changes which outputs need gradients.
         key = (id(entry), tuple([parameter.requires_grad for parameter in entry.parameters]), key)
-    has_containers = len(skeleton) > _NUM_OUTER_CONTAINERS
+    holds_containers = has_containers(skeleton)
     call = _checkpointed(entry.inner) if engine.num_open_checkpoints and torch.is_grad_enabled() else entry.inner
 
     def compute(locals_: list[Any]) -> Any:
@@ -70,14 +69,14 @@ def run(engine: PipelineEngine, program: Program, entry: PlacedModule, args: Any
         if entry.unit is not None:
             program.frames.enter_unit(entry.unit)
         objects = [value for value in locals_ if not isinstance(value, (torch.Tensor, *_PRIMITIVES))]
-        if not objects and not has_containers:
+        if not objects and not holds_containers:
             return call(*inner_args, **inner_kwargs)
         before = [_fingerprint(value) for value in objects]
         output = call(*inner_args, **inner_kwargs)
         for value, old in zip(objects, before, strict=True):
             if old is not None and _fingerprint(value) != old:
                 raise _changed(entry, type(value))
-        if has_containers:
+        if holds_containers:
             _check_containers(entry, (inner_args, inner_kwargs), locals_, skeleton)
         return output
 
@@ -92,7 +91,7 @@ def _checkpointed(inner: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _check_containers(entry: PlacedModule, arguments: Any, leaves: list[Any], skeleton: Any) -> None:
-    found, found_skeleton, _ = flatten(arguments)
+    found, found_skeleton, _ = flatten_call(*arguments)
     if found_skeleton != skeleton or any(one is not other for one, other in zip(found, leaves, strict=True)):
         changed = next((type(leaf) for leaf in arguments[0] if trees.is_container(leaf)), dict)
         raise _changed(entry, changed)

@@ -23,10 +23,11 @@ from modelparallel.pipeline.structures import (
     check_same,
     decode,
     encode,
-    flatten,
+    flatten_call,
     is_value_shaped,
     operation_key,
 )
+from modelparallel.pipeline.writing import writable
 
 if TYPE_CHECKING:
     from modelparallel.pipeline.engine import PipelineEngine
@@ -63,7 +64,7 @@ def run(engine: PipelineEngine, program: Program, func: Callable[..., Any], args
     special = _special(program, func, name, args, kwargs)
     if special is not None:
         return special[0]
-    values, skeleton, rebuild = flatten((args, kwargs))
+    values, skeleton, rebuild = flatten_call(args, kwargs)
     written = _written_index(func, name, args, kwargs, values)
     given = values[written] if written is not None else None
     values = [program.resolve(value) for value in values]
@@ -179,10 +180,8 @@ def _compute_here(
         # A leaf that needs a gradient (cut, or received) cannot be written to: the writing goes to a copy, which then
         # is the value.
         may_be_written = index == written or (protect and (written_before is None or num_tensors in written_before))
-        is_leaf = local.requires_grad and local.is_leaf
-        if may_be_written and is_leaf and isinstance(value, StageTensor) and not value.is_pinned_home:
-            with torch.enable_grad():  # writing under no_grad changes the value, and not where its gradient goes
-                local = local.clone()
+        if may_be_written and isinstance(value, StageTensor):
+            local = writable(value, local)
         num_tensors += 1
         locals_.append(local)
     tensors = [local for local in locals_ if isinstance(local, torch.Tensor)]
@@ -199,9 +198,9 @@ def _compute_here(
             if isinstance(source, StageTensor) and source.local is not tensor:
                 for other in source.aliases.others(source):
                     other.mark_stale(
-                        f"{what} wrote in place to a value of which another view was taken on the other side of a "
-                        "stage boundary; write "
-                        "x = x.clone() before the in-place operation, or use the operation that returns a new tensor"
+                        f"{what} wrote in place to a value that shares memory with this one, after a stage boundary; "
+                        "write x = x.clone() before the in-place operation, or use the operation that returns a new "
+                        "tensor"
                     )
                 source.local = tensor
     structure, new = encode(output, tensors, opaque, mutated, what, values_are_fixed=False)

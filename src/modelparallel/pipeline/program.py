@@ -139,6 +139,8 @@ class Program:
 
     def fetch(self, tensors: Sequence[StageTensor], stage: int, description: str) -> None:
         """Make every tensor available on ``stage``; all stages call this with the same arguments."""
+        if all(stage in tensor.places for tensor in tensors):
+            return
         missing: dict[int, list[StageTensor]] = {}
         for tensor in tensors:
             group = missing.setdefault(tensor.home, [])

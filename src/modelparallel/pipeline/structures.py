@@ -251,10 +251,25 @@ def _leaf_key(leaf: Any, *, floats_by_type: bool) -> Hashable:
     return type(leaf).__qualname__
 
 
-def flatten(value: Any) -> tuple[list[Any], tuple[Hashable, ...], Callable[[Sequence[Any]], Any]]:
-    """(leaves, a hashable skeleton, a function that rebuilds ``value`` from other leaves)."""
-    found: list[Any] = []
+_FLAT = "flat"
+
+
+def flatten_call(
+    args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[list[Any], tuple[Hashable, ...], Callable[[Sequence[Any]], Any]]:
+    """(leaves, a hashable skeleton, a function that rebuilds (args, kwargs) from other leaves) of a call."""
+    found = [*args, *kwargs.values()] if kwargs else list(args)
+    if not any(trees.is_container(value) for value in found):
+        num_positional = len(args)
+        keys = tuple(kwargs)
+
+        def rebuild_flat(leaves: Sequence[Any]) -> Any:
+            return tuple(leaves[:num_positional]), dict(zip(keys, leaves[num_positional:], strict=True))
+
+        return found, (_FLAT, num_positional, *keys), rebuild_flat
+    found = []
     shape: list[Hashable] = []
+    value = (args, kwargs)
     _collect(value, found, shape)
 
     def rebuild(leaves: Sequence[Any]) -> Any:
@@ -264,8 +279,13 @@ def flatten(value: Any) -> tuple[list[Any], tuple[Hashable, ...], Callable[[Sequ
     return found, tuple(shape), rebuild
 
 
+def has_containers(skeleton: tuple[Hashable, ...]) -> bool:
+    """Whether the call that this is the skeleton of has an argument that is a container."""
+    return skeleton[0] != _FLAT
+
+
 def _collect(item: Any, found: list[Any], shape: list[Hashable]) -> None:
-    # No inner function of flatten: one that calls itself is a cycle, and would keep the values alive with it.
+    # No inner function of flatten_call: one that calls itself is a cycle, and would keep the values alive with it.
     if not trees.is_container(item):
         found.append(item)
         return

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from modelparallel.comm.transport import MessageKind, MessageName
+from modelparallel.comm.transport import MessageKind, MessageName, is_dense
 from modelparallel.pipeline.stage_tensor import StageTensor, TensorSpec
 from modelparallel.pipeline.wire import empty_of, wire_view
+from modelparallel.pipeline.writing import element_range
 from modelparallel.torch_compat import num_storage_users
 
 if TYPE_CHECKING:
@@ -50,15 +51,33 @@ class WrittenTensors:
         # Only the home's own tensor can tell whether it requires grad, so that the rule is the same everywhere.
         spec = replace(TensorSpec.of(leaf), requires_grad=other.spec.requires_grad)
         local = self._here(program, leaf, other.home)
-        if local is not None and local.requires_grad != spec.requires_grad:
+        is_current = local is None or other.local is None or _address(other.local) == _address(leaf)
+        if not is_current:
+            local = self._in_new_version(leaf, other.home)
+            local = leaf if local is None else local
+        elif local is not None and local.requires_grad != spec.requires_grad:
             local = local.detach().requires_grad_(spec.requires_grad)
         value = program.new(spec, other.home, local, other.aliases)
-        if local is not None and other.local is not None and _address(other.local) != _address(leaf):
+        if local is leaf and not is_current:
             value.mark_stale(
                 "a tensor is used that shares memory with one that values of the pipeline were written to, of which a "
                 "new version was made in between: take views (slices, reshapes) again after the writing"
             )
         return self._note(leaf, value)
+
+    def _in_new_version(self, leaf: torch.Tensor, home: int) -> torch.Tensor | None:
+        """The view of a written tensor's present value that ``leaf`` is of its first one."""
+        first, last = element_range(leaf)
+        for tensor, value in self._entries.values():
+            if value.local is None or value.home != home or value.stale_reason is not None:
+                continue
+            start, end = element_range(tensor)
+            if _address(tensor) != _address(leaf) or first < start or last > end or tensor.dtype != leaf.dtype:
+                continue
+            if tensor.stride() == value.local.stride() and is_dense(tuple(tensor.shape), tensor.stride()):
+                offset = int(leaf.storage_offset()) - start + int(value.local.storage_offset())
+                return value.local.as_strided(leaf.shape, leaf.stride(), offset)
+        return None
 
     def _note(self, tensor: torch.Tensor, value: StageTensor) -> StageTensor:
         self._entries[id(tensor)] = (tensor, value)
