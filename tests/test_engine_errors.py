@@ -315,7 +315,7 @@ def reads_large_on_one(model: Any, x: Tensor) -> Tensor:
 
     y = model(x).repeat(2000, 1)
     if smp.pp_rank() == 0:
-        print(y.sum().item())
+        print(y[0, 0].item())  # a view of a large value: not known everywhere
     return finish(model, y)
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from modelparallel import trees
 from modelparallel.comm.transport import is_dense
 from modelparallel.errors import DivergenceError, StepUsageError, UnsupportedError
 from modelparallel.pipeline.randomness import is_random
@@ -98,8 +99,10 @@ def run(engine: PipelineEngine, program: Program, func: Callable[..., Any], args
     result = execute(
         engine, program, f"operation {name}", key, values, home, compute, written=written, is_known=is_known
     )
-    if is_known and not value_shaped:
-        _derive_replica(values, result, compute)
+    if is_known:
+        _derive_replicas(engine, values, result, compute)
+    elif written is None:
+        _push_if_reduced(engine, program, inputs, result)
     if written is not None and result is values[written]:
         return given  # x += y must leave the user's own object (a buffer, a plain tensor) in x
     return result
@@ -361,36 +364,56 @@ def _register_hook(program: Program, tensor: StageTensor, hook: Callable[[torch.
     return torch.utils.hooks.RemovableHandle(OrderedDict())
 
 
-def _derive_replica(values: Sequence[Any], result: Any, compute: Callable[[list[Any]], Any]) -> None:
-    """The result of an operation on values that every stage may read can be read by every stage, too: computed when it
-    is.
+def _derive_replicas(
+    engine: PipelineEngine, values: Sequence[Any], result: Any, compute: Callable[[list[Any]], Any]
+) -> None:
+    """The results of an operation on values that every stage may read can be read by every stage, too: computed when
+    they are.
     """
-    if not isinstance(result, StageTensor) or result.spec.num_bytes > result.program.engine.push_limit_bytes:
-        return
-    sources = [value for value in values if isinstance(value, StageTensor)]
-    if any(value is result or value.replica is None for value in sources):
-        return
-    engine = result.program.engine
-    if result.home == engine.stage:
-        weak_result = weakref.ref(result)  # a value that refers to itself, or to its inputs, would be freed late
+    kept: list[Any] = []
+    for index, leaf in enumerate(trees.leaves(result)):
+        if not isinstance(leaf, StageTensor) or leaf.replica is not None:
+            continue
+        if leaf.spec.num_bytes <= engine.push_limit_bytes:
+            leaf.replica = _own(leaf) if leaf.home == engine.stage else _computed(engine, values, compute, kept, index)
 
-        def own() -> torch.Tensor:
-            alive = weak_result()
-            if alive is None or alive.local is None:
-                raise DivergenceError("a value known on every stage was read after it had gone")
-            return alive.local.detach()
 
-        result.replica = own
-        return
-    kept: list[torch.Tensor] = []
+def _own(result: StageTensor) -> Callable[[], torch.Tensor]:
+    weak_result = weakref.ref(result)  # a value that refers to itself, or to its inputs, would be freed late
 
-    def computed() -> torch.Tensor:
+    def read() -> torch.Tensor:
+        alive = weak_result()
+        if alive is None or alive.local is None:
+            raise DivergenceError("a value known on every stage was read after it had gone")
+        return alive.local.detach()
+
+    return read
+
+
+def _computed(
+    engine: PipelineEngine, values: Sequence[Any], compute: Callable[[list[Any]], Any], kept: list[Any], index: int
+) -> Callable[[], torch.Tensor]:
+    def read() -> torch.Tensor:
         if not kept:
             with torch.no_grad(), engine.native_region():
-                read = [
+                known = [
                     value.replica() if isinstance(value, StageTensor) and value.replica else value for value in values
                 ]
-                kept.append(compute(read).detach())
-        return kept[0]
+                kept.extend(trees.leaves(compute(known)))
+        found: torch.Tensor = kept[index]
+        return found.detach()
 
-    result.replica = computed
+    return read
+
+
+def _push_if_reduced(engine: PipelineEngine, program: Program, inputs: Sequence[StageTensor], result: Any) -> None:
+    """A single number made of many is a loss or a metric, which scripts like to print on one rank alone: let every
+    stage know it.
+    """
+    if not isinstance(result, StageTensor) or result.replica is not None or result.is_pinned_home:
+        return
+    if torch.Size(result.spec.shape).numel() != 1 or result.spec.num_bytes > engine.push_limit_bytes:
+        return
+    is_view = any(result.aliases is value.aliases for value in inputs)
+    if not is_view and any(torch.Size(value.spec.shape).numel() > 1 for value in inputs):
+        program.pushes.push(result)
