@@ -129,10 +129,10 @@ def shutdown() -> None:
         for process_group in {id(group): group for group in session._made.values()}.values():
             if process_group is not dist.group.WORLD:
                 dist.destroy_process_group(process_group)
-    _let_threads_finish()
+    let_threads_finish()
 
 
-def _let_threads_finish() -> None:
+def let_threads_finish() -> None:
     """Give gloo's threads the interpreter until all of them sleep.
 
     A gloo thread reports a finished operation first and lets go of its tensors afterwards, for which it needs the

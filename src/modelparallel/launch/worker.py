@@ -145,6 +145,10 @@ def _leave_process_group() -> None:
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()
+        # As after smp.init: a script that made its groups itself would now and then be aborted at its end.
+        from modelparallel.session import let_threads_finish
+
+        let_threads_finish()
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
