@@ -38,11 +38,6 @@ def install_call(module: nn.Module, call: Callable[..., Any]) -> Callable[..., A
     return previous
 
 
-def uninstall_call(module: nn.Module) -> None:
-    """Undo :func:`install_call`."""
-    module.__dict__.pop("_compiled_call_impl", None)
-
-
 def suspend_function_mode(mode: object) -> bool:
     """Take ``mode`` off the torch-function mode stack if it is the innermost one; whether it was."""
     num_modes = _len_torch_function_stack()

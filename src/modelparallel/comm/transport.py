@@ -9,14 +9,12 @@ posted, so a blocking send would stop the sender's compute.
 
 from __future__ import annotations
 
-import pickle
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from enum import IntEnum
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -178,17 +176,6 @@ class StageTransport:
         data = torch.empty(size, dtype=torch.uint8)
         self._wait(self._receive(peer, data, tag), f"receive {description or name} from pp_rank {peer}", name)
         return data.numpy().tobytes()
-
-    def broadcast_object(self, source: int, name: MessageName, value: Any, description: str = "") -> Any:
-        """``value`` of stage ``source``, on every stage; each stage calls this. Objects are pickled."""
-        if len(self.global_ranks) == 1:
-            return value
-        if self.stage != source:
-            return pickle.loads(self.receive_object(source, name, description))
-        payload = pickle.dumps(value)
-        for peer in self.peers():
-            self.send_object(peer, name, payload, description)
-        return value
 
     def peers(self) -> list[int]:
         """All other stages."""
