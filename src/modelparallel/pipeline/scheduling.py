@@ -125,9 +125,10 @@ def _zero_bubble(chain: Chain, cap: int, interleaved: _Result) -> Iterator[_Poli
     # First the interleaved order with every W part right behind its I part: so the result is never slower than that.
     # Then with as many left for later as the limit allows, which is ZB-H1 on a straight chain (Qi et al. 2023).
     p = chain.num_stages
-    limits = tuple(max(limit, cap) for limit in interleaved.policy.limits)
-    for behind in ((0,) * p, tuple(max(0, cap - peak) for peak in interleaved.peaks)):
-        yield replace(interleaved.policy, limits=limits, is_split=True, weights_behind=behind)
+    first = replace(interleaved.policy, is_split=True, weights_behind=(0,) * p)
+    yield first
+    behind = tuple(max(0, cap - peak) for peak in interleaved.peaks)
+    yield replace(first, limits=(cap,) * p, weights_behind=behind)
     limits_to_try = dict.fromkeys(min(limit, cap) for limit in (p, 2 * p - 1, cap))
     for limit in limits_to_try:
         for group in dict.fromkeys((1, interleaved.policy.group)):
