@@ -94,7 +94,9 @@ def make_schedule(
         return interleaved.schedule
     if active_microbatches is None:
         cap = max(1, *interleaved.peaks)
-    return _joined(_best(shape, list(_zero_bubble(chain, cap, interleaved)), kind).schedule, chain)
+    # First the interleaved order with every W part right behind its I part: so the result is never slower than that.
+    known = _split(interleaved.schedule, chain)
+    return _joined(_best(shape, list(_zero_bubble(chain, cap, interleaved)), kind, known).schedule, chain)
 
 
 def _groups(chain: Chain, shape: _Shape, cap: int) -> list[int]:
@@ -122,18 +124,31 @@ def _interleaved(chain: Chain, cap: int) -> Iterator[_Policy]:
 
 
 def _zero_bubble(chain: Chain, cap: int, interleaved: _Result) -> Iterator[_Policy]:
-    # First the interleaved order with every W part right behind its I part: so the result is never slower than that.
-    # Then with as many left for later as the limit allows, which is ZB-H1 on a straight chain (Qi et al. 2023).
+    # The interleaved order with as many W parts left for later as the limit allows; with a limit of p this is ZB-H1 on a
+    # straight chain (Qi et al. 2023).
     p = chain.num_stages
-    first = replace(interleaved.policy, is_split=True, weights_behind=(0,) * p)
-    yield first
     behind = tuple(max(0, cap - peak) for peak in interleaved.peaks)
-    yield replace(first, limits=(cap,) * p, weights_behind=behind)
+    assert interleaved.policy is not None
+    yield replace(interleaved.policy, limits=(cap,) * p, is_split=True, weights_behind=behind)
     limits_to_try = dict.fromkeys(min(limit, cap) for limit in (p, 2 * p - 1, cap))
     for limit in limits_to_try:
         for group in dict.fromkeys((1, interleaved.policy.group)):
             for patience in (_ALWAYS, 0.0):
                 yield _Policy((limit,) * p, group, is_split=True, patience=patience)
+
+
+def _split(schedule: Schedule, chain: Chain) -> Schedule:
+    """The same order as a zero-bubble schedule: every B is an I and its W."""
+    stages = []
+    for stage, actions in enumerate(schedule.actions):
+        parts: list[Action] = []
+        for action in actions:
+            if action.kind is ActionKind.B and chain.visits[chain.visits_of(stage)[action.visit]].weight > 0:
+                parts += [replace(action, kind=ActionKind.I), replace(action, kind=ActionKind.W)]
+            else:
+                parts.append(action)
+        stages.append(tuple(parts))
+    return Schedule("zero_bubble", schedule.num_microbatches, tuple(stages))
 
 
 def _joined(schedule: Schedule, chain: Chain) -> Schedule:
@@ -172,33 +187,32 @@ def _stages_ahead(chain: Chain) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class _Result:
-    policy: _Policy
+    policy: _Policy | None
     schedule: Schedule
     peaks: tuple[int, ...]
+    makespan: float
+    key: tuple[float, ...]
 
 
-def _best(shape: _Shape, policies: list[_Policy], kind: str) -> _Result:
-    """The first of the best results: shortest, then least waiting, then fewest live visits."""
-    best: tuple[tuple[float, ...], _Result] | None = None
-    shortest = _ALWAYS
+def _best(shape: _Shape, policies: list[_Policy], kind: str, known: Schedule | None = None) -> _Result:
+    """The first of the best results, `known` among them: shortest, then least waiting, then fewest live visits."""
+    best = None if known is None else _result(shape, None, known)
     for policy in policies:
         simulation = _Simulation(shape, policy, has_backwards=kind != "forward_only")
-        if not simulation.run(until=shortest + shape.moment):
-            continue
-        schedule = Schedule(kind, shape.num_microbatches, simulation.actions())
-        timeline = simulate(schedule, shape.chain)
-        shortest = min(shortest, timeline.makespan)
-        unit = shape.moment / _SAME_MOMENT or 1.0
-        key = (
-            round(timeline.makespan / unit, 6),
-            round(max(timeline.waiting) / unit, 6),
-            sum(timeline.peak_visits),
-        )
-        if best is None or key < best[0]:
-            best = key, _Result(policy, schedule, timeline.peak_microbatches)
+        if simulation.run(until=_ALWAYS if best is None else best.makespan + shape.moment):
+            result = _result(shape, policy, Schedule(kind, shape.num_microbatches, simulation.actions()))
+            if best is None or result.key < best.key:
+                best = result
     if best is None:
         raise AssertionError("no policy finished, although one that chooses freely cannot get stuck")
-    return best[1]
+    return best
+
+
+def _result(shape: _Shape, policy: _Policy | None, schedule: Schedule) -> _Result:
+    timeline = simulate(schedule, shape.chain)
+    unit = shape.moment / _SAME_MOMENT or 1.0
+    key = (round(timeline.makespan / unit, 6), round(max(timeline.waiting) / unit, 6), float(sum(timeline.peak_visits)))
+    return _Result(policy, schedule, timeline.peak_microbatches, timeline.makespan, key)
 
 
 class _Shape:
