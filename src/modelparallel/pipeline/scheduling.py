@@ -89,7 +89,7 @@ def make_schedule(
     if kind == "forward_only":
         policies = [_Policy((cap,) * chain.num_stages, group) for group in _groups(chain, shape, cap)]
         return _best(shape, policies, kind).schedule
-    interleaved = _best(shape, list(_interleaved(chain, cap)), "interleaved")
+    interleaved = _best(shape, list(_interleaved(chain, num_microbatches, cap)), "interleaved")
     if kind == "interleaved":
         return interleaved.schedule
     if active_microbatches is None:
@@ -104,7 +104,7 @@ def _groups(chain: Chain, shape: _Shape, cap: int) -> list[int]:
     return [1] if chain.is_straight else sorted({1, min(chain.num_stages, cap), cap, shape.num_microbatches})
 
 
-def _interleaved(chain: Chain, cap: int) -> Iterator[_Policy]:
+def _interleaved(chain: Chain, num_microbatches: int, cap: int) -> Iterator[_Policy]:
     depths = _depths(chain)
     if chain.is_straight:
         limits = tuple(min(depth, cap) for depth in depths)
@@ -112,15 +112,17 @@ def _interleaved(chain: Chain, cap: int) -> Iterator[_Policy]:
         return
     p = chain.num_stages
     rounds = max(len(chain.visits_of(stage)) for stage in range(p))
-    # The order known for virtual stages, in groups of p (Narayanan et al. 2021, section 2.2).
-    group = min(p, cap)
-    warm_up = tuple(2 * (p - stage - 1) + (rounds - 1) * p + 1 for stage in range(p))
-    yield _Policy((cap,) * p, group, warm_up)
+    # Groups of p, and where they do not come out even, somewhat larger ones.
+    groups = dict.fromkeys(min(size, cap) for size in (p, -(-num_microbatches // max(1, num_microbatches // p))))
+    for group in groups:
+        # The order known for virtual stages (Narayanan et al. 2021, section 2.2).
+        warm_up = tuple(2 * (p - stage - 1) + (rounds - 1) * group + 1 for stage in range(p))
+        yield _Policy((cap,) * p, group, warm_up)
     reach = _stages_ahead(chain)
     limits_to_try = [reach, tuple(2 * stages - 1 for stages in reach), (cap,) * p]
     for limits in dict.fromkeys(tuple(min(limit, cap) for limit in limits) for limits in limits_to_try):
-        for size in (1, group) if group > 1 else (1,):
-            yield _Policy(limits, size)
+        for group in dict.fromkeys((1, *groups)):
+            yield _Policy(limits, group)
 
 
 def _zero_bubble(chain: Chain, cap: int, interleaved: _Result) -> Iterator[_Policy]:
@@ -197,7 +199,10 @@ class _Result:
 def _best(shape: _Shape, policies: list[_Policy], kind: str, known: Schedule | None = None) -> _Result:
     """The first of the best results, `known` among them: shortest, then least waiting, then fewest live visits."""
     best = None if known is None else _result(shape, None, known)
+    bound = _lower_bound(shape, has_backwards=kind != "forward_only") + shape.moment
     for policy in policies:
+        if best is not None and best.makespan <= bound and best.key[1] == 0:
+            break
         simulation = _Simulation(shape, policy, has_backwards=kind != "forward_only")
         if simulation.run(until=_ALWAYS if best is None else best.makespan + shape.moment):
             result = _result(shape, policy, Schedule(kind, shape.num_microbatches, simulation.actions()))
@@ -206,6 +211,24 @@ def _best(shape: _Shape, policies: list[_Policy], kind: str, known: Schedule | N
     if best is None:
         raise AssertionError("no policy finished, although one that chooses freely cannot get stuck")
     return best
+
+
+def _lower_bound(shape: _Shape, *, has_backwards: bool) -> float:
+    """No schedule is shorter: a stage cannot begin before its first values can be there, and has all its work to do."""
+    chain = shape.chain
+    ends: list[float] = []
+    for needs, visit in zip(Needs(chain).forward, chain.visits, strict=True):
+        ends.append(visit.forward + max((ends[other] for other in needs), default=0.0))
+    bound = 0.0
+    for stage in range(chain.num_stages):
+        visits = [(index, chain.visits[index]) for index in chain.visits_of(stage)]
+        work = sum(
+            visit.forward + (visit.backward + visit.weight) * (visit.has_backward and has_backwards)
+            for _, visit in visits
+        )
+        begin = min((ends[index] - visit.forward for index, visit in visits), default=0.0)
+        bound = max(bound, begin + shape.num_microbatches * work)
+    return bound
 
 
 def _result(shape: _Shape, policy: _Policy | None, schedule: Schedule) -> _Result:
