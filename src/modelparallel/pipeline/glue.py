@@ -15,10 +15,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from modelparallel import trees
-from modelparallel.comm.transport import is_dense
 from modelparallel.errors import DivergenceError, StepUsageError, UnsupportedError
 from modelparallel.pipeline.randomness import is_random
-from modelparallel.pipeline.stage_tensor import AliasGroup, StageTensor, function_name
+from modelparallel.pipeline.stage_tensor import AliasGroup, StageTensor, function_name, is_dense
 from modelparallel.pipeline.structures import (
     Structure,
     check_same,

@@ -9,7 +9,7 @@ all stages, since every stage takes its decisions from it.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,22 @@ from modelparallel.torch_compat import DisableTorchFunctionSubclass
 
 if TYPE_CHECKING:
     from modelparallel.pipeline.program import Program
+
+
+def is_dense(shape: Sequence[int], stride: Sequence[int]) -> bool:
+    """Whether a tensor of this shape and stride fills its storage without gaps or overlaps, in some order of its
+    dimensions.
+    """
+    expected = 1
+    for length, step in sorted(
+        ((n, s) for n, s in zip(shape, stride, strict=True) if n != 1), key=lambda pair: pair[1]
+    ):
+        if length == 0:
+            return True
+        if step != expected:
+            return False
+        expected *= length
+    return True
 
 
 @dataclass(frozen=True)
@@ -35,6 +51,14 @@ class TensorSpec:
     @classmethod
     def of(cls, tensor: torch.Tensor) -> TensorSpec:
         return cls(tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.requires_grad, tensor.device.type)
+
+    @classmethod
+    def of_gradient(cls, tensor: torch.Tensor) -> TensorSpec:
+        """Of the gradient of ``tensor`` as it travels: row by row, whatever strides autograd gave it."""
+        stride = [1] * tensor.ndim
+        for dim in range(tensor.ndim - 2, -1, -1):
+            stride[dim] = stride[dim + 1] * max(1, tensor.shape[dim + 1])
+        return cls(tuple(tensor.shape), tuple(stride), tensor.dtype, False, tensor.device.type)
 
     @property
     def num_bytes(self) -> int:
