@@ -15,9 +15,10 @@ from torch.overrides import TorchFunctionMode
 from modelparallel.comm.transport import StageTransport
 from modelparallel.errors import StepUsageError
 from modelparallel.pipeline import calls, glue
+from modelparallel.pipeline.functions import traits_of
 from modelparallel.pipeline.program import Program
-from modelparallel.pipeline.randomness import RandomFrames, is_random, may_draw, unit_number
-from modelparallel.pipeline.stage_tensor import StageTensor, is_metadata
+from modelparallel.pipeline.randomness import RandomFrames, may_draw, unit_number
+from modelparallel.pipeline.stage_tensor import StageTensor
 from modelparallel.pipeline.structures import Structure
 from modelparallel.torch_compat import (
     CheckpointFunction,
@@ -53,19 +54,20 @@ class _GlueMode(TorchFunctionMode):
         engine = self._engine
         if engine.is_native:
             return func(*args, **kwargs)
-        if is_metadata(func):
+        traits = traits_of(func)
+        if traits.is_metadata:
             with DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         program = engine.program
         if program is not None and (StageTensor in types or engine.has_placed(program, args, kwargs)):
-            return program.glue(func, args, kwargs)
+            return glue.run(engine, program, func, args, kwargs)
         if program is None and func is torch.Tensor.backward:
             raise StepUsageError(
                 "loss.backward() inside a function decorated with @smp.step: write model.backward(loss), which "
                 "averages over the microbatches and "
                 "lets the gradients be reduced over the data-parallel ranks"
             )
-        if engine.frames is not None and is_random(func):
+        if engine.frames is not None and traits.is_random:
             engine.frames.enter_glue_operation()
         return func(*args, **kwargs)
 

@@ -139,7 +139,10 @@ class Program:
 
     def fetch(self, tensors: Sequence[StageTensor], stage: int, description: str) -> None:
         """Make every tensor available on ``stage``; all stages call this with the same arguments."""
-        if all(stage in tensor.places for tensor in tensors):
+        for tensor in tensors:
+            if stage not in tensor.places:
+                break
+        else:
             return
         missing: dict[int, list[StageTensor]] = {}
         for tensor in tensors:
@@ -244,7 +247,7 @@ class Program:
                     "model.backward was given a tensor that does not depend on the model's parameters (requires_grad "
                     "is False)"
                 )
-            if gradient is None and value.spec.shape not in ((), (1,)) and torch.Size(value.spec.shape).numel() != 1:
+            if gradient is None and value.spec.num_elements != 1:
                 raise StepUsageError(
                     "model.backward without grad_tensors needs a scalar, got a tensor of shape "
                     f"{tuple(value.spec.shape)}: reduce it, or pass gradients"
