@@ -5,7 +5,7 @@ Nearly all calls are flat (tensors and numbers, no containers): they are handled
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +22,7 @@ _VALUES = (
     int, bool, str, bytes, type(None), type(...), torch.dtype, torch.device, torch.memory_format, torch.layout
 )  # fmt: skip
 _VALUE_KINDS = frozenset(_VALUES)
+_BOUNDS = frozenset((int, type(None)))
 _LEAF_KINDS = _VALUE_KINDS | {float, complex, slice}
 _PRIMITIVES = (*_VALUES, float, complex, nn.Module)
 
@@ -31,18 +32,20 @@ class Arguments:
     ``tensors`` those of the values that are tensors, ``inputs`` those that are StageTensors, in order.
     """
 
-    __slots__ = ("_args", "_kwargs", "given", "holds_containers", "inputs", "skeleton", "tensors", "values")
+    __slots__ = ("_keywords", "_num_positional", "_outer", "given", "holds_containers", "inputs", "skeleton", "tensors", "values")
 
     def __init__(self, program: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._args, self._kwargs = args, kwargs
+        self._num_positional = len(args)
+        self._keywords = kwargs
+        self._outer = leaves = [*args, *kwargs.values()] if kwargs else list(args)
         self.holds_containers = False
         self.skeleton: Hashable = (len(args), *kwargs) if kwargs else len(args)
-        leaves = [*args, *kwargs.values()] if kwargs else list(args)
         for value in leaves:
             kind = type(value)
             if kind is not StageTensor and kind not in _LEAF_KINDS and trees.is_container(value):
-                leaves, self.skeleton = taken_apart(args, kwargs)
                 self.holds_containers = True
+                leaves, shape = taken_apart(leaves)
+                self.skeleton = (len(args), *kwargs, *shape)
                 break
         self.given = self.values = leaves
         self.tensors: list[torch.Tensor] = []
@@ -76,21 +79,15 @@ class Arguments:
         self.tensors = [leaf for leaf in self.values if isinstance(leaf, torch.Tensor)]
         self.inputs.append(value)
 
-    def rebuilt(self, leaves: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """(args, kwargs) with other leaves."""
-        if not self.holds_containers:
-            num_positional = len(self._args)
-            return tuple(leaves[:num_positional]), dict(zip(self._kwargs, leaves[num_positional:], strict=True))
-        iterator = iter(leaves)
-        args, kwargs = trees.map_leaves(lambda _: next(iterator), (self._args, self._kwargs))
-        return args, kwargs
-
-    def call(self, func: Callable[..., Any], leaves: Sequence[Any]) -> Any:
+    def call(self, func: Callable[..., Any], leaves: list[Any]) -> Any:
         """``func`` with these arguments, but other leaves."""
-        if not self.holds_containers and not self._kwargs:
+        if self.holds_containers:
+            iterator = iter(leaves)
+            leaves = [_refilled(value, iterator) for value in self._outer]
+        if not self._keywords:
             return func(*leaves)
-        args, kwargs = self.rebuilt(leaves)
-        return func(*args, **kwargs)
+        num_positional = self._num_positional
+        return func(*leaves[:num_positional], **dict(zip(self._keywords, leaves[num_positional:], strict=True)))
 
     def opaque(self) -> list[Any]:
         """The leaves that are not tensors, in order."""
@@ -122,6 +119,20 @@ class Arguments:
         return keys
 
 
+def _refilled(item: Any, leaves: Iterator[Any]) -> Any:
+    """``item`` with its leaves replaced by the next ones; containers in which nothing changes stay themselves."""
+    kind = type(item)
+    if kind is StageTensor or kind in _LEAF_KINDS:
+        return next(leaves)
+    if kind is not tuple and kind is not list:
+        return trees.map_leaves(lambda _: next(leaves), item)
+    mapped = [_refilled(child, leaves) for child in item]
+    for new, old in zip(mapped, item, strict=True):
+        if new is not old:
+            return mapped if kind is list else tuple(mapped)
+    return item
+
+
 def _rare_key(leaf: Any, *, are_floats_plain: bool) -> Hashable:
     if isinstance(leaf, StageTensor):
         return leaf.spec
@@ -130,6 +141,8 @@ def _rare_key(leaf: Any, *, are_floats_plain: bool) -> Hashable:
     if isinstance(leaf, float):
         return float if are_floats_plain else leaf
     if isinstance(leaf, slice):
+        if type(leaf.start) in _BOUNDS and type(leaf.stop) in _BOUNDS and type(leaf.step) in _BOUNDS:
+            return (slice, leaf.start, leaf.stop, leaf.step)
         parts = (leaf.start, leaf.stop, leaf.step)
         return ("slice", *((type(part), _rare_key(part, are_floats_plain=False)) for part in parts))
     if isinstance(leaf, _VALUES):
@@ -137,20 +150,29 @@ def _rare_key(leaf: Any, *, are_floats_plain: bool) -> Hashable:
     return type(leaf).__qualname__
 
 
-def taken_apart(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], tuple[Hashable, ...]]:
-    """(leaves, a hashable skeleton) of a call with containers among its arguments."""
+def taken_apart(values: Sequence[Any]) -> tuple[list[Any], list[Hashable]]:
+    """(leaves, what tells how they are nested) of arguments with containers among them."""
     found: list[Any] = []
     shape: list[Hashable] = []
-    _collect((args, kwargs), found, shape)
-    return found, tuple(shape)
+    for value in values:
+        _collect(value, found, shape)
+    return found, shape
 
 
 def _collect(item: Any, found: list[Any], shape: list[Hashable]) -> None:
     # No inner function of taken_apart: one that calls itself is a cycle, and would keep the values alive with it.
-    if not trees.is_container(item):
+    kind = type(item)
+    if kind is StageTensor or kind in _LEAF_KINDS:
         found.append(item)
-        return
-    pairs = trees.children(item)
-    shape.append((type(item).__name__, tuple(key for key, _ in pairs) if isinstance(item, dict) else len(pairs)))
-    for _, child in pairs:
-        _collect(child, found, shape)
+    elif kind is tuple or kind is list:
+        shape.append((len(found), kind, len(item)))
+        for child in item:
+            _collect(child, found, shape)
+    elif trees.is_container(item):
+        pairs = trees.children(item)
+        keys = tuple(key for key, _ in pairs) if isinstance(item, dict) else len(pairs)
+        shape.append((len(found), kind.__name__, keys))
+        for _, child in pairs:
+            _collect(child, found, shape)
+    else:
+        found.append(item)

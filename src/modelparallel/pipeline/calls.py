@@ -94,16 +94,14 @@ def _guarded(
 
     def call(*args: Any, **kwargs: Any) -> Any:
         before = [_fingerprint(value) for value in objects]
-        leaves, skeleton = taken_apart(args, kwargs) if holds_containers else ([], ())
+        leaves, shape = taken_apart([*args, *kwargs.values()]) if holds_containers else ([], [])
         output = inner(*args, **kwargs)
         for value, old in zip(objects, before, strict=True):
             if old is not None and _fingerprint(value) != old:
                 raise _changed(entry, type(value))
         if holds_containers:
-            found, found_skeleton = taken_apart(args, kwargs)
-            if found_skeleton != skeleton or any(
-                one is not other for one, other in zip(found, leaves, strict=True)
-            ):
+            found, found_shape = taken_apart([*args, *kwargs.values()])
+            if found_shape != shape or any(one is not other for one, other in zip(found, leaves, strict=True)):
                 changed = next((type(leaf) for leaf in args if trees.is_container(leaf)), dict)
                 raise _changed(entry, changed)
         return output

@@ -154,7 +154,8 @@ class PipelineEngine:
 
     def place_module(self, module: nn.Module, name: str, home: int, *, is_unit: bool) -> None:
         """From now on calls of ``module`` inside a step run on ``home``."""
-        entry = calls.PlacedModule(module, name, home, unit_number(name) if is_unit else None)
+        is_framed = is_unit and may_draw(module)  # as without pipelining
+        entry = calls.PlacedModule(module, name, home, unit_number(name) if is_framed else None)
 
         def call(*args: Any, **kwargs: Any) -> Any:
             if self.is_native:
@@ -167,8 +168,14 @@ class PipelineEngine:
                         "call the model inside a function decorated with @smp.step"
                     )
                 return entry.inner(*args, **kwargs)
-            with _NativeRegion(self):
+            is_suspended = suspend_function_mode(self.mode)  # a native region, without the cost of an object
+            self.is_native = True
+            try:
                 return calls.run(self, self.program, entry, args, kwargs)
+            finally:
+                self.is_native = False
+                if is_suspended:
+                    resume_function_mode(self.mode)
 
         entry.inner = install_call(module, call)
 

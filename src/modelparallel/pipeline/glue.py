@@ -72,7 +72,7 @@ def run(engine: PipelineEngine, program: Program, func: Callable[..., Any], args
         and not traits.is_random
         and all(_is_known_everywhere(value) for value in inputs)
     )
-    key = None if is_value_shaped(traits, args, kwargs) else operation_key(traits, arguments)
+    key = None if is_value_shaped(traits, arguments) else operation_key(traits, arguments)
     result = execute(program, traits.description, key, arguments, home, func, written=written, is_known=is_known)
     if written is not None:
         # x += y must leave the user's own object (a buffer, a plain tensor) in x
@@ -342,7 +342,7 @@ def _special(program: Program, func: Any, name: str, args: Any, kwargs: Any) -> 
         )
     if kind == "__get__":
         if name == "requires_grad":
-            return (args[0].spec.requires_grad,)
+            return (program.returned(args[0]).spec.requires_grad,)
         if name == "grad_fn":
             return (None,)
         if name == "grad":
@@ -357,7 +357,7 @@ def _special(program: Program, func: Any, name: str, args: Any, kwargs: Any) -> 
     if name == "retain_grad":
         return (None,)
     if name == "register_hook":
-        return (_register_hook(program, args[0], args[1]),)
+        return (_register_hook(program, program.returned(args[0]), args[1]),)
     return None
 
 

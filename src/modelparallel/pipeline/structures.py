@@ -17,7 +17,7 @@ import io
 import pickle
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, fields
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -46,8 +46,8 @@ class Structure:
     is_cacheable: bool
 
     @cached_property
-    def template(self) -> Any:
-        """The output with a :class:`_Slot` for each tensor, if it is made of plain containers; else None."""
+    def template(self) -> tuple[Any] | None:
+        """(the output with a :class:`_Slot` for each tensor,) if it is made of plain containers; else None."""
         return None if self.payload is None else _template(self.payload)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -144,7 +144,7 @@ def decode(structure: Structure, inputs: Sequence[Any], opaque: Sequence[Any], n
     if structure.payload is None:
         return new[0]
     if structure.template is not None:
-        return _filled(structure.template, {"input": inputs, "argument": opaque, "new": new})
+        return _filled(structure.template[0], {"input": inputs, "argument": opaque, "new": new})
     return _Decoder(io.BytesIO(structure.payload), inputs, opaque, new).load()
 
 
@@ -183,21 +183,32 @@ class _MeetsClass(Exception):
 
 class _PlainDecoder(_Decoder):
     def find_class(self, module_name: str, global_name: str) -> Any:
-        raise _MeetsClass
+        found = super().find_class(module_name, global_name)
+        if not _is_named_tuple(found):
+            raise _MeetsClass
+        return found
 
 
-def _template(payload: bytes) -> Any:
+@lru_cache(maxsize=256)
+def _is_named_tuple(kind: Any) -> bool:
+    """Whether instances of this class (several results of a torch function, named tuples) are their items alone."""
+    if not isinstance(kind, type) or not issubclass(kind, tuple) or kind.__dictoffset__:
+        return False
+    return kind.__module__ == "torch.return_types" or (hasattr(kind, "_fields") and kind.__bases__ == (tuple,))
+
+
+def _template(payload: bytes) -> tuple[Any] | None:
     tables = [_SlotTable(name) for name in ("input", "argument", "new")]
     try:
         tree = _PlainDecoder(io.BytesIO(payload), *tables).load()
     except _MeetsClass:
         return None
-    return tree if type(tree) in _PLAIN_CONTAINERS and _is_plain(tree, set()) else None
+    return (tree,) if _is_plain(tree, set()) else None
 
 
 def _is_plain(tree: Any, seen: set[int]) -> bool:
     kind = type(tree)
-    if kind not in _PLAIN_CONTAINERS:
+    if kind not in _PLAIN_CONTAINERS and not _is_named_tuple(kind):
         return kind in _PLAIN_LEAVES
     if id(tree) in seen:  # one list in two places stays one list
         return False
@@ -217,6 +228,9 @@ def _filled(template: Any, tables: dict[str, Sequence[Any]]) -> Any:
         return [_filled(child, tables) for child in template]
     if kind is dict:
         return {key: _filled(child, tables) for key, child in template.items()}
+    if _is_named_tuple(kind):
+        children = [_filled(child, tables) for child in template]
+        return kind(children) if kind.__module__ == "torch.return_types" else kind._make(children)
     return template
 
 
@@ -228,7 +242,7 @@ def as_announced(announced: Structure, output: Any, inputs: Sequence[torch.Tenso
     new: list[torch.Tensor] = []
     if announced.payload is None:
         new.append(output)
-    elif announced.template is None or not _collect_new(announced.template, output, inputs, new):
+    elif announced.template is None or not _collect_new(announced.template[0], output, inputs, new):
         return None
     if len(new) != len(announced.specs):
         return None
@@ -260,7 +274,7 @@ def _collect_new(template: Any, output: Any, inputs: Sequence[torch.Tensor], new
         return list(template) == list(output) and all(
             _collect_new(child, output[key], inputs, new) for key, child in template.items()
         )
-    if kind in _PLAIN_CONTAINERS:
+    if kind in _PLAIN_CONTAINERS or _is_named_tuple(kind):
         return len(template) == len(output) and all(
             _collect_new(child, found, inputs, new) for child, found in zip(template, output, strict=True)
         )
@@ -314,15 +328,17 @@ def _alias(tensor: torch.Tensor, inputs: Sequence[torch.Tensor]) -> int | None:
     return None
 
 
-def is_value_shaped(traits: FunctionTraits, args: Any, kwargs: Any) -> bool:
+def is_value_shaped(traits: FunctionTraits, arguments: Arguments) -> bool:
     """Whether the output shape of a torch function may depend on the values of its tensors."""
     if traits.is_value_shaped is not None:
         return traits.is_value_shaped
     if traits.name == "where":
-        return len(args) + len(kwargs) == 1
-    return any(
-        isinstance(leaf, torch.Tensor) and leaf.dtype in (torch.bool, torch.uint8) for leaf in trees.leaves(args[1:])
-    )
+        return len(arguments.values) == 1
+    for tensor in arguments.tensors[1:]:  # the indices
+        dtype = tensor.spec.dtype if isinstance(tensor, StageTensor) else tensor.dtype
+        if dtype is torch.bool or dtype is torch.uint8:
+            return True
+    return False
 
 
 def operation_key(traits: FunctionTraits, arguments: Arguments) -> Hashable:
