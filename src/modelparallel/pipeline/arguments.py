@@ -32,50 +32,60 @@ class Arguments:
     ``tensors`` those of the values that are tensors, ``inputs`` those that are StageTensors, in order.
     """
 
-    __slots__ = ("_keywords", "_num_positional", "_outer", "given", "holds_containers", "inputs", "skeleton", "tensors", "values")
+    __slots__ = (
+        "_keywords", "_num_positional", "_outer", "given", "holds_containers", "inputs", "skeleton", "tensors", "values"
+    )  # fmt: skip
+
+    given: list[Any]
+    values: list[Any]
+    tensors: Sequence[torch.Tensor]
+    inputs: list[StageTensor]
 
     def __init__(self, program: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._num_positional = len(args)
         self._keywords = kwargs
         self._outer = leaves = [*args, *kwargs.values()] if kwargs else list(args)
-        self.holds_containers = False
         self.skeleton: Hashable = (len(args), *kwargs) if kwargs else len(args)
+        self.holds_containers = False
+        self.given = self.values = leaves
+        inputs: list[StageTensor] = []
         for value in leaves:
             kind = type(value)
-            if kind is not StageTensor and kind not in _LEAF_KINDS and trees.is_container(value):
-                self.holds_containers = True
-                leaves, shape = taken_apart(leaves)
-                self.skeleton = (len(args), *kwargs, *shape)
-                break
-        self.given = self.values = leaves
-        self.tensors: list[torch.Tensor] = []
-        self.inputs: list[StageTensor] = []
-        self._resolve(program)
+            if kind is StageTensor and value.program is program:
+                inputs.append(value)
+            elif kind not in _LEAF_KINDS:
+                self._look_closer(program)
+                return
+        self.tensors = inputs
+        self.inputs = inputs
 
-    def _resolve(self, program: Program) -> None:
-        tensors, inputs = self.tensors, self.inputs
-        for index, value in enumerate(self.given):
+    def _look_closer(self, program: Program) -> None:
+        """There are containers, plain tensors, parameters, objects, or values of another program."""
+        for value in self._outer:
+            kind = type(value)
+            if kind is not StageTensor and kind not in _LEAF_KINDS and trees.is_container(value):
+                self.given, shape = taken_apart(self._outer)
+                self.skeleton = (self._num_positional, *self._keywords, *shape)
+                self.holds_containers = True
+                break
+        values = list(self.given)
+        tensors: list[torch.Tensor] = []
+        inputs: list[StageTensor] = []
+        self.values, self.tensors, self.inputs = values, tensors, inputs
+        for index, value in enumerate(values):
             kind = type(value)
             if kind is StageTensor and value.program is program:
                 tensors.append(value)
                 inputs.append(value)
             elif kind not in _LEAF_KINDS and isinstance(value, torch.Tensor):
-                resolved = program.resolve(value)
-                if resolved is not value:
-                    self.replace(index, resolved)
+                values[index] = resolved = program.resolve(value)
                 tensors.append(resolved)
                 if isinstance(resolved, StageTensor):
                     inputs.append(resolved)
 
-    def replace(self, index: int, value: Any) -> None:
-        """Let ``value`` be the leaf ``index`` for the engine."""
-        if self.values is self.given:
-            self.values = list(self.given)
-        self.values[index] = value
-
     def promote(self, index: int, value: StageTensor) -> None:
         """Let the plain tensor that is leaf ``index`` be a value with a home."""
-        self.replace(index, value)
+        self.values[index] = value
         self.tensors = [leaf for leaf in self.values if isinstance(leaf, torch.Tensor)]
         self.inputs.append(value)
 

@@ -151,7 +151,13 @@ def _compute_here(
     known: Structure | None,
 ) -> tuple[Structure, list[torch.Tensor]]:
     """(structure, new tensors) of the output, which is checked against the ``known`` structure."""
-    locals_ = [program.local(value) if type(value) is StageTensor else value for value in arguments.values]
+    locals_: list[Any] = []
+    for value in arguments.values:
+        if type(value) is StageTensor:
+            local = value.local
+            locals_.append(program.local(value) if local is None or value.stale_reason is not None else local)
+        else:
+            locals_.append(value)
     inputs = arguments.tensors
     if written is not None or (protect and (known is None or known.mutated)):
         _make_writable(arguments, locals_, written, protect, known)

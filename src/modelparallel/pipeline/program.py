@@ -55,6 +55,7 @@ class Program:
         self.microbatch = microbatch
         self.frames = frames
         self.device = engine.device
+        self.device_type = engine.device.type  # asking a device for its type takes as long as making a tensor
         self.stage = engine.stage
         self.is_open = True
         self.has_root = False

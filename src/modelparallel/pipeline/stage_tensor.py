@@ -123,7 +123,7 @@ class StageTensor(torch.Tensor):
         local: torch.Tensor | None,
         aliases: AliasGroup | None = None,
     ) -> StageTensor:
-        device = program.device if spec.device_type == program.device.type else torch.device(spec.device_type)
+        device = program.device if spec.device_type == program.device_type else torch.device(spec.device_type)
         result = _make_wrapper(cls, spec.shape, strides=spec.stride, dtype=spec.dtype, device=device)
         result.program = program
         result.spec = spec
