@@ -18,6 +18,7 @@ from torch._C import (  # the torch-function mode stack: modes are suspended whi
 from torch.utils._python_dispatch import (  # ThreadState hands the dispatch modes on
     TorchDispatchMode as TorchDispatchMode,  # the trace counts operations below autograd
 )
+from torch._C import _is_any_autocast_enabled  # one look instead of one per device, at every operation of a step
 from torch.utils._python_dispatch import (
     _get_current_dispatch_mode_stack,
     _pop_mode,
@@ -123,7 +124,7 @@ def intercepted_checkpoints(enter: Callable[[], bool], leave: Callable[[], None]
 
 def autocast_state() -> tuple[Any, ...]:
     """The autocast settings that decide the dtypes of outputs, as a hashable value."""
-    if not torch.is_autocast_enabled("cpu") and not torch.is_autocast_enabled("cuda"):
+    if not _is_any_autocast_enabled():
         return ()
     return tuple(
         (device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in ("cpu", "cuda")

@@ -35,7 +35,18 @@ def map_leaves(fn: Callable[[Any], Any], value: Any) -> Any:
     """``value`` with every leaf replaced by ``fn(leaf)``; containers keep their type, and those without a changed leaf
     are not copied.
     """
-    return map_leaves_with_path(lambda path, leaf: fn(leaf), value)
+    kind = type(value)
+    if kind is tuple or kind is list:
+        mapped = [map_leaves(fn, child) for child in value]
+        for new, old in zip(mapped, value, strict=True):
+            if new is not old:
+                return mapped if kind is list else tuple(mapped)
+        return value
+    if not is_container(value):
+        return fn(value)
+    pairs = children(value)
+    found = {key: map_leaves(fn, child) for key, child in pairs}
+    return value if all(found[key] is child for key, child in pairs) else rebuild(value, found)
 
 
 def map_leaves_with_path(fn: Callable[[Path, Any], Any], value: Any, path: Path = ()) -> Any:

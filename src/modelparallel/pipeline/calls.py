@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import io
 import pickle
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,15 +15,15 @@ from torch import nn
 from modelparallel import trees
 from modelparallel.errors import UnsupportedError
 from modelparallel.pipeline import glue
-from modelparallel.pipeline.stage_tensor import StageTensor
-from modelparallel.pipeline.structures import call_key, flatten_call, has_containers
+from modelparallel.pipeline.arguments import Arguments, taken_apart
+from modelparallel.torch_compat import autocast_state
 
 if TYPE_CHECKING:
     from modelparallel.pipeline.engine import PipelineEngine
     from modelparallel.pipeline.program import Program
+    from modelparallel.pipeline.randomness import RandomFrames
 
 DYNAMIC_MARK = "_modelparallel_dynamic"
-_PRIMITIVES = (int, float, complex, str, bytes, bool, type(None), torch.dtype, torch.device, nn.Module)
 
 
 @dataclass
@@ -36,13 +36,14 @@ class PlacedModule:
     unit: int | None
     inner: Callable[..., Any] = lambda *args, **kwargs: None
     parameters: tuple[nn.Parameter, ...] = ()
+    description: str = ""
+    input_description: str = ""
+    identity: object = field(default_factory=object)  # its part of a call's signature
 
     def __post_init__(self) -> None:
         self.parameters = tuple(self.module.parameters())
-
-    @property
-    def description(self) -> str:
-        return f"module '{self.name}' ({type(self.module).__name__})"
+        self.description = f"module '{self.name}' ({type(self.module).__name__})"
+        self.input_description = f"{self.name} input"
 
 
 def mark_dynamic(module: nn.Module) -> None:
@@ -52,35 +53,62 @@ def mark_dynamic(module: nn.Module) -> None:
 
 def run(engine: PipelineEngine, program: Program, entry: PlacedModule, args: Any, kwargs: Any) -> Any:
     """Call a placed module; every stage of the pipeline does, in the same order."""
-    values, skeleton, rebuild = flatten_call(args, kwargs)
-    values = [program.resolve(value) for value in values]
-    inputs = [value for value in values if isinstance(value, StageTensor)]
-    program.fetch(inputs, entry.home, f"{entry.name} input")
-    is_dynamic = DYNAMIC_MARK in entry.module.__dict__
-    key = None if is_dynamic else call_key(entry.name, entry.module, values, skeleton)
-    if key is not None:
-        # Freezing a weight changes which outputs need gradients.
-        key = (id(entry), tuple([parameter.requires_grad for parameter in entry.parameters]), key)
-    holds_containers = has_containers(skeleton)
-    call = _checkpointed(entry.inner) if engine.num_open_checkpoints and torch.is_grad_enabled() else entry.inner
-
-    def compute(locals_: list[Any]) -> Any:
-        inner_args, inner_kwargs = rebuild(locals_)
+    arguments = Arguments(program, args, kwargs)
+    home = entry.home
+    program.fetch(arguments.inputs, home, entry.input_description)
+    key: Hashable | None = None
+    if DYNAMIC_MARK not in entry.module.__dict__:
+        key = (
+            entry.identity,
+            entry.module.training,
+            torch.is_grad_enabled(),
+            autocast_state(),
+            # Freezing a weight changes which outputs need gradients.
+            tuple([parameter.requires_grad for parameter in entry.parameters]),
+            arguments.skeleton,
+            *arguments.keys(are_floats_plain=False),
+        )
+    call = entry.inner
+    if home == engine.stage:
+        if engine.num_open_checkpoints and torch.is_grad_enabled():
+            call = _checkpointed(call)
+            program.is_whole_backward = True  # in two parts it would be recomputed twice
         if entry.unit is not None:
-            program.frames.enter_unit(entry.unit)
-        objects = [value for value in locals_ if not isinstance(value, (torch.Tensor, *_PRIMITIVES))]
-        if not objects and not holds_containers:
-            return call(*inner_args, **inner_kwargs)
+            call = _framed(program.frames, entry.unit, call)
+        if arguments.holds_containers or arguments.objects():
+            call = _guarded(entry, arguments.objects(), arguments.holds_containers, call)
+    program.tracker.note_work(home, entry.name)
+    return glue.execute(program, entry.description, key, arguments, home, call, protect=True)
+
+
+def _framed(frames: RandomFrames, unit: int, inner: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        frames.enter_unit(unit)
+        return inner(*args, **kwargs)
+
+    return call
+
+
+def _guarded(
+    entry: PlacedModule, objects: Sequence[Any], holds_containers: bool, inner: Callable[..., Any]
+) -> Callable[..., Any]:
+    """Notice when the module changes an argument: the change would stay at its home."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
         before = [_fingerprint(value) for value in objects]
-        output = call(*inner_args, **inner_kwargs)
+        leaves, shape = taken_apart([*args, *kwargs.values()]) if holds_containers else ([], [])
+        output = inner(*args, **kwargs)
         for value, old in zip(objects, before, strict=True):
             if old is not None and _fingerprint(value) != old:
                 raise _changed(entry, type(value))
         if holds_containers:
-            _check_containers(entry, (inner_args, inner_kwargs), locals_, skeleton)
+            found, found_shape = taken_apart([*args, *kwargs.values()])
+            if found_shape != shape or any(one is not other for one, other in zip(found, leaves, strict=True)):
+                changed = next((type(leaf) for leaf in args if trees.is_container(leaf)), dict)
+                raise _changed(entry, changed)
         return output
 
-    return glue.execute(engine, program, entry.description, key, values, entry.home, compute, protect=True)
+    return call
 
 
 def _checkpointed(inner: Callable[..., Any]) -> Callable[..., Any]:
@@ -88,13 +116,6 @@ def _checkpointed(inner: Callable[..., Any]) -> Callable[..., Any]:
         return torch.utils.checkpoint.checkpoint(inner, *args, use_reentrant=False, **kwargs)
 
     return call
-
-
-def _check_containers(entry: PlacedModule, arguments: Any, leaves: list[Any], skeleton: Any) -> None:
-    found, found_skeleton, _ = flatten_call(*arguments)
-    if found_skeleton != skeleton or any(one is not other for one, other in zip(found, leaves, strict=True)):
-        changed = next((type(leaf) for leaf in arguments[0] if trees.is_container(leaf)), dict)
-        raise _changed(entry, changed)
 
 
 def _changed(entry: PlacedModule, kind: type) -> UnsupportedError:

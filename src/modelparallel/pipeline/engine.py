@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from modelparallel.comm.transport import StageTransport
-from modelparallel.errors import StepUsageError
+from modelparallel.errors import DivergenceError, StepUsageError
 from modelparallel.pipeline import calls, glue
+from modelparallel.pipeline.bodies import WorkerPool
+from modelparallel.pipeline.functions import traits_of
 from modelparallel.pipeline.program import Program
-from modelparallel.pipeline.randomness import RandomFrames, is_random, may_draw, unit_number
-from modelparallel.pipeline.stage_tensor import StageTensor, is_metadata
+from modelparallel.pipeline.randomness import RandomFrames, may_draw, unit_number
+from modelparallel.pipeline.stage_tensor import StageTensor
+from modelparallel.pipeline.step_plans import StepPlans
 from modelparallel.pipeline.structures import Structure
 from modelparallel.torch_compat import (
     CheckpointFunction,
@@ -29,6 +32,9 @@ from modelparallel.torch_compat import (
     resume_function_mode,
     suspend_function_mode,
 )
+
+if TYPE_CHECKING:
+    from modelparallel.pipeline.interpreter import Interpreter
 
 
 @dataclass(frozen=True)
@@ -53,19 +59,20 @@ class _GlueMode(TorchFunctionMode):
         engine = self._engine
         if engine.is_native:
             return func(*args, **kwargs)
-        if is_metadata(func):
+        traits = traits_of(func)
+        if traits.is_metadata:
             with DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         program = engine.program
         if program is not None and (StageTensor in types or engine.has_placed(program, args, kwargs)):
-            return program.glue(func, args, kwargs)
+            return glue.run(engine, program, func, args, kwargs)
         if program is None and func is torch.Tensor.backward:
             raise StepUsageError(
                 "loss.backward() inside a function decorated with @smp.step: write model.backward(loss), which "
                 "averages over the microbatches and "
                 "lets the gradients be reduced over the data-parallel ranks"
             )
-        if engine.frames is not None and is_random(func):
+        if engine.frames is not None and traits.is_random:
             engine.frames.enter_glue_operation()
         return func(*args, **kwargs)
 
@@ -121,6 +128,8 @@ class PipelineEngine:
         self.costs: dict[str, float] = {}
         #: The interpreter of the last step, for reports.
         self.last_run: Interpreter | None = None
+        #: The programs of the step that is under way.
+        self.programs: Sequence[Program] = ()
         self.structures_of_known: dict[Hashable, Structure] = {}  # of operations on values that all stages can read
         self.program: Program | None = None
         self.frames: RandomFrames | None = None
@@ -131,13 +140,16 @@ class PipelineEngine:
         self._assigned_buffers: list[tuple[nn.Module, str, torch.Tensor | None]] = []
         self._kept: list[torch.Tensor] = []  # keeps the ids in `placed` from being given to other tensors
         if transport is not None:
-            transport.history = lambda microbatch: self._histories[microbatch]() if microbatch in self._histories else ""
+            transport.history = self._history
 
     @property
     def transport(self) -> StageTransport:
         if self._transport is None:
             raise StepUsageError("there is no pipeline (pipeline_parallel_degree is 1)")
         return self._transport
+
+    def _history(self, microbatch: int) -> str:
+        return self.programs[microbatch].history() if microbatch < len(self.programs) else ""
 
     # Placing
 
@@ -168,7 +180,8 @@ class PipelineEngine:
 
     def place_module(self, module: nn.Module, name: str, home: int, *, is_unit: bool) -> None:
         """From now on calls of ``module`` inside a step run on ``home``."""
-        entry = calls.PlacedModule(module, name, home, unit_number(name) if is_unit else None)
+        is_framed = is_unit and may_draw(module)  # as without pipelining
+        entry = calls.PlacedModule(module, name, home, unit_number(name) if is_framed else None)
 
         def call(*args: Any, **kwargs: Any) -> Any:
             if self.is_native:
@@ -181,8 +194,14 @@ class PipelineEngine:
                         "call the model inside a function decorated with @smp.step"
                     )
                 return entry.inner(*args, **kwargs)
-            with _NativeRegion(self):
+            is_suspended = suspend_function_mode(self.mode)  # a native region, without the cost of an object
+            self.is_native = True
+            try:
                 return calls.run(self, self.program, entry, args, kwargs)
+            finally:
+                self.is_native = False
+                if is_suspended:
+                    resume_function_mode(self.mode)
 
         entry.inner = install_call(module, call)
 
@@ -304,6 +323,8 @@ class PipelineEngine:
     # what was asked for.
 
     def _enter_checkpoint(self) -> bool:
+        if self.program is not None:
+            self.program.is_whole_backward = True
         if self.is_native or self.program is None:
             return False
         self.num_open_checkpoints += 1

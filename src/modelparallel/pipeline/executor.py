@@ -76,8 +76,8 @@ def run_step(
     step = _StepRun(engine, runs, plan)
     try:
         outputs = step.run(before_last_backward)
-        if plan is None and engine.plans.is_worth_planning(kind):
-            engine.plans.note_discovery(kind, step.programs, engine)
+        if engine.plans.is_open(kind):
+            engine.plans.note_discovery(kind, step.programs, engine.costs, engine.transport)
         results = _share_outputs(engine, outputs, step.programs[0], detach_outputs=detach_outputs)
         engine.transport.drain()
     except BaseException as error:
@@ -99,6 +99,7 @@ class _StepRun:
         self._plan = plan
         self._is_sequential = plan is None or plan.is_sequential
         self.programs = [self._make_program(index, run) for index, run in enumerate(runs)]
+        engine.programs = self.programs
         self._state = ThreadState()
         self._bodies: list[Body] = []
         for program, run in zip(self.programs, runs, strict=True):
@@ -127,7 +128,7 @@ class _StepRun:
         del output  # a tensor that only it refers to does not outlive the microbatch
         engine.settle_buffers(program)
         program.written.settle(program)
-        program.end_forward()
+        program.end_forward(has_backward=engine.plans.has_backward)
         return returned
 
     def run(self, before_last_backward: Callable[[], None]) -> list[Any]:

@@ -16,14 +16,16 @@ import torch
 
 from modelparallel import trees
 from modelparallel.errors import DivergenceError, StepUsageError, UnsupportedError
-from modelparallel.pipeline.randomness import is_random
-from modelparallel.pipeline.stage_tensor import AliasGroup, StageTensor, function_name, is_dense
+from modelparallel.pipeline.arguments import Arguments
+from modelparallel.pipeline.functions import NO_OPERATIONS, FunctionTraits, traits_of
+from modelparallel.pipeline.pushes import push
+from modelparallel.pipeline.stage_tensor import StageTensor, is_dense
 from modelparallel.pipeline.structures import (
     Structure,
+    as_announced,
     check_same,
     decode,
     encode,
-    flatten_call,
     is_value_shaped,
     operation_key,
 )
@@ -33,88 +35,64 @@ if TYPE_CHECKING:
     from modelparallel.pipeline.engine import PipelineEngine
     from modelparallel.pipeline.program import Program
 
-_IN_PLACE_DUNDERS = frozenset(
-    "__setitem__ __iadd__ __isub__ __imul__ __itruediv__ __ifloordiv__ __imod__ __ipow__ __iand__ __ior__ __ixor__ "
-    "__ilshift__ __irshift__".split()
-)
-_READS = frozenset("item tolist __bool__ __int__ __float__ __index__ __complex__ numpy __array__ is_nonzero".split())
-_REFUSED = {
-    "backward": "use model.backward(loss) inside smp.step: with pipelining the backward of all stages is run by the "
-    "library",
-    "grad": "gradients inside a step are not known before the step returns (the backward runs at its end): read "
-    "parameter.grad after it",
-    "data_ptr": "a value that is spread over the stages has no address",
-    "untyped_storage": "a value that is spread over the stages has no storage here",
-    "storage": "a value that is spread over the stages has no storage here",
-    "__dlpack__": "a value that is spread over the stages cannot be exported",
-    "resize_": "use an operation that returns a new tensor",
-    "resize_as_": "use an operation that returns a new tensor",
-    "set_": "use an operation that returns a new tensor",
-    "t_": "use x.t()",
-    "transpose_": "use x.transpose()",
-    "squeeze_": "use x.squeeze()",
-    "unsqueeze_": "use x.unsqueeze()",
-    "swapaxes_": "use x.swapaxes()",
-}
-
 
 def run(engine: PipelineEngine, program: Program, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     """One glue operation; every stage of the pipeline calls it for the same operation."""
-    name = function_name(func)
-    special = _special(program, func, name, args, kwargs)
-    if special is not None:
-        return special[0]
-    values, skeleton, rebuild = flatten_call(args, kwargs)
-    written = _written_index(func, name, args, kwargs, values)
-    given = values[written] if written is not None else None
-    values = [program.resolve(value) for value in values]
-    inputs = [value for value in values if isinstance(value, StageTensor)]
+    traits = traits_of(func)
+    if traits.is_special:
+        special = _special(program, func, traits.name, args, kwargs)
+        if special is not None:
+            return special[0]
+    arguments = Arguments(program, args, kwargs)
+    inputs = arguments.inputs
     if not inputs:
-        if is_random(func):
+        if traits.is_random:
             program.frames.enter_glue_operation()
         return func(*args, **kwargs)
-    if name in _READS and all(value.replica is not None for value in inputs):
+    if traits.is_read and all(value.replica is not None for value in inputs):
         # Known everywhere: no message, so that a read under `if smp.rank() == 0` cannot hang.
         with engine.native_region():
-            read_args, read_kwargs = rebuild(
-                [value.replica() if isinstance(value, StageTensor) and value.replica else value for value in values]
+            return arguments.call(
+                func,
+                [
+                    value.replica() if isinstance(value, StageTensor) and value.replica else value
+                    for value in arguments.values
+                ],
             )
-            return func(*read_args, **read_kwargs)
-    home = _choose_home(name, values, inputs, written)
-    if written is not None and not isinstance(values[written], StageTensor):
-        values[written] = program.written.add(program, values[written], home)
-        inputs.append(values[written])
-    program.fetch(inputs, home, f"input of {name}")
-    if is_random(func):
+    written = _written_index(traits, args, kwargs, arguments.given) if kwargs or traits.is_in_place else None
+    home = _choose_home(traits, arguments.values, inputs, written)
+    if written is not None and not isinstance(arguments.values[written], StageTensor):
+        arguments.promote(written, program.written.add(program, arguments.values[written], home))
+        inputs = arguments.inputs
+    program.fetch(inputs, home, traits.input_description)
+    if traits.is_random:
         program.frames.enter_glue_operation()
-    value_shaped = is_value_shaped(func, args, kwargs)
-    is_known = written is None and not is_random(func) and all(_is_known_everywhere(value) for value in inputs)
-    key = None if value_shaped else operation_key(func, values, skeleton)
-
-    def compute(locals_: list[Any]) -> Any:
-        inner_args, inner_kwargs = rebuild(locals_)
-        return func(*inner_args, **inner_kwargs)
-
-    result = execute(
-        engine, program, f"operation {name}", key, values, home, compute, written=written, is_known=is_known
+    is_known = (
+        written is None
+        and inputs[0].replica is not None
+        and not traits.is_random
+        and all(_is_known_everywhere(value) for value in inputs)
     )
+    key = None if is_value_shaped(traits, arguments) else operation_key(traits, arguments)
+    program.tracker.note_work(home, "")
+    result = execute(program, traits.description, key, arguments, home, func, written=written, is_known=is_known)
+    if written is not None:
+        # x += y must leave the user's own object (a buffer, a plain tensor) in x
+        return arguments.given[written] if result is arguments.values[written] else result
     if is_known:
-        _derive_replicas(engine, values, result, compute)
-    elif written is None:
+        _derive_replicas(engine, arguments, result, func)
+    else:
         _push_if_reduced(engine, program, inputs, result)
-    if written is not None and result is values[written]:
-        return given  # x += y must leave the user's own object (a buffer, a plain tensor) in x
     return result
 
 
 def execute(
-    engine: PipelineEngine,
     program: Program,
     what: str,
     key: Hashable | None,
-    values: Sequence[Any],
+    arguments: Arguments,
     home: int,
-    compute: Callable[[list[Any]], Any],
+    compute: Callable[..., Any],
     *,
     written: int | None = None,
     protect: bool = False,
@@ -122,99 +100,138 @@ def execute(
 ) -> Any:
     """Run ``compute`` on ``home`` and give every stage its output, with StageTensors for its tensors.
 
-    ``values`` are the arguments' leaves; ``key`` the signature (None: the output is announced every time). ``written``:
-    the value that the operation writes to. ``protect``: leaves that need a gradient go in as copies if the callee
-    writes to them, or may. ``is_known``: every stage may read all values, and finds out the structure by itself; so
-    such an operation, and the reading of its result, may stand behind ``if smp.rank() == 0``.
+    ``key`` is the signature (None: the output is announced every time). ``written``: the leaf of the arguments that
+    the operation writes to. ``protect``: leaves that need a gradient go in as copies if the callee writes to them, or
+    may. ``is_known``: every stage may read all values, and finds out the structure by itself; so such an operation, and
+    the reading of its result, may stand behind ``if smp.rank() == 0``.
     """
-    # Not one table for both: a stage alone may meet an operation on values that all know.
-    table = engine.structures_of_known if is_known else engine.structures
-    known = table.get(key) if key is not None else None
-    tensors = [value for value in values if isinstance(value, torch.Tensor)]
-    opaque = [value for value in values if not isinstance(value, torch.Tensor)]
-    new_locals: list[torch.Tensor] | None = None
+    engine = program.engine
+    known = None if key is None else program.structure_of(key, is_known=is_known)
     structure = known
+    new_locals: list[torch.Tensor] | None = None
     if home == engine.stage:
-        found, new_locals = _compute_here(program, what, values, compute, opaque, written, protect, known)
+        found, new_locals = _compute_here(program, what, arguments, compute, written, protect, known)
         if known is None:
             structure = found
-        else:
-            check_same(known, found, what)
     if known is None:
         if not is_known:
-            structure = _announce(program, home, structure, what)
+            structure = _announce(program, home, structure, what, is_always=key is None)
         elif structure is None:
-            structure = _structure_of_known(program, values, compute, what)
+            structure = _structure_of_known(program, arguments, compute, what)
         if structure is None:
             raise DivergenceError(f"the home of {what} has not computed it")
         if key is not None and structure.is_cacheable:
-            table[key] = structure
+            program.keep_structure(key, structure, is_known=is_known)
     if structure is None:
         raise DivergenceError(f"no structure for {what}")
-    _note_all_written(program, tensors, structure, home, what)
+    tensors = arguments.tensors
+    if structure.mutated:
+        _note_all_written(program, tensors, structure, home, what)
     new = []
     for index, spec in enumerate(structure.specs):
         alias = structure.aliases[index]
-        source = program.resolve(tensors[alias]) if alias is not None else None
-        group = source.aliases if isinstance(source, StageTensor) and source.home == home else AliasGroup()
+        group = None
+        if alias is not None:
+            source = program.resolve(tensors[alias])
+            if isinstance(source, StageTensor) and source.home == home:
+                group = source.aliases
         new.append(program.new(spec, home, None if new_locals is None else new_locals[index], group))
-    return decode(structure, tensors, opaque, new)
+    if structure.payload is None:
+        return new[0]
+    return decode(structure, tensors, arguments.opaque(), new)
 
 
 def _compute_here(
     program: Program,
     what: str,
-    values: Sequence[Any],
-    compute: Callable[[list[Any]], Any],
-    opaque: Sequence[Any],
+    arguments: Arguments,
+    compute: Callable[..., Any],
     written: int | None,
     protect: bool,
     known: Structure | None,
 ) -> tuple[Structure, list[torch.Tensor]]:
+    """(structure, new tensors) of the output, which is checked against the ``known`` structure."""
     locals_: list[Any] = []
+    for value in arguments.values:
+        if type(value) is StageTensor:
+            local = value.local
+            locals_.append(program.local(value) if local is None or value.stale_reason is not None else local)
+        else:
+            locals_.append(value)
+    inputs = arguments.tensors
+    if written is not None or (protect and (known is None or known.mutated)):
+        _make_writable(arguments, locals_, written, protect, known)
+    tensors = locals_ if len(inputs) == len(locals_) else [leaf for leaf in locals_ if isinstance(leaf, torch.Tensor)]
+    versions = _versions(tensors)
+    engine = program.engine
+    was_native = engine.is_native
+    engine.is_native = True
+    try:
+        output = arguments.call(compute, locals_)
+    finally:
+        engine.is_native = was_native
+    mutated: tuple[tuple[int, bool], ...] = ()
+    if _versions(tensors) != versions:
+        mutated = _written_here(inputs, tensors, versions, what)
+    if known is not None and mutated == known.mutated:
+        new = as_announced(known, output, tensors)
+        if new is not None:
+            return known, new
+    found, new = encode(output, tensors, arguments.opaque(), mutated, what, values_are_fixed=False)
+    if known is not None:
+        check_same(known, found, what)
+    return found, new
+
+
+def _versions(tensors: Sequence[torch.Tensor]) -> list[int]:
+    """How often each was written to; inference tensors do not count that."""
+    try:
+        return [tensor._version for tensor in tensors]
+    except RuntimeError:
+        return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
+
+
+def _make_writable(
+    arguments: Arguments, locals_: list[Any], written: int | None, protect: bool, known: Structure | None
+) -> None:
+    """A leaf that needs a gradient (cut, or received) cannot be written to: the writing goes to a copy, which then is
+    the value.
+    """
     written_before = {index for index, _ in known.mutated} if known is not None else None
     num_tensors = 0
-    for index, value in enumerate(values):
+    for index, value in enumerate(arguments.values):
         if not isinstance(value, torch.Tensor):
-            locals_.append(value)
             continue
-        local = program.local(value) if isinstance(value, StageTensor) else value
-        # A leaf that needs a gradient (cut, or received) cannot be written to: the writing goes to a copy, which then
-        # is the value.
         may_be_written = index == written or (protect and (written_before is None or num_tensors in written_before))
         if may_be_written and isinstance(value, StageTensor):
-            local = writable(value, local)
+            locals_[index] = writable(value, locals_[index])
         num_tensors += 1
-        locals_.append(local)
-    tensors = [local for local in locals_ if isinstance(local, torch.Tensor)]
-    versions = [tensor._version if not tensor.is_inference() else 0 for tensor in tensors]
-    engine = program.engine
-    with engine.native_region():
-        output = compute(locals_)
+
+
+def _written_here(
+    inputs: Sequence[torch.Tensor], tensors: Sequence[torch.Tensor], versions: Sequence[int], what: str
+) -> tuple[tuple[int, bool], ...]:
+    """(index, requires_grad) of each tensor that was written to."""
     mutated: list[tuple[int, bool]] = []
-    inputs = [value for value in values if isinstance(value, torch.Tensor)]
-    for index, tensor in enumerate(tensors):
-        if not tensor.is_inference() and tensor._version != versions[index]:
-            mutated.append((index, tensor.requires_grad))
-            source = inputs[index]
-            if isinstance(source, StageTensor) and source.local is not tensor:
-                for other in source.aliases.others(source):
-                    other.mark_stale(
-                        f"{what} wrote in place to a value that shares memory with this one, after a stage boundary; "
-                        "write x = x.clone() before the in-place operation, or use the operation that returns a new "
-                        "tensor"
-                    )
-                source.local = tensor
-    structure, new = encode(output, tensors, opaque, mutated, what, values_are_fixed=False)
-    return structure, new
+    for index, version in enumerate(_versions(tensors)):
+        if version == versions[index]:
+            continue
+        tensor, source = tensors[index], inputs[index]
+        mutated.append((index, tensor.requires_grad))
+        if isinstance(source, StageTensor) and source.local is not tensor:
+            for other in source.sharing():
+                other.mark_stale(
+                    f"{what} wrote in place to a value that shares memory with this one, after a stage boundary; "
+                    "write x = x.clone() before the in-place operation, or use the operation that returns a new tensor"
+                )
+            source.local = tensor
+    return tuple(mutated)
 
 
-def _structure_of_known(
-    program: Program, values: Sequence[Any], compute: Callable[[list[Any]], Any], what: str
-) -> Structure:
+def _structure_of_known(program: Program, arguments: Arguments, compute: Callable[..., Any], what: str) -> Structure:
     """What the home finds out, found out here with copies of the values."""
     locals_: list[Any] = []
-    for value in values:
+    for value in arguments.values:
         if isinstance(value, StageTensor) and value.replica is not None:
             copied = torch.empty_strided(value.spec.shape, value.spec.stride, dtype=value.spec.dtype)
             copied = copied.to(program.device if value.spec.device_type != "cpu" else "cpu")
@@ -222,24 +239,25 @@ def _structure_of_known(
         else:
             locals_.append(value)
     tensors = [local for local in locals_ if isinstance(local, torch.Tensor)]
-    opaque = [local for local in locals_ if not isinstance(local, torch.Tensor)]
-    versions = [tensor._version if not tensor.is_inference() else 0 for tensor in tensors]
+    versions = _versions(tensors)
     with program.engine.native_region():
-        output = compute(locals_)
+        output = arguments.call(compute, locals_)
     mutated = [
         (index, tensor.requires_grad)
-        for index, tensor in enumerate(tensors)
-        if not tensor.is_inference() and tensor._version != versions[index]
+        for index, (tensor, version) in enumerate(zip(tensors, _versions(tensors), strict=True))
+        if version != versions[index]
     ]
-    return encode(output, tensors, opaque, mutated, what, values_are_fixed=False)[0]
+    return encode(output, tensors, arguments.opaque(), mutated, what, values_are_fixed=False)[0]
 
 
 def _is_known_everywhere(value: StageTensor) -> bool:
     return value.replica is not None and is_dense(value.spec.shape, value.spec.stride)
 
 
-def _announce(program: Program, home: int, structure: Structure | None, what: str) -> Structure | None:
-    payload = program.announce(home, lambda: pickle.dumps(structure), what)
+def _announce(
+    program: Program, home: int, structure: Structure | None, what: str, *, is_always: bool
+) -> Structure | None:
+    payload = program.announce(home, lambda: pickle.dumps(structure), what, is_always=is_always)
     if payload is not None:
         received: Structure = pickle.loads(payload)
         return received
@@ -262,27 +280,35 @@ def _note_written(tensor: StageTensor, home: int, requires_grad: bool, what: str
             raise StepUsageError(
                 f"{what} on pp_rank {home} writes to a parameter or buffer that lives on pp_rank {tensor.home}"
             )
-        for other in tensor.aliases.others(tensor):
+        for other in tensor.sharing():
             other.mark_stale(
                 f"{what} wrote in place, on another pipeline stage, to a value of which this is a view; write to a "
                 "copy instead"
             )
         tensor.home = home
-    for member in (tensor, *tensor.aliases.others(tensor)):
+    for member in (tensor, *tensor.sharing()):
         member.places = {member.home}
         member.replica = None
         if requires_grad:
             member.mark_requires_grad()
 
 
-def _choose_home(name: str, values: Sequence[Any], inputs: Sequence[StageTensor], written: int | None) -> int:
+def _choose_home(
+    traits: FunctionTraits, values: Sequence[Any], inputs: Sequence[StageTensor], written: int | None
+) -> int:
     """Where the fewest bytes must be moved to; ties go to the later stage. Parameters do not move, nor does what is
     written to.
     """
+    home = inputs[0].home
+    for tensor in inputs:
+        if tensor.home != home:
+            break
+    else:
+        return home
     if written is not None and isinstance(values[written], StageTensor):
         target: StageTensor = values[written]
         return target.home
-    if name.endswith("_as") and isinstance(values[0], StageTensor):
+    if traits.stays_with_base and isinstance(values[0], StageTensor):
         return values[0].home  # view_as, expand_as: a view stays with its base
     pinned = {tensor.home for tensor in inputs if tensor.is_pinned_home}
     candidates = pinned or {tensor.home for tensor in inputs}
@@ -295,21 +321,22 @@ def _choose_home(name: str, values: Sequence[Any], inputs: Sequence[StageTensor]
     return min(candidates, key=lambda stage: (moved_bytes(stage), -stage))
 
 
-def _written_index(func: Any, name: str, args: Any, kwargs: Any, values: Sequence[Any]) -> int | None:
+def _written_index(traits: FunctionTraits, args: Any, kwargs: Any, leaves: Sequence[Any]) -> int | None:
     target = None
     if kwargs.get("out") is not None:
         target = kwargs["out"]
         if not isinstance(target, torch.Tensor):
             raise UnsupportedError(
-                f"{name}(out=several tensors) is not supported on values of a pipelined step: use the returned ones"
+                f"{traits.name}(out=several tensors) is not supported on values of a pipelined step: use the returned "
+                "ones"
             )
-    elif name in _IN_PLACE_DUNDERS or (name.endswith("_") and not name.endswith("__") and name != "requires_grad_"):
+    elif traits.is_in_place:
         target = args[0]
     elif kwargs.get("inplace") is True:
         target = args[0] if args else kwargs.get("input")
     if not isinstance(target, torch.Tensor):
         return None
-    return next(index for index, value in enumerate(values) if value is target)
+    return next(index for index, leaf in enumerate(leaves) if leaf is target)
 
 
 def _special(program: Program, func: Any, name: str, args: Any, kwargs: Any) -> tuple[Any] | None:
@@ -323,21 +350,22 @@ def _special(program: Program, func: Any, name: str, args: Any, kwargs: Any) -> 
         )
     if kind == "__get__":
         if name == "requires_grad":
-            return (args[0].spec.requires_grad,)
+            return (program.returned(args[0]).spec.requires_grad,)
         if name == "grad_fn":
             return (None,)
         if name == "grad":
-            raise StepUsageError(_REFUSED["grad"])
+            raise StepUsageError(str(NO_OPERATIONS["grad"]))
         if name == "_version":
             return (0,)
-    if name in _REFUSED and not (name == "grad" and kind != "grad"):
-        raise StepUsageError(f"{name} on a value of a pipelined step: {_REFUSED[name]}")
+    reason = NO_OPERATIONS.get(name)
+    if reason is not None and not (name == "grad" and kind != "grad"):
+        raise StepUsageError(f"{name} on a value of a pipelined step: {reason}")
     if name == "requires_grad_":
         return (_requires_grad_(args[0], *args[1:], **kwargs),)
     if name == "retain_grad":
         return (None,)
     if name == "register_hook":
-        return (_register_hook(program, args[0], args[1]),)
+        return (_register_hook(program, program.returned(args[0]), args[1]),)
     return None
 
 
@@ -363,9 +391,7 @@ def _register_hook(program: Program, tensor: StageTensor, hook: Callable[[torch.
     return torch.utils.hooks.RemovableHandle(OrderedDict())
 
 
-def _derive_replicas(
-    engine: PipelineEngine, values: Sequence[Any], result: Any, compute: Callable[[list[Any]], Any]
-) -> None:
+def _derive_replicas(engine: PipelineEngine, arguments: Arguments, result: Any, compute: Callable[..., Any]) -> None:
     """The results of an operation on values that every stage may read can be read by every stage, too: computed when
     they are.
     """
@@ -373,8 +399,9 @@ def _derive_replicas(
     for index, leaf in enumerate(trees.leaves(result)):
         if not isinstance(leaf, StageTensor) or leaf.replica is not None:
             continue
-        if leaf.spec.num_bytes <= engine.push_limit_bytes:
-            leaf.replica = _own(leaf) if leaf.home == engine.stage else _computed(engine, values, compute, kept, index)
+        if leaf.spec.num_bytes > engine.push_limit_bytes:
+            continue
+        leaf.replica = _own(leaf) if leaf.home == engine.stage else _computed(engine, arguments, compute, kept, index)
 
 
 def _own(result: StageTensor) -> Callable[[], torch.Tensor]:
@@ -390,15 +417,16 @@ def _own(result: StageTensor) -> Callable[[], torch.Tensor]:
 
 
 def _computed(
-    engine: PipelineEngine, values: Sequence[Any], compute: Callable[[list[Any]], Any], kept: list[Any], index: int
+    engine: PipelineEngine, arguments: Arguments, compute: Callable[..., Any], kept: list[Any], index: int
 ) -> Callable[[], torch.Tensor]:
     def read() -> torch.Tensor:
         if not kept:
             with torch.no_grad(), engine.native_region():
                 known = [
-                    value.replica() if isinstance(value, StageTensor) and value.replica else value for value in values
+                    value.replica() if isinstance(value, StageTensor) and value.replica else value
+                    for value in arguments.values
                 ]
-                kept.extend(trees.leaves(compute(known)))
+                kept.extend(trees.leaves(arguments.call(compute, known)))
         found: torch.Tensor = kept[index]
         return found.detach()
 
@@ -411,8 +439,8 @@ def _push_if_reduced(engine: PipelineEngine, program: Program, inputs: Sequence[
     """
     if not isinstance(result, StageTensor) or result.replica is not None or result.is_pinned_home:
         return
-    if torch.Size(result.spec.shape).numel() != 1 or result.spec.num_bytes > engine.push_limit_bytes:
+    if result.spec.num_elements != 1 or result.spec.num_bytes > engine.push_limit_bytes:
         return
     is_view = any(result.aliases is value.aliases for value in inputs)
-    if not is_view and any(torch.Size(value.spec.shape).numel() > 1 for value in inputs):
-        program.pushes.push(result)
+    if not is_view and any(value.spec.num_elements > 1 for value in inputs):
+        push(result)

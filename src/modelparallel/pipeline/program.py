@@ -84,6 +84,7 @@ class Program:
         #: The share of the samples that this microbatch holds.
         self.weight = weight
         self.device = engine.device
+        self.device_type = engine.device.type  # asking a device for its type takes as long as making a tensor
         self.stage = engine.stage
         self.is_open = True
         self.has_root = False
@@ -175,7 +176,10 @@ class Program:
 
     def fetch(self, tensors: Sequence[StageTensor], stage: int, description: str) -> None:
         """Make every tensor available on ``stage``; all stages call this with the same arguments."""
-        if all(stage in tensor.places for tensor in tensors):
+        for tensor in tensors:
+            if stage not in tensor.places:
+                break
+        else:
             return
         missing: dict[int, list[StageTensor]] = {}
         for tensor in tensors:
@@ -291,6 +295,17 @@ class Program:
             transport.send_object(peer, name, data, what)
         return None
 
+    def structure_of(self, key: Hashable, *, is_known: bool) -> Structure | None:
+        """What was announced for this signature; ``is_known``: of an operation on values that all stages can read."""
+        # Not one table for both: a stage alone may meet an operation on values that all know.
+        if is_known:
+            return self.engine.structures_of_known.get(key)
+        return self.engine.structures.get(key) or self.structures.get(key)
+
+    def keep_structure(self, key: Hashable, structure: Structure, *, is_known: bool) -> None:
+        """Remember what was announced."""
+        (self.engine.structures_of_known if is_known else self.structures)[key] = structure
+
     def next_push(self) -> int:
         """The number of the small output that is pushed now."""
         self._num_pushes += 1
@@ -309,7 +324,7 @@ class Program:
                     "model.backward was given a tensor that does not depend on the model's parameters (requires_grad "
                     "is False)"
                 )
-            if gradient is None and value.spec.shape not in ((), (1,)) and torch.Size(value.spec.shape).numel() != 1:
+            if gradient is None and value.spec.num_elements != 1:
                 raise StepUsageError(
                     "model.backward without grad_tensors needs a scalar, got a tensor of shape "
                     f"{tuple(value.spec.shape)}: reduce it, or pass gradients"
@@ -350,9 +365,9 @@ class Program:
         name = MessageName(MessageKind.GRADIENTS, self.microbatch, event.number)
         return Awaited(event.peer, name, f"gradient of {event.description}", "in the backward")
 
-    def end_forward(self) -> None:
-        """The body is done; without a root there is no backward."""
-        if not self.has_root:
+    def end_forward(self, *, has_backward: bool) -> None:
+        """The body is done; without a root, or where the steps run forward only, there is no backward."""
+        if not self.has_root or not has_backward:
             self._tape.clear()
         self.tracker.finish()
 

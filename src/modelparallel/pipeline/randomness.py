@@ -20,40 +20,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from modelparallel.pipeline.stage_tensor import function_name
 from modelparallel.torch_compat import current_backward_id
 
 _MASK = (1 << 63) - 1
 _GLUE = zlib.crc32(b"glue")
 _PYTHON = zlib.crc32(b"python")
-
-RANDOM_FUNCTIONS = frozenset(
-    "rand rand_like randn randn_like randint randint_like randperm bernoulli bernoulli_ multinomial normal normal_ "
-    "uniform_ random_ "
-    "exponential_ cauchy_ geometric_ log_normal_ poisson binomial dropout dropout_ dropout1d dropout2d dropout3d "
-    "alpha_dropout alpha_dropout_ "
-    "feature_dropout feature_dropout_ feature_alpha_dropout feature_alpha_dropout_ native_dropout rrelu rrelu_ "
-    "gumbel_softmax "
-    "scaled_dot_product_attention multi_head_attention_forward fractional_max_pool2d fractional_max_pool3d "
-    "fractional_max_pool2d_with_indices fractional_max_pool3d_with_indices _sample_dirichlet _standard_gamma rnn_tanh "
-    "rnn_relu lstm gru "
-    "trunc_normal_ kaiming_uniform_ kaiming_normal_ xavier_uniform_ xavier_normal_ orthogonal_ sparse_ "
-    "kaiming_uniform kaiming_normal".split()
-)
-
-
-def is_random(func: Any) -> bool:
-    """Whether a torch function may draw from the default generators."""
-    if getattr(func, "__closure__", None) is not None:  # made anew for each call, some of them: not to be kept
-        return function_name(func) in RANDOM_FUNCTIONS
-    known = _known.get(func)
-    if known is None:
-        known = _known[func] = function_name(func) in RANDOM_FUNCTIONS
-    return known
-
-
-_known: dict[Any, bool] = {}
-
 
 # Modules of torch.nn that draw nothing; a unit made of these alone needs no frame.
 _DRAWS_NOTHING = frozenset(

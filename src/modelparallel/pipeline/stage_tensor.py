@@ -8,14 +8,17 @@ all stages, since every stage takes its decisions from it.
 
 from __future__ import annotations
 
+import math
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from modelparallel.errors import StepUsageError
+from modelparallel.pipeline.functions import traits_of
 from modelparallel.torch_compat import DisableTorchFunctionSubclass
 
 if TYPE_CHECKING:
@@ -38,15 +41,29 @@ def is_dense(shape: Sequence[int], stride: Sequence[int]) -> bool:
     return True
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TensorSpec:
-    """What every stage knows of a tensor."""
+    """What every stage knows of a tensor. Equal specs are one object, so that they are compared and hashed by identity:
+    every operation's signature is made of them.
+    """
 
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     dtype: torch.dtype
     requires_grad: bool
     device_type: str
+
+    def __new__(
+        cls, shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype, requires_grad: bool, device_type: str
+    ) -> TensorSpec:
+        key = (shape, stride, dtype, requires_grad, device_type)
+        found = _specs.get(key)
+        if found is None:
+            found = _specs[key] = super().__new__(cls)
+        return found
+
+    def __reduce__(self) -> Any:
+        return TensorSpec, (self.shape, self.stride, self.dtype, self.requires_grad, self.device_type)
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> TensorSpec:
@@ -60,12 +77,26 @@ class TensorSpec:
             stride[dim] = stride[dim + 1] * max(1, tensor.shape[dim + 1])
         return cls(tuple(tensor.shape), tuple(stride), tensor.dtype, False, tensor.device.type)
 
-    @property
+    def describes(self, tensor: torch.Tensor) -> bool:
+        """Whether this is the spec of ``tensor``; cheaper than making that."""
+        return (
+            tensor.shape == self.shape
+            and tensor.dtype is self.dtype
+            and tensor.requires_grad is self.requires_grad
+            and tensor.stride() == self.stride
+            and (tensor.is_cpu if self.device_type == "cpu" else tensor.device.type == self.device_type)
+        )
+
+    @cached_property
+    def num_elements(self) -> int:
+        return math.prod(self.shape)
+
+    @cached_property
     def num_bytes(self) -> int:
-        count = self.dtype.itemsize
-        for length in self.shape:
-            count *= length
-        return count
+        return self.num_elements * self.dtype.itemsize
+
+
+_specs: weakref.WeakValueDictionary[Hashable, TensorSpec] = weakref.WeakValueDictionary()
 
 
 class AliasGroup:
@@ -75,39 +106,23 @@ class AliasGroup:
 
     def __init__(self) -> None:
         self._members: list[weakref.ref[StageTensor]] = []
+        self._size_to_prune = _FIRST_PRUNING
 
     def add(self, tensor: StageTensor) -> None:
         self._members.append(weakref.ref(tensor))
+        if len(self._members) >= self._size_to_prune:  # views come and go, the group may stay
+            self._members = [member for member in self._members if member() is not None]
+            self._size_to_prune = max(_FIRST_PRUNING, 2 * len(self._members))
 
     def others(self, tensor: StageTensor) -> list[StageTensor]:
         alive = [member for ref in self._members if (member := ref()) is not None]
         return [member for member in alive if member is not tensor]
 
 
-# Answered from the wrapper tensor and the spec, on every stage alike; everything else is an operation.
-_METADATA = frozenset(
-    "shape device dtype ndim layout is_cuda is_cpu is_xpu is_mps is_meta is_sparse is_sparse_csr is_quantized "
-    "is_nested is_mkldnn itemsize nbytes "
-    "is_leaf names size dim stride numel nelement ndimension element_size is_contiguous is_floating_point is_complex "
-    "storage_offset get_device is_signed __len__ __hash__ is_same_size is_inference is_conj is_neg has_names "
-    "_is_view output_nr name is_shared is_pinned".split()
-)
+_FIRST_PRUNING = 64
 
 
-def function_name(func: Any) -> str:
-    """The name of a torch function as ``__torch_function__`` gets it; of a property, the property's name."""
-    name = getattr(func, "__name__", "")
-    if name in ("__get__", "__set__", "__delete__"):
-        owner = getattr(func, "__self__", None)
-        return getattr(owner, "__name__", name)
-    return name
-
-
-def is_metadata(func: Any) -> bool:
-    """Whether ``func`` only asks for what every stage knows of a tensor."""
-    if function_name(func) not in _METADATA:
-        return False
-    return getattr(func, "__name__", "") != "__set__"
+_make_wrapper = torch.Tensor._make_wrapper_subclass  # type: ignore[attr-defined]
 
 
 class StageTensor(torch.Tensor):
@@ -118,10 +133,10 @@ class StageTensor(torch.Tensor):
     home: int
     places: set[int]
     local: torch.Tensor | None
-    aliases: AliasGroup
-    is_pinned_home: bool  # a parameter or stateful buffer: operations go to it
-    replica: Callable[[], torch.Tensor] | None  # a detached value that this stage may read without a message
-    stale_reason: str | None
+    is_pinned_home: bool = False  # a parameter or stateful buffer: operations go to it
+    replica: Callable[[], torch.Tensor] | None = None  # a detached value that this stage may read without a message
+    stale_reason: str | None = None
+    _aliases: AliasGroup | None = None  # made when first asked for: most values share memory with no other
 
     @staticmethod
     def __new__(
@@ -132,24 +147,29 @@ class StageTensor(torch.Tensor):
         local: torch.Tensor | None,
         aliases: AliasGroup | None = None,
     ) -> StageTensor:
-        device = program.device if spec.device_type == program.device.type else torch.device(spec.device_type)
-        result = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls, spec.shape, strides=spec.stride, dtype=spec.dtype, device=device, requires_grad=False
-        )
+        device = program.device if spec.device_type == program.device_type else torch.device(spec.device_type)
+        result = _make_wrapper(cls, spec.shape, strides=spec.stride, dtype=spec.dtype, device=device)
         result.program = program
         result.spec = spec
         result.home = home
         result.places = {home}
         result.local = local
-        result.aliases = aliases if aliases is not None else AliasGroup()
-        result.aliases.add(result)
-        result.is_pinned_home = False
-        result.replica = None
-        result.stale_reason = None
+        if aliases is not None:
+            result._aliases = aliases
+            aliases.add(result)
         return result
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__()
+    @property
+    def aliases(self) -> AliasGroup:
+        """The values that share memory with this one, itself included."""
+        if self._aliases is None:
+            self._aliases = AliasGroup()
+            self._aliases.add(self)
+        return self._aliases
+
+    def sharing(self) -> list[StageTensor]:
+        """The other values that share memory with this one."""
+        return [] if self._aliases is None else self._aliases.others(self)
 
     def mark_requires_grad(self) -> None:
         if not self.spec.requires_grad:
@@ -162,7 +182,7 @@ class StageTensor(torch.Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if is_metadata(func):
+        if traits_of(func).is_metadata:
             with DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         owner = next(tensor for tensor in _stage_tensors(args, kwargs))

@@ -16,31 +16,18 @@ from __future__ import annotations
 import io
 import pickle
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
 
 from modelparallel import trees
 from modelparallel.errors import DivergenceError, UnsupportedError
-from modelparallel.pipeline.stage_tensor import StageTensor, TensorSpec, function_name
+from modelparallel.pipeline.arguments import Arguments
+from modelparallel.pipeline.functions import FunctionTraits
+from modelparallel.pipeline.stage_tensor import StageTensor, TensorSpec
 from modelparallel.torch_compat import autocast_state
-
-_ARITHMETIC = frozenset(
-    "add sub mul div true_divide divide multiply subtract rsub pow add_ sub_ mul_ div_ pow_ __add__ __radd__ __iadd__ "
-    "__sub__ __rsub__ "
-    "__isub__ __mul__ __rmul__ __imul__ __truediv__ __rtruediv__ __itruediv__ __pow__ __rpow__ addcmul addcdiv lerp "
-    "clamp clamp_min clamp_max "
-    "eq ne lt le gt ge __eq__ __ne__ __lt__ __le__ __gt__ __ge__ masked_fill masked_fill_ fill_ where dropout "
-    "layer_norm softmax log_softmax "
-    "gelu leaky_relu leaky_relu_ elu hardtanh normalize cross_entropy smooth_l1_loss huber_loss".split()
-)
-_SHAPE_DEPENDS_ON_VALUES = frozenset(
-    "nonzero argwhere masked_select unique unique_consecutive unique_dim bincount repeat_interleave one_hot "
-    "tensor_split nonzero_static combinations cartesian_prod pack_padded_sequence _pack_padded_sequence "
-    "pad_packed_sequence _pad_packed_sequence".split()
-)
-
 
 @dataclass(frozen=True)
 class Structure:
@@ -57,6 +44,14 @@ class Structure:
     aliases: tuple[int | None, ...]
     mutated: tuple[tuple[int, bool], ...]
     is_cacheable: bool
+
+    @cached_property
+    def template(self) -> tuple[Any] | None:
+        """(the output with a :class:`_Slot` for each tensor,) if it is made of plain containers; else None."""
+        return None if self.payload is None else _template(self.payload)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}  # nothing that is found out here
 
 
 _VALUES = (int, float, complex, str, bytes, bool, type(None), type(...), slice, torch.dtype, torch.device)
@@ -96,7 +91,7 @@ class _Encoder(pickle.Pickler):
 
 
 class _Decoder(pickle.Unpickler):
-    def __init__(self, file: io.BytesIO, inputs: Sequence[Any], opaque: Sequence[Any], new: Sequence[Any]) -> None:
+    def __init__(self, file: io.BytesIO, inputs: Any, opaque: Any, new: Any) -> None:
         super().__init__(file)
         self._tables = {"input": inputs, "argument": opaque, "new": new}
 
@@ -148,7 +143,142 @@ def decode(structure: Structure, inputs: Sequence[Any], opaque: Sequence[Any], n
     """
     if structure.payload is None:
         return new[0]
+    if structure.template is not None:
+        return _filled(structure.template[0], {"input": inputs, "argument": opaque, "new": new})
     return _Decoder(io.BytesIO(structure.payload), inputs, opaque, new).load()
+
+
+# [Note: templates] Pickling every output, only to find it as announced, costs more than all else. Most outputs are a
+# tensor, or plain tuples, lists and dicts of tensors: those are compared with what was announced, and rebuilt, by
+# walking over a template. Whatever differs from its template is pickled and looked at in full.
+
+
+class _Slot:
+    """The place of a tensor, or of another argument, in a template."""
+
+    __slots__ = ("index", "table")
+
+    def __init__(self, table: str, index: int) -> None:
+        self.table = table
+        self.index = index
+
+
+class _SlotTable:
+    """A slot for every index."""
+
+    def __init__(self, table: str) -> None:
+        self._table = table
+
+    def __getitem__(self, index: int) -> _Slot:
+        return _Slot(self._table, index)
+
+
+_PLAIN_CONTAINERS = (tuple, list, dict)
+_PLAIN_LEAVES = (_Slot, int, float, complex, str, bytes, bool, type(None))
+
+
+class _MeetsClass(Exception):
+    pass
+
+
+class _PlainDecoder(_Decoder):
+    def find_class(self, module_name: str, global_name: str) -> Any:
+        found = super().find_class(module_name, global_name)
+        if not _is_named_tuple(found):
+            raise _MeetsClass
+        return found
+
+
+@lru_cache(maxsize=256)
+def _is_named_tuple(kind: Any) -> bool:
+    """Whether instances of this class (several results of a torch function, named tuples) are their items alone."""
+    if not isinstance(kind, type) or not issubclass(kind, tuple) or kind.__dictoffset__:
+        return False
+    return kind.__module__ == "torch.return_types" or (hasattr(kind, "_fields") and kind.__bases__ == (tuple,))
+
+
+def _template(payload: bytes) -> tuple[Any] | None:
+    tables = [_SlotTable(name) for name in ("input", "argument", "new")]
+    try:
+        tree = _PlainDecoder(io.BytesIO(payload), *tables).load()
+    except _MeetsClass:
+        return None
+    return (tree,) if _is_plain(tree, set()) else None
+
+
+def _is_plain(tree: Any, seen: set[int]) -> bool:
+    kind = type(tree)
+    if kind not in _PLAIN_CONTAINERS and not _is_named_tuple(kind):
+        return kind in _PLAIN_LEAVES
+    if id(tree) in seen:  # one list in two places stays one list
+        return False
+    seen.add(id(tree))
+    if kind is dict and not all(type(key) in _PLAIN_LEAVES[1:] for key in tree):
+        return False
+    return all(_is_plain(child, seen) for child in (tree.values() if kind is dict else tree))
+
+
+def _filled(template: Any, tables: dict[str, Sequence[Any]]) -> Any:
+    kind = type(template)
+    if kind is _Slot:
+        return tables[template.table][template.index]
+    if kind is tuple:
+        return tuple([_filled(child, tables) for child in template])
+    if kind is list:
+        return [_filled(child, tables) for child in template]
+    if kind is dict:
+        return {key: _filled(child, tables) for key, child in template.items()}
+    if _is_named_tuple(kind):
+        children = [_filled(child, tables) for child in template]
+        return kind(children) if kind.__module__ == "torch.return_types" else kind._make(children)
+    return template
+
+
+def as_announced(announced: Structure, output: Any, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor] | None:
+    """The new tensors of ``output`` if it surely is what was announced; None says that it must be looked at in full.
+
+    ``inputs`` as for :func:`encode`. What was written to is not compared.
+    """
+    new: list[torch.Tensor] = []
+    if announced.payload is None:
+        new.append(output)
+    elif announced.template is None or not _collect_new(announced.template[0], output, inputs, new):
+        return None
+    if len(new) != len(announced.specs):
+        return None
+    for tensor, spec in zip(new, announced.specs, strict=True):
+        if type(tensor) is not torch.Tensor or not spec.describes(tensor):
+            return None
+        for other in inputs:
+            if other is tensor:
+                return None
+    return new
+
+
+def _collect_new(template: Any, output: Any, inputs: Sequence[torch.Tensor], new: list[torch.Tensor]) -> bool:
+    kind = type(template)
+    if kind is _Slot:
+        if template.table == "input":
+            return output is inputs[template.index]
+        if template.table != "new" or template.index > len(new):
+            return False
+        if template.index < len(new):
+            return output is new[template.index]
+        if any(output is other for other in new):
+            return False
+        new.append(output)
+        return True
+    if type(output) is not kind:
+        return False
+    if kind is dict:
+        return list(template) == list(output) and all(
+            _collect_new(child, output[key], inputs, new) for key, child in template.items()
+        )
+    if kind in _PLAIN_CONTAINERS or _is_named_tuple(kind):
+        return len(template) == len(output) and all(
+            _collect_new(child, found, inputs, new) for child, found in zip(template, output, strict=True)
+        )
+    return bool(template == output)
 
 
 def check_same(announced: Structure, found: Structure, what: str) -> None:
@@ -198,98 +328,25 @@ def _alias(tensor: torch.Tensor, inputs: Sequence[torch.Tensor]) -> int | None:
     return None
 
 
-def is_value_shaped(func: Any, args: Any, kwargs: Any) -> bool:
+def is_value_shaped(traits: FunctionTraits, arguments: Arguments) -> bool:
     """Whether the output shape of a torch function may depend on the values of its tensors."""
-    name = function_name(func)
-    if name in _SHAPE_DEPENDS_ON_VALUES:
-        return True
-    if name == "where":
-        return len(args) + len(kwargs) == 1
-    if name in ("__getitem__", "index"):
-        return any(
-            isinstance(leaf, torch.Tensor) and leaf.dtype in (torch.bool, torch.uint8)
-            for leaf in trees.leaves(args[1:])
-        )
+    if traits.is_value_shaped is not None:
+        return traits.is_value_shaped
+    if traits.name == "where":
+        return len(arguments.values) == 1
+    for tensor in arguments.tensors[1:]:  # the indices
+        dtype = tensor.spec.dtype if isinstance(tensor, StageTensor) else tensor.dtype
+        if dtype is torch.bool or dtype is torch.uint8:
+            return True
     return False
 
 
-def operation_key(func: Any, leaves: Sequence[Any], skeleton: Hashable) -> Hashable:
+def operation_key(traits: FunctionTraits, arguments: Arguments) -> Hashable:
     """The signature of a glue operation: what decides the structure of its output."""
-    name = function_name(func)
-    floats_by_type = name in _ARITHMETIC
     return (
-        name,
-        getattr(func, "__module__", None) or getattr(getattr(func, "__objclass__", None), "__name__", None),
+        traits.identity,
         torch.is_grad_enabled(),
         autocast_state(),
-        skeleton,
-        tuple(_leaf_key(leaf, floats_by_type=floats_by_type) for leaf in leaves),
+        arguments.skeleton,
+        *arguments.keys(are_floats_plain=traits.are_floats_plain),
     )
-
-
-def call_key(name: str, module: torch.nn.Module, leaves: Sequence[Any], skeleton: Hashable) -> Hashable:
-    """The signature of a module's call."""
-    return (
-        "call", name, module.training, torch.is_grad_enabled(), autocast_state(), skeleton,
-        tuple(_leaf_key(leaf, floats_by_type=False) for leaf in leaves),
-    )  # fmt: skip
-
-
-def _leaf_key(leaf: Any, *, floats_by_type: bool) -> Hashable:
-    if isinstance(leaf, StageTensor):
-        return leaf.spec
-    if isinstance(leaf, torch.Tensor):
-        return (tuple(leaf.shape), leaf.stride(), leaf.dtype, leaf.requires_grad, leaf.device.type)
-    if isinstance(leaf, float):
-        return float if floats_by_type else leaf
-    if isinstance(leaf, slice):
-        return ("slice", *(_leaf_key(part, floats_by_type=False) for part in (leaf.start, leaf.stop, leaf.step)))
-    if isinstance(
-        leaf, (int, str, bytes, type(None), type(...), torch.dtype, torch.device, torch.memory_format, torch.layout)
-    ):
-        return (type(leaf).__name__, leaf)
-    return type(leaf).__qualname__
-
-
-_FLAT = "flat"
-
-
-def flatten_call(
-    args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[list[Any], tuple[Hashable, ...], Callable[[Sequence[Any]], Any]]:
-    """(leaves, a hashable skeleton, a function that rebuilds (args, kwargs) from other leaves) of a call."""
-    found = [*args, *kwargs.values()] if kwargs else list(args)
-    if not any(trees.is_container(value) for value in found):
-        num_positional = len(args)
-        keys = tuple(kwargs)
-
-        def rebuild_flat(leaves: Sequence[Any]) -> Any:
-            return tuple(leaves[:num_positional]), dict(zip(keys, leaves[num_positional:], strict=True))
-
-        return found, (_FLAT, num_positional, *keys), rebuild_flat
-    found = []
-    shape: list[Hashable] = []
-    value = (args, kwargs)
-    _collect(value, found, shape)
-
-    def rebuild(leaves: Sequence[Any]) -> Any:
-        iterator = iter(leaves)
-        return trees.map_leaves(lambda _: next(iterator), value)
-
-    return found, tuple(shape), rebuild
-
-
-def has_containers(skeleton: tuple[Hashable, ...]) -> bool:
-    """Whether the call that this is the skeleton of has an argument that is a container."""
-    return skeleton[0] != _FLAT
-
-
-def _collect(item: Any, found: list[Any], shape: list[Hashable]) -> None:
-    # No inner function of flatten_call: one that calls itself is a cycle, and would keep the values alive with it.
-    if not trees.is_container(item):
-        found.append(item)
-        return
-    pairs = trees.children(item)
-    shape.append((type(item).__name__, tuple(key for key, _ in pairs) if isinstance(item, dict) else len(pairs)))
-    for _, child in pairs:
-        _collect(child, found, shape)

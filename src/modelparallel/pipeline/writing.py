@@ -23,7 +23,7 @@ def writable(value: StageTensor, local: torch.Tensor) -> torch.Tensor:
     is_view_of_leaf = base is not None and base.is_leaf and base.requires_grad
     if not local.is_leaf and not is_view_of_leaf:
         return local
-    sharing = [value, *(other for other in value.aliases.others(value) if _shares(other, local))]
+    sharing = [value, *(other for other in value.sharing() if _shares(other, local))]
     covering = _covering(sharing)
     with torch.enable_grad():  # writing under no_grad changes the value, and not where its gradient goes
         if covering is None or covering.local is None:
