@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from modelparallel.partitioning import find_units, make_plan, trace_step
+from modelparallel.partitioning.costs import Flow
 from modelparallel.partitioning.operations import Traffic
 from partition_models import Block, Decoder, Eventful, layers
 
@@ -20,7 +21,8 @@ def test_flops_and_activations_equal_hand_counts():
         hidden = model[1](model[0](torch.zeros(5, 4)))
         return model[4](model[3](model[2](hidden.unsqueeze(1)))).sum()
 
-    first, conv, last = trace_step(model, find_units(model), run).units
+    trace = trace_step(model, find_units(model), run)
+    first, conv, last = trace.units
     assert (first.name, first.first_call, first.num_calls) == ("0", 0, 1)
     assert first.flops == 2 * 5 * 4 * 8
     assert conv.flops == 2 * 5 * 6 * (1 * 3 * 3)
@@ -34,7 +36,7 @@ def test_flops_and_activations_equal_hand_counts():
     assert (first.needs_weight_gradient, first.needs_input_gradient) == (True, False)
     assert conv.compute == 3 * conv.flops
     assert first.compute == 2 * first.flops
-    assert [unit.crossing_bytes for unit in (first, conv, last)] == [4 * 5 * 8, 4 * 5 * 18, 0]
+    assert trace.flows == (Flow("0", ("2",), 4 * 5 * 8), Flow("2", ("4",), 4 * 5 * 18))
 
 
 def test_a_microbatch_counts_as_itself_not_as_the_batch_it_is_a_view_of():
@@ -74,7 +76,8 @@ def test_order_calls_and_glue_belong_to_the_right_units():
     assert trace.stateful_buffers == ()
     # Residuals cross too: between two blocks travels the running sum, and `norm`'s output goes back to the table.
     hidden = 4 * 2 * 5 * 4
-    assert costs["blocks.0.0"].crossing_bytes == hidden * 2
+    position = {name: index for index, name in enumerate(trace.order)}
+    assert trace.crossing_bytes(position, 5) == [hidden * 2] * 4 + [0]
     assert pickle.loads(pickle.dumps(trace)) == trace
 
 
@@ -200,7 +203,7 @@ def test_traffic_counts_what_lives_across_a_cut():
     assert traffic.used(tensor, 3)
     assert traffic.used(tensor.view(5, 2), 2)  # already there on its way
     traffic.used(tensor, 0)  # back
-    assert traffic.over_cuts(4) == [40, 40, 40, 0]
+    assert traffic.flows() == {(1, 3, 2, 0): 40}
     other, small = torch.zeros(100), torch.zeros(1)
     traffic.made(other, 5)
     traffic.made(small, 6)

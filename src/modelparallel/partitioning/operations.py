@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import math
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -93,39 +94,42 @@ class StorageSet:
 
 
 class Traffic:
-    """Bytes that would travel between positions in the order of units, if every position were a stage of its own.
+    """Who makes and who uses which tensor, by the position of the unit in the order of first calls.
 
     Only tensors made from weights count: what is computed from the inputs alone is computed on every stage.
     """
 
     def __init__(self) -> None:
-        # Storage -> a reference, and the first and last position that has it.
-        self._storages: dict[int, tuple[weakref.ref[Any], int, int]] = {}
-        self._crossings: list[tuple[int, int, int]] = []  # from position, to position, bytes
+        # Storage -> a reference, its positions (the maker first), and the bytes of the largest view that was used.
+        self._storages: dict[int, tuple[weakref.ref[Any], _Travels]] = {}
+        self._travels: list[_Travels] = []
 
     def made(self, tensor: torch.Tensor, position: int) -> None:
         """``tensor`` was computed at ``position``."""
         storage = storage_of(tensor)
         if storage is not None and self._known(tensor) is None:
-            self._storages[id(storage)] = (weakref.ref(storage), position, position)
+            travels = _Travels([position])
+            self._storages[id(storage)] = (weakref.ref(storage), travels)
+            self._travels.append(travels)
 
     def used(self, tensor: torch.Tensor, position: int) -> bool:
         """``tensor`` is needed at ``position``; returns whether it was made from weights."""
         known = self._known(tensor)
         if known is None:
             return False
-        reference, first, last = known
-        size = tensor.nbytes
-        if position < first:
-            self._crossings.append((position, first, size))
-        elif position > last:
-            self._crossings.append((last, position, size))
-        self._storages[id(storage_of(tensor))] = (reference, min(first, position), max(last, position))
+        if position not in known.positions:
+            known.positions.append(position)
+        if position != known.positions[0]:
+            known.num_bytes = max(known.num_bytes, tensor.nbytes)
         return True
 
     def cheapest_place(self, tensors: Iterable[torch.Tensor]) -> int | None:
         """The position where an operation on ``tensors`` needs the fewest bytes moved; the later one of several."""
-        present = [(known[1], known[2], tensor.nbytes) for tensor in tensors if (known := self._known(tensor))]
+        present = [
+            (min(known.positions), max(known.positions), tensor.nbytes)
+            for tensor in tensors
+            if (known := self._known(tensor))
+        ]
         places = sorted({place for first, last, _ in present for place in (first, last)}, reverse=True)
         return min(
             places,
@@ -133,18 +137,24 @@ class Traffic:
             default=None,
         )
 
-    def over_cuts(self, num_positions: int) -> list[int]:
-        """The bytes over a cut after each position."""
-        changes = [0] * (num_positions + 1)
-        for start, end, size in self._crossings:
-            changes[start] += size
-            changes[end] -= size
-        return list(itertools.accumulate(changes))[:num_positions]
+    def flows(self) -> dict[tuple[int, ...], int]:
+        """Bytes by the positions that have them, the maker first."""
+        sums: Counter[tuple[int, ...]] = Counter()
+        for travels in self._travels:
+            if travels.num_bytes:
+                sums[tuple(travels.positions)] += travels.num_bytes
+        return dict(sums)
 
-    def _known(self, tensor: torch.Tensor) -> tuple[weakref.ref[Any], int, int] | None:
+    def _known(self, tensor: torch.Tensor) -> _Travels | None:
         storage = storage_of(tensor)
         known = self._storages.get(id(storage))
-        return known if storage is not None and known is not None and known[0]() is storage else None
+        return known[1] if storage is not None and known is not None and known[0]() is storage else None
+
+
+@dataclass
+class _Travels:
+    positions: list[int]
+    num_bytes: int = 0
 
 
 def _attention_flops(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any) -> int:

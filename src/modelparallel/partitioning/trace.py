@@ -21,7 +21,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 
 from modelparallel import trees
-from modelparallel.partitioning.costs import Trace, sizes_only, tensor_bytes
+from modelparallel.partitioning.costs import Flow, Trace, sizes_only, tensor_bytes
 from modelparallel.partitioning.operations import OperationCounter, StorageSet, Traffic, storage_of
 from modelparallel.partitioning.units import direct_tensors
 
@@ -380,11 +380,14 @@ class _Recorder:
     def trace(self, stateful_buffers: tuple[str, ...], seconds: dict[str, float] | None) -> Trace:
         sizes = sizes_only(self._root, self._units, stateful_buffers)
         first_calls = {unit: position for position, unit in enumerate(self.order)}
-        crossing = self._traffic.over_cuts(len(self.order))
+        flows = tuple(
+            Flow(self.order[maker], tuple(self.order[user] for user in users), num_bytes)
+            for (maker, *users), num_bytes in self._traffic.flows().items()
+            if maker < len(self.order)
+        )
         units = tuple(
             replace(
                 unit,
-                crossing_bytes=crossing[first_calls[unit.name]] if unit.name in first_calls else 0,
                 first_call=first_calls.get(unit.name),
                 num_calls=self._calls[unit.name],
                 output_bytes=self._output_bytes[unit.name],
@@ -397,7 +400,9 @@ class _Recorder:
             for unit in sizes.units
         )
         tensors = tuple(replace(tensor, near_unit=self._near.get(tensor.name)) for tensor in sizes.tensors)
-        return replace(sizes, units=units, tensors=tensors, source="run", has_gradients=self._has_gradients)
+        return replace(
+            sizes, units=units, tensors=tensors, source="run", has_gradients=self._has_gradients, flows=flows
+        )
 
 
 class _GlueWatch(TorchFunctionMode):
