@@ -8,8 +8,9 @@ limit uneven memory costs nothing, while a stage with more layers makes all the 
 the optimum, the one that moves the fewest bytes over its cuts is taken, then the one with the most even stages.
 
 One piece a stage: the search is exact. Several pieces a stage: the pieces of one stage are weighed together (memory)
-or by the dearest (compute, since the others wait for it), which no recursion over prefixes can do. There the exact
-split by pieces is improved by moving and by pairs of moves of the cuts until none helps.
+or by the dearest (compute, since the others wait for it), which no recursion over prefixes can do. There a first
+split is improved by moving the cuts, singly and in pairs, and then by branch and bound. The search is exact if it ends
+before `_MOST_NODES`; else it gives the best split so far. No clock decides, so that equal models get equal plans.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from modelparallel.partitioning.items import Item
 
 # Splits this close in cost count as equal: the sums of floats differ in their last digits.
 _TOLERANCE = 1e-9
+# Runs that the branch and bound looks at: a second or two of Python.
+_MOST_NODES = 200_000
 
 Bounds = list[tuple[int, int]]
 Rating = tuple[float, float, int, float]
@@ -74,7 +77,7 @@ class Costs:
         """What is minimised, for a piece by itself; infinite if it alone is over the limit."""
         if self.memory(piece, start, end) > self.memory_limit:
             return math.inf
-        return self.num_repeats * (self._memory_part(start, end) + self._compute_part(start, end))
+        return self.num_repeats * (self.memory_part(start, end) + self.compute_part(start, end))
 
     def rate(self, bounds: Bounds) -> Rating:
         """A split, smaller is better: bytes over the limit, the dearest stage, bytes over the cuts, unevenness."""
@@ -83,16 +86,18 @@ class Costs:
         for stage in range(self.num_stages):
             pieces = range(stage, self.num_pieces, self.num_stages)
             excess += max(0.0, sum(self.memory(piece, *bounds[piece]) for piece in pieces) - self.memory_limit)
-            memory = sum(self._memory_part(*bounds[piece]) for piece in pieces)
-            costs.append(memory + self.num_repeats * max(self._compute_part(*bounds[piece]) for piece in pieces))
+            memory = sum(self.memory_part(*bounds[piece]) for piece in pieces)
+            costs.append(memory + self.num_repeats * max(self.compute_part(*bounds[piece]) for piece in pieces))
         crossing = sum(self.cut_bytes[end - 1] for _, end in bounds[:-1])
         return excess, _rounded(max(costs)), crossing, _rounded(sum(cost * cost for cost in costs))
 
-    def _memory_part(self, start: int, end: int) -> float:
+    def memory_part(self, start: int, end: int) -> float:
+        """The share of memory in what is minimised."""
         activations = self._sum(self._activations, start, end) * self._mean_in_flight
         return self._memory_factor * (self._sum(self._state, start, end) + activations)
 
-    def _compute_part(self, start: int, end: int) -> float:
+    def compute_part(self, start: int, end: int) -> float:
+        """The share of compute in what is minimised, for a stage of this one piece."""
         return self._compute_factor * self._sum(self._compute, start, end)
 
     @staticmethod
@@ -110,7 +115,7 @@ def best_split(costs: Costs) -> Bounds | None:
     if leanest is not None:
         starts.append(leanest)
     found = min((improved(start, costs.rate) for start in starts), key=costs.rate, default=None)
-    return None if found is None or costs.rate(found)[0] > 0 else found
+    return _Branching(costs, found).best if found is not None else None
 
 
 def leanest_split(costs: Costs) -> Bounds | None:
@@ -155,6 +160,69 @@ def improved(bounds: Bounds, rate: Callable[[Bounds], tuple[float, ...]]) -> Bou
             if rating < best:
                 cuts, best, has_moved = tried, rating, True
     return list(itertools.pairwise([0, *cuts, num_items]))
+
+
+class _Branching:
+    """Branch and bound over the splits into several pieces a stage, piece by piece.
+
+    Attributes:
+        best: the best split within the limit; None if none is known.
+    """
+
+    def __init__(self, costs: Costs, start: Bounds) -> None:
+        self._costs = costs
+        self._rating = costs.rate(start)
+        self.best = start if self._rating[0] == 0 else None
+        if self.best is None:
+            self._rating = (0.0, math.inf, 0, math.inf)
+        self._num_left = _MOST_NODES
+        self._rest = self._cheapest_rest()
+        self._held = [0.0] * costs.num_stages
+        self._memory = [0.0] * costs.num_stages
+        self._compute = [0.0] * costs.num_stages
+        self._split: Bounds = []
+        self._visit(0, 0)
+
+    def _visit(self, piece: int, start: int) -> None:
+        costs = self._costs
+        if piece == costs.num_pieces:
+            rating = costs.rate(self._split)
+            if rating < self._rating:
+                self._rating, self.best = rating, list(self._split)
+            return
+        stage = piece % costs.num_stages
+        before = self._held[stage], self._memory[stage], self._compute[stage]
+        is_last = piece == costs.num_pieces - 1
+        first = costs.num_items if is_last else start + 1
+        for end in range(first, costs.num_items - (costs.num_pieces - piece - 1) + 1):
+            self._num_left -= 1
+            held = before[0] + costs.memory(piece, start, end)
+            memory = before[1] + costs.memory_part(start, end)
+            compute = max(before[2], costs.num_repeats * costs.compute_part(start, end))
+            limit = self._rating[1] * (1 + _TOLERANCE)
+            if self._num_left < 0 or held > costs.memory_limit or memory + compute > limit:
+                break
+            if self._rest[piece + 1][end] > limit:
+                continue
+            self._held[stage], self._memory[stage], self._compute[stage] = held, memory, compute
+            self._split.append((start, end))
+            self._visit(piece + 1, end)
+            self._split.pop()
+        self._held[stage], self._memory[stage], self._compute[stage] = before
+
+    def _cheapest_rest(self) -> list[list[float]]:
+        """For every piece and start, a bound: the dearest of this and the later pieces costs at least so much."""
+        costs = self._costs
+        rest = [[math.inf] * (costs.num_items + 1) for _ in range(costs.num_pieces + 1)]
+        rest[-1][-1] = 0.0
+        for piece in reversed(range(costs.num_pieces)):
+            for start in range(costs.num_items):
+                for end in range(start + 1, costs.num_items + 1):
+                    cost = costs.memory_part(start, end) + costs.num_repeats * costs.compute_part(start, end)
+                    if cost >= rest[piece][start] or costs.memory(piece, start, end) > costs.memory_limit:
+                        break
+                    rest[piece][start] = min(rest[piece][start], max(cost, rest[piece + 1][end]))
+        return rest
 
 
 def best_runs(
