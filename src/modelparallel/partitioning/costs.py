@@ -20,6 +20,13 @@ from modelparallel.partitioning.units import direct_tensors
 # plan is made.
 STATE_COPIES = 4
 
+# What moving a byte costs, in floating-point operations: the ratio of the two rates of a CPU core (some 100 GFLOP/s and
+# 10 GB/s). On a GPU it is more for low precisions. It decides where many bytes are moved for few operations: the loss
+# over a large vocabulary, the gradient of an embedding.
+OPERATIONS_PER_BYTE = 10
+# The gradient of a microbatch is written, it and the sum so far are read, the new sum is written.
+ACCUMULATION_PASSES = 4
+
 _BACKWARD_FIRST = ("interleaved", "zero_bubble")
 
 
@@ -29,12 +36,13 @@ class UnitCosts:
 
     Attributes:
         first_call: position of the unit in the order of first calls; None if it was never called.
-        flops: floating-point operations of the forward.
+        flops: floating-point operations of the forward: matrix products, convolutions, attention.
+        moved_bytes: what all other operations of the forward read and wrote.
         needs_weight_gradient: an output asked for a gradient and the unit has trainable parameters.
         needs_input_gradient: an input asked for a gradient.
         output_bytes: what the calls returned.
         activation_bytes: tensors saved for the backward, parameters left out, shared storages counted once.
-        seconds: measured forward time; None if it was not measured.
+        seconds: measured time of the forward; None if it was not measured.
     """
 
     name: str
@@ -47,6 +55,7 @@ class UnitCosts:
     output_bytes: int = 0
     activation_bytes: int = 0
     flops: int = 0
+    moved_bytes: int = 0
     needs_weight_gradient: bool = False
     needs_input_gradient: bool = False
     seconds: float | None = None
@@ -58,8 +67,8 @@ class UnitCosts:
 
     @property
     def forward(self) -> float:
-        """The work of the forward: seconds if measured, else floating-point operations."""
-        return float(self.flops) if self.seconds is None else self.seconds
+        """The work of the forward: seconds if measured, else floating-point operations and bytes moved."""
+        return float(self.flops + OPERATIONS_PER_BYTE * self.moved_bytes) if self.seconds is None else self.seconds
 
     @property
     def input_gradient(self) -> float:
@@ -68,8 +77,14 @@ class UnitCosts:
 
     @property
     def weight_gradient(self) -> float:
-        """The work of the part of the backward that makes the gradients of the weights."""
-        return self.forward * self.needs_weight_gradient
+        """The work of the part of the backward that makes the gradients of the weights and adds them up."""
+        if not self.needs_weight_gradient:
+            return 0.0
+        if self.seconds is not None:
+            return self.seconds
+        # What moved bytes in the forward does so once more in the backward, in this part if there is no other.
+        first = self.flops if self.needs_input_gradient else self.forward
+        return float(first + OPERATIONS_PER_BYTE * ACCUMULATION_PASSES * self.trainable_bytes)
 
     @property
     def compute(self) -> float:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from modelparallel import trees
 from modelparallel.torch_compat import TorchDispatchMode, flop_registry
 
 LOGGER = logging.getLogger("modelparallel.partitioning")
@@ -20,14 +21,15 @@ aten = torch.ops.aten
 
 
 class OperationCounter(TorchDispatchMode):
-    """Calls ``report(count)`` with the floating-point operations of every operation that runs.
+    """Calls ``report(flops, moved_bytes)`` for every operation that runs.
 
-    A multiply-add counts two.     Matrix products, convolutions and attention are counted, elementwise work is not.
+    Matrix products, convolutions and attention count by their floating-point operations (a multiply-add is two), all
+    others by the bytes that they read and write.
     """
 
     supports_higher_order_operators = True
 
-    def __init__(self, report: Callable[[int], None]) -> None:
+    def __init__(self, report: Callable[[int, int], None]) -> None:
         super().__init__()
         self._report = report
         self._failed: set[Any] = set()
@@ -43,10 +45,12 @@ class OperationCounter(TorchDispatchMode):
                     parts = func.decompose(*args, **kwargs)
                 if parts is not NotImplemented:
                     return parts
-            return func(*args, **kwargs)
+            result = func(*args, **kwargs)
+            self._report(0, _moved_bytes(func, (args, kwargs), result))
+            return result
         result = func(*args, **kwargs)
         try:
-            self._report(int(formula(*args, **kwargs, out_val=result)))
+            self._report(int(formula(*args, **kwargs, out_val=result)), 0)
         except (
             Exception
         ) as error:  # the formulas are torch's and know few forms of arguments; an estimate may not stop a step
@@ -54,6 +58,23 @@ class OperationCounter(TorchDispatchMode):
                 self._failed.add(packet)
                 LOGGER.warning("tracing: cannot count the operations of %s: %s: %s", func, type(error).__name__, error)
         return result
+
+
+def _moved_bytes(func: Any, arguments: Any, result: Any) -> int:
+    """What an operation reads and writes; nothing for one that only looks at a tensor in another way."""
+    returns = getattr(getattr(func, "_schema", None), "returns", ())
+    packet = getattr(func, "_overloadpacket", func)
+    is_view = any(value.alias_info is not None and not value.alias_info.is_write for value in returns)
+    if is_view or packet in _UNSAFE_VIEWS:
+        return 0
+    written = sum(_num_bytes(leaf) for leaf in trees.leaves(result))
+    if packet in _ROW_READERS:
+        return 2 * written
+    return written + sum(_num_bytes(leaf) for leaf in trees.leaves(arguments))
+
+
+def _num_bytes(leaf: Any) -> int:
+    return leaf.nbytes if isinstance(leaf, torch.Tensor) and leaf.layout == torch.strided else 0
 
 
 def storage_of(tensor: torch.Tensor) -> torch.UntypedStorage | None:
@@ -171,6 +192,11 @@ def _recurrent_flops(
     steps_and_batch = input.numel() // input.shape[-1]
     return 2 * steps_and_batch * (input_weight.numel() + hidden_weight.numel())
 
+
+# They read as much as they write, however large the tensor is that they read from.
+_ROW_READERS = {aten.embedding, aten.index, aten.index_select, aten.gather}
+# Their schemas do not say that they only look at their input in another way.
+_UNSAFE_VIEWS = {aten._unsafe_view, aten._reshape_alias}
 
 # Kernels of CPU builds for which torch has no formula.
 _OWN_FORMULAS: dict[Any, Callable[..., int]] = {
