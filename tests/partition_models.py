@@ -123,6 +123,9 @@ def hugging_face_model(name):
         "T5ForConditionalGeneration": lambda: transformers.T5Config(**t5),
         "ViTForImageClassification": lambda: transformers.ViTConfig(**vit),
         "MixtralForCausalLM": lambda: transformers.MixtralConfig(**moe),
+        "ConvNextForImageClassification": lambda: transformers.ConvNextConfig(
+            num_stages=2, hidden_sizes=[8, 16], depths=[2, 2], image_size=32
+        ),
         "SwinForImageClassification": lambda: transformers.SwinConfig(**swin),
     }
     return getattr(transformers, name)(configurations[name]())

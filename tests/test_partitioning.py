@@ -14,7 +14,7 @@ from modelparallel.partitioning.costs import TensorCosts, Trace
 from modelparallel.partitioning.units import direct_tensors
 from modelparallel.plan.partition import PartitionPlan
 from modelparallel.registry import partition_context, partition_mark
-from partition_models import Attention, Block, Decoder, Eventful, chain, hugging_face_model, layers
+from partition_models import Attention, Block, Decoder, Eventful, Projections, chain, hugging_face_model, layers
 
 # Units
 
@@ -50,6 +50,42 @@ def test_blocks_are_units_and_keep_their_inner_lists():
     assert find_units(nn.Sequential(Block(), nn.Linear(4, 4)))[-1] == "1"
     stages = nn.ModuleList(nn.ModuleDict({"blocks": nn.ModuleList([Attention(1), Attention(1)])}) for _ in range(2))
     assert find_units(stages) == ("0.blocks.0", "0.blocks.1", "1.blocks.0", "1.blocks.1")
+
+
+def test_blocks_that_are_attributes_are_units_if_there_are_three_of_a_class():
+    class Net(nn.Module):
+        def __init__(self, num_levels):
+            super().__init__()
+            self.stem = Projections()
+            for level in range(num_levels):
+                self.add_module(f"down{level}", Block())
+
+    assert find_units(Net(3)) == ("stem.key", "stem.query", "down0", "down1", "down2")
+    # Two may be the towers of a model, each half of it.
+    inside = ("attention.heads.0", "attention.heads.1", "attention.proj", "mlp.0", "mlp.2")
+    expected = [f"down{level}.{name}" for level in range(2) for name in inside]
+    assert find_units(Net(2)) == ("stem.key", "stem.query", *expected)
+    # Stacks stay stacks: each of these has blocks of its own.
+    stack = lambda: nn.ModuleDict({"layers": nn.ModuleList(Projections() for _ in range(2))})  # noqa: E731
+    model = nn.Module()
+    for name in ("encoder", "decoder", "reviser"):
+        model.add_module(name, nn.Sequential(stack(), nn.ReLU()))
+    assert find_units(model)[:2] == ("encoder.0.layers.0", "encoder.0.layers.1")
+
+
+def test_a_single_giant_block_is_opened_where_there_are_few_units():
+    class Giant(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention, self.mlp = nn.MultiheadAttention(4, 2), nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 4))
+
+    model = nn.Sequential(nn.Embedding(5, 4), nn.ModuleList([Giant()]), nn.Linear(4, 5))
+    assert find_units(model) == ("0", "1.0.attention", "1.0.mlp.0", "1.0.mlp.1", "2")
+    assert make_plan(model, 4).num_stages == 4
+    model = nn.Sequential(nn.Embedding(5, 4), nn.ModuleList([Giant(), Giant()]), nn.Linear(4, 5))
+    assert find_units(model) == ("0", "1.0", "1.1", "2")
+    model = nn.Sequential(*layers(7), nn.ModuleList([Giant()]))
+    assert find_units(model)[-1] == "7.0"
 
 
 def test_torch_modules_with_inner_weights_stay_whole():
@@ -117,6 +153,10 @@ HUGGING_FACE_UNITS = {
     "ViTForImageClassification": "vit.embeddings.patch_embeddings.projection vit.encoder.layer.0 vit.encoder.layer.1 "
     "vit.layernorm classifier",
     "MixtralForCausalLM": "model.embed_tokens model.layers.0 model.layers.1 model.norm lm_head",
+    "ConvNextForImageClassification": "convnext.embeddings.patch_embeddings convnext.embeddings.layernorm "
+    "convnext.encoder.stages.0.layers.0 convnext.encoder.stages.0.layers.1 "
+    "convnext.encoder.stages.1.downsampling_layer.0 convnext.encoder.stages.1.downsampling_layer.1 "
+    "convnext.encoder.stages.1.layers.0 convnext.encoder.stages.1.layers.1 convnext.layernorm classifier",
     "SwinForImageClassification": "swin.embeddings.patch_embeddings.projection swin.embeddings.norm "
     "swin.encoder.layers.0.blocks.0 swin.encoder.layers.0.blocks.1 swin.encoder.layers.0.downsample.reduction "
     "swin.encoder.layers.0.downsample.norm swin.encoder.layers.1.blocks.0 swin.encoder.layers.1.blocks.1 "
@@ -178,8 +218,10 @@ def test_tied_and_uncalled_modules_and_tensors_above_units_have_a_home():
     assert trace.ties == (("table", "head"),)
     plan = make_plan(model, 3, trace=trace, memory_weight=0.2)
     assert plan.origin == "traced"
-    assert plan.home_of_module("head") == plan.home_of_module("table") == 0
-    assert plan.home_of_tensor("positions") == 0
+    # With the first of the two or with the last, whichever is more even; what follows the table goes with it.
+    assert plan.home_of_module("head") == plan.home_of_module("table")
+    assert plan.home_of_module("table") in (0, 2)
+    assert plan.home_of_tensor("positions") == plan.home_of_module("table")
     assert plan.home_of_module("unused") == plan.home_of_module("norm") == 2
     assert plan.home_of_tensor("mask") is None
     assert plan.home_of_tensor("blocks.3.0.weight") == plan.home_of_module("blocks.3.0")
