@@ -78,7 +78,7 @@ def _columns(timeline: Timeline) -> tuple[float, int]:
         if end - start > 1e-9 * timeline.makespan
     ]
     if not lengths:
-        return 1.0, 0
+        return 1.0, 1
     unit = max(min(lengths), timeline.makespan / _MAX_COLUMNS)
     return unit, round(timeline.makespan / unit)
 
