@@ -2,7 +2,7 @@
 
 from modelparallel.plan.schedule import Action, ActionKind
 
-F, B, I, W = ActionKind
+F, B, I, W = ActionKind  # noqa: E741 - the letters of the papers
 
 
 def all_actions(schedule):

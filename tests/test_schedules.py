@@ -1,5 +1,6 @@
 """Pipeline schedules: golden files, published formulas, and properties over random chains of visits."""
 
+import itertools
 import os
 import re
 import subprocess
@@ -26,7 +27,7 @@ from schedule_rules import all_actions, has_to_wait, is_valid, known_interleaved
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = sorted((ROOT / "tests" / "schedules").glob("*.txt"))
-F, B, I, W = ActionKind
+F, B, I, W = ActionKind  # noqa: E741 - the letters of the papers
 PROPERTIES = settings(deadline=None, max_examples=200, derandomize=True, database=None)
 
 
@@ -144,27 +145,46 @@ def test_bubble_of_virtual_stages(p, v):
         assert (timeline.makespan - work) / work == pytest.approx((p - 1) / (v * m))
 
 
+ZERO_BUBBLE_COSTS = [(1, 1, 1), (1, 1.2, 0.8), (1, 1, 0.5), (2, 1, 1), (1, 2, 1), (1, 2, 0.5)]
+
+
+@pytest.mark.parametrize("costs", ZERO_BUBBLE_COSTS)
 @pytest.mark.parametrize("p", [2, 3, 4, 8])
-def test_zero_bubble_with_the_memory_of_1f1b_is_zb_h1(p):
-    """Qi et al. 2023, table 2: every stage waits (p - 1)(T_F + T_B - T_W) at most, here 1 * (p - 1), for 3 (p - 1)."""
-    chain = Chain.straight(p)
-    for m in (p, p + 1, 2 * p, 4 * p):
+def test_zero_bubble_with_the_memory_of_1f1b_is_zb_h1(p, costs):
+    """Qi et al. 2023, table 2: every stage waits (p - 1)(T_F + T_B - T_W) at most; 1F1B: (p - 1)(T_F + T_B + T_W)."""
+    chain = Chain.straight(p, *costs)
+    forward, backward, weight = costs
+    for m in (2 * p, 4 * p):
         for active in (p, None):
             timeline = simulate(make_schedule(chain, m, "zero_bubble", active), chain)
-            assert timeline.makespan == 3 * m + p - 1
-            assert max(timeline.waiting) == p - 1
+            assert timeline.makespan == pytest.approx(m * sum(costs) + (p - 1) * (forward + backward - weight))
+            assert max(timeline.waiting) <= (p - 1) * (forward + backward - weight) + 1e-9
             assert max(timeline.peak_microbatches) <= p
 
 
+@pytest.mark.parametrize("costs", ZERO_BUBBLE_COSTS)
 @pytest.mark.parametrize("p", [2, 3, 4, 8])
-def test_zero_bubble_with_twice_the_memory_is_zb_h2(p):
-    """Qi et al. 2023, table 2: (p - 1)(T_F + T_B - 2 T_W), here 0: no stage waits between its first and last action."""
-    chain = Chain.straight(p)
-    for m in (2 * p - 1, 4 * p):
+def test_zero_bubble_with_twice_the_memory_is_zb_h2(p, costs):
+    """Qi et al. 2023, table 2: a stage waits (p - 1)(T_F + T_B - 2 T_W), with equal costs not at all.
+
+    The whole step has the way to the last stage on top of a stage's work, (p - 1) T_F, at least.
+    """
+    chain = Chain.straight(p, *costs)
+    forward, backward, weight = costs
+    for m in (3 * p, 4 * p):
         timeline = simulate(make_schedule(chain, m, "zero_bubble", 2 * p - 1), chain)
-        assert timeline.waiting == (0,) * p
-        assert timeline.makespan == 3 * m + p - 1  # the last stage cannot begin earlier
+        beyond = (p - 1) * max(forward, forward + backward - 2 * weight)
+        assert timeline.makespan == pytest.approx(m * sum(costs) + beyond)
         assert max(timeline.peak_microbatches) <= 2 * p - 1
+        if costs == (1, 1, 1):
+            assert timeline.waiting == (0,) * p
+
+
+def test_few_active_microbatches_make_a_long_step():
+    """What docs/schedules.md says about a limit of 2 on 4 stages."""
+    chain = Chain.straight(4)
+    short, full = (simulate(make_schedule(chain, 8, "interleaved", active), chain) for active in (2, 4))
+    assert short.makespan > 2 * full.makespan
 
 
 # ---------------------------------------------------------------- statement 32 of the semantics
@@ -235,8 +255,8 @@ def test_the_timeline_keeps_the_rules(chain, num_microbatches, kind, active, del
     """No action starts early, and none later than it must: at 0, at the end before it, or when a value comes."""
     schedule = make_schedule(chain, num_microbatches, kind, active)
     timeline = simulate(schedule, chain, delay)
-    start = {pair: time for pair, time in zip(all_actions(schedule), sum(timeline.start, ()), strict=True)}
-    end = {pair: time for pair, time in zip(all_actions(schedule), sum(timeline.end, ()), strict=True)}
+    start = dict(zip(all_actions(schedule), itertools.chain(*timeline.start), strict=True))
+    end = dict(zip(all_actions(schedule), itertools.chain(*timeline.end), strict=True))
     for stage, actions in enumerate(schedule.actions):
         for position, action in enumerate(actions):
             pair = (stage, action)
@@ -430,9 +450,7 @@ def test_equal_in_every_process():
 
 def test_floats_do_not_decide_who_comes_first():
     """Three times 0.1 is not 0.3 in floats; costs in tenths must give the order that costs in whole numbers give."""
-    tenths, whole = (
-        Chain.looped(4, 2, *(cost * unit for cost in (1, 2, 3))) for unit in (0.1, 1)
-    )
+    tenths, whole = (Chain.looped(4, 2, *(cost * unit for cost in (1, 2, 3))) for unit in (0.1, 1))
     for kind in SCHEDULE_KINDS:
         assert make_schedule(tenths, 12, kind) == make_schedule(whole, 12, kind)
 
@@ -527,8 +545,14 @@ DOCUMENT = ROOT / "docs" / "schedules.md"
 
 
 def test_the_document_shows_what_the_command_prints():
-    examples = re.findall(r"^```\n\$ modelparallel schedule (.*)\n(.*?)^```", DOCUMENT.read_text(), re.M | re.S)
+    examples = re.findall(r"^```\n\$ modelparallel schedule ([^\n]*)\n(.*?)^```", DOCUMENT.read_text(), re.M | re.S)
     assert len(examples) >= 4
     for arguments, expected in examples:
         result = command(*arguments.split())
         assert result.stdout == expected, arguments
+
+
+def test_the_code_of_the_document_runs(capsys):
+    (code,) = re.findall(r"^```python\n(.*?)^```", DOCUMENT.read_text(), re.M | re.S)
+    exec(code, {})
+    assert capsys.readouterr().out.startswith("schedule interleaved, 4 microbatches, 3 stages\n")

@@ -28,7 +28,7 @@ def figures_text(timeline: Timeline) -> str:
 
 
 def grid_text(schedule: Schedule, timeline: Timeline, width: int = 120) -> str:
-    """The schedule over time, one line per stage: `F0`, `B0---` over the columns that it takes, `.` where a stage waits.
+    """The schedule over time, a line per stage: `F0`, `B0---` over the columns that it takes, `.` where a stage waits.
 
     A column is as long as the shortest action that takes time. Actions that take none, or too little for a column, are
     left out and counted below.
