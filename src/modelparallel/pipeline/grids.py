@@ -28,7 +28,7 @@ def figures_text(timeline: Timeline) -> str:
 
 
 def grid_text(schedule: Schedule, timeline: Timeline, width: int = 120) -> str:
-    """The schedule over time, one line per stage: `F0`, `B0---` over the columns that it takes, `.` where a stage waits.
+    """The schedule over time, a line per stage: `F0`, `B0---` over the columns that it takes, `.` where a stage waits.
 
     A column is as long as the shortest action that takes time. Actions that take none, or too little for a column, are
     left out and counted below.
@@ -78,7 +78,7 @@ def _columns(timeline: Timeline) -> tuple[float, int]:
         if end - start > 1e-9 * timeline.makespan
     ]
     if not lengths:
-        return 1.0, 0
+        return 1.0, 1
     unit = max(min(lengths), timeline.makespan / _MAX_COLUMNS)
     return unit, round(timeline.makespan / unit)
 

@@ -10,8 +10,9 @@ then the one that holds the fewest visits.
 
 [Note: Why the choice never gets stuck]
 A policy that chooses freely among ready actions always goes on: microbatches are admitted on every stage in the order
-of their numbers, so nothing stands in the way of the oldest unfinished one. A policy with fixed sequences
-(`warm_up`) may get stuck on chains it was not made for; it is then left out, and one without them is always there.
+of their numbers, so nothing stands in the way of the oldest unfinished one. A policy with fixed sequences (`warm_up`)
+goes on where every stage is further ahead than those that wait for it, as on a straight chain. On others it may get
+stuck; it is then left out, and policies that choose freely are there, too.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from modelparallel.plan.schedule import Action, ActionKind, Chain, Schedule, che
 # Ends that differ by less than this share of a microbatch's whole cost are one moment: sums of floats in different
 # orders must not decide who comes first.
 _SAME_MOMENT = 1e-9
-_ALWAYS = float("inf")
+_NEVER = float("inf")
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class _Policy:
         is_split: backwards are I and W parts, except where the W part costs nothing.
         weights_behind: for every stage how many W parts may be left for later; one more than that runs at once. None:
             they are left for waiting time.
-        patience: with W parts in waiting time: how much of a W part's cost a known arrival may be delayed by it.
+        is_patient: a W part fills waiting time only if it ends before the next value or gradient that is on its way.
     """
 
     limits: tuple[int, ...]
@@ -53,12 +54,10 @@ class _Policy:
     forwards_first: bool = False
     is_split: bool = False
     weights_behind: tuple[int, ...] | None = None
-    patience: float = _ALWAYS
+    is_patient: bool = False
 
 
-def make_schedule(
-    chain: Chain, num_microbatches: int, kind: str, active_microbatches: int | None = None
-) -> Schedule:
+def make_schedule(chain: Chain, num_microbatches: int, kind: str, active_microbatches: int | None = None) -> Schedule:
     """The schedule of ``kind`` for ``num_microbatches`` microbatches that all run ``chain``.
 
     Pure and deterministic: equal arguments give equal schedules on every stage and in every process.
@@ -126,17 +125,20 @@ def _interleaved(chain: Chain, num_microbatches: int, cap: int) -> Iterator[_Pol
 
 
 def _zero_bubble(chain: Chain, cap: int, interleaved: _Result) -> Iterator[_Policy]:
-    # The interleaved order with as many W parts left for later as the limit allows; with a limit of p this is ZB-H1 on a
-    # straight chain (Qi et al. 2023).
+    # The interleaved order with as many W parts left for later as the limit allows; with a limit of p this is ZB-H1 on
+    # a straight chain (Qi et al. 2023).
     p = chain.num_stages
     behind = tuple(max(0, cap - peak) for peak in interleaved.peaks)
     assert interleaved.policy is not None
-    yield replace(interleaved.policy, limits=(cap,) * p, is_split=True, weights_behind=behind)
+    for is_patient in (False, True):
+        yield replace(
+            interleaved.policy, limits=(cap,) * p, is_split=True, weights_behind=behind, is_patient=is_patient
+        )
     limits_to_try = dict.fromkeys(min(limit, cap) for limit in (p, 2 * p - 1, cap))
     for limit in limits_to_try:
         for group in dict.fromkeys((1, interleaved.policy.group)):
-            for patience in (_ALWAYS, 0.0):
-                yield _Policy((limit,) * p, group, is_split=True, patience=patience)
+            for is_patient in (False, True):
+                yield _Policy((limit,) * p, group, is_split=True, is_patient=is_patient)
 
 
 def _split(schedule: Schedule, chain: Chain) -> Schedule:
@@ -204,7 +206,7 @@ def _best(shape: _Shape, policies: list[_Policy], kind: str, known: Schedule | N
         if best is not None and best.makespan <= bound and best.key[1] == 0:
             break
         simulation = _Simulation(shape, policy, has_backwards=kind != "forward_only")
-        if simulation.run(until=_ALWAYS if best is None else best.makespan + shape.moment):
+        if simulation.run(until=_NEVER if best is None else best.makespan + shape.moment):
             result = _result(shape, policy, Schedule(kind, shape.num_microbatches, simulation.actions()))
             if best is None or result.key < best.key:
                 best = result
@@ -398,7 +400,7 @@ class _Simulation:
         self.num_started += 1
         end = self.now + cost
         heapq.heappush(self.ends, (end, self.num_started, phase, microbatch, index))
-        if phase != WEIGHT and self.policy.patience < _ALWAYS:
+        if phase != WEIGHT and self.policy.is_patient:
             left = self.needs_left[microbatch]
             for freed in self.shape.frees[phase * self.size + index]:
                 other = self.shape.chain.visits[freed % self.size].stage
@@ -430,11 +432,11 @@ class _Simulation:
         return phase, microbatch, abs(index)
 
     def _fits(self, stage: int, cost: float) -> bool:
-        """Whether a W part of this cost may start: no value or gradient on its way would have to wait too long."""
+        """Whether a W part of this cost ends before the next known arrival; an impatient policy does not ask."""
         arrivals = self.arrivals[stage]
         while arrivals and arrivals[0] <= self.now + self.shape.moment:
             heapq.heappop(arrivals)
-        return not arrivals or self.now + cost - arrivals[0] <= self.policy.patience * cost + self.shape.moment
+        return not arrivals or self.now + cost <= arrivals[0] + self.shape.moment
 
     def _best_forward(self, stage: int) -> tuple[int, int, int] | None:
         ready = self.ready[stage][FORWARD]
@@ -475,6 +477,6 @@ class _Simulation:
             return ActionKind.F if phase == FORWARD else ActionKind.W
 
         return tuple(
-            tuple(Action(kind(phase, index), microbatch, self.shape.place[index]) for phase, microbatch, index in record)
+            tuple(Action(kind(phase, index), number, self.shape.place[index]) for phase, number, index in record)
             for record in self.record
         )

@@ -166,7 +166,7 @@ def _timeline(
     schedule: Schedule, chain: Chain, starts: Sequence[Sequence[float]], ends: Sequence[Sequence[float]]
 ) -> Timeline:
     busy = tuple(
-        sum(cost_of(action.kind, chain.visits_of(stage)[action.visit], chain) for action in actions)
+        float(sum(cost_of(action.kind, chain.visits_of(stage)[action.visit], chain) for action in actions))
         for stage, actions in enumerate(schedule.actions)
     )
     makespan = max((stage_ends[-1] for stage_ends in ends if stage_ends), default=0.0)

@@ -82,9 +82,7 @@ class Chain:
                     )
 
     @classmethod
-    def straight(
-        cls, num_stages: int, forward: float = 1.0, backward: float = 1.0, weight: float = 1.0
-    ) -> Chain:
+    def straight(cls, num_stages: int, forward: float = 1.0, backward: float = 1.0, weight: float = 1.0) -> Chain:
         """Every stage once, one after the other, all with the same costs."""
         return cls.looped(num_stages, 1, forward, backward, weight)
 
@@ -227,7 +225,9 @@ class Schedule:
         for expected, line in enumerate(lines[1:]):
             match = _LINE.fullmatch(line.strip())
             if match is None or int(match[1]) != expected:
-                raise ScheduleError(f"line {expected + 2} of the schedule must begin with 'stage {expected}:', not {line!r}")
+                raise ScheduleError(
+                    f"line {expected + 2} of the schedule must begin with 'stage {expected}:', not {line!r}"
+                )
             stages.append(tuple(map(Action.parse, match[2].split())))
         if len(stages) != num_stages:
             raise ScheduleError(f"the schedule says {num_stages} stages and has {len(stages)} lines of actions")
