@@ -26,12 +26,14 @@ from modelparallel.errors import DivergenceError, UnsupportedError
 from modelparallel.pipeline.stage_tensor import StageTensor, TensorSpec, function_name
 from modelparallel.torch_compat import autocast_state
 
+# Whose output has the same structure whatever the values of their numbers. (Not so dropout: with p=0 it gives back its
+# input.)
 _ARITHMETIC = frozenset(
     "add sub mul div true_divide divide multiply subtract rsub pow add_ sub_ mul_ div_ pow_ __add__ __radd__ __iadd__ "
     "__sub__ __rsub__ "
     "__isub__ __mul__ __rmul__ __imul__ __truediv__ __rtruediv__ __itruediv__ __pow__ __rpow__ addcmul addcdiv lerp "
     "clamp clamp_min clamp_max "
-    "eq ne lt le gt ge __eq__ __ne__ __lt__ __le__ __gt__ __ge__ masked_fill masked_fill_ fill_ where dropout "
+    "eq ne lt le gt ge __eq__ __ne__ __lt__ __le__ __gt__ __ge__ masked_fill masked_fill_ fill_ where "
     "layer_norm softmax log_softmax "
     "gelu leaky_relu leaky_relu_ elu hardtanh normalize cross_entropy smooth_l1_loss huber_loss".split()
 )
