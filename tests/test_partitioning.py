@@ -127,6 +127,24 @@ def test_a_shared_module_is_one_unit_under_its_first_name():
     assert not [unit for unit in units if unit.endswith("attention.proj")]
 
 
+def test_blocks_that_share_an_activation_are_units():
+    class Activated(nn.Module):
+        def __init__(self, activation):
+            super().__init__()
+            self.inner, self.activation, self.outer = nn.Linear(4, 8), activation, nn.Linear(8, 4)
+
+        def forward(self, x):
+            return self.outer(self.activation(self.inner(x)))
+
+    activation = nn.ReLU()
+    model = nn.ModuleDict({"blocks": nn.ModuleList(Activated(activation) for _ in range(3))})
+    units = find_units(model)
+    assert units == ("blocks.0", "blocks.1", "blocks.2")
+    trace = trace_step(model, units, lambda: nn.Sequential(*model["blocks"])(torch.ones(2, 4)).sum())
+    assert trace.order == units
+    assert [unit.num_calls for unit in trace.units] == [1, 1, 1]
+
+
 def test_tensors_above_the_units_are_listed_once():
     model = Decoder()
     units = find_units(model)

@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from modelparallel import trees
 from modelparallel.partitioning.costs import Flow, Trace, sizes_only, tensor_bytes
 from modelparallel.partitioning.operations import OperationCounter, StorageSet, Traffic, storage_of
-from modelparallel.partitioning.units import direct_tensors
+from modelparallel.partitioning.units import direct_tensors, has_weights
 
 LOGGER = logging.getLogger("modelparallel.partitioning")
 
@@ -261,6 +261,8 @@ class _Recorder:
             for module in self._modules[unit].modules():
                 if isinstance(module, torch.jit.ScriptModule) and module is not self._modules[unit]:
                     continue  # inner modules of a scripted one are not called through Python
+                if module is not self._modules[unit] and not has_weights(module):
+                    continue  # it may be in several units (one activation for all blocks), and then tells nothing
                 handles.append(module.register_forward_pre_hook(self._enter(unit), with_kwargs=True, prepend=True))
                 handles.append(module.register_forward_hook(self._leave(unit), with_kwargs=True, always_call=True))
         try:

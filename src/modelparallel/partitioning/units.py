@@ -134,8 +134,10 @@ class _Finder:
             return True
         if not any(has_weights(child) for child in module.children()):
             return True
-        if any(id(inner) in self._covered for inner in module.modules()):
-            return False  # it holds a unit that was met before under another name, and units do not nest
+        if any(id(inner) in self._covered and has_weights(inner) for inner in module.modules()):
+            # It holds a unit, or a part of one, that was met before under another name, and units do not nest. (An
+            # activation that all blocks share is no obstacle: it has no weights, and no home.)
+            return False
         if container is None or not _is_block(module, container):
             return False
         return not self._opens_single_blocks or type(module) in _repeated_classes(container)
