@@ -72,11 +72,11 @@ def run_step(
             return run_step(
                 engine, runs, kind, before_last_backward=before_last_backward, detach_outputs=detach_outputs
             )
-    plan = engine.plans.get(kind)
+    plan, is_first = engine.plans.get(kind), engine.plans.is_open(kind)
     step = _StepRun(engine, runs, plan)
     try:
         outputs = step.run(before_last_backward)
-        if engine.plans.is_open(kind):
+        if is_first:
             engine.plans.note_discovery(kind, step.programs, engine.costs, engine.transport)
         results = _share_outputs(engine, outputs, step.programs[0], detach_outputs=detach_outputs)
         engine.transport.drain()
@@ -86,7 +86,7 @@ def run_step(
         raise
     finally:
         step.close()
-    if plan is not None:
+    if not is_first:
         engine.plans.note_run(kind, has_left=any(program.tracker.has_left for program in step.programs))
     return results
 
