@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import random
 import time
@@ -203,6 +204,8 @@ def assert_equal_results(actual: Any, expected: Any, where: str) -> None:
         assert len(actual) == len(expected), where
         for index, (one, other) in enumerate(zip(actual, expected, strict=True)):
             assert_equal_results(one, other, f"{where}[{index}]")
+    elif dataclasses.is_dataclass(expected):
+        assert_equal_results(vars(actual), vars(expected), where)
     elif isinstance(expected, float):
         assert abs(actual - expected) <= 1e-9 * max(1.0, abs(expected)), f"{where}: {actual} vs. {expected}"
     else:
