@@ -35,6 +35,7 @@ from modelparallel.torch_compat import (
     suspend_function_mode,
 )
 
+
 @dataclass(frozen=True)
 class PlacedTensor:
     """A parameter or buffer with a home. Shape and stride are those there: other stages hold an empty stand-in."""
@@ -73,7 +74,7 @@ class _GlueMode(TorchFunctionMode):
         if engine.frames is not None and traits.is_random:
             engine.frames.enter_glue_operation()
         if traits.is_in_place and program is not None:
-            program.note_plain_write(args[0])
+            program.note_plain_write(args[0] if args else kwargs.get("input"))
         return func(*args, **kwargs)
 
 
