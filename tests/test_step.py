@@ -26,7 +26,7 @@ PP2_DP2 = RankTests(4, {"pipeline_parallel_degree": 2, "microbatches": 3})
 STRICT = RankTests(1, {"microbatches": 4, "uneven_microbatches": "error"})
 STRICT_PP2 = RankTests(2, {"pipeline_parallel_degree": 2, "microbatches": 4, "uneven_microbatches": "error"})
 SIMPLE = RankTests(2, {"pipeline_parallel_degree": 2, "microbatches": 4, "pipeline": "simple"})
-ZERO_BUBBLE = RankTests(3, {"pipeline_parallel_degree": 3, "microbatches": 4, "pipeline": "zero_bubble"})
+ZERO_BUBBLE = RankTests(2, {"pipeline_parallel_degree": 2, "microbatches": 4, "pipeline": "zero_bubble"})
 ALL = (MB4, PP2)
 SCHEDULES = (MB4, PP2, SIMPLE, ZERO_BUBBLE)  # the default is interleaved
 

@@ -73,9 +73,13 @@ class _GlueMode(TorchFunctionMode):
             )
         if engine.frames is not None and traits.is_random:
             engine.frames.enter_glue_operation()
-        if traits.is_in_place and program is not None:
-            program.note_plain_write(args[0] if args else kwargs.get("input"))
-        return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        if program is not None:
+            if traits.is_in_place:
+                program.note_plain_write(args[0] if args else kwargs.get("input"))
+            elif engine.is_discovering:
+                program.note_made(result)
+        return result
 
 
 class _NativeRegion:
@@ -136,6 +140,8 @@ class PipelineEngine:
         self.frames: RandomFrames | None = None
         self.kinds_without_random_glue: set[Hashable] = set()
         self.is_native = False
+        #: Whether the step that runs is the first of its kind.
+        self.is_discovering = False
         self.num_open_checkpoints = 0
         self.mode = _GlueMode(self)
         self._entries: list[calls.PlacedModule] = []

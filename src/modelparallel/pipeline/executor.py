@@ -98,6 +98,7 @@ class _StepRun:
         self._simple_state: list[Hashable] = []  # before the microbatch of the discovery step
         self.programs = [self._make_program(index, run) for index, run in enumerate(runs)]
         engine.programs = self.programs
+        engine.is_discovering = plan is None
         self._state = ThreadState()
         self._bodies: list[Body] = []
         for program, run in zip(self.programs, runs, strict=True):
@@ -135,7 +136,6 @@ class _StepRun:
 
     def _look_for_state(self, program: Program) -> None:
         """In the discovery step: whether the microbatch has left something behind that the next one may find."""
-        program.note_plain_writes_that_live()
         if self._engine.holds_values():
             program.carries_state = True
         state: list[Hashable] = list(self._engine.simple_state())

@@ -101,7 +101,7 @@ class Program:
         self.written = WrittenTensors()
         #: Of ordinary tensors, where the microbatches take turns.
         self.sightings = sightings
-        self._plain_writes: list[weakref.ref[torch.Tensor]] = []
+        self._made: dict[int, weakref.ref[torch.Tensor]] = {}
         #: Called before a message is taken; the interpreter sets it.
         self.on_wait: Callable[[Wait], None] = _go_on
         self._num_events = 0
@@ -173,19 +173,22 @@ class Program:
             return written
         return leaf
 
+    def note_made(self, result: Any) -> None:
+        """In the discovery step: glue has made an ordinary tensor."""
+        for tensor in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(tensor, torch.Tensor):
+                self._made[id(tensor)] = weakref.ref(tensor)
+
     def note_plain_write(self, tensor: Any) -> None:
         """Glue has written to an ordinary tensor without values of the pipeline, so on every stage alike."""
         if not isinstance(tensor, torch.Tensor):
             return
         if self.sightings is not None:
             self.sightings.wrote(self.microbatch, tensor)
-        elif len(self._plain_writes) < 1000:
-            self._plain_writes.append(weakref.ref(tensor if tensor._base is None else tensor._base))
-
-    def note_plain_writes_that_live(self) -> None:
-        """At the end of the body: what outlives it may be read by another microbatch."""
-        self.carries_state |= any(reference() is not None for reference in self._plain_writes)
-        self._plain_writes.clear()
+        base = tensor if tensor._base is None else tensor._base
+        made = self._made.get(id(base))
+        if made is None or made() is not base:
+            self.carries_state = True  # it was there before, so another microbatch may read it
 
     def local(self, tensor: StageTensor) -> torch.Tensor:
         """The tensor itself; only where it is."""
@@ -474,6 +477,7 @@ class Program:
         self._parameters.clear()
         self.written.clear()
         self._live.clear()
+        self._made.clear()
 
     def glue(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Run an operation between modules where its data is; see glue.py."""
