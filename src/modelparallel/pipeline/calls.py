@@ -16,12 +16,12 @@ from modelparallel import trees
 from modelparallel.errors import UnsupportedError
 from modelparallel.pipeline import glue
 from modelparallel.pipeline.arguments import Arguments, taken_apart
+from modelparallel.pipeline.randomness import RandomFrames, may_draw
 from modelparallel.torch_compat import autocast_state
 
 if TYPE_CHECKING:
     from modelparallel.pipeline.engine import PipelineEngine
     from modelparallel.pipeline.program import Program
-    from modelparallel.pipeline.randomness import RandomFrames
 
 DYNAMIC_MARK = "_modelparallel_dynamic"
 
@@ -44,6 +44,12 @@ class PlacedModule:
         self.parameters = tuple(self.module.parameters())
         self.description = f"module '{self.name}' ({type(self.module).__name__})"
         self.input_description = f"{self.name} input"
+        self._may_draw = may_draw(self.module)
+
+    def needs_frame(self) -> bool:
+        """Whether a call may draw random numbers: the module, or a hook of it."""
+        module = self.module
+        return self._may_draw or bool(module._forward_hooks) or bool(module._forward_pre_hooks)
 
 
 def mark_dynamic(module: nn.Module) -> None:
@@ -72,7 +78,7 @@ def run(engine: PipelineEngine, program: Program, entry: PlacedModule, args: Any
     if home == engine.stage:
         if engine.num_open_checkpoints and torch.is_grad_enabled():
             call = _checkpointed(call)
-        if entry.unit is not None:
+        if entry.unit is not None and entry.needs_frame():
             call = _framed(program.frames, entry.unit, call)
         if arguments.holds_containers or arguments.objects():
             call = _guarded(entry, arguments.objects(), arguments.holds_containers, call)

@@ -154,8 +154,7 @@ class PipelineEngine:
 
     def place_module(self, module: nn.Module, name: str, home: int, *, is_unit: bool) -> None:
         """From now on calls of ``module`` inside a step run on ``home``."""
-        is_framed = is_unit and may_draw(module)  # as without pipelining
-        entry = calls.PlacedModule(module, name, home, unit_number(name) if is_framed else None)
+        entry = calls.PlacedModule(module, name, home, unit_number(name) if is_unit else None)
 
         def call(*args: Any, **kwargs: Any) -> Any:
             if self.is_native:
