@@ -6,6 +6,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from modelparallel.partitioning.costs import Flow, Trace, UnitCosts
+
 SMALL = {
     "hidden_size": 16,
     "num_hidden_layers": 2,
@@ -17,6 +19,29 @@ SMALL = {
 
 def layers(num_layers, width=8):
     return nn.Sequential(*(nn.Linear(width, width) for _ in range(num_layers)))
+
+
+def chain(costs, ties=()):
+    """The trace of units u0, u1, ... that were called one after another.
+
+    costs: for every unit (bytes of parameters, of activations, FLOPs, bytes handed to the next unit).
+    """
+    units = [
+        UnitCosts(
+            name=f"u{position}",
+            num_parameters=state // 4,
+            parameter_bytes=state,
+            trainable_bytes=0,
+            buffer_bytes=0,
+            first_call=position,
+            num_calls=1,
+            activation_bytes=activation,
+            flops=flops,
+        )
+        for position, (state, activation, flops, _) in enumerate(costs)
+    ]
+    flows = [Flow(f"u{position}", (f"u{position + 1}",), cost[3]) for position, cost in enumerate(costs[:-1])]
+    return Trace(tuple(units), (), ties=ties, source="run", has_gradients=True, flows=tuple(flows))
 
 
 class Attention(nn.Module):
@@ -98,6 +123,9 @@ def hugging_face_model(name):
         "T5ForConditionalGeneration": lambda: transformers.T5Config(**t5),
         "ViTForImageClassification": lambda: transformers.ViTConfig(**vit),
         "MixtralForCausalLM": lambda: transformers.MixtralConfig(**moe),
+        "ConvNextForImageClassification": lambda: transformers.ConvNextConfig(
+            num_stages=2, hidden_sizes=[8, 16], depths=[2, 2], image_size=32
+        ),
         "SwinForImageClassification": lambda: transformers.SwinConfig(**swin),
     }
     return getattr(transformers, name)(configurations[name]())

@@ -163,12 +163,26 @@ def run_ranks(
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def preload() -> None:
+    """Let the ranks of later runs find imported what this process has imported by now.
+
+    A fork server that was started before is ended, and the next run starts another one: a few seconds, once, against
+    the seconds that each rank would need to import transformers.
+    """
+    server = multiprocessing.forkserver._forkserver
+    if server._forkserver_pid is not None and not set(_wanted()) <= set(server._preload_modules):
+        server._stop()
+
+
+def _wanted() -> list[str]:
+    used = [name for name in list(sys.modules) if name.split(".")[0] in PRELOADED_IF_USED]
+    return [name for name in used if "." not in name or ".modeling_" in name or name.startswith("modelparallel.")]
+
+
 def _fork_server() -> multiprocessing.context.BaseContext:
     context = multiprocessing.get_context("forkserver")
     if multiprocessing.forkserver._forkserver._forkserver_pid is None:  # not started yet
-        used = [name for name in sys.modules if name.split(".")[0] in PRELOADED_IF_USED]
-        wanted = [name for name in used if "." not in name or ".modeling_" in name or name.startswith("modelparallel.")]
-        context.set_forkserver_preload(ALWAYS_PRELOADED + wanted)
+        context.set_forkserver_preload(ALWAYS_PRELOADED + _wanted())
         before = os.environ.get("PYTHONPATH")
         # Python before 3.13 does not hand sys.path to the server, only to its children.
         os.environ["PYTHONPATH"] = os.pathsep.join([str(TESTS_FOLDER), *(before or "").split(os.pathsep)])

@@ -99,6 +99,7 @@ def test_defaults() -> None:
         "sdp_reduce_bucket_size": 500_000_000, "sdp_param_persistence_threshold": 1_000_000,
         "sdp_max_live_parameters": 1_000_000_000, "sdp_hierarchical_allgather": True, "sdp_gradient_clipping": 1.0,
         "partition_file": None, "fp16": False, "_match_weights": False, "uneven_microbatches": "exact",
+        "virtual_pipeline_degree": 1, "memory_limit": None, "tied_weights": "colocate",
         "seed": None, "timeout_seconds": 300.0, "push_limit_bytes": 65536,
     }  # fmt: skip
     assert {key: getattr(config, key) for key in expected} == expected
@@ -144,6 +145,10 @@ def test_empty_environment_is_none(text: str) -> None:
         ({"memory_weight": 1}, ("memory_weight", 1.0)),
         ({"sdp_reduce_bucket_size": 5e8}, ("sdp_reduce_bucket_size", 500_000_000)),
         ({"sdp_max_live_parameters": "1e9"}, ("sdp_max_live_parameters", 10**9)),
+        ({"memory_limit": "2e9"}, ("memory_limit", 2 * 10**9)),
+        ({"memory_limit": None}, ("memory_limit", None)),
+        ({"pipeline": "zero_bubble"}, ("pipeline", "zero_bubble")),
+        ({"pipeline": "_only_forward"}, ("pipeline", "_only_forward")),
         ({"_match_weights": True}, ("_match_weights", True)),
         ({"placement_strategy": "TDP"}, ("placement_strategy", "TDP")),
         ({"partition_file": Path("plan.json")}, ("partition_file", "plan.json")),
@@ -168,7 +173,11 @@ def test_accepted_forms(parameters: dict[str, object], expected: tuple[str, obje
         ({"partitions": 0}, "pipeline_parallel_degree: expected int >= 1, got 0"),
         ({"ddp": 2}, "ddp: expected bool, got int 2"),
         ({"ddp": "maybe"}, "ddp: expected bool, got str 'maybe'"),
-        ({"pipeline": "fast"}, "pipeline: must be one of 'interleaved', 'simple', '_only_forward', got 'fast'"),
+        ({"pipeline": "fast"}, "pipeline: must be one of 'interleaved', 'simple', 'zero_bubble', '_only_forward', got"),
+        ({"virtual_pipeline_degree": 0}, "virtual_pipeline_degree: expected int >= 1, got 0"),
+        ({"memory_limit": 0}, "memory_limit: expected int > 0, got 0"),
+        ({"memory_limit": "much"}, "memory_limit: expected int > 0, got str 'much'"),
+        ({"tied_weights": "copy"}, "tied_weights: must be one of 'colocate', 'replicate', 'auto', got 'copy'"),
         ({"pipeline": "simple\n"}, "pipeline: must be one of"),
         ({"optimize": 3}, "optimize: must be one of 'memory', 'speed', got int 3"),
         ({"placement_strategy": "DDT"}, "placement_strategy: not a permutation of D,P,T"),
@@ -279,9 +288,12 @@ def test_a_built_feature_needs_only_its_line_deleted(monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(
     ("parameters", "message"),
     [
-        ({"partitions": 2, "pipeline": "simple"}, "discovery order"),
-        ({"partitions": 2, "active_microbatches": 1}, "discovery order"),
         ({"pipeline": "simple"}, "pipeline: no effect with pipeline_parallel_degree=1"),
+        ({"virtual_pipeline_degree": 2}, "virtual_pipeline_degree: no effect with pipeline_parallel_degree=1"),
+        (
+            {"partitions": 2, "memory_limit": 9, "memory_weight": 1, "auto_partition": False, "default_partition": 0},
+            "memory_weight, memory_limit: no effect with auto_partition=False",
+        ),
         ({"static_mode": True}, "static_mode=True has no effect"),
         ({"deterministic_server": 1}, "deterministic_server=True has no effect"),
         ({"sdp_gradient_clipping": 2.0}, "sdp_gradient_clipping: no effect with sharded_data_parallel_degree=1"),

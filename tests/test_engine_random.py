@@ -58,6 +58,19 @@ class DropoutLayers(nn.Module):
         return self.net(x)
 
 
+class DropoutRates(nn.Module):
+    """One operation with other rates, also those with which it draws nothing and gives back its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer, rate in zip(self.layers, (0.3, 0.0, 0.6, 0.0, 1.0), strict=True):
+            x = x + F.dropout(layer(x), rate)
+        return x
+
+
 class Unit(nn.Module):
     """Draws inside a placed module."""
 
@@ -154,6 +167,7 @@ def bert() -> nn.Module:
 CASES = {
     "dropout_layers": Case(DropoutLayers, vectors, square, num_steps=3),
     "dropout_functions": Case(lambda: Stack(lambda x: F.dropout(x, 0.4)), vectors, square),
+    "dropout_rates": Case(DropoutRates, vectors, square),
     "dropout2d": Case(lambda: Stack(lambda x: F.dropout2d(x.unsqueeze(0), 0.4).squeeze(0)), sequences, square),
     "units": Case(Units, vectors, square, num_steps=3),
     "attention": Case(Attention, sequences, square),

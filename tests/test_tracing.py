@@ -7,8 +7,10 @@ import random
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from modelparallel.partitioning import find_units, make_plan, trace_step
+from modelparallel.partitioning.costs import ACCUMULATION_PASSES, OPERATIONS_PER_BYTE, Flow
 from modelparallel.partitioning.operations import Traffic
 from partition_models import Block, Decoder, Eventful, layers
 
@@ -20,7 +22,8 @@ def test_flops_and_activations_equal_hand_counts():
         hidden = model[1](model[0](torch.zeros(5, 4)))
         return model[4](model[3](model[2](hidden.unsqueeze(1)))).sum()
 
-    first, conv, last = trace_step(model, find_units(model), run).units
+    trace = trace_step(model, find_units(model), run)
+    first, conv, last = trace.units
     assert (first.name, first.first_call, first.num_calls) == ("0", 0, 1)
     assert first.flops == 2 * 5 * 4 * 8
     assert conv.flops == 2 * 5 * 6 * (1 * 3 * 3)
@@ -32,9 +35,17 @@ def test_flops_and_activations_equal_hand_counts():
     assert last.activation_bytes == 4 * 5 * 18
     assert (first.output_bytes, conv.output_bytes, last.output_bytes) == (4 * 5 * 8, 4 * 5 * 3 * 6, 4 * 5 * 2)
     assert (first.needs_weight_gradient, first.needs_input_gradient) == (True, False)
-    assert conv.compute == 3 * conv.flops
-    assert first.compute == 2 * first.flops
-    assert [unit.crossing_bytes for unit in (first, conv, last)] == [4 * 5 * 8, 4 * 5 * 18, 0]
+    # The ReLU runs next to the first layer: it reads and writes 5 * 8 numbers. Looking at them otherwise moves nothing.
+    assert [unit.moved_bytes for unit in trace.units] == [4 * 2 * 5 * 8, 0, 4 * (5 * 2 + 1)]
+    summing = lambda unit: OPERATIONS_PER_BYTE * ACCUMULATION_PASSES * unit.trainable_bytes  # noqa: E731
+    assert conv.forward == conv.input_gradient == conv.flops
+    assert conv.weight_gradient == conv.flops + summing(conv)
+    assert first.forward == first.flops + OPERATIONS_PER_BYTE * first.moved_bytes
+    assert (first.input_gradient, first.weight_gradient) == (0, first.forward + summing(first))
+    assert last.forward == last.input_gradient == last.flops + OPERATIONS_PER_BYTE * last.moved_bytes
+    assert last.weight_gradient == last.flops + summing(last)
+    assert last.compute == last.forward + last.input_gradient + last.weight_gradient
+    assert trace.flows == (Flow("0", ("2",), 4 * 5 * 8), Flow("2", ("4",), 4 * 5 * 18))
 
 
 def test_a_microbatch_counts_as_itself_not_as_the_batch_it_is_a_view_of():
@@ -74,8 +85,35 @@ def test_order_calls_and_glue_belong_to_the_right_units():
     assert trace.stateful_buffers == ()
     # Residuals cross too: between two blocks travels the running sum, and `norm`'s output goes back to the table.
     hidden = 4 * 2 * 5 * 4
-    assert costs["blocks.0.0"].crossing_bytes == hidden * 2
+    position = {name: index for index, name in enumerate(trace.order)}
+    assert trace.crossing_bytes(position, 5) == [hidden * 2] * 4 + [0]
     assert pickle.loads(pickle.dumps(trace)) == trace
+
+
+def test_the_loss_counts_for_the_unit_whose_output_it_reads():
+    """Also over a large vocabulary, where it moves many bytes, and with a tied table, whose home is another."""
+    table, body, head = nn.Embedding(500, 8), nn.Linear(8, 8), nn.Linear(8, 500, bias=False)
+    model = nn.ModuleDict({"table": table, "body": body, "head": head})
+    ids = torch.zeros(2, 5, dtype=torch.long)
+
+    def run():
+        logits = head(body(table(ids)))
+        return F.cross_entropy(logits.flatten(0, 1), ids.flatten())
+
+    logits = 4 * 2 * 5 * 500
+    costs = {unit.name: unit for unit in trace_step(model, find_units(model), run).units}
+    # log_softmax reads and writes them, the choice of the targets reads them once more.
+    assert 3 * logits <= costs["head"].moved_bytes < 3.1 * logits
+    assert costs["table"].moved_bytes == 2 * 4 * 2 * 5 * 8
+    assert costs["head"].forward > 3 * costs["body"].forward
+    # The gradient of the table is as large as the table.
+    assert costs["table"].weight_gradient > 4 * costs["table"].parameter_bytes
+    head.weight = table.weight
+    costs = {unit.name: unit for unit in trace_step(model, find_units(model), run).units}
+    assert costs["table"].moved_bytes + costs["head"].moved_bytes > 3 * logits
+    assert costs["body"].moved_bytes == 0
+    figures = make_plan(model, 2, trace=trace_step(model, find_units(model), run), memory_weight=0.0).figures
+    assert figures[0].compute_share > 0.8
 
 
 def test_a_module_called_twice_counts_twice_and_inner_calls_count_for_their_unit():
@@ -98,9 +136,10 @@ def test_frozen_weights_need_no_gradient_and_no_state():
     model = layers(2)
     model[0].requires_grad_(False)
     first, second = trace_step(model, ("0", "1"), lambda: model(torch.zeros(3, 8))).units
-    assert first.compute == first.flops
+    assert first.compute == first.forward
     assert first.state_bytes == first.parameter_bytes
-    assert second.compute == 2 * second.flops
+    assert second.compute == second.forward + second.weight_gradient
+    assert (second.input_gradient, second.weight_gradient > second.forward) == (0, True)
     assert second.state_bytes == 4 * second.parameter_bytes
 
 
@@ -188,6 +227,13 @@ def test_times_are_measured_in_a_second_run():
     trace = trace_step(model, ("0", "1"), lambda: runs.append(model(torch.zeros(2, 8))), measure_times=True)
     assert len(runs) == 2
     assert all(unit.seconds is not None and 0 < unit.seconds < 1 for unit in trace.units)
+
+    def slow_glue():
+        torch.zeros(2000, 2000).add_(model(torch.zeros(2, 8)).sum()).exp()
+
+    (first, last) = trace_step(model, ("0", "1"), slow_glue, measure_times=True).units
+    assert last.seconds > 5 * first.seconds
+    assert (last.forward, last.compute) == (last.seconds, 3 * last.seconds)
     assert trace.units[0].compute == 2 * trace.units[0].seconds
     assert trace.units[0].num_calls == 1
 
@@ -200,7 +246,7 @@ def test_traffic_counts_what_lives_across_a_cut():
     assert traffic.used(tensor, 3)
     assert traffic.used(tensor.view(5, 2), 2)  # already there on its way
     traffic.used(tensor, 0)  # back
-    assert traffic.over_cuts(4) == [40, 40, 40, 0]
+    assert traffic.flows() == {(1, 3, 2, 0): 40}
     other, small = torch.zeros(100), torch.zeros(1)
     traffic.made(other, 5)
     traffic.made(small, 6)

@@ -1,9 +1,10 @@
 """Models that are trained pipelined, unmodified, and compared with one process: each with its inputs and its step
-body.
+body. Here: what every entry of the zoo is, and models of plain torch; ``zoo_catalogue.py`` has them all.
 """
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,165 +14,67 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 VOCABULARY = 32
+BATCH_SIZE = 8
+LENGTH = 8
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A model of the zoo. ``body(model, *batch)`` returns the loss of a (micro)batch."""
+    """A model of the zoo.
 
+    class_name: the class trained, as its users import it; family: the heading it stands under in docs/models.md.
+    body: ``body(model, *batch)`` returns the loss of a (micro)batch.
+    remarks: what a user must know, for docs/models.md.
+    draws: whether the model draws random numbers. Those are the same on any number of stages, and others than plain
+        torch draws, so such a model is compared with the library on one stage.
+    default_dtype: torch's, while the model is built and trained; float64 for those that make tensors of it and cannot
+        be trained in double precision otherwise.
+    """
+
+    class_name: str
+    family: str
     make_model: Callable[[], nn.Module]
-    make_batch: Callable[[int], tuple[Tensor, ...]]
+    make_batch: Callable[[int], tuple[Any, ...]]
     body: Callable[..., Tensor]
+    remarks: str = ""
+    draws: bool = False
+    default_dtype: torch.dtype = torch.float32
     num_steps: int = 3
 
 
-def _tokens(seed: int, *, size: int = 6, length: int = 8) -> tuple[Tensor, ...]:
+def tokens(seed: int, *, length: int = LENGTH) -> tuple[Tensor, ...]:
+    """Token ids and their attention mask, each [BATCH_SIZE, length]; two samples end in padding."""
     generator = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(2, VOCABULARY, (size, length), generator=generator)
-    mask = torch.ones(size, length, dtype=torch.long)
+    ids = torch.randint(3, VOCABULARY, (BATCH_SIZE, length), generator=generator)
+    mask = torch.ones(BATCH_SIZE, length, dtype=torch.long)
     mask[1, -2:] = 0
-    return tokens, mask
+    mask[6, -1:] = 0
+    return ids, mask
 
 
-def _images(seed: int, *, size: int = 6, side: int = 8, channels: int = 3) -> tuple[Tensor, ...]:
+def images(seed: int, *, side: int = 8, channels: int = 3) -> tuple[Tensor, ...]:
+    """Images [BATCH_SIZE, channels, side, side] and labels 0..3."""
     generator = torch.Generator().manual_seed(seed)
-    images = torch.randn(size, channels, side, side, generator=generator, dtype=torch.float64)
-    return images, torch.randint(0, 4, (size,), generator=generator)
+    pixels = torch.randn(BATCH_SIZE, channels, side, side, generator=generator, dtype=torch.float64)
+    return pixels, torch.randint(0, 4, (BATCH_SIZE,), generator=generator)
 
 
-def _vectors(seed: int, *, size: int = 6, width: int = 16) -> tuple[Tensor, ...]:
+def vectors(seed: int, *, width: int = 16) -> tuple[Tensor, ...]:
+    """Vectors [BATCH_SIZE, width] and labels 0..3."""
     generator = torch.Generator().manual_seed(seed)
     return (
-        torch.randn(size, width, generator=generator, dtype=torch.float64),
-        torch.randint(0, 4, (size,), generator=generator),
+        torch.randn(BATCH_SIZE, width, generator=generator, dtype=torch.float64),
+        torch.randint(0, 4, (BATCH_SIZE,), generator=generator),
     )
 
 
-def _language_loss(model: Any, tokens: Tensor, mask: Tensor) -> Tensor:
-    # Not the models' own loss: it is computed in float32 whatever the model's dtype.
-    logits = model(input_ids=tokens, attention_mask=mask).logits
-    return F.cross_entropy(logits.flatten(0, 1), tokens.flatten())
-
-
-def _encoder_decoder_loss(model: Any, tokens: Tensor, mask: Tensor) -> Tensor:
-    logits = model(input_ids=tokens, attention_mask=mask, decoder_input_ids=tokens.roll(1, 1)).logits
-    return F.cross_entropy(logits.flatten(0, 1), tokens.flatten())
-
-
-def _classification_loss(model: Any, inputs: Tensor, labels: Tensor) -> Tensor:
+def classification_loss(model: Any, inputs: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(model(inputs), labels)
 
 
-# Hugging Face
-
-
-def _llama() -> nn.Module:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=16,
-            intermediate_size=32,
-            num_hidden_layers=3,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            max_position_embeddings=32,
-            use_cache=False,
-        )
-    )
-
-
-def _bert(*, is_tied: bool) -> nn.Module:
-    from transformers import BertConfig, BertForMaskedLM
-
-    return BertForMaskedLM(
-        BertConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=16,
-            intermediate_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            max_position_embeddings=16,
-            hidden_dropout_prob=0.0,
-            attention_probs_dropout_prob=0.0,
-            tie_word_embeddings=is_tied,
-        )
-    )
-
-
-def _gpt2() -> nn.Module:
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    return GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=VOCABULARY,
-            n_positions=16,
-            n_embd=16,
-            n_layer=3,
-            n_head=2,
-            resid_pdrop=0.0,
-            embd_pdrop=0.0,
-            attn_pdrop=0.0,
-            use_cache=False,
-        )
-    )
-
-
-def _t5() -> nn.Module:
-    from transformers import T5Config, T5ForConditionalGeneration
-
-    return T5ForConditionalGeneration(
-        T5Config(
-            vocab_size=VOCABULARY,
-            d_model=16,
-            d_kv=8,
-            d_ff=32,
-            num_layers=2,
-            num_heads=2,
-            dropout_rate=0.0,
-            use_cache=False,
-            decoder_start_token_id=0,
-            pad_token_id=1,
-        )
-    )
-
-
-def _mixtral() -> nn.Module:
-    from transformers import MixtralConfig, MixtralForCausalLM
-
-    return MixtralForCausalLM(
-        MixtralConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=16,
-            intermediate_size=16,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            num_local_experts=3,
-            num_experts_per_tok=2,
-            max_position_embeddings=32,
-            use_cache=False,
-        )
-    )
-
-
-def _vit() -> nn.Module:
-    from transformers import ViTConfig, ViTForImageClassification
-
-    return ViTForImageClassification(
-        ViTConfig(
-            hidden_size=16,
-            intermediate_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            image_size=8,
-            patch_size=4,
-            num_labels=4,
-            hidden_dropout_prob=0.0,
-            attention_probs_dropout_prob=0.0,
-        )
-    )
+def next_token_loss(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
+    logits = model(ids)
+    return F.cross_entropy(logits[:, -ids.shape[1] :].flatten(0, 1), ids.flatten())
 
 
 # Plain torch
@@ -250,6 +153,7 @@ class Branching(nn.Module):
         self.gate = nn.Linear(16, 1)
         self.left = nn.Linear(16, 16)
         self.right = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 16))
+        self.after = nn.Linear(16, 16)
         self.head = nn.Linear(16, 4)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -257,7 +161,7 @@ class Branching(nn.Module):
         hidden = self.left(x) if score.item() > 0 else self.right(x)
         if (hidden.detach().abs().mean() > 0.3).all():
             hidden = hidden * torch.sigmoid(score)
-        return self.head(hidden)
+        return self.head(torch.tanh(self.after(hidden)))
 
 
 @dataclass
@@ -322,6 +226,7 @@ class Gluey(nn.Module):
         self.embed = nn.Embedding(VOCABULARY, 16)
         self.first = nn.Linear(16, 16)
         self.second = nn.Linear(16, 16)
+        self.third = nn.Linear(16, 16)
         self.register_buffer("steps", torch.zeros((), dtype=torch.float64))
         self.register_buffer("average", torch.zeros(16, dtype=torch.float64))
 
@@ -330,7 +235,7 @@ class Gluey(nn.Module):
         x = torch.cat([self.token.expand(x.shape[0], -1, -1), x], dim=1)
         x = self.first(x)
         x.mul_(self.scale)
-        y = self.second(torch.tanh(x))
+        y = self.third(self.second(torch.tanh(x)))
         collected = torch.zeros(x.shape[0], x.shape[1], 16, dtype=torch.float64)
         for position in range(x.shape[1]):
             collected[:, position] = y[:, position] + x[:, 0]
@@ -404,28 +309,115 @@ class Routed(nn.Module):
         return self.head(result) + high.sum() * 0.01
 
 
-def _next_token_loss(model: Any, tokens: Tensor, mask: Tensor) -> Tensor:
-    logits = model(tokens)
-    return F.cross_entropy(logits[:, -tokens.shape[1] :].flatten(0, 1), tokens.flatten())
+class DenseNet(nn.Module):
+    """Each layer reads the outputs of all before it; BatchNorm in between; a dense block is a list in glue."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1, bias=False)
+        self.blocks = nn.ModuleList(
+            nn.ModuleList(self._layer(8 + 4 * index, 4) for index in range(3)) for _ in range(2)
+        )
+        self.transition = nn.Sequential(nn.BatchNorm2d(20), nn.ReLU(inplace=True), nn.Conv2d(20, 8, 1), nn.AvgPool2d(2))
+        self.norm = nn.BatchNorm2d(20)
+        self.head = nn.Linear(20, 4)
+
+    @staticmethod
+    def _layer(width: int, growth: int) -> nn.Sequential:
+        return nn.Sequential(
+            nn.BatchNorm2d(width), nn.ReLU(), nn.Conv2d(width, growth, 3, padding=1, bias=False)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for index, block in enumerate(self.blocks):
+            features = [x]
+            for layer in block:
+                features.append(layer(torch.cat(features, dim=1)))
+            x = torch.cat(features, dim=1)
+            if index == 0:
+                x = self.transition(x)
+        return self.head(F.relu(self.norm(x)).mean(dim=(2, 3)))
 
 
-ZOO: dict[str, Entry] = {
-    "llama": Entry(_llama, _tokens, _language_loss),
-    "bert_tied": Entry(lambda: _bert(is_tied=True), _tokens, _language_loss),
-    "bert_untied": Entry(lambda: _bert(is_tied=False), _tokens, _language_loss),
-    "gpt2_tied": Entry(_gpt2, _tokens, _language_loss),
-    "t5": Entry(_t5, _tokens, _encoder_decoder_loss),
-    "mixtral": Entry(_mixtral, _tokens, _language_loss),
-    "vit": Entry(
-        _vit, _images, lambda model, images, labels: F.cross_entropy(model(pixel_values=images).logits, labels)
-    ),
-    "cnn_batchnorm": Entry(ConvNet, _images, _classification_loss),
-    "unet": Entry(UNet, _images, _classification_loss),
-    "called_twice": Entry(CalledTwice, _vectors, _classification_loss),
-    "branching": Entry(Branching, _vectors, _classification_loss),
-    "containers": Entry(Containers, _vectors, _classification_loss),
-    "gluey": Entry(Gluey, _tokens, _next_token_loss),
-    "lstm": Entry(LSTMLanguageModel, _tokens, _next_token_loss),
-    "early_exit": Entry(EarlyExit, _vectors, _classification_loss),
-    "routed": Entry(Routed, _vectors, _classification_loss),
+class TreeRecursive(nn.Module):
+    """Recursion over a binary tree whose shape depends on the batch: the same modules at every node."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.leaf = nn.Embedding(VOCABULARY, 16)
+        self.left = nn.Linear(16, 16)
+        self.right = nn.Linear(16, 16)
+        self.gate = nn.Linear(32, 16)
+        self.head = nn.Linear(16, VOCABULARY)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self._node(ids, split=int(ids.sum()) % 3)).unsqueeze(1).expand(-1, ids.shape[1], -1)
+
+    def _node(self, ids: Tensor, split: int) -> Tensor:
+        if ids.shape[1] == 1:
+            return self.leaf(ids[:, 0])
+        middle = max(1, min(ids.shape[1] - 1, ids.shape[1] // 2 + split - 1))
+        one, other = self._node(ids[:, :middle], split), self._node(ids[:, middle:], split)
+        gate = torch.sigmoid(self.gate(torch.cat([one, other], dim=-1)))
+        return torch.tanh(gate * self.left(one) + (1 - gate) * self.right(other))
+
+
+class LayerDrop(nn.Module):
+    """Skips layers at random, as Python's ``random`` says; dropout between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Dropout(0.2)) for _ in range(6)
+        )
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            if random.random() < 0.3:
+                continue
+            x = x + F.dropout(layer(x), 0.1, self.training)
+        return self.head(x)
+
+
+class Looped(nn.Module):
+    """One block called in a loop, as often as the input says, between two others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before = nn.Linear(16, 16)
+        self.block = nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 16), nn.GELU())
+        self.other = nn.Linear(16, 16)
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        num_rounds = 3 + int(x.sum() > 0)
+        x = self.before(x)
+        for index in range(num_rounds):
+            x = x + self.block(x)
+            if index == 1:
+                x = torch.tanh(self.other(x))
+        return self.head(x)
+
+
+def _plain(model_class: type[nn.Module], make_batch: Any, body: Any, **more: Any) -> Entry:
+    what = " ".join((model_class.__doc__ or "").split()).rstrip(".")
+    return Entry(model_class.__name__, "plain torch", model_class, make_batch, body, what, **more)
+
+
+PLAIN: dict[str, Entry] = {
+    "cnn_batchnorm": _plain(ConvNet, images, classification_loss),
+    "unet": _plain(UNet, images, classification_loss),
+    "densenet": _plain(DenseNet, images, classification_loss),
+    "called_twice": _plain(CalledTwice, vectors, classification_loss),
+    "looped": _plain(Looped, vectors, classification_loss),
+    "branching": _plain(Branching, vectors, classification_loss),
+    "containers": _plain(Containers, vectors, classification_loss),
+    "gluey": _plain(Gluey, tokens, next_token_loss),
+    "lstm": _plain(LSTMLanguageModel, tokens, next_token_loss),
+    "tree": _plain(TreeRecursive, tokens, next_token_loss),
+    "early_exit": _plain(EarlyExit, vectors, classification_loss),
+    "layer_drop": _plain(LayerDrop, vectors, classification_loss, draws=True),
+    "routed": _plain(Routed, vectors, classification_loss),
 }

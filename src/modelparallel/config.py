@@ -45,7 +45,8 @@ NOT_BUILT: dict[str, str] = {
     "delayed_parameter_initialization": "delayed parameter initialization",
     "checkpoint_attentions": "checkpointing inside the distributed attention",
     "_fp32_grad_accumulation": "accumulating gradients in fp32",
-    "pipeline=_only_forward": "a pipeline schedule without backward",
+    "tied_weights=replicate": "a copy of a shared parameter on every stage that uses it",
+    "tied_weights=auto": "a copy of a shared parameter on every stage that uses it",
 }
 
 #: Keys of other frameworks, or of other calls, that jobs carry along.
@@ -65,6 +66,9 @@ ENVIRONMENT_WITHOUT_EFFECT: dict[str, str] = {
     "SMP_ENABLE_CROSS_NODE_D2D": "device-to-device link of the original pipeline",
 }
 
+# What counts with stages only, and what the automatic partition alone reads.
+_PIPELINE_KEYS = ("pipeline", "active_microbatches", "virtual_pipeline_degree", "memory_limit", "tied_weights")
+_AUTOMATIC_KEYS = ("memory_weight", "virtual_pipeline_degree", "memory_limit")
 _SDP_KEYS = tuple(key for key in PARAMETER_KEYS if key.startswith("sdp_"))
 
 
@@ -347,17 +351,11 @@ def _check_built(config: Config) -> None:
 def _notices(config: Config, environ: Mapping[str, str]) -> Iterable[str]:
     """What the user should know about values that have less effect than one may expect."""
     given = config.given
-    scheduling = [key for key in ("pipeline", "active_microbatches") if key in given]
-    if scheduling and config.pipeline_parallel_degree > 1:
-        yield (
-            f"{', '.join(f'{key}={given[key]!r}' for key in scheduling)}: schedules are not built yet; the discovery "
-            "order runs, all forwards of a step and then all backwards"
-        )
     for key in ("static_mode", "fast_mode", "deterministic_server"):
         if getattr(config, key):
             yield f"{key}=True has no effect: every rank runs the same program in one fixed order"
-    idle = [key for key in scheduling if config.pipeline_parallel_degree == 1]
-    if idle:
+    idle = [key for key in _PIPELINE_KEYS if key in given]
+    if idle and config.pipeline_parallel_degree == 1:
         yield f"{', '.join(idle)}: no effect with pipeline_parallel_degree=1"
     idle = [key for key in _SDP_KEYS if key in given and config.sharded_data_parallel_degree == 1]
     if idle:
@@ -366,8 +364,9 @@ def _notices(config: Config, environ: Mapping[str, str]) -> Iterable[str]:
         yield "activation_loading_horizon: no effect without offload_activations"
     if config.prescaled_batch and config.tensor_parallel_degree == 1:
         yield "prescaled_batch: no effect with tensor_parallel_degree=1"
-    if "memory_weight" in given and not config.auto_partition:
-        yield "memory_weight: no effect with auto_partition=False"
+    idle = [key for key in _AUTOMATIC_KEYS if key in given]
+    if idle and not config.auto_partition:
+        yield f"{', '.join(idle)}: no effect with auto_partition=False"
     if "optimize" in given and config.tensor_parallel_degree > 1:
         yield "optimize: picks memory_weight only; the transformer layers whose layout it chooses are not built yet"
     for name, meaning in ENVIRONMENT_WITHOUT_EFFECT.items():

@@ -20,8 +20,8 @@ the environment variable `SM_HP_MP_PARAMETERS`, which wins over equal keys of th
 first call is ignored with a warning.
 
 Whole numbers must not be bools; 0 and 1 serve as bools; `"4"` and `"True"` are read as the values they spell; numbers
-of elements may be written as 5e8. An unknown key is an error that names the nearest one; an unknown key that starts
-with `_` only warns. Every error is raised before any process is started, or by `smp.init`; it is a `SMPConfigError` (a
+of elements and bytes may be written as 5e8. An unknown key is an error that names the nearest one; an unknown key that
+starts with `_` only warns. Every error is raised before any process is started, or by `smp.init`; it is a `SMPConfigError` (a
 `ValueError`) that names key, value and remedy.
 
 ## Parameters
@@ -56,9 +56,7 @@ def configuration_markdown() -> str:
         + _RULES
         + "\n## Not built yet\n\nA value other than the default stops with an error that says so.\n\n"
         + "\n".join(not_built)
-        + "\n\nSchedules: `pipeline` and `active_microbatches` are accepted with a notice; every step runs in discovery"
-        + "\norder, all forwards and then all backwards.\n"
-        + "\n## Accepted without effect\n\nKeys, each with a notice in the log:\n\n"
+        + "\n\n## Accepted without effect\n\nKeys, each with a notice in the log:\n\n"
         + "\n".join(foreign)
         + "\n\nEnvironment variables of the original library, each with a notice in the log:\n\n"
         + "\n".join(variables)

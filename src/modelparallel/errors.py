@@ -9,6 +9,7 @@
     |-- NotInitializedError (RuntimeError)       used before smp.init()
     |-- StepUsageError (RuntimeError)            a model, or backward, used outside the place where it may be used
     |-- PartitionError (RuntimeError)            the model cannot be placed on the stages as asked
+    |-- ScheduleError (ValueError)               a pipeline schedule, or what it is made from, breaks a rule
     |-- DivergenceError (RuntimeError)           the ranks did not run the same program
     |-- LaunchError (RuntimeError)               a job could not be started, or one of its processes failed
     |-- CommunicationError (RuntimeError)        a message could not be delivered
@@ -54,6 +55,10 @@ class StepUsageError(SMPError, RuntimeError):
 
 class PartitionError(SMPError, RuntimeError):
     """The model cannot be placed on the pipeline stages as asked."""
+
+
+class ScheduleError(SMPError, ValueError):
+    """A pipeline schedule, or the chain of visits it is made for, breaks a rule; the text says which one and where."""
 
 
 class DivergenceError(SMPError, RuntimeError):

@@ -22,6 +22,7 @@ from modelparallel.model_parameters import ModelParameters
 from modelparallel.module_view import alias_inherited_forwards, attach_module_attribute
 from modelparallel.parameters import ParameterTable
 from modelparallel.partitioning import Trace, find_units, log_plan, make_plan, trace_step
+from modelparallel.pipeline.pushes import push
 from modelparallel.pipeline.stage_tensor import StageTensor
 from modelparallel.plan.partition import PartitionPlan
 from modelparallel.runtime import RunningStep
@@ -182,8 +183,9 @@ class DistributedModel(ModelParameters):
             return
         self._enter_step(step)
         step.has_backward = True
-        scale = step.weight if self._average_grads else 1.0
         program = self._runtime.engine.program
+        weight = step.weight if program is None else program.weight
+        scale = weight if self._average_grads else 1.0
         if program is not None:
             with self._runtime.engine.native_region():
                 program.backward_root(roots, seeds, scale)
@@ -202,7 +204,7 @@ class DistributedModel(ModelParameters):
         with self._runtime.engine.native_region():
             for leaf in trees.leaves(output):
                 if isinstance(leaf, StageTensor) and leaf.spec.num_bytes <= limit and leaf.replica is None:
-                    program.pushes.push(leaf)
+                    push(leaf)
 
     # Steps
 
@@ -316,6 +318,9 @@ class DistributedModel(ModelParameters):
             memory_weight=config.memory_weight,
             num_microbatches=config.microbatches,
             active_microbatches=config.active_microbatches,
+            schedule=config.pipeline,
+            virtual_degree=config.virtual_pipeline_degree,
+            memory_limit=config.memory_limit,
             is_automatic=config.auto_partition,
             marks=registry.partition_mark,
             overrides=self._overrides,
@@ -358,6 +363,7 @@ class DistributedModel(ModelParameters):
             owner, _, attribute = name.rpartition(".")
             if attribute in self.module.get_submodule(owner)._buffers:
                 engine.place_buffer(self.module.get_submodule(owner), attribute)
+        engine.costs.update(plan.costs)
         units = set(self._units)
         for name, home in plan.modules:
             engine.place_module(self.module.get_submodule(name), name, home, is_unit=name in units)

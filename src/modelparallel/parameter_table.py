@@ -42,7 +42,7 @@ def _read_int(value: Any) -> int:
 
 
 def _read_count(value: Any) -> int:
-    """A number of elements: 500000000, 5e8 and "5e8" are one value; 0.5 is none."""
+    """A number of elements or bytes: 500000000, 5e8 and "5e8" are one value; 0.5 is none."""
     if isinstance(value, str):
         try:
             value = float(value) if set(value) & set(".eE") else int(value)
@@ -92,6 +92,7 @@ Real = Annotated[float, BeforeValidator(_read_float)]
 Text = Annotated[str, BeforeValidator(_read_text)]
 Strategy = Annotated[str, BeforeValidator(_read_strategy)]
 OptionalWhole = Annotated[int | None, _read_optional(_read_int)]
+OptionalCount = Annotated[int | None, _read_optional(_read_count)]
 OptionalText = Annotated[str | None, _read_optional(_read_text)]
 
 
@@ -167,7 +168,22 @@ class Config(BaseModel):
         default_text="pipeline_parallel_degree + 2",
         ge=1,
     )
-    pipeline: Text = _choice("interleaved", ("interleaved", "simple", "_only_forward"), "Pipeline schedule.")
+    pipeline: Text = _choice(
+        "interleaved",
+        ("interleaved", "simple", "zero_bubble", "_only_forward"),
+        "Pipeline schedule: a stage runs the backwards that are ready before further forwards, all forwards first, as "
+        "the first with the gradients of the weights computed where a stage would wait (extension), or no backward at "
+        "all.",
+    )
+    virtual_pipeline_degree: Whole = _parameter(
+        1,
+        "Pieces of the model that each stage holds: the automatic partition cuts the model into "
+        "`pipeline_parallel_degree` times as many pieces and deals them out in turn. More bytes travel and the stages "
+        "wait less. Extension.",
+        kind="int",
+        valid=">= 1",
+        ge=1,
+    )
     static_mode: Flag = _flag("Accepted, no effect.")
     fast_mode: Flag = _flag("Accepted, no effect.")
     deterministic_server: Flag = _flag("Accepted, no effect: every rank always runs in one fixed order.")
@@ -194,6 +210,20 @@ class Config(BaseModel):
         None, "File that the partition plan is written to or read from.", kind="str"
     )
     load_partition: Flag = _flag("Read the plan from `partition_file` instead of computing it.")
+    memory_limit: OptionalCount = _parameter(
+        None,
+        "What one stage may hold at most, in bytes: parameters, gradients, optimizer state and the activations of the "
+        "microbatches in flight. The automatic partition keeps to it or stops. Extension.",
+        kind="int",
+        valid="> 0",
+        gt=0,
+    )
+    tied_weights: Text = _choice(
+        "colocate",
+        ("colocate", "replicate", "auto"),
+        "Modules that share a parameter: on one stage, each with a copy that is kept equal, or what is cheaper. "
+        "Extension.",
+    )
 
     # Data parallelism.
     ddp: Flag = _flag("Data parallelism. Needed when a stage or slice is held by more than one process.")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from modelparallel import session
-from modelparallel.comm.transport import StageTransport
+from modelparallel.comm.transport import GlooTransport
 from modelparallel.errors import SMPConfigError
 from modelparallel.pipeline.engine import PipelineEngine
 
@@ -45,14 +45,16 @@ class Runtime:
         self.session = of
         transport = None
         if of.groups.pp.size > 1:
-            transport = StageTransport(
+            transport = GlooTransport(
                 of.groups.pp.rank_in_group,
                 of.groups.pp.ranks,
                 of.groups.pipeline_process_group,
                 of.config.timeout_seconds,
-                of.device,
             )
-        self.engine = PipelineEngine(of.device, transport, of.config.push_limit_bytes)
+            of.closers.append(transport.close)
+        self.engine = PipelineEngine(
+            of.device, transport, of.config.push_limit_bytes, of.config.pipeline, of.config.active_microbatches
+        )
         self.step: RunningStep | None = None
         self.num_steps = 0
         self.optimizers: list[weakref.ref[DistributedOptimizer]] = []

@@ -14,7 +14,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,6 +47,8 @@ class Session:
     models: list[Any] = field(default_factory=list)
     # What the wrappers share (`runtime.Runtime`); made by them when it is first needed.
     runtime: Any = None
+    # Called before the process groups are destroyed; the order does not matter.
+    closers: list[Callable[[], None]] = field(default_factory=list)
     # Process groups by purpose and ranks, so that a second smp.init makes only those that are missing.
     _made: dict[tuple[str, tuple[int, ...]], dist.ProcessGroup] = field(default_factory=dict)
     _has_default_group: bool = False
@@ -118,6 +120,8 @@ def shutdown() -> None:
     atexit.unregister(shutdown)
     if session is None or not dist.is_initialized():
         return
+    for close in session.closers:
+        close()
     if sys.exc_info()[0] is not None or getattr(sys, "last_exc", None) or getattr(sys, "last_value", None):
         # This process has failed. Its peers may never answer what is still under way, so nothing is waited for.
         for process_group in {id(group): group for group in session._made.values()}.values():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +14,7 @@ from modelparallel import trees
 from modelparallel.errors import DivergenceError, SMPConfigError, StepUsageError
 from modelparallel.model import DistributedModel
 from modelparallel.model_partition import partition_models
-from modelparallel.pipeline.executor import MicrobatchRun, run_discovery_order, run_locally
+from modelparallel.pipeline.executor import MicrobatchRun, run_locally, run_step
 from modelparallel.pipeline.inputs import share_inputs
 from modelparallel.pipeline.microbatches import Microbatches, slice_objects, split
 from modelparallel.pipeline.randomness import RandomFrames, SavedGenerators
@@ -82,15 +82,19 @@ class StepFunction:
         runtime.num_steps += 1
         seed = torch.initial_seed() if config.seed is None else config.seed
         if runtime.is_pipelined:
-            runtime.engine.transport.begin_step(number)
-            arguments, (seed, called) = share_inputs(
-                runtime.engine.transport, arguments, (seed, self._title), number, runtime.session.device
+            engine = runtime.engine
+            engine.transport.begin_step(number)
+            if engine.transport.take_failure_seen() and engine.stage == 0:
+                engine.forget()
+            arguments, (seed, called, knowledge) = share_inputs(
+                engine.transport, arguments, (seed, self._title, engine.knowledge()), number, runtime.session.device
             )
             if called != self._title:
                 raise DivergenceError(
                     f"pp_rank {runtime.engine.stage} calls the step function {self._title}, pp_rank 0 calls {called}: "
                     "all ranks of a PP_GROUP must call the same step functions in the same order"
                 )
+            engine.agree(knowledge)
         microbatches = self._split(arguments, config)
         running = RunningStep()
         try:
@@ -169,21 +173,25 @@ class StepFunction:
         saved = SavedGenerators(device, has_numpy=runtime.is_pipelined)
 
         def call(index: int) -> Any:
-            running.weight = microbatches.weights[index]
+            running.weight = microbatches.weights[index]  # without a pipeline; its programs keep their own
             running.is_last_microbatch = index == num_microbatches - 1
             return self._call(_on_device(microbatches.arguments[index], device))
 
-        runs = [MicrobatchRun(functools.partial(call, index), frames[index]) for index in range(num_microbatches)]
+        runs = [
+            MicrobatchRun(functools.partial(call, index), frames[index], microbatches.weights[index])
+            for index in range(num_microbatches)
+        ]
+        kind: Hashable = (self, torch.is_grad_enabled(), *(model.training for model in runtime.session.models))
         try:
             if not runtime.is_pipelined:
-                kind = (self, torch.is_grad_enabled(), *(model.training for model in runtime.session.models))
                 outputs = run_locally(engine, runs, kind)
                 if self._detach_outputs:
                     outputs = trees.map_leaves(_detached, outputs)
                 return outputs
-            return run_discovery_order(
+            return run_step(
                 engine,
                 runs,
+                (kind, num_microbatches),
                 before_last_backward=running.arm,
                 detach_outputs=self._detach_outputs,
             )

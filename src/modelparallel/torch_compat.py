@@ -15,10 +15,15 @@ from torch._C import (  # the torch-function mode stack: modes are suspended whi
     _pop_torch_function_stack,
     _push_on_torch_function_stack,
 )
+from torch.utils._python_dispatch import (  # ThreadState hands the dispatch modes on
+    TorchDispatchMode as TorchDispatchMode,  # the trace counts operations below autograd
+)
 from torch._C import _is_any_autocast_enabled  # one look instead of one per device, at every operation of a step
 from torch.utils._python_dispatch import (
-    TorchDispatchMode as TorchDispatchMode,
-)  # the trace counts operations below autograd
+    _get_current_dispatch_mode_stack,
+    _pop_mode,
+    _push_mode,
+)
 from torch.utils.flop_counter import (
     flop_registry as flop_registry,
 )  # operation -> its count of floating-point operations
@@ -146,3 +151,57 @@ def queue_backward_callback(callback: Callable[[], None]) -> None:
 def num_storage_users(tensor: torch.Tensor) -> int:
     """How many tensors share the memory of ``tensor``, itself included; there is no public way to ask."""
     return int(torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)) - 1  # less the storage object just made
+
+
+def is_function_node(node: Any) -> bool:
+    """Whether a node of the autograd graph is that of an ``autograd.Function`` written in Python."""
+    return isinstance(node, torch.autograd.function.BackwardCFunction)
+
+
+class ThreadState:
+    """What torch keeps for each thread and code run elsewhere should find as it is here: grad mode, autocast, default
+    hooks for saved tensors, the stacks of function and dispatch modes. There is no public way to hand it on.
+    """
+
+    def __init__(self) -> None:
+        self._is_grad_enabled = torch.is_grad_enabled()
+        self._autocast = [
+            (device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in ("cpu", "cuda")
+        ]
+        self._is_autocast_cache_enabled = torch.is_autocast_cache_enabled()
+        self._function_modes = [_get_function_stack_at(index) for index in range(_len_torch_function_stack())]
+        self._dispatch_modes = _get_current_dispatch_mode_stack()
+        self._saved_tensor_hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Put the state in force on this thread."""
+        before = ThreadState()
+        before._clear_modes()
+        self._push()
+        try:
+            yield
+        finally:
+            self._clear_modes()
+            if self._saved_tensor_hooks is not None:
+                torch._C._autograd._pop_saved_tensors_default_hooks()
+            before._push(with_hooks=False)
+
+    def _clear_modes(self) -> None:
+        for _ in range(_len_torch_function_stack()):
+            _pop_torch_function_stack()
+        for _ in _get_current_dispatch_mode_stack():
+            _pop_mode()
+
+    def _push(self, *, with_hooks: bool = True) -> None:
+        torch._C._set_grad_enabled(self._is_grad_enabled)
+        for device, is_enabled, dtype in self._autocast:
+            torch.set_autocast_enabled(device, is_enabled)
+            torch.set_autocast_dtype(device, dtype)
+        torch.set_autocast_cache_enabled(self._is_autocast_cache_enabled)
+        for mode in self._function_modes:
+            _push_on_torch_function_stack(mode)
+        for mode in self._dispatch_modes:
+            _push_mode(mode)
+        if with_hooks and self._saved_tensor_hooks is not None:
+            torch._C._autograd._push_saved_tensors_default_hooks(*self._saved_tensor_hooks)

@@ -2,10 +2,14 @@
 
     modelparallel run --nproc 8 --parameters '{"tensor_parallel_degree": 4, "ddp": true}' train.py --epochs 3
 
-docs/launching.md has every option.
+    modelparallel schedule --stages 4 --microbatches 8 --kind zero_bubble
+
+docs/launching.md has every option of the first, docs/schedules.md shows what the second prints.
 """
 
+import math
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Annotated, Any, cast
@@ -14,11 +18,16 @@ import typer
 from rich.console import Console
 
 from modelparallel.config import parse_parameters, validate_parameters
-from modelparallel.errors import LaunchError, SMPError
+from modelparallel.errors import LaunchError, ScheduleError, SMPError
 from modelparallel.launch.channels import channel_option, input_channels
 from modelparallel.launch.devices import check_devices, resolve_device
 from modelparallel.launch.folder import JobFolder, default_folder, new_job_name
 from modelparallel.launch.job import Backend, JobSpec, check_script, run_job
+from modelparallel.pipeline.grids import figures_text, grid_svg, grid_text
+from modelparallel.pipeline.schedule_checks import check_schedule
+from modelparallel.pipeline.scheduling import make_schedule
+from modelparallel.pipeline.timeline import simulate
+from modelparallel.plan.schedule import SCHEDULE_KINDS, Chain
 from modelparallel.version import __version__
 
 app = typer.Typer(
@@ -79,6 +88,48 @@ def run(
         _stop(str(error), USAGE_EXIT_CODE)
     if result.exit_code != 0:
         _stop(result.message, result.exit_code)
+
+
+@app.command()
+def schedule(
+    stages: Annotated[int, typer.Option(help="Number of pipeline stages.")],
+    microbatches: Annotated[int, typer.Option(help="Number of microbatches of a step.")],
+    kind: Annotated[str, typer.Option(help=f"One of {', '.join(SCHEDULE_KINDS)}.")] = "interleaved",
+    virtual_stages: Annotated[int, typer.Option(help="How often a microbatch comes to each stage.")] = 1,
+    active_microbatches: Annotated[
+        int | None, typer.Option(help="The most live microbatches of a stage. Default: what the schedule needs.")
+    ] = None,
+    forward_cost: Annotated[float, typer.Option(help="Time of one forward.")] = 1.0,
+    backward_cost: Annotated[float, typer.Option(help="Time for the gradients of the inputs.")] = 1.0,
+    weight_cost: Annotated[float, typer.Option(help="Time for the gradients of the weights.")] = 1.0,
+    message_delay: Annotated[float, typer.Option(help="Time from one stage to another.")] = 0.0,
+    svg: Annotated[Path | None, typer.Option(help="Write the grid as a drawing into this file.")] = None,
+    text: Annotated[bool, typer.Option("--text", help="Print the actions of every stage, too.")] = False,
+) -> None:
+    """Print a pipeline schedule as a grid over time; the last line has its bubble and its peak memory.
+
+    Nothing runs: the times follow from the costs alone. Exit code 2 for values that are not possible.
+    """
+    try:
+        if virtual_stages < 1:
+            raise ScheduleError(f"--virtual-stages is {virtual_stages}: a microbatch comes to a stage once or more")
+        if not (math.isfinite(message_delay) and message_delay >= 0):
+            raise ScheduleError(f"--message-delay is {message_delay}: give a finite number, 0 or more")
+        chain = Chain.looped(stages, virtual_stages, forward_cost, backward_cost, weight_cost)
+        made = make_schedule(chain, microbatches, kind, active_microbatches)
+        check_schedule(made, chain, active_microbatches)
+        timeline = simulate(made, chain, message_delay)
+        if svg is not None:
+            try:
+                svg.write_text(grid_svg(made, timeline), encoding="utf-8")
+            except OSError as error:
+                raise ScheduleError(f"cannot write the drawing {str(svg)!r}: {error.strerror}") from error
+    except SMPError as error:
+        _stop(str(error), USAGE_EXIT_CODE)
+    typer.echo(grid_text(made, timeline, width=shutil.get_terminal_size((120, 24)).columns))
+    if text:
+        typer.echo(made.to_text())
+    typer.echo(figures_text(timeline))
 
 
 def _job(

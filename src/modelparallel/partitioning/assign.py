@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from torch import nn
 
 from modelparallel.errors import PartitionError
-from modelparallel.partitioning.costs import Trace, sizes_only
+from modelparallel.partitioning.costs import Trace, microbatches_in_flight, sizes_only
 from modelparallel.partitioning.manual import Mark, check_sharing, manual_plan
 from modelparallel.partitioning.solve import solve
 from modelparallel.partitioning.units import find_units
@@ -27,6 +28,9 @@ def make_plan(
     memory_weight: float = 0.8,
     num_microbatches: int = 1,
     active_microbatches: int | None = None,
+    schedule: str = "interleaved",
+    virtual_degree: int = 1,
+    memory_limit: int | None = None,
     is_automatic: bool = True,
     marks: Mark | None = None,
     overrides: Sequence[tuple[nn.Module, int]] = (),
@@ -42,12 +46,13 @@ def make_plan(
         units: from ``find_units(root)``; found here when None.
         trace: from ``trace_step``. Ranks must use one and the same trace (that of one rank, broadcast), or their
             plans may differ.
-        memory_weight, num_microbatches, active_microbatches: see :func:`~modelparallel.partitioning.solve.solve`.
+        memory_weight, num_microbatches, active_microbatches, schedule, virtual_degree, memory_limit: see
+            :func:`~modelparallel.partitioning.solve.solve`; the last two count only in the automatic partition.
         marks, overrides, default_partition: see :func:`~modelparallel.partitioning.manual.manual_plan`.
         load_from: the file of a plan saved with ``PartitionPlan.save``.
 
     Raises:
-        PartitionError: the model cannot be placed as asked; a stored plan does not fit the model or the number of
+        PartitionError: the model cannot be placed as asked, or not within the memory limit; a stored plan does not fit the model or the number of
             stages.
     """
     units = find_units(root) if units is None else tuple(units)
@@ -59,11 +64,30 @@ def make_plan(
                 f"pipeline_parallel_degree is {num_stages}: use pipeline_parallel_degree={plan.num_stages}, "
                 "or make a new plan (load_partition false)"
             )
-        plan = PartitionPlan(plan.num_stages, plan.modules, plan.tensors, "loaded", plan.figures)
+        plan = replace(plan, origin="loaded")
     elif not is_automatic:
-        plan = manual_plan(root, units, marks or _no_mark, overrides, default_partition, num_stages, trace=trace)
+        active = num_stages + 2 if active_microbatches is None else active_microbatches
+        plan = manual_plan(
+            root,
+            units,
+            marks or _no_mark,
+            overrides,
+            default_partition,
+            num_stages,
+            trace=trace,
+            in_flight=microbatches_in_flight(num_stages, num_microbatches, active, schedule),
+        )
     else:
-        plan = solve(trace or sizes_only(root, units), num_stages, memory_weight, num_microbatches, active_microbatches)
+        plan = solve(
+            trace or sizes_only(root, units),
+            num_stages,
+            memory_weight,
+            num_microbatches,
+            active_microbatches,
+            schedule=schedule,
+            virtual_degree=virtual_degree,
+            memory_limit=memory_limit,
+        )
     plan.check(
         [name for name, _ in root.named_parameters()],
         module_names=[name for name, _ in root.named_modules()],
@@ -74,8 +98,8 @@ def make_plan(
 
 
 def log_plan(plan: PartitionPlan, logger: logging.Logger = LOGGER) -> None:
-    """Log the plan as a table, after the line ``Partition assignments:`` that job logs are searched for."""
-    logger.info("Partition assignments: (%s)\n%s", plan.origin, plan.table())
+    """Log the plan's report, after the line ``Partition assignments:`` that job logs are searched for."""
+    logger.info("Partition assignments: (%s)\n%s", plan.origin, plan.report())
 
 
 def _no_mark(module: nn.Module) -> None:

@@ -6,8 +6,9 @@ function of it.
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+import itertools
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,15 @@ from modelparallel.partitioning.units import direct_tensors
 # plan is made.
 STATE_COPIES = 4
 
+# What moving a byte costs, in floating-point operations: the ratio of the two rates of a CPU core (some 100 GFLOP/s and
+# 10 GB/s). On a GPU it is more for low precisions. It decides where many bytes are moved for few operations: the loss
+# over a large vocabulary, the gradient of an embedding.
+OPERATIONS_PER_BYTE = 10
+# The gradient of a microbatch is written, it and the sum so far are read, the new sum is written.
+ACCUMULATION_PASSES = 4
+
+_BACKWARD_FIRST = ("interleaved", "zero_bubble")
+
 
 @dataclass(frozen=True)
 class UnitCosts:
@@ -26,14 +36,13 @@ class UnitCosts:
 
     Attributes:
         first_call: position of the unit in the order of first calls; None if it was never called.
-        flops: floating-point operations of the forward.
+        flops: floating-point operations of the forward: matrix products, convolutions, attention.
+        moved_bytes: what all other operations of the forward read and wrote.
         needs_weight_gradient: an output asked for a gradient and the unit has trainable parameters.
         needs_input_gradient: an input asked for a gradient.
         output_bytes: what the calls returned.
-        crossing_bytes: what would travel over a cut right after this unit in the order of first calls: tensors made
-            from weights on one side of it and used on the other.
         activation_bytes: tensors saved for the backward, parameters left out, shared storages counted once.
-        seconds: measured forward time; None if it was not measured.
+        seconds: measured time of the forward; None if it was not measured.
     """
 
     name: str
@@ -44,9 +53,9 @@ class UnitCosts:
     first_call: int | None = None
     num_calls: int = 0
     output_bytes: int = 0
-    crossing_bytes: int = 0
     activation_bytes: int = 0
     flops: int = 0
+    moved_bytes: int = 0
     needs_weight_gradient: bool = False
     needs_input_gradient: bool = False
     seconds: float | None = None
@@ -57,10 +66,45 @@ class UnitCosts:
         return self.parameter_bytes + (STATE_COPIES - 1) * self.trainable_bytes + self.buffer_bytes
 
     @property
+    def forward(self) -> float:
+        """The work of the forward: seconds if measured, else floating-point operations and bytes moved."""
+        return float(self.flops + OPERATIONS_PER_BYTE * self.moved_bytes) if self.seconds is None else self.seconds
+
+    @property
+    def input_gradient(self) -> float:
+        """The work of the part of the backward that makes the gradients of the inputs."""
+        return self.forward * self.needs_input_gradient
+
+    @property
+    def weight_gradient(self) -> float:
+        """The work of the part of the backward that makes the gradients of the weights and adds them up."""
+        if not self.needs_weight_gradient:
+            return 0.0
+        if self.seconds is not None:
+            return self.seconds
+        # What moved bytes in the forward does so once more in the backward, in this part if there is no other.
+        first = self.flops if self.needs_input_gradient else self.forward
+        return float(first + OPERATIONS_PER_BYTE * ACCUMULATION_PASSES * self.trainable_bytes)
+
+    @property
     def compute(self) -> float:
-        """Forward and backward work: seconds if measured, else floating-point operations."""
-        forward = float(self.flops) if self.seconds is None else self.seconds
-        return forward * (1 + self.needs_weight_gradient + self.needs_input_gradient)
+        """The work of forward and backward."""
+        return self.forward + self.input_gradient + self.weight_gradient
+
+
+@dataclass(frozen=True)
+class Flow:
+    """A tensor made from weights in (or next to) one unit and used in others: what travels if they are apart.
+
+    Attributes:
+        maker: the unit where it is made.
+        users: the other units that use it, in the order of their first use.
+        num_bytes: of one microbatch.
+    """
+
+    maker: str
+    users: tuple[str, ...]
+    num_bytes: int
 
 
 @dataclass(frozen=True)
@@ -94,6 +138,7 @@ class Trace:
         stateful_buffers: full names of the buffers that running the step changed.
         source: ``"run"`` (a microbatch ran for real) or ``"sizes"``.
         has_gradients: whether the run recorded anything for a backward.
+        flows: what travels between units that are placed apart, equal ones summed; empty if nothing ran.
     """
 
     units: tuple[UnitCosts, ...]
@@ -102,6 +147,7 @@ class Trace:
     stateful_buffers: tuple[str, ...] = ()
     source: str = "sizes"
     has_gradients: bool = False
+    flows: tuple[Flow, ...] = ()
 
     @property
     def order(self) -> tuple[str, ...]:
@@ -110,6 +156,34 @@ class Trace:
         if not called:
             return tuple(unit.name for unit in self.units)
         return tuple(unit.name for unit in sorted(called, key=lambda unit: unit.first_call or 0))
+
+    def activation_bytes(self, unit: UnitCosts) -> int:
+        """What the unit keeps of one microbatch: what it saves for the backward; its outputs if nothing was saved."""
+        return unit.activation_bytes if self.has_gradients else unit.output_bytes
+
+    def crossing_bytes(self, position: Mapping[str, int], num_positions: int) -> list[int]:
+        """The bytes over a cut after each of ``num_positions`` positions, for units at these positions.
+
+        A tensor that crosses a cut counts once, also when several units beyond use it.
+        """
+        changes = [0] * (num_positions + 1)
+        for flow in self.flows:
+            places = [position[name] for name in (flow.maker, *flow.users)]
+            changes[min(places)] += flow.num_bytes
+            changes[max(places)] -= flow.num_bytes
+        return list(itertools.accumulate(changes))[:num_positions]
+
+    def traffic(self, homes: Mapping[str, int]) -> tuple[tuple[int, int, int], ...]:
+        """(from stage, to stage, bytes) of one microbatch's forward, with the units on these stages.
+
+        A stage that uses a tensor several times receives it once, from where it was made.
+        """
+        sums: Counter[tuple[int, int]] = Counter()
+        for flow in self.flows:
+            source = homes[flow.maker]
+            for target in {homes[user] for user in flow.users} - {source}:
+                sums[source, target] += flow.num_bytes
+        return tuple((source, target, count) for (source, target), count in sorted(sums.items()) if count)
 
 
 def sizes_only(root: nn.Module, units: Sequence[str], stateful_buffers: Sequence[str] = ()) -> Trace:
@@ -140,17 +214,26 @@ def sizes_only(root: nn.Module, units: Sequence[str], stateful_buffers: Sequence
 
 
 def microbatches_in_flight(
-    num_stages: int, num_microbatches: int, active_microbatches: int, is_backward_first: bool = False
+    num_stages: int,
+    num_microbatches: int,
+    active_microbatches: int,
+    schedule: str = "interleaved",
+    virtual_degree: int = 1,
 ) -> tuple[int, ...]:
-    """How many microbatches' activations each stage holds at most.
+    """How many microbatches' activations each piece of the model holds at most.
 
-    In discovery order, and when all forwards run before all backwards, every stage holds as many as may be active. With
-    ``is_backward_first`` (1F1B) stage s holds at most ``num_stages - s``.
+    There are ``num_stages * virtual_degree`` pieces in the order of execution; piece c is on stage ``c % num_stages``.
+
+    Args:
+        schedule: the configuration's ``pipeline``. With ``"interleaved"`` and ``"zero_bubble"`` the backward of a
+            microbatch runs as soon as it can, so that piece c of n holds no more than the n - c that a chain needs to
+            keep all stages busy. With the others every piece holds as many as may be active.
     """
     most = max(1, min(num_microbatches, active_microbatches))
-    if not is_backward_first:
-        return (most,) * num_stages
-    return tuple(min(most, num_stages - stage) for stage in range(num_stages))
+    num_pieces = num_stages * virtual_degree
+    if schedule not in _BACKWARD_FIRST:
+        return (most,) * num_pieces
+    return tuple(min(most, num_pieces - piece) for piece in range(num_pieces))
 
 
 def tensor_bytes(tensor: torch.Tensor) -> int:

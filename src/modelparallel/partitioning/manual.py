@@ -9,7 +9,7 @@ from torch import nn
 
 from modelparallel.errors import PartitionError
 from modelparallel.partitioning.costs import Trace, sizes_only
-from modelparallel.partitioning.solve import stage_figures
+from modelparallel.partitioning.solve import described
 from modelparallel.partitioning.units import direct_tensors, has_weights, is_whole
 from modelparallel.plan.partition import PartitionPlan
 
@@ -25,6 +25,7 @@ def manual_plan(
     num_stages: int,
     *,
     trace: Trace | None = None,
+    in_flight: Sequence[int] = (),
 ) -> PartitionPlan:
     """The plan that the marks ask for (smp-api section 6).
 
@@ -34,6 +35,7 @@ def manual_plan(
             subtree, a later one wins where they overlap.
         default_partition: for modules in no context.
         trace: its order and figures are used where it is given; module order otherwise.
+        in_flight: for every stage, how many microbatches' activations it holds, for the figures; empty: one each.
 
     Raises:
         PartitionError: a partition outside 0..num_stages-1; modules that share a parameter on different partitions.
@@ -63,8 +65,7 @@ def manual_plan(
         *(tensor.name for tensor in trace.tensors),
     }:
         costs = trace
-    figures = stage_figures(costs, homes, (1,) * num_stages)
-    return PartitionPlan(num_stages, plan.modules, plan.tensors, plan.origin, figures)
+    return described(plan, costs, homes, in_flight or (1,) * num_stages)
 
 
 class _Builder:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import math
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from modelparallel import trees
 from modelparallel.torch_compat import TorchDispatchMode, flop_registry
 
 LOGGER = logging.getLogger("modelparallel.partitioning")
@@ -19,14 +21,15 @@ aten = torch.ops.aten
 
 
 class OperationCounter(TorchDispatchMode):
-    """Calls ``report(count)`` with the floating-point operations of every operation that runs.
+    """Calls ``report(flops, moved_bytes)`` for every operation that runs.
 
-    A multiply-add counts two.     Matrix products, convolutions and attention are counted, elementwise work is not.
+    Matrix products, convolutions and attention count by their floating-point operations (a multiply-add is two), all
+    others by the bytes that they read and write.
     """
 
     supports_higher_order_operators = True
 
-    def __init__(self, report: Callable[[int], None]) -> None:
+    def __init__(self, report: Callable[[int, int], None]) -> None:
         super().__init__()
         self._report = report
         self._failed: set[Any] = set()
@@ -42,10 +45,12 @@ class OperationCounter(TorchDispatchMode):
                     parts = func.decompose(*args, **kwargs)
                 if parts is not NotImplemented:
                     return parts
-            return func(*args, **kwargs)
+            result = func(*args, **kwargs)
+            self._report(0, _moved_bytes(func, (args, kwargs), result))
+            return result
         result = func(*args, **kwargs)
         try:
-            self._report(int(formula(*args, **kwargs, out_val=result)))
+            self._report(int(formula(*args, **kwargs, out_val=result)), 0)
         except (
             Exception
         ) as error:  # the formulas are torch's and know few forms of arguments; an estimate may not stop a step
@@ -53,6 +58,23 @@ class OperationCounter(TorchDispatchMode):
                 self._failed.add(packet)
                 LOGGER.warning("tracing: cannot count the operations of %s: %s: %s", func, type(error).__name__, error)
         return result
+
+
+def _moved_bytes(func: Any, arguments: Any, result: Any) -> int:
+    """What an operation reads and writes; nothing for one that only looks at a tensor in another way."""
+    returns = getattr(getattr(func, "_schema", None), "returns", ())
+    packet = getattr(func, "_overloadpacket", func)
+    is_view = any(value.alias_info is not None and not value.alias_info.is_write for value in returns)
+    if is_view or packet in _UNSAFE_VIEWS:
+        return 0
+    written = sum(_num_bytes(leaf) for leaf in trees.leaves(result))
+    if packet in _ROW_READERS:
+        return 2 * written
+    return written + sum(_num_bytes(leaf) for leaf in trees.leaves(arguments))
+
+
+def _num_bytes(leaf: Any) -> int:
+    return leaf.nbytes if isinstance(leaf, torch.Tensor) and leaf.layout == torch.strided else 0
 
 
 def storage_of(tensor: torch.Tensor) -> torch.UntypedStorage | None:
@@ -93,39 +115,42 @@ class StorageSet:
 
 
 class Traffic:
-    """Bytes that would travel between positions in the order of units, if every position were a stage of its own.
+    """Who makes and who uses which tensor, by the position of the unit in the order of first calls.
 
     Only tensors made from weights count: what is computed from the inputs alone is computed on every stage.
     """
 
     def __init__(self) -> None:
-        # Storage -> a reference, and the first and last position that has it.
-        self._storages: dict[int, tuple[weakref.ref[Any], int, int]] = {}
-        self._crossings: list[tuple[int, int, int]] = []  # from position, to position, bytes
+        # Storage -> a reference, its positions (the maker first), and the bytes of the largest view that was used.
+        self._storages: dict[int, tuple[weakref.ref[Any], _Travels]] = {}
+        self._travels: list[_Travels] = []
 
     def made(self, tensor: torch.Tensor, position: int) -> None:
         """``tensor`` was computed at ``position``."""
         storage = storage_of(tensor)
         if storage is not None and self._known(tensor) is None:
-            self._storages[id(storage)] = (weakref.ref(storage), position, position)
+            travels = _Travels([position])
+            self._storages[id(storage)] = (weakref.ref(storage), travels)
+            self._travels.append(travels)
 
     def used(self, tensor: torch.Tensor, position: int) -> bool:
         """``tensor`` is needed at ``position``; returns whether it was made from weights."""
         known = self._known(tensor)
         if known is None:
             return False
-        reference, first, last = known
-        size = tensor.nbytes
-        if position < first:
-            self._crossings.append((position, first, size))
-        elif position > last:
-            self._crossings.append((last, position, size))
-        self._storages[id(storage_of(tensor))] = (reference, min(first, position), max(last, position))
+        if position not in known.positions:
+            known.positions.append(position)
+        if position != known.positions[0]:
+            known.num_bytes = max(known.num_bytes, tensor.nbytes)
         return True
 
     def cheapest_place(self, tensors: Iterable[torch.Tensor]) -> int | None:
         """The position where an operation on ``tensors`` needs the fewest bytes moved; the later one of several."""
-        present = [(known[1], known[2], tensor.nbytes) for tensor in tensors if (known := self._known(tensor))]
+        present = [
+            (min(known.positions), max(known.positions), tensor.nbytes)
+            for tensor in tensors
+            if (known := self._known(tensor))
+        ]
         places = sorted({place for first, last, _ in present for place in (first, last)}, reverse=True)
         return min(
             places,
@@ -133,18 +158,24 @@ class Traffic:
             default=None,
         )
 
-    def over_cuts(self, num_positions: int) -> list[int]:
-        """The bytes over a cut after each position."""
-        changes = [0] * (num_positions + 1)
-        for start, end, size in self._crossings:
-            changes[start] += size
-            changes[end] -= size
-        return list(itertools.accumulate(changes))[:num_positions]
+    def flows(self) -> dict[tuple[int, ...], int]:
+        """Bytes by the positions that have them, the maker first."""
+        sums: Counter[tuple[int, ...]] = Counter()
+        for travels in self._travels:
+            if travels.num_bytes:
+                sums[tuple(travels.positions)] += travels.num_bytes
+        return dict(sums)
 
-    def _known(self, tensor: torch.Tensor) -> tuple[weakref.ref[Any], int, int] | None:
+    def _known(self, tensor: torch.Tensor) -> _Travels | None:
         storage = storage_of(tensor)
         known = self._storages.get(id(storage))
-        return known if storage is not None and known is not None and known[0]() is storage else None
+        return known[1] if storage is not None and known is not None and known[0]() is storage else None
+
+
+@dataclass
+class _Travels:
+    positions: list[int]
+    num_bytes: int = 0
 
 
 def _attention_flops(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any) -> int:
@@ -161,6 +192,11 @@ def _recurrent_flops(
     steps_and_batch = input.numel() // input.shape[-1]
     return 2 * steps_and_batch * (input_weight.numel() + hidden_weight.numel())
 
+
+# They read as much as they write, however large the tensor is that they read from.
+_ROW_READERS = {aten.embedding, aten.index, aten.index_select, aten.gather}
+# Their schemas do not say that they only look at their input in another way.
+_UNSAFE_VIEWS = {aten._unsafe_view, aten._reshape_alias}
 
 # Kernels of CPU builds for which torch has no formula.
 _OWN_FORMULAS: dict[Any, Callable[..., int]] = {

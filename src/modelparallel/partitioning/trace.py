@@ -21,9 +21,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 
 from modelparallel import trees
-from modelparallel.partitioning.costs import Trace, sizes_only, tensor_bytes
+from modelparallel.partitioning.costs import Flow, Trace, sizes_only, tensor_bytes
 from modelparallel.partitioning.operations import OperationCounter, StorageSet, Traffic, storage_of
-from modelparallel.partitioning.units import direct_tensors
+from modelparallel.partitioning.units import direct_tensors, has_weights
 
 LOGGER = logging.getLogger("modelparallel.partitioning")
 
@@ -45,7 +45,9 @@ def trace_step(
         run: the step body on one microbatch. Its result is not used. It must not run a backward that it does not
             need: saved tensors are counted when they are saved, and gradients of parameters are put back to what
                 they were.
-        measure_times: run the body a second time, without the counting, and take each unit's forward time.
+        measure_times: run the body a second time, without the counting, and take each unit's forward time, with the
+            operations outside the units that count for it. The backward is not run: each of its two parts is taken to
+            last as long as the forward.
         measure_memory: on a GPU, take the memory that a unit's calls leave allocated where that is more than its
             saved tensors.
 
@@ -61,7 +63,7 @@ def trace_step(
     seconds: dict[str, float] = {}
     if measure_times:
         clock = _Recorder(root, units, measure_memory=False)
-        with untouched(root), clock.listening():
+        with untouched(root), clock.listening(), _GlueWatch(clock):
             run()
         seconds = clock.seconds
     return recorder.trace(stateful, seconds if measure_times else None)
@@ -216,6 +218,7 @@ class _Recorder:
         self.seconds: dict[str, float] = dict.fromkeys(units, 0.0)
         self._calls = dict.fromkeys(units, 0)
         self._flops = dict.fromkeys(units, 0)
+        self._moved_bytes = dict.fromkeys(units, 0)
         self._output_bytes = dict.fromkeys(units, 0)
         self._saved_bytes = dict.fromkeys(units, 0)
         self._memory_bytes = dict.fromkeys(units, 0)
@@ -258,6 +261,8 @@ class _Recorder:
             for module in self._modules[unit].modules():
                 if isinstance(module, torch.jit.ScriptModule) and module is not self._modules[unit]:
                     continue  # inner modules of a scripted one are not called through Python
+                if module is not self._modules[unit] and not has_weights(module):
+                    continue  # it may be in several units (one activation for all blocks), and then tells nothing
                 handles.append(module.register_forward_pre_hook(self._enter(unit), with_kwargs=True, prepend=True))
                 handles.append(module.register_forward_hook(self._leave(unit), with_kwargs=True, always_call=True))
         try:
@@ -272,7 +277,7 @@ class _Recorder:
             stack.enter_context(_GlueWatch(self))
             if counts_saved:
                 stack.enter_context(saved_tensors_hooks(self._save, _keep))
-            stack.enter_context(OperationCounter(self._add_flops))
+            stack.enter_context(OperationCounter(self._add_operation))
             yield
 
     def _enter(self, unit: str) -> Callable[..., None]:
@@ -335,9 +340,10 @@ class _Recorder:
             return self._stack[-1][0]
         return self._glue_unit or self._last
 
-    def _add_flops(self, count: int) -> None:
+    def _add_operation(self, flops: int, moved_bytes: int) -> None:
         if self._current is not None:
-            self._flops[self._current] += count
+            self._flops[self._current] += flops
+            self._moved_bytes[self._current] += moved_bytes
 
     def _save(self, tensor: torch.Tensor) -> torch.Tensor:
         self._has_gradients = True
@@ -356,6 +362,11 @@ class _Recorder:
         place = self._traffic.cheapest_place(inputs) if owner is None else self._position[owner]
         self._reads_weight = owner is not None
         self._glue_unit = self.order[place] if place is not None and place < len(self.order) else None
+
+    def add_seconds(self, seconds: float) -> None:
+        """An operation outside the units took so long."""
+        if self._current is not None:
+            self.seconds[self._current] += seconds
 
     def after_glue(self, inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]) -> None:
         unit, reads_weight = self._current, self._reads_weight
@@ -380,16 +391,20 @@ class _Recorder:
     def trace(self, stateful_buffers: tuple[str, ...], seconds: dict[str, float] | None) -> Trace:
         sizes = sizes_only(self._root, self._units, stateful_buffers)
         first_calls = {unit: position for position, unit in enumerate(self.order)}
-        crossing = self._traffic.over_cuts(len(self.order))
+        flows = tuple(
+            Flow(self.order[maker], tuple(self.order[user] for user in users), num_bytes)
+            for (maker, *users), num_bytes in self._traffic.flows().items()
+            if maker < len(self.order)
+        )
         units = tuple(
             replace(
                 unit,
-                crossing_bytes=crossing[first_calls[unit.name]] if unit.name in first_calls else 0,
                 first_call=first_calls.get(unit.name),
                 num_calls=self._calls[unit.name],
                 output_bytes=self._output_bytes[unit.name],
                 activation_bytes=max(self._saved_bytes[unit.name], self._memory_bytes[unit.name]),
                 flops=self._flops[unit.name],
+                moved_bytes=self._moved_bytes[unit.name],
                 needs_weight_gradient=self._output_gradient[unit.name] and self._is_trainable(unit.name),
                 needs_input_gradient=self._input_gradient[unit.name],
                 seconds=None if seconds is None else seconds[unit.name],
@@ -397,7 +412,9 @@ class _Recorder:
             for unit in sizes.units
         )
         tensors = tuple(replace(tensor, near_unit=self._near.get(tensor.name)) for tensor in sizes.tensors)
-        return replace(sizes, units=units, tensors=tensors, source="run", has_gradients=self._has_gradients)
+        return replace(
+            sizes, units=units, tensors=tensors, source="run", has_gradients=self._has_gradients, flows=flows
+        )
 
 
 class _GlueWatch(TorchFunctionMode):
@@ -415,8 +432,10 @@ class _GlueWatch(TorchFunctionMode):
         inputs = [tensor for tensor in _tensors((args, kwargs)) if storage_of(tensor) is not None]
         recorder.before_glue(inputs)
         outputs: list[torch.Tensor] = []
+        start = recorder._now()
         try:
             result = func(*args, **kwargs)
+            recorder.add_seconds(recorder._now() - start)
             outputs = [tensor for tensor in _tensors(result) if storage_of(tensor) is not None]
             return result
         finally:

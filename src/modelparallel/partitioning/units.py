@@ -7,8 +7,12 @@ that fits makes a module a unit, and nothing inside a unit is one:
 1. a module of torch itself that is not a container (a ``Linear``, an ``LSTM``, a ``MultiheadAttention`` whose
    forward reads its child's weight, a ``TransformerEncoderLayer``, a compiled module), and a distributed layer;
 2. a module with weights whose children have none;
-3. a block: an element of a list (``ModuleList``, ``Sequential``, ``ModuleDict``) that has children with weights,
-   unless it is itself a stack of blocks (see :func:`_is_block`).
+3. a block: an element of a list (``ModuleList``, ``Sequential``, ``ModuleDict``) that has children with weights, or
+   one of three or more attributes of one class (``down1``, ``down2``, ``down3``), unless it is itself a stack of
+   blocks (see :func:`_is_block`). If a model has fewer than eight units in this way, a block that stands in no list
+   of its like is opened: it may be most of the model.
+
+The size of a module does not count: tensor parallelism changes it.
 
 A module without weights is never a unit (it runs where its data is), except a norm with running statistics.
 Containers and the composite modules in between (``BertModel``, an encoder) are walked through; parameters that such
@@ -35,6 +39,9 @@ _WHOLE_MODULES = (
     "torch.jit.",
     "torch.ao.",
 )
+# Attributes of one class that are taken for the blocks of a model, and the number of units that is enough.
+_MANY_ATTRIBUTES = 3
+_ENOUGH_UNITS = 8
 _NOT_WHOLE = {nn.Module, *_CONTAINERS, *_TENSOR_LISTS, *_STACKS}
 
 
@@ -44,8 +51,11 @@ def find_units(root: nn.Module) -> tuple[str, ...]:
     A module that is reached by several names is one unit, under its first name. Local; the same on every rank that
     built the same model.
     """
-    finder = _Finder()
+    finder = _Finder(opens_single_blocks=False)
     finder.visit("", root, None)
+    if len(finder.units) < _ENOUGH_UNITS:
+        finder = _Finder(opens_single_blocks=True)
+        finder.visit("", root, None)
     return tuple(finder.units)
 
 
@@ -100,8 +110,9 @@ def direct_tensors(root: nn.Module, units: tuple[str, ...]) -> list[DirectTensor
 
 
 class _Finder:
-    def __init__(self) -> None:
+    def __init__(self, *, opens_single_blocks: bool) -> None:
         self.units: list[str] = []
+        self._opens_single_blocks = opens_single_blocks
         self._covered: set[int] = set()
 
     def visit(self, name: str, module: nn.Module, container: nn.Module | None) -> None:
@@ -111,8 +122,10 @@ class _Finder:
             self.units.append(name)
             self._covered.update(id(inner) for inner in module.modules())
             return
+        blocks = None if _is_container(module) else _repeated_classes(module, _MANY_ATTRIBUTES)
         for child_name, child in module.named_children():
-            self.visit(f"{name}.{child_name}" if name else child_name, child, module if _is_container(module) else None)
+            is_among_blocks = blocks is None or type(child) in blocks
+            self.visit(f"{name}.{child_name}" if name else child_name, child, module if is_among_blocks else None)
 
     def _is_unit(self, module: nn.Module, container: nn.Module | None) -> bool:
         if _is_container(module):
@@ -121,13 +134,17 @@ class _Finder:
             return True
         if not any(has_weights(child) for child in module.children()):
             return True
-        if any(id(inner) in self._covered for inner in module.modules()):
-            return False  # it holds a unit that was met before under another name, and units do not nest
-        return container is not None and _is_block(module, container)
+        if any(id(inner) in self._covered and has_weights(inner) for inner in module.modules()):
+            # It holds a unit, or a part of one, that was met before under another name, and units do not nest. (An
+            # activation that all blocks share is no obstacle: it has no weights, and no home.)
+            return False
+        if container is None or not _is_block(module, container):
+            return False
+        return not self._opens_single_blocks or type(module) in _repeated_classes(container)
 
 
 def _is_block(module: nn.Module, container: nn.Module) -> bool:
-    """Whether this list element is a block, and not a stack of blocks.
+    """Whether this element of a list (or of a module with many alike attributes) is a block, and no stack of blocks.
 
     What tells a stack (a stage of a Swin transformer, a ``BertModel`` in a ``Sequential``) from a block that holds a
     list of equal parts (a mixture of experts, a list of attention heads): the list of a stack is its own attribute,
@@ -182,9 +199,9 @@ def _is_flat(module: nn.Module) -> bool:
     return True
 
 
-def _repeated_classes(container: nn.Module) -> set[type[nn.Module]]:
+def _repeated_classes(container: nn.Module, at_least: int = 2) -> set[type[nn.Module]]:
     counts = Counter(type(element) for element in container.children() if _is_composite(element))
-    return {cls for cls, count in counts.items() if count > 1}
+    return {cls for cls, count in counts.items() if count >= at_least}
 
 
 def _repeated_lists(module: nn.Module) -> Iterator[nn.Module]:

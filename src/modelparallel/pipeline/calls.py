@@ -78,10 +78,12 @@ def run(engine: PipelineEngine, program: Program, entry: PlacedModule, args: Any
     if home == engine.stage:
         if engine.num_open_checkpoints and torch.is_grad_enabled():
             call = _checkpointed(call)
+            program.is_whole_backward = True  # in two parts it would be recomputed twice
         if entry.unit is not None and entry.needs_frame():
             call = _framed(program.frames, entry.unit, call)
         if arguments.holds_containers or arguments.objects():
             call = _guarded(entry, arguments.objects(), arguments.holds_containers, call)
+    program.tracker.note_work(home, entry.name)
     return glue.execute(program, entry.description, key, arguments, home, call, protect=True)
 
 

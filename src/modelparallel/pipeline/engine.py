@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from modelparallel.comm.transport import StageTransport
-from modelparallel.errors import StepUsageError
+from modelparallel.errors import DivergenceError, StepUsageError
 from modelparallel.pipeline import calls, glue
+from modelparallel.pipeline.bodies import WorkerPool
 from modelparallel.pipeline.functions import traits_of
 from modelparallel.pipeline.program import Program
 from modelparallel.pipeline.randomness import RandomFrames, may_draw, unit_number
 from modelparallel.pipeline.stage_tensor import StageTensor
+from modelparallel.pipeline.step_plans import StepPlans
 from modelparallel.pipeline.structures import Structure
 from modelparallel.torch_compat import (
     CheckpointFunction,
@@ -30,6 +32,9 @@ from modelparallel.torch_compat import (
     resume_function_mode,
     suspend_function_mode,
 )
+
+if TYPE_CHECKING:
+    from modelparallel.pipeline.interpreter import Interpreter
 
 
 @dataclass(frozen=True)
@@ -100,14 +105,31 @@ class PipelineEngine:
     ``transport`` is None without pipelining; then only the random frames of the units are at work.
     """
 
-    def __init__(self, device: torch.device, transport: StageTransport | None, push_limit_bytes: int) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        transport: StageTransport | None,
+        push_limit_bytes: int,
+        schedule_kind: str = "interleaved",
+        active_microbatches: int | None = None,
+    ) -> None:
         self.device = device
         self.stage = transport.stage if transport is not None else 0
-        self.num_stages = len(transport.global_ranks) if transport is not None else 1
+        self.num_stages = transport.num_stages if transport is not None else 1
         self._transport = transport
         self.push_limit_bytes = push_limit_bytes
         self.placed: dict[int, PlacedTensor] = {}
         self.structures: dict[Hashable, Structure] = {}
+        self.plans = StepPlans(schedule_kind, active_microbatches)
+        self.workers = WorkerPool()
+        #: How often everything was forgotten; see agree().
+        self.generation = 0
+        #: The share of the model's compute of each placed module, as far as it is known.
+        self.costs: dict[str, float] = {}
+        #: The interpreter of the last step, for reports.
+        self.last_run: Interpreter | None = None
+        #: The programs of the step that is under way.
+        self.programs: Sequence[Program] = ()
         self.structures_of_known: dict[Hashable, Structure] = {}  # of operations on values that all stages can read
         self.program: Program | None = None
         self.frames: RandomFrames | None = None
@@ -118,13 +140,16 @@ class PipelineEngine:
         self._assigned_buffers: list[tuple[nn.Module, str, torch.Tensor | None]] = []
         self._kept: list[torch.Tensor] = []  # keeps the ids in `placed` from being given to other tensors
         if transport is not None:
-            transport.history = lambda: self.program.history() if self.program is not None else ""
+            transport.history = self._history
 
     @property
     def transport(self) -> StageTransport:
         if self._transport is None:
             raise StepUsageError("there is no pipeline (pipeline_parallel_degree is 1)")
         return self._transport
+
+    def _history(self, microbatch: int) -> str:
+        return self.programs[microbatch].history() if microbatch < len(self.programs) else ""
 
     # Placing
 
@@ -137,7 +162,7 @@ class PipelineEngine:
         """Note that glue may assign a new value to this placed buffer (``self.average = 0.9 * self.average + ...``)."""
         self._assigned_buffers.append((owner, name, owner._buffers[name]))
 
-    def settle_buffers(self) -> None:
+    def settle_buffers(self, program: Program) -> None:
         """After the forward of a microbatch: values that glue has assigned to buffers go into the buffers themselves,
         at their homes.
         """
@@ -145,7 +170,8 @@ class PipelineEngine:
             assigned = owner._buffers.get(name)
             if buffer is None or not isinstance(assigned, StageTensor):
                 continue
-            program, home = assigned.program, self.placed[id(buffer)].home
+            home = self.placed[id(buffer)].home
+            program.carries_state = True
             program.fetch([assigned], home, f"value of buffer '{name}'")
             if home == self.stage:
                 with torch.no_grad():
@@ -214,16 +240,65 @@ class PipelineEngine:
     @contextmanager
     def running(self, program: Program) -> Iterator[None]:
         """Run the user's code as ``program``."""
-        self.program, self.frames, self.num_open_checkpoints = program, program.frames, 0
+        self.program, self.frames, self.is_native, self.num_open_checkpoints = program, program.frames, False, 0
         try:
-            with (
-                intercepted_function_apply(self._function_apply),
-                intercepted_checkpoints(self._enter_checkpoint, self._leave_checkpoint),
-                self.mode,
-            ):
+            with self.mode:
                 yield
         finally:
-            self.program, self.frames = None, None
+            self.leave()
+
+    @contextmanager
+    def intercepting(self) -> Iterator[None]:
+        """See the calls of torch that pass by the interception of tensors; around all programs of a step."""
+        with (
+            intercepted_function_apply(self._function_apply),
+            intercepted_checkpoints(self._enter_checkpoint, self._leave_checkpoint),
+        ):
+            yield
+
+    def leave(self) -> tuple[Any, ...]:
+        """No program runs now; returns what :meth:`enter` needs to go on with the one that did."""
+        state = (self.program, self.frames, self.is_native, self.num_open_checkpoints)
+        self.program, self.frames, self.is_native, self.num_open_checkpoints = None, None, False, 0
+        return state
+
+    def enter(self, state: tuple[Any, ...]) -> None:
+        """Go on with the program that was left."""
+        self.program, self.frames, self.is_native, self.num_open_checkpoints = state
+
+    @contextmanager
+    def outside(self) -> Iterator[None]:
+        """Leave the program that runs now for a while."""
+        state = self.leave()
+        try:
+            yield
+        finally:
+            self.enter(state)
+
+    # Agreement of the stages
+
+    def forget(self) -> None:
+        """Drop what was learned from earlier steps; on all stages at the same step."""
+        self.structures.clear()
+        self.plans.clear()
+        self.generation += 1
+
+    def knowledge(self) -> tuple[int, int, int]:
+        """What must be equal on all stages when a step begins."""
+        return self.generation, len(self.structures), len(self.plans)
+
+    def agree(self, knowledge: tuple[int, int, int]) -> None:
+        """Compare with pp_rank 0, which forgets everything after a step that failed: some stages may then have
+        learned what others have not.
+        """
+        if knowledge[0] != self.generation:
+            self.forget()
+            self.generation = knowledge[0]
+        if knowledge != self.knowledge():
+            raise DivergenceError(
+                f"pp_rank {self.stage} and pp_rank 0 have seen different steps {self.knowledge()} / {knowledge}, "
+                "probably since one failed on some ranks only: begin again from a checkpoint on all ranks"
+            )
 
     def run_locally(self, frames: RandomFrames, call: Callable[[], Any], *, is_watched: bool) -> Any:
         """Run the user's code without a pipeline; only a watched run sees the operations between the modules."""
@@ -247,6 +322,8 @@ class PipelineEngine:
     # what was asked for.
 
     def _enter_checkpoint(self) -> bool:
+        if self.program is not None:
+            self.program.is_whole_backward = True
         if self.is_native or self.program is None:
             return False
         self.num_open_checkpoints += 1

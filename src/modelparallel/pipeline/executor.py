@@ -1,10 +1,12 @@
-"""The reference executor: microbatch after microbatch, all forwards, then all backwards, blocking at each receive.
+"""Runs a step: without a pipeline, or the programs of one stage by the plan of the step.
 
-It is right for every deterministic program; planned schedules are compared with it.
+The first step of a kind runs in *discovery order*, microbatch after microbatch, all forwards, then all backwards, each
+message waited for. That is right for every deterministic program; planned schedules are compared with it.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,19 +15,24 @@ import torch
 
 from modelparallel import trees
 from modelparallel.comm.transport import MessageKind, MessageName
+from modelparallel.pipeline.bodies import Body, ThreadBody
+from modelparallel.pipeline.chains import Follower, Recorder, StepPlan
 from modelparallel.pipeline.engine import PipelineEngine
+from modelparallel.pipeline.interpreter import Interpreter, discovery_actions
 from modelparallel.pipeline.program import Program
-from modelparallel.pipeline.pushes import PushedValues
 from modelparallel.pipeline.randomness import RandomFrames
-from modelparallel.pipeline.stage_tensor import StageTensor, TensorSpec
+from modelparallel.pipeline.stage_tensor import StageTensor
+from modelparallel.pipeline.wire import TENSORS_PER_MESSAGE, pack, receive_tensors
+from modelparallel.torch_compat import ThreadState
 
 
 @dataclass(frozen=True)
 class MicrobatchRun:
-    """What one microbatch needs: the user's function with its arguments, and its random frames."""
+    """What one microbatch needs: the user's function with its arguments, its random frames, its share of the samples."""
 
     call: Callable[[], Any]
     frames: RandomFrames
+    weight: float = 1.0
 
 
 def run_locally(engine: PipelineEngine, runs: Sequence[MicrobatchRun], kind: Hashable) -> list[Any]:
@@ -46,47 +53,115 @@ def run_locally(engine: PipelineEngine, runs: Sequence[MicrobatchRun], kind: Has
     return outputs
 
 
-def run_discovery_order(
+def run_step(
     engine: PipelineEngine,
     runs: Sequence[MicrobatchRun],
+    kind: Hashable,
     *,
     before_last_backward: Callable[[], None],
     detach_outputs: bool,
 ) -> list[Any]:
-    """Run each microbatch, then their backwards; returns the outputs, equal on all stages. Collective over PP_GROUP."""
+    """Run all microbatches, forwards and backwards; returns the outputs, equal on all stages. Collective over PP_GROUP.
+
+    ``kind`` says what is run (which function, in which mode, how many microbatches): the first step of a kind runs in
+    discovery order, the next ones by the plan that was made of it.
+    """
     if torch.is_inference_mode_enabled():
         # Inference tensors do not say when they are written to, which the stages must know.
         with torch.inference_mode(False), torch.no_grad():
-            return run_discovery_order(
-                engine, runs, before_last_backward=before_last_backward, detach_outputs=detach_outputs
+            return run_step(
+                engine, runs, kind, before_last_backward=before_last_backward, detach_outputs=detach_outputs
             )
-    pushes = PushedValues(engine.transport, engine.device)
-    programs = [Program(engine, index, run.frames, pushes) for index, run in enumerate(runs)]
+    plan = engine.plans.get(kind)
+    step = _StepRun(engine, runs, plan)
     try:
-        outputs = []
-        for program, run in zip(programs, runs, strict=True):
-            run.frames.enter_microbatch(seeds_numpy=True)
-            with engine.running(program):
-                output = run.call()
-            outputs.append(trees.map_leaves(program.returned, output))
-            del output  # a tensor that only it refers to does not outlive the microbatch
-            engine.settle_buffers()
-            program.written.settle(program)
-        for program in programs:
-            if program is programs[-1]:
-                before_last_backward()
-            if program.has_root:
-                program.backward()
-        results = _share_outputs(engine, outputs, programs[0], detach_outputs=detach_outputs)
-        pushes.receive_all()
+        outputs = step.run(before_last_backward)
+        if engine.plans.is_open(kind):
+            engine.plans.note_discovery(kind, step.programs, engine.costs, engine.transport)
+        results = _share_outputs(engine, outputs, step.programs[0], detach_outputs=detach_outputs)
         engine.transport.drain()
     except BaseException as error:
         engine.transport.abandon(error)
+        step.abandon()
         raise
     finally:
-        for program in programs:
-            program.close()
+        step.close()
+    if plan is not None:
+        engine.plans.note_run(kind, has_left=any(program.tracker.has_left for program in step.programs))
     return results
+
+
+class _StepRun:
+    """The programs and bodies of one step on this stage."""
+
+    def __init__(self, engine: PipelineEngine, runs: Sequence[MicrobatchRun], plan: StepPlan | None) -> None:
+        self._engine = engine
+        self._plan = plan
+        self._is_sequential = plan is None or plan.is_sequential
+        self.programs = [self._make_program(index, run) for index, run in enumerate(runs)]
+        engine.programs = self.programs
+        self._state = ThreadState()
+        self._bodies: list[Body] = []
+        for program, run in zip(self.programs, runs, strict=True):
+            execute = functools.partial(self._execute, program, run)
+            if self._is_sequential:
+                self._bodies.append(Body(program, execute))
+            else:
+                self._bodies.append(ThreadBody(program, execute, self._state, engine.workers))
+
+    def _make_program(self, index: int, run: MicrobatchRun) -> Program:
+        engine, plan = self._engine, self._plan
+        tracker = Recorder() if plan is None else Follower(plan, engine.stage)
+        # [Note: structures in a step] An announcement is made by the first program that needs it. Bodies that run one
+        # after another know what the earlier ones have heard. Of bodies that take turns nobody can say on all stages
+        # alike which was first, so each hears for itself, and they put together what they know when the step is over.
+        structures = engine.structures if self._is_sequential else {}
+        return Program(engine, index, run.frames, tracker, structures, run.weight)
+
+    def _execute(self, program: Program, run: MicrobatchRun) -> Any:
+        """The whole forward of one microbatch."""
+        engine = self._engine
+        run.frames.enter_microbatch(seeds_numpy=True)
+        with engine.running(program):
+            output = run.call()
+        returned = trees.map_leaves(program.returned, output)
+        del output  # a tensor that only it refers to does not outlive the microbatch
+        engine.settle_buffers(program)
+        program.written.settle(program)
+        program.end_forward(has_backward=engine.plans.has_backward)
+        return returned
+
+    def run(self, before_last_backward: Callable[[], None]) -> list[Any]:
+        """All forwards and backwards; the outputs of the microbatches."""
+        engine, plan = self._engine, self._plan
+        actions = discovery_actions(len(self._bodies)) if plan is None else plan.schedule.actions[engine.stage]
+        interpreter = Interpreter(
+            engine.transport,
+            self._bodies,
+            actions,
+            is_sequential=self._is_sequential,
+            backward_first=plan is not None and plan.schedule.kind in ("interleaved", "zero_bubble"),
+            state=self._state,
+            outside=engine.outside,
+            before_last_backward=before_last_backward,
+        )
+        with engine.intercepting():
+            interpreter.run()
+        engine.last_run = interpreter
+        if not self._is_sequential:
+            for program in self.programs:
+                engine.structures.update(program.structures)
+        return [body.output for body in self._bodies]
+
+    def abandon(self) -> None:
+        """The step has failed: end the bodies that are not done."""
+        for body in self._bodies:
+            body.abandon()
+
+    def close(self) -> None:
+        """Let go of everything."""
+        for program in self.programs:
+            program.close()
 
 
 def _share_outputs(engine: PipelineEngine, outputs: list[Any], program: Program, *, detach_outputs: bool) -> list[Any]:
@@ -99,35 +174,31 @@ def _share_outputs(engine: PipelineEngine, outputs: list[Any], program: Program,
                 group.append(leaf)
     values: dict[int, torch.Tensor] = {}
     for home in sorted(by_home):
-        tensors = by_home[home]
-        name = MessageName(MessageKind.OUTPUTS, program.microbatch, program.next_event(f"outputs of pp_rank {home}"))
-        if home == engine.stage:
-            found = [tensor.program.local(tensor) for tensor in tensors]
-            packed = _pack([tensor.detach() for tensor in found])
-            for peer in engine.transport.peers():
-                engine.transport.send_tensors(peer, name, [packed], "the step's outputs", is_stable=[True])
-        else:
-            packed = torch.empty(sum(tensor.spec.num_bytes for tensor in tensors), dtype=torch.uint8)
-            engine.transport.receive_tensors(home, name, [packed], "the step's outputs")
-            found = _unpack(packed, [tensor.spec for tensor in tensors], engine.device)
-            for value, tensor in zip(found, tensors, strict=True):
-                if tensor.spec.requires_grad and not detach_outputs:
+        for start in range(0, len(by_home[home]), TENSORS_PER_MESSAGE):
+            part = by_home[home][start : start + TENSORS_PER_MESSAGE]
+            for tensor, value in zip(part, _shared_values(engine, home, part, program), strict=True):
+                if tensor.spec.requires_grad and not detach_outputs and home != engine.stage:
                     value.requires_grad_()
-        for tensor, value in zip(tensors, found, strict=True):
-            values[id(tensor)] = value.detach() if detach_outputs else value
+                values[id(tensor)] = value.detach() if detach_outputs else value
     return trees.map_leaves(lambda leaf: values[id(leaf)] if isinstance(leaf, StageTensor) else leaf, outputs)
 
 
-def _pack(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    return torch.cat([tensor.cpu().contiguous().view(-1).view(torch.uint8) for tensor in tensors])
-
-
-def _unpack(packed: torch.Tensor, specs: Sequence[TensorSpec], device: torch.device) -> list[torch.Tensor]:
-    result = []
-    start = 0
-    for spec in specs:
-        # A copy, since a view of another dtype needs an aligned start.
-        value = packed[start : start + spec.num_bytes].clone().view(spec.dtype).view(spec.shape)
-        result.append(value.to(device) if spec.device_type != "cpu" else value)
-        start += spec.num_bytes
-    return result
+def _shared_values(
+    engine: PipelineEngine, home: int, tensors: list[StageTensor], program: Program
+) -> list[torch.Tensor]:
+    """The values of ``tensors``, which ``home`` has, on this stage."""
+    name = MessageName(MessageKind.OUTPUTS, program.microbatch, program.next_event(f"outputs of pp_rank {home}"))
+    what = "the step's outputs"
+    specs = [tensor.spec for tensor in tensors]
+    if home == engine.stage:
+        found = [tensor.program.local(tensor) for tensor in tensors]
+        presence, payload = pack(found, specs, [True] * len(found))
+        for peer in engine.transport.peers():
+            engine.transport.send(peer, name, payload, what, presence=presence)
+        return found
+    received = receive_tensors(engine.transport, home, name, specs, what)
+    return [
+        value.to(engine.device) if spec.device_type != "cpu" else value
+        for value, spec in zip(received, specs, strict=True)
+        if value is not None
+    ]

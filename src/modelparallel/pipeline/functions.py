@@ -32,13 +32,14 @@ _IN_PLACE_DUNDERS = frozenset(
     "__ilshift__ __irshift__".split()
 )
 _READS = frozenset("item tolist __bool__ __int__ __float__ __index__ __complex__ numpy __array__ is_nonzero".split())
-# Functions whose floats do not decide the structure of the output, so that a new value needs no new announcement.
+# Functions whose floats do not decide the structure of the output, so that a new value needs no new announcement. (Not
+# so dropout: with p=0 it gives back its input.)
 _ARITHMETIC = frozenset(
     "add sub mul div true_divide divide multiply subtract rsub pow add_ sub_ mul_ div_ pow_ __add__ __radd__ __iadd__ "
     "__sub__ __rsub__ "
     "__isub__ __mul__ __rmul__ __imul__ __truediv__ __rtruediv__ __itruediv__ __pow__ __rpow__ addcmul addcdiv lerp "
     "clamp clamp_min clamp_max "
-    "eq ne lt le gt ge __eq__ __ne__ __lt__ __le__ __gt__ __ge__ masked_fill masked_fill_ fill_ where dropout "
+    "eq ne lt le gt ge __eq__ __ne__ __lt__ __le__ __gt__ __ge__ masked_fill masked_fill_ fill_ where "
     "layer_norm softmax log_softmax "
     "gelu leaky_relu leaky_relu_ elu hardtanh normalize cross_entropy smooth_l1_loss huber_loss".split()
 )

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from modelparallel import trees
-from modelparallel.comm.transport import is_dense
 from modelparallel.errors import DivergenceError, StepUsageError, UnsupportedError
 from modelparallel.pipeline.arguments import Arguments
 from modelparallel.pipeline.functions import NO_OPERATIONS, FunctionTraits, traits_of
-from modelparallel.pipeline.stage_tensor import StageTensor
+from modelparallel.pipeline.pushes import push
+from modelparallel.pipeline.stage_tensor import StageTensor, is_dense
 from modelparallel.pipeline.structures import (
     Structure,
     as_announced,
@@ -34,6 +34,7 @@ from modelparallel.pipeline.writing import writable
 if TYPE_CHECKING:
     from modelparallel.pipeline.engine import PipelineEngine
     from modelparallel.pipeline.program import Program
+
 
 def run(engine: PipelineEngine, program: Program, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     """One glue operation; every stage of the pipeline calls it for the same operation."""
@@ -73,6 +74,7 @@ def run(engine: PipelineEngine, program: Program, func: Callable[..., Any], args
         and all(_is_known_everywhere(value) for value in inputs)
     )
     key = None if is_value_shaped(traits, arguments) else operation_key(traits, arguments)
+    program.tracker.note_work(home, "")
     result = execute(program, traits.description, key, arguments, home, func, written=written, is_known=is_known)
     if written is not None:
         # x += y must leave the user's own object (a buffer, a plain tensor) in x
@@ -104,9 +106,7 @@ def execute(
     the reading of its result, may stand behind ``if smp.rank() == 0``.
     """
     engine = program.engine
-    # Not one table for both: a stage alone may meet an operation on values that all know.
-    table = engine.structures_of_known if is_known else engine.structures
-    known = table.get(key) if key is not None else None
+    known = None if key is None else program.structure_of(key, is_known=is_known)
     structure = known
     new_locals: list[torch.Tensor] | None = None
     if home == engine.stage:
@@ -115,13 +115,13 @@ def execute(
             structure = found
     if known is None:
         if not is_known:
-            structure = _announce(program, home, structure, what)
+            structure = _announce(program, home, structure, what, is_always=key is None)
         elif structure is None:
             structure = _structure_of_known(program, arguments, compute, what)
         if structure is None:
             raise DivergenceError(f"the home of {what} has not computed it")
         if key is not None and structure.is_cacheable:
-            table[key] = structure
+            program.keep_structure(key, structure, is_known=is_known)
     if structure is None:
         raise DivergenceError(f"no structure for {what}")
     tensors = arguments.tensors
@@ -254,8 +254,10 @@ def _is_known_everywhere(value: StageTensor) -> bool:
     return value.replica is not None and is_dense(value.spec.shape, value.spec.stride)
 
 
-def _announce(program: Program, home: int, structure: Structure | None, what: str) -> Structure | None:
-    payload = program.announce(home, lambda: pickle.dumps(structure), what)
+def _announce(
+    program: Program, home: int, structure: Structure | None, what: str, *, is_always: bool
+) -> Structure | None:
+    payload = program.announce(home, lambda: pickle.dumps(structure), what, is_always=is_always)
     if payload is not None:
         received: Structure = pickle.loads(payload)
         return received
@@ -441,4 +443,4 @@ def _push_if_reduced(engine: PipelineEngine, program: Program, inputs: Sequence[
         return
     is_view = any(result.aliases is value.aliases for value in inputs)
     if not is_view and any(value.spec.num_elements > 1 for value in inputs):
-        program.pushes.push(result)
+        push(result)

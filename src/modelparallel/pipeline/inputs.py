@@ -19,11 +19,9 @@ from modelparallel.comm.transport import MessageKind, MessageName, StageTranspor
 from modelparallel.errors import StepUsageError
 from modelparallel.pipeline.microbatches import SlicedObject
 from modelparallel.pipeline.stage_tensor import TensorSpec
-from modelparallel.pipeline.wire import empty_of, wire_view
+from modelparallel.pipeline.wire import TENSORS_PER_MESSAGE, pack, receive_tensors
 
 _TRAVELLING = (int, float, complex, str, bytes, bool, type(None), torch.dtype, SlicedObject)
-_TENSORS_PER_MESSAGE = 48
-
 
 class _OwnObject:
     """Stands for an object that does not travel: the receiver takes its own at this path. No dataclass: those are
@@ -116,6 +114,34 @@ def _from_parts(received: list[torch.Tensor], parts: Sequence[_Part]) -> list[to
     ]
 
 
+@dataclass(frozen=True)
+class _MessagePart:
+    """Some of the tensors of the inputs: those from ``start`` on, one for each spec."""
+
+    name: MessageName
+    start: int
+    specs: Sequence[TensorSpec]
+
+
+def _message_parts(specs: Sequence[TensorSpec], step: int) -> list[_MessagePart]:
+    return [
+        _MessagePart(
+            MessageName(MessageKind.INPUTS, 1 + index, step), start, specs[start : start + TENSORS_PER_MESSAGE]
+        )
+        for index, start in enumerate(range(0, len(specs), TENSORS_PER_MESSAGE))
+    ]
+
+
+def _on_device(
+    received: Sequence[torch.Tensor | None], specs: Sequence[TensorSpec], device: torch.device
+) -> list[torch.Tensor]:
+    return [
+        tensor.to(device) if spec.device_type != "cpu" else tensor
+        for tensor, spec in zip(received, specs, strict=True)
+        if tensor is not None
+    ]
+
+
 def share_inputs(
     transport: StageTransport, arguments: dict[str, Any], extra: Any, step: int, device: torch.device
 ) -> tuple[dict[str, Any], Any]:
@@ -124,14 +150,9 @@ def share_inputs(
     what = "the inputs of the step"
     if transport.stage != 0:
         envelope: _Envelope = pickle.loads(transport.receive_object(0, name, what))
-        buffers = [empty_of(spec) for spec in envelope.specs]
-        wires = [wire_view(buffer, spec) for buffer, spec in zip(buffers, envelope.specs, strict=True)]
-        for start in range(0, len(wires), _TENSORS_PER_MESSAGE):
-            transport.receive_tensors(0, name, wires[start : start + _TENSORS_PER_MESSAGE], what)
-        tensors = [
-            buffer.to(device) if spec.device_type != "cpu" else buffer
-            for buffer, spec in zip(buffers, envelope.specs, strict=True)
-        ]
+        tensors: list[torch.Tensor] = []
+        for part in _message_parts(envelope.specs, step):
+            tensors += _on_device(receive_tensors(transport, 0, part.name, part.specs, what), part.specs, device)
         unpickler = _TensorUnpickler(io.BytesIO(envelope.payload), _from_parts(tensors, envelope.parts))
         shared, extra = unpickler.load()
         return trees.map_leaves(
@@ -148,12 +169,16 @@ def share_inputs(
             "numbers, strings and containers of them"
         ) from error
     travelling_tensors, specs, parts = _in_parts(pickler.tensors)
-    wires = [wire_view(tensor, spec) for tensor, spec in zip(travelling_tensors, specs, strict=True)]
     payload = pickle.dumps(_Envelope(file.getvalue(), tuple(specs), tuple(parts)))
+    # Packed once for all peers; scripts may go on to write into their batch while the step runs.
+    packed = [
+        (part.name, *pack(travelling_tensors[part.start : part.start + len(part.specs)], part.specs))
+        for part in _message_parts(specs, step)
+    ]
     for peer in transport.peers():
         transport.send_object(peer, name, payload, what)
-        for start in range(0, len(wires), _TENSORS_PER_MESSAGE):
-            transport.send_tensors(peer, name, wires[start : start + _TENSORS_PER_MESSAGE], what)
+        for part_name, presence, flat in packed:
+            transport.send(peer, part_name, flat, what, presence=presence)
     return arguments, extra
 
 

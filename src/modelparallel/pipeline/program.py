@@ -6,6 +6,10 @@ be walked twice. So at each event of a stage every live StageTensor whose local 
 leaf takes its place, and (original, leaf) goes onto the tape. Replaying the tape backwards, the backward of a piece is
 one ``torch.autograd.backward(originals, gradients of the leaves)``.
 
+[Note: waiting] A program that needs a message says so (:meth:`Program.wait_for`) before it takes it; what happens until
+it is there (nothing, or the work of other microbatches) is the interpreter's business. So the same program runs under
+every schedule.
+
 [Note: events] An event is a point where values cross stages or the backward starts. Events are numbered in program
 order on every stage, also on those that take no part in them, so both ends of a message know its name without asking.
 """
@@ -13,24 +17,28 @@ order on every stage, also on those that take no part in them, so both ends of a
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from modelparallel.comm.transport import MessageKind, MessageName
-from modelparallel.errors import StepUsageError
+from modelparallel.comm.transport import Awaited, MessageKind, MessageName, user_code_line
+from modelparallel.errors import DivergenceError, StepUsageError
 from modelparallel.pipeline.stage_tensor import AliasGroup, StageTensor, TensorSpec
-from modelparallel.pipeline.wire import empty_of, wire_view
+from modelparallel.pipeline.splitting import SplitBackward
+from modelparallel.pipeline.wire import TENSORS_PER_MESSAGE, receive_tensors, send_tensors
 from modelparallel.pipeline.written import WrittenTensors
 
 if TYPE_CHECKING:
+    from modelparallel.pipeline.chains import ChainTracker
     from modelparallel.pipeline.engine import PipelineEngine
-    from modelparallel.pipeline.pushes import PushedValues
     from modelparallel.pipeline.randomness import RandomFrames
+    from modelparallel.pipeline.structures import Structure
 
-_TENSORS_PER_MESSAGE = 48
+
+_NO_GRADIENT = TensorSpec((0,), (1,), torch.float32, False, "cpu")
 
 
 @dataclass
@@ -44,26 +52,54 @@ class _Event:
     seeds: list[torch.Tensor] = field(default_factory=list)  # root: the gradients to start from
     cuts: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
     description: str = ""
+    visit: int = 0  # the visit of the microbatch on this stage that it belongs to
+
+
+@dataclass
+class Wait:
+    """A message that the program needs; ``is_planned``: the plan of the step knows of it."""
+
+    awaited: Awaited
+    is_planned: bool
 
 
 class Program:
     """See the notes at the top of this file."""
 
-    def __init__(self, engine: PipelineEngine, microbatch: int, frames: RandomFrames, pushes: PushedValues) -> None:
+    def __init__(
+        self,
+        engine: PipelineEngine,
+        microbatch: int,
+        frames: RandomFrames,
+        tracker: ChainTracker,
+        structures: dict[Hashable, Structure],
+        weight: float = 1.0,
+    ) -> None:
         self.engine = engine
-        self.pushes = pushes
         self.microbatch = microbatch
         self.frames = frames
+        self.tracker = tracker
+        #: Structures that this program has heard of in this step, beside those that the engine knows.
+        self.structures = structures
+        #: The share of the samples that this microbatch holds.
+        self.weight = weight
         self.device = engine.device
         self.device_type = engine.device.type  # asking a device for its type takes as long as making a tensor
         self.stage = engine.stage
         self.is_open = True
         self.has_root = False
+        #: Whether it left something behind that another microbatch may read.
+        self.carries_state = False
+        #: Whether something in it must not be run through twice (hooks, recomputation).
+        self.is_whole_backward = False
         self.written = WrittenTensors()
+        #: Called before a message is taken; the interpreter sets it.
+        self.on_wait: Callable[[Wait], None] = lambda wait: None
         self._num_events = 0
         self._num_pushes = 0
         self._tape: list[_Event] = []
-        self._history: list[str] = []
+        self._weights: dict[int, list[SplitBackward]] = {}
+        self._history: deque[str] = deque(maxlen=12)
         self._live: list[weakref.ref[StageTensor]] = []
         self._parameters: dict[int, StageTensor] = {}
 
@@ -152,43 +188,64 @@ class Program:
                 group.append(tensor)
         for source in sorted(missing):
             group = missing[source]
-            for start in range(0, len(group), _TENSORS_PER_MESSAGE):
-                self._move(group[start : start + _TENSORS_PER_MESSAGE], source, stage, description)
+            for start in range(0, len(group), TENSORS_PER_MESSAGE):
+                self._move(group[start : start + TENSORS_PER_MESSAGE], source, stage, description)
 
     def _move(self, tensors: list[StageTensor], source: int, destination: int, description: str) -> None:
+        is_planned = self.tracker.note_move(source, destination)
         number = self.next_event(f"{description}: pp_rank {source} -> {destination}")
         name = MessageName(MessageKind.ACTIVATIONS, self.microbatch, number)
+        specs = [tensor.spec for tensor in tensors]
+        transport = self.engine.transport
         if self.stage == source:
             cuts = self._cut()
             locals_ = [self.local(tensor) for tensor in tensors]
-            wire = [wire_view(local, tensor.spec) for local, tensor in zip(locals_, tensors, strict=True)]
             # Whoever writes to a leaf that needs a gradient writes to a copy.
             is_stable = [local.requires_grad and local.is_leaf for local in locals_]
-            self.engine.transport.send_tensors(destination, name, wire, description, is_stable=is_stable)
-            leaves = [
-                local if tensor.spec.requires_grad else None for local, tensor in zip(locals_, tensors, strict=True)
-            ]
-            self._tape.append(_Event("send", number, destination, leaves, cuts=cuts, description=description))
+            send_tensors(transport, destination, name, locals_, specs, description, is_stable=is_stable)
+            leaves = [local if spec.requires_grad else None for local, spec in zip(locals_, specs, strict=True)]
+            self._record(_Event("send", number, destination, leaves, cuts=cuts, description=description))
         elif self.stage == destination:
             cuts = self._cut()
-            buffers = [empty_of(tensor.spec) for tensor in tensors]
-            wire = [wire_view(buffer, tensor.spec) for buffer, tensor in zip(buffers, tensors, strict=True)]
-            self.engine.transport.receive_tensors(source, name, wire, description)
+            self._wait(Awaited(source, name, description), is_planned=is_planned)
             leaves = []
-            for tensor, buffer in zip(tensors, buffers, strict=True):
-                moved = buffer if tensor.spec.device_type == "cpu" else buffer.to(self.device)
-                tensor.local = moved.requires_grad_(tensor.spec.requires_grad)
-                leaves.append(tensor.local if tensor.spec.requires_grad else None)
-            self._tape.append(_Event("receive", number, source, leaves, cuts=cuts, description=description))
+            received = receive_tensors(transport, source, name, specs, description)
+            for tensor, spec, value in zip(tensors, specs, received, strict=True):
+                if value is None:
+                    raise DivergenceError(f"{name} ({description}) from pp_rank {source} came without {tensor!r}")
+                moved = value if spec.device_type == "cpu" else value.to(self.device)
+                tensor.local = moved.requires_grad_(spec.requires_grad)
+                leaves.append(tensor.local if spec.requires_grad else None)
+            self._record(_Event("receive", number, source, leaves, cuts=cuts, description=description))
         for tensor in tensors:
             tensor.places.add(destination)
+
+    def _record(self, event: _Event) -> None:
+        event.visit = self.tracker.visit
+        self._tape.append(event)
+
+    def note_value(self, source: int) -> bool:
+        """All stages wait for a value of ``source`` now; whether the plan knows of it."""
+        return self.tracker.note_value(source)
+
+    def wait_for(self, source: int, name: MessageName, description: str, *, is_planned: bool = True) -> None:
+        """Before a message is taken that all stages but its sender need."""
+        self._wait(Awaited(source, name, description), is_planned=is_planned)
+
+    def wait_alone_for(self, source: int, name: MessageName, description: str) -> None:
+        """Before a message is taken that only this stage asks for: a pushed value that it reads."""
+        self._wait(Awaited(source, name, description), is_planned=self.tracker.note_local_wait(self.stage, source))
+
+    def _wait(self, awaited: Awaited, *, is_planned: bool) -> None:
+        if self.engine.transport.has(awaited.source, awaited.name) and not self.tracker.begins_visit:
+            return
+        line = user_code_line()
+        self.on_wait(Wait(replace(awaited, line=line), is_planned))
 
     def next_event(self, description: str) -> int:
         """The number of the event that happens now."""
         self._num_events += 1
         self._history.append(f"event {self._num_events}: {description}")
-        if len(self._history) > 12:
-            del self._history[0]
         return self._num_events
 
     def history(self) -> str:
@@ -218,17 +275,36 @@ class Program:
 
     # Announcements
 
-    def announce(self, source: int, payload: Callable[[], bytes], description: str) -> bytes | None:
-        """Stage ``source`` tells all others; returns the bytes on the others, None on the source."""
+    def announce(
+        self, source: int, payload: Callable[[], bytes], description: str, *, is_always: bool
+    ) -> bytes | None:
+        """Stage ``source`` tells all others; returns the bytes on the others, None on the source.
+
+        ``is_always``: it is announced at every call, since it may differ at every call.
+        """
+        is_planned = self.tracker.note_announcement(source, is_always=is_always)
         number = self.next_event(f"announcement of {description} by pp_rank {source}")
         name = MessageName(MessageKind.ANNOUNCEMENT, self.microbatch, number)
         transport = self.engine.transport
+        what = f"the output shapes of {description}"
         if self.stage != source:
-            return transport.receive_object(source, name, f"the output shapes of {description}")
+            self._wait(Awaited(source, name, what), is_planned=is_planned)
+            return transport.receive_object(source, name, what)
         data = payload()
         for peer in transport.peers():
-            transport.send_object(peer, name, data, f"the output shapes of {description}")
+            transport.send_object(peer, name, data, what)
         return None
+
+    def structure_of(self, key: Hashable, *, is_known: bool) -> Structure | None:
+        """What was announced for this signature; ``is_known``: of an operation on values that all stages can read."""
+        # Not one table for both: a stage alone may meet an operation on values that all know.
+        if is_known:
+            return self.engine.structures_of_known.get(key)
+        return self.engine.structures.get(key) or self.structures.get(key)
+
+    def keep_structure(self, key: Hashable, structure: Structure, *, is_known: bool) -> None:
+        """Remember what was announced."""
+        (self.engine.structures_of_known if is_known else self.structures)[key] = structure
 
     def next_push(self) -> int:
         """The number of the small output that is pushed now."""
@@ -258,6 +334,7 @@ class Program:
                 self.fetch([seed], value.home, "gradient given to model.backward")
             number = self.next_event("root of the backward")
             self.has_root = True
+            self.tracker.note_root(value.home)
             if value.home != self.stage:
                 continue
             cuts = self._cut()
@@ -268,30 +345,60 @@ class Program:
                 else (self.local(seed) if isinstance(seed, StageTensor) else seed)
             )
             start = start.detach().to(local.device) * scale
-            self._tape.append(_Event("root", number, self.stage, [local], [start], cuts, "root"))
+            self._record(_Event("root", number, self.stage, [local], [start], cuts, "root"))
 
-    def backward(self) -> None:
-        """Replay the tape backwards: gradients cross the stages where the values did."""
+    @property
+    def has_backward_left(self) -> bool:
+        """Whether the tape has not been replayed to its beginning."""
+        return bool(self._tape)
+
+    @property
+    def last_visit(self) -> int:
+        """The visit that the backward has to go on with."""
+        return self._tape[-1].visit
+
+    def next_gradient(self) -> Awaited | None:
+        """The message that the backward needs to go on; None if it needs none."""
+        event = self._tape[-1]
+        if event.kind != "send" or all(leaf is None for leaf in event.leaves):
+            return None
+        name = MessageName(MessageKind.GRADIENTS, self.microbatch, event.number)
+        return Awaited(event.peer, name, f"gradient of {event.description}", "in the backward")
+
+    def end_forward(self, *, has_backward: bool) -> None:
+        """The body is done; without a root, or where the steps run forward only, there is no backward."""
+        if not self.has_root or not has_backward:
+            self._tape.clear()
+        self.tracker.finish()
+
+    def backward_event(self, *, is_split: bool = False) -> None:
+        """Replay the last event of the tape: gradients cross the stages where the values did, and the piece of the
+        backward that belongs to it runs.
+
+        ``is_split``: gradients of weights are left for :meth:`backward_weights`, as far as that can be.
+        """
         transport = self.engine.transport
-        while self._tape:
-            event = self._tape.pop()
-            name = MessageName(MessageKind.GRADIENTS, self.microbatch, event.number)
-            description = f"gradient of {event.description}"
-            extra: list[tuple[torch.Tensor, torch.Tensor]] = []
-            if event.kind == "root":
-                extra = self._add_gradients(event.leaves, list(event.seeds))
-            elif any(leaf is not None for leaf in event.leaves):
-                if event.kind == "receive":
-                    gradients = [None if leaf is None else leaf.grad for leaf in event.leaves]
-                    transport.send_tensors(event.peer, name, gradients, description, is_stable=[True] * len(gradients))
-                else:
-                    buffers = [
-                        torch.empty(0) if leaf is None else torch.empty(leaf.shape, dtype=leaf.dtype)
-                        for leaf in event.leaves
-                    ]
-                    received = transport.receive_tensors(event.peer, name, buffers, description)
-                    extra = self._add_gradients(event.leaves, received)
-            self._run_piece(event.cuts, extra)
+        event = self._tape.pop()
+        name = MessageName(MessageKind.GRADIENTS, self.microbatch, event.number)
+        description = f"gradient of {event.description}"
+        extra: list[tuple[torch.Tensor, torch.Tensor]] = []
+        if event.kind == "root":
+            extra = self._add_gradients(event.leaves, list(event.seeds))
+        elif any(leaf is not None for leaf in event.leaves):
+            specs = [_NO_GRADIENT if leaf is None else TensorSpec.of_gradient(leaf) for leaf in event.leaves]
+            if event.kind == "receive":
+                gradients = [None if leaf is None else leaf.grad for leaf in event.leaves]
+                stable = [True] * len(gradients)
+                send_tensors(transport, event.peer, name, gradients, specs, description, is_stable=stable)
+            else:
+                received = receive_tensors(transport, event.peer, name, specs, description)
+                extra = self._add_gradients(event.leaves, received)
+        self._run_piece(event, extra, is_split=is_split)
+
+    def backward_weights(self, visit: int) -> None:
+        """What :meth:`backward` has left of the gradients of weights in ``visit``."""
+        for part in self._weights.pop(visit, ()):
+            part.run_weights()
 
     def _add_gradients(
         self, leaves: Sequence[torch.Tensor | None], gradients: Sequence[torch.Tensor | None]
@@ -311,13 +418,19 @@ class Program:
         return through_autograd
 
     def _run_piece(
-        self, cuts: Sequence[tuple[torch.Tensor, torch.Tensor]], extra: Sequence[tuple[torch.Tensor, torch.Tensor]]
+        self, event: _Event, extra: Sequence[tuple[torch.Tensor, torch.Tensor]], *, is_split: bool
     ) -> None:
-        work = [(original, leaf.grad) for original, leaf in cuts if leaf.grad is not None]
+        work = [(original, leaf.grad) for original, leaf in event.cuts if leaf.grad is not None]
         work.extend(extra)
         if not work:
             return
-        torch.autograd.backward([tensor for tensor, _ in work], [gradient for _, gradient in work])
+        tensors, gradients = [tensor for tensor, _ in work], [gradient for _, gradient in work]
+        if not is_split or self.is_whole_backward:
+            torch.autograd.backward(tensors, gradients)
+            return
+        part = SplitBackward(self.engine.placed)
+        part.run_inputs(tensors, gradients)
+        self._weights.setdefault(event.visit, []).append(part)
 
     # Life
 
@@ -333,6 +446,7 @@ class Program:
         """The step is over: let go of everything."""
         self.is_open = False
         self._tape.clear()
+        self._weights.clear()
         self._parameters.clear()
         self.written.clear()
         self._live.clear()

@@ -1,7 +1,6 @@
 """Small outputs of a model, pushed to all stages when they are made, so that any stage may read them without asking.
 
-A stage waits for a pushed value only when it reads it, or at the end of the step. Whatever is read, the values are
-received in the order in which their home has sent them, over all microbatches of the step.
+A stage waits for a pushed value only when it reads it; what is never read stays in the mailbox until the step is over.
 """
 
 from __future__ import annotations
@@ -12,53 +11,44 @@ import torch
 
 from modelparallel.comm.transport import MessageKind, MessageName
 from modelparallel.pipeline.stage_tensor import StageTensor, TensorSpec
-from modelparallel.pipeline.wire import empty_of, wire_view
+from modelparallel.pipeline.wire import receive_tensors, send_tensors
 
 if TYPE_CHECKING:
-    from modelparallel.comm.transport import StageTransport
+    from modelparallel.pipeline.program import Program
 
 _WHAT = "a small output of the model"
-_TAG = 1
 
 
-class PushedValues:
-    """The pushed values of one step."""
+def push(tensor: StageTensor) -> None:
+    """Send a value from its home to all other stages; every stage calls this at the same point of the program."""
+    program = tensor.program
+    name = MessageName(MessageKind.PUSH, program.microbatch, program.next_push())
+    if tensor.home != program.stage:
+        tensor.replica = _Pushed(program, tensor.home, name, tensor.spec).value
+        return
+    transport = program.engine.transport
+    detached = program.local(tensor).detach()
+    for peer in transport.peers():
+        send_tensors(transport, peer, name, [detached], [tensor.spec], _WHAT)
+    tensor.replica = lambda: detached
 
-    def __init__(self, transport: StageTransport, device: torch.device) -> None:
-        self._transport = transport
-        self._device = device
-        self._expected: dict[int, list[tuple[MessageName, TensorSpec]]] = {}
-        self._received: dict[int, list[torch.Tensor]] = {}
 
-    def push(self, tensor: StageTensor) -> None:
-        """Send a value from its home to all other stages; every stage calls this at the same point of the program."""
-        home = tensor.home
-        if home == self._transport.stage:
-            name = MessageName(MessageKind.PUSH, tensor.program.microbatch, tensor.program.next_push())
-            local = tensor.program.local(tensor)
-            for peer in self._transport.peers():
-                self._transport.send_tensors(peer, name, [wire_view(local, tensor.spec)], _WHAT, tag=_TAG)
-            detached = local.detach()
-            tensor.replica = lambda: detached
-            return
-        name = MessageName(MessageKind.PUSH, tensor.program.microbatch, tensor.program.next_push())
-        expected = self._expected.setdefault(home, [])
-        index = len(expected)
-        expected.append((name, tensor.spec))
-        tensor.replica = lambda: self._value(home, index)
+class _Pushed:
+    """A pushed value on a stage that is not its home: received when it is first read."""
 
-    def receive_all(self) -> None:
-        """At the end of the step: receive what was never read."""
-        for home, expected in self._expected.items():
-            if expected:
-                self._value(home, len(expected) - 1)
-        self._received.clear()
+    def __init__(self, program: Program, home: int, name: MessageName, spec: TensorSpec) -> None:
+        self._program = program
+        self._home = home
+        self._name = name
+        self._spec = spec
+        self._value: torch.Tensor | None = None
 
-    def _value(self, home: int, index: int) -> torch.Tensor:
-        received = self._received.setdefault(home, [])
-        while len(received) <= index:
-            name, spec = self._expected[home][len(received)]
-            value = empty_of(spec)
-            self._transport.receive_tensors(home, name, [wire_view(value, spec)], _WHAT, tag=_TAG)
-            received.append(value)
-        return received[index].to(self._device)
+    def value(self) -> torch.Tensor:
+        """The value, waited for if need be."""
+        if self._value is None:
+            program = self._program
+            program.check_open()
+            program.wait_alone_for(self._home, self._name, _WHAT)
+            received = receive_tensors(program.engine.transport, self._home, self._name, [self._spec], _WHAT)[0]
+            self._value = torch.empty(0) if received is None else received.to(program.device)
+        return self._value

@@ -9,8 +9,9 @@ all stages, since every stage takes its decisions from it.
 from __future__ import annotations
 
 import math
+import threading
 import weakref
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -25,7 +26,23 @@ if TYPE_CHECKING:
     from modelparallel.pipeline.program import Program
 
 
-@dataclass(frozen=True, eq=False)
+def is_dense(shape: Sequence[int], stride: Sequence[int]) -> bool:
+    """Whether a tensor of this shape and stride fills its storage without gaps or overlaps, in some order of its
+    dimensions.
+    """
+    expected = 1
+    for length, step in sorted(
+        ((n, s) for n, s in zip(shape, stride, strict=True) if n != 1), key=lambda pair: pair[1]
+    ):
+        if length == 0:
+            return True
+        if step != expected:
+            return False
+        expected *= length
+    return True
+
+
+@dataclass(frozen=True, eq=False, init=False)
 class TensorSpec:
     """What every stage knows of a tensor. Equal specs are one object, so that they are compared and hashed by identity:
     every operation's signature is made of them.
@@ -42,9 +59,15 @@ class TensorSpec:
     ) -> TensorSpec:
         key = (shape, stride, dtype, requires_grad, device_type)
         found = _specs.get(key)
-        if found is None:
-            found = _specs[key] = super().__new__(cls)
-        return found
+        if found is not None:
+            return found
+        with _making_specs:
+            found = _specs.get(key)
+            if found is None:
+                found = super().__new__(cls)
+                found.__dict__.update(zip(cls.__dataclass_fields__, key, strict=True))
+                _specs[key] = found
+            return found
 
     def __reduce__(self) -> Any:
         return TensorSpec, (self.shape, self.stride, self.dtype, self.requires_grad, self.device_type)
@@ -52,6 +75,14 @@ class TensorSpec:
     @classmethod
     def of(cls, tensor: torch.Tensor) -> TensorSpec:
         return cls(tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.requires_grad, tensor.device.type)
+
+    @classmethod
+    def of_gradient(cls, tensor: torch.Tensor) -> TensorSpec:
+        """Of the gradient of ``tensor`` as it travels: row by row, whatever strides autograd gave it."""
+        stride = [1] * tensor.ndim
+        for dim in range(tensor.ndim - 2, -1, -1):
+            stride[dim] = stride[dim + 1] * max(1, tensor.shape[dim + 1])
+        return cls(tuple(tensor.shape), tuple(stride), tensor.dtype, False, tensor.device.type)
 
     def describes(self, tensor: torch.Tensor) -> bool:
         """Whether this is the spec of ``tensor``; cheaper than making that."""
@@ -72,6 +103,7 @@ class TensorSpec:
         return self.num_elements * self.dtype.itemsize
 
 
+_making_specs = threading.Lock()
 _specs: weakref.WeakValueDictionary[Hashable, TensorSpec] = weakref.WeakValueDictionary()
 
 

@@ -1,25 +1,112 @@
-"""How a tensor's elements travel: in the order of its storage where it is dense, else row by row."""
+"""How tensors travel: their elements in the order of their storage where that is dense, else row by row; the tensors of
+one event in one message.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
-from modelparallel.comm.transport import is_dense
-from modelparallel.pipeline.stage_tensor import TensorSpec
+from modelparallel.comm.transport import MessageName, StageTransport
+from modelparallel.errors import DivergenceError
+from modelparallel.pipeline.stage_tensor import TensorSpec, is_dense
+
+#: Which tensors are in a message travels as bits of one int64.
+TENSORS_PER_MESSAGE = 48
 
 
-def wire_view(tensor: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
-    """``tensor`` with its dimensions in the order in which its elements travel: that of ``spec``'s storage where it is
-    dense.
+def send_tensors(
+    transport: StageTransport,
+    peer: int,
+    name: MessageName,
+    tensors: Sequence[torch.Tensor | None],
+    specs: Sequence[TensorSpec],
+    description: str = "",
+    *,
+    is_stable: Sequence[bool] | None = None,
+) -> None:
+    """Post tensors to stage ``peer``; None marks an absent one. Returns at once.
+
+    ``is_stable``: which tensors nobody writes to before the end of the step; the others are copied, since they leave
+    later.
     """
-    if not is_dense(spec.shape, spec.stride):
-        return tensor
-    order = sorted(range(len(spec.shape)), key=lambda dim: -spec.stride[dim])
-    return tensor if order == list(range(len(order))) else tensor.permute(order)
+    presence, payload = pack(tensors, specs, is_stable)
+    transport.send(peer, name, payload, description, presence=presence)
 
 
-def empty_of(spec: TensorSpec) -> torch.Tensor:
-    """A buffer on the CPU for a tensor of this spec, with its strides where they are dense."""
+def pack(
+    tensors: Sequence[torch.Tensor | None], specs: Sequence[TensorSpec], is_stable: Sequence[bool] | None = None
+) -> tuple[int, torch.Tensor]:
+    """(which tensors are there, their bytes one after another) for :meth:`StageTransport.send`."""
+    presence = 0
+    parts: list[torch.Tensor] = []
+    for index, (tensor, spec) in enumerate(zip(tensors, specs, strict=True)):
+        if tensor is None:
+            continue
+        presence |= 1 << index
+        flat = _bytes_of(tensor, spec)
+        if flat.numel() and flat.data_ptr() == tensor.data_ptr() and not (is_stable is not None and is_stable[index]):
+            flat = flat.clone()
+        parts.append(flat)
+    if len(parts) == 1:
+        return presence, parts[0]
+    return presence, torch.cat(parts) if parts else torch.empty(0, dtype=torch.uint8)
+
+
+def receive_tensors(
+    transport: StageTransport, source: int, name: MessageName, specs: Sequence[TensorSpec], description: str = ""
+) -> list[torch.Tensor | None]:
+    """Wait for the tensors that :func:`send_tensors` sends, and return them on the CPU, absent ones as None. Each has
+    memory of its own.
+    """
+    message = transport.receive(source, name, description)
+    present = [bool(message.presence >> index & 1) for index in range(len(specs))]
+    expected = sum(spec.num_bytes for spec, is_there in zip(specs, present, strict=True) if is_there)
+    size = message.payload.numel()
+    if size != expected:
+        raise DivergenceError(
+            f"pp_rank {transport.stage}: {name} ({description}) from pp_rank {source} has {size} bytes, expected "
+            f"{expected}: the stages disagree about its shapes. Do all ranks run the same program on the same inputs?"
+        )
+    result: list[torch.Tensor | None] = []
+    start = 0
+    for spec, is_there in zip(specs, present, strict=True):
+        if not is_there:
+            result.append(None)
+            continue
+        part = message.payload
+        if spec.num_bytes != size:
+            part = part[start : start + spec.num_bytes].clone()
+        start += spec.num_bytes
+        result.append(_typed(part, spec))
+    return result
+
+
+def _bytes_of(tensor: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
+    tensor = tensor.detach()
+    if is_dense(spec.shape, spec.stride) and not _is_in_order(spec.stride):
+        tensor = tensor.permute(sorted(range(len(spec.shape)), key=lambda dim: -spec.stride[dim]))
+    return on_host(tensor).contiguous().view(-1).view(torch.uint8)
+
+
+def on_host(tensor: torch.Tensor) -> torch.Tensor:
+    """``tensor`` on the CPU; from a GPU by way of pinned memory, which the copy runs at full speed to."""
+    if tensor.device.type != "cuda":
+        return tensor.cpu()
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    host.copy_(tensor, non_blocking=True)
+    torch.cuda.current_stream(tensor.device).synchronize()
+    return host
+
+
+def _is_in_order(stride: Sequence[int]) -> bool:
+    return all(first >= second for first, second in zip(stride, stride[1:], strict=False))
+
+
+def _typed(part: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
+    """The bytes ``part``, which own their memory, as a tensor of this spec (contiguous where that is not dense)."""
+    result = torch.empty(0, dtype=spec.dtype)
     if is_dense(spec.shape, spec.stride):
-        return torch.empty_strided(spec.shape, spec.stride, dtype=spec.dtype)
-    return torch.empty(spec.shape, dtype=spec.dtype)
+        return result.set_(part.untyped_storage(), 0, spec.shape, spec.stride)
+    return result.set_(part.untyped_storage(), 0, spec.shape)

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from modelparallel.comm.transport import is_dense
-from modelparallel.pipeline.stage_tensor import StageTensor
+from modelparallel.pipeline.stage_tensor import StageTensor, is_dense
 
 
 def writable(value: StageTensor, local: torch.Tensor) -> torch.Tensor:

@@ -13,16 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from modelparallel.comm.transport import MessageKind, MessageName, is_dense
-from modelparallel.pipeline.stage_tensor import StageTensor, TensorSpec
-from modelparallel.pipeline.wire import empty_of, wire_view
+from modelparallel.comm.transport import MessageKind, MessageName
+from modelparallel.pipeline.stage_tensor import StageTensor, TensorSpec, is_dense
+from modelparallel.pipeline.wire import TENSORS_PER_MESSAGE, receive_tensors, send_tensors
 from modelparallel.pipeline.writing import element_range
 from modelparallel.torch_compat import num_storage_users
 
 if TYPE_CHECKING:
     from modelparallel.pipeline.program import Program
-
-_TENSORS_PER_MESSAGE = 48
 
 
 class WrittenTensors:
@@ -94,23 +92,24 @@ class WrittenTensors:
         self.clear()
         for home in sorted({value.home for _, value in entries}):
             there = [entry for entry in entries if entry[1].home == home]
-            for start in range(0, len(there), _TENSORS_PER_MESSAGE):
-                self._share(program, home, there, range(start, min(start + _TENSORS_PER_MESSAGE, len(there))))
+            for start in range(0, len(there), TENSORS_PER_MESSAGE):
+                self._share(program, home, there, range(start, min(start + TENSORS_PER_MESSAGE, len(there))))
 
     @staticmethod
     def _share(program: Program, home: int, entries: list[tuple[torch.Tensor, StageTensor]], part: range) -> None:
         transport = program.engine.transport
+        program.note_value(home)
         number = program.next_event(f"tensors written to on pp_rank {home}")
         name = MessageName(MessageKind.VALUE, program.microbatch, number)
         what = "tensors that values of the pipeline were written to"
+        specs = [entries[index][1].spec for index in part]
         if home != program.stage:
-            buffers = [empty_of(entries[index][1].spec) for index in part]
-            wires = [wire_view(buffer, entries[index][1].spec) for buffer, index in zip(buffers, part, strict=True)]
-            found = transport.receive_tensors(home, name, wires, what)
-            for index, buffer, wire in zip(part, buffers, found, strict=True):
-                if wire is not None:
+            program.wait_for(home, name, what)
+            for index, found in zip(part, receive_tensors(transport, home, name, specs, what), strict=True):
+                if found is not None:
+                    program.carries_state = True
                     with torch.no_grad():
-                        entries[index][0].copy_(buffer)
+                        entries[index][0].copy_(found)
             return
         sent: list[torch.Tensor | None] = []
         for index in part:
@@ -122,9 +121,10 @@ class WrittenTensors:
             if _address(local) != _address(tensor):
                 with torch.no_grad():
                     tensor.copy_(local)
-            sent.append(wire_view(local, value.spec))
+            program.carries_state = True
+            sent.append(local)
         for peer in transport.peers():
-            transport.send_tensors(peer, name, sent, what)
+            send_tensors(transport, peer, name, sent, specs, what)
 
     def clear(self) -> None:
         """Let go of everything."""

@@ -1,1 +1,1 @@
-"""Frozen data that the parts exchange: the partition plan and the parameter rows."""
+"""Frozen data that the parts exchange: the partition plan, the parameter rows and the pipeline schedule."""

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from modelparallel.errors import PartitionError
+from modelparallel.plan import partition_table
 
 FORMAT_VERSION = 1
 _MAX_NAMED = 8
@@ -24,12 +25,27 @@ _MAX_NAMED = 8
 
 @dataclass(frozen=True)
 class StageFigures:
-    """What one stage holds and does, for the table; sizes are in bytes, shares are fractions of the whole model."""
+    """What one stage holds and does; sizes are in bytes, shares are fractions of the whole model.
+
+    Attributes:
+        compute_share: of forward and backward; None if nothing was traced.
+        flops: floating-point operations of one microbatch's forward.
+        state_bytes: parameters, gradients, optimizer state and buffers.
+        activation_bytes: kept of one microbatch for its backward.
+        in_flight: for each piece of the model on this stage, how many microbatches' activations it holds at most;
+            empty in plans of older versions.
+        memory_bytes: state and activations in flight.
+    """
 
     num_parameters: int
     parameter_bytes: int
     memory_share: float
     compute_share: float | None
+    flops: int = 0
+    state_bytes: int = 0
+    activation_bytes: int = 0
+    in_flight: tuple[int, ...] = ()
+    memory_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -44,6 +60,12 @@ class PartitionPlan:
         tensors: (full tensor name, stage) of the parameters and changing buffers owned by modules above all units.
         origin: how the plan was made: ``"traced"``, ``"sizes"``, ``"manual"`` or ``"loaded"``.
         figures: one entry per stage, or empty.
+        virtual_degree: pieces of the model on each stage.
+        costs: (unit, its share of the work of the model's forward); empty if nothing was traced.
+        backward_costs: (unit, work of the gradients of its inputs, work of the gradients of its weights), in the same
+            measure: 1.0 is the forward of the whole model.
+        traffic: (from stage, to stage, bytes) of what one microbatch's forward sends; as much comes back in the
+            backward, where gradients are needed.
     """
 
     num_stages: int
@@ -51,6 +73,10 @@ class PartitionPlan:
     tensors: tuple[tuple[str, int], ...] = ()
     origin: str = field(default="manual", compare=False)
     figures: tuple[StageFigures, ...] = field(default=(), compare=False)
+    virtual_degree: int = field(default=1, compare=False)
+    costs: tuple[tuple[str, float], ...] = field(default=(), compare=False)
+    backward_costs: tuple[tuple[str, float, float], ...] = field(default=(), compare=False)
+    traffic: tuple[tuple[int, int, int], ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
         entries = (*self.modules, *self.tensors)
@@ -96,6 +122,16 @@ class PartitionPlan:
     def modules_on(self, stage: int) -> tuple[str, ...]:
         """The names of the units on ``stage``, in execution order."""
         return tuple(name for name, home in self.modules if home == stage)
+
+    def bytes_over_cuts(self) -> tuple[int, ...]:
+        """For every boundary between two neighbouring stages, what one microbatch's forward sends across, both ways.
+
+        What stage 0 sends to stage 2 crosses two boundaries.
+        """
+        return tuple(
+            sum(count for source, target, count in self.traffic if min(source, target) <= cut < max(source, target))
+            for cut in range(self.num_stages - 1)
+        )
 
     def check(
         self,
@@ -150,6 +186,10 @@ class PartitionPlan:
             "modules": [list(entry) for entry in self.modules],
             "tensors": [list(entry) for entry in self.tensors],
             "figures": [vars(figures) for figures in self.figures],
+            "virtual_degree": self.virtual_degree,
+            "costs": [list(entry) for entry in self.costs],
+            "backward_costs": [list(entry) for entry in self.backward_costs],
+            "traffic": [list(entry) for entry in self.traffic],
         }
         return json.dumps(content, indent=1)
 
@@ -167,7 +207,19 @@ class PartitionPlan:
                 modules=tuple((str(name), int(stage)) for name, stage in content["modules"]),
                 tensors=tuple((str(name), int(stage)) for name, stage in content["tensors"]),
                 origin=str(content["origin"]),
-                figures=tuple(StageFigures(**figures) for figures in content.get("figures", ())),
+                figures=tuple(
+                    StageFigures(**{**figures, "in_flight": tuple(figures.get("in_flight", ()))})
+                    for figures in content.get("figures", ())
+                ),
+                virtual_degree=int(content.get("virtual_degree", 1)),
+                costs=tuple((str(name), float(share)) for name, share in content.get("costs", ())),
+                backward_costs=tuple(
+                    (str(name), float(inputs), float(weights))
+                    for name, inputs, weights in content.get("backward_costs", ())
+                ),
+                traffic=tuple(
+                    (int(source), int(target), int(count)) for source, target, count in content.get("traffic", ())
+                ),
             )
         except (ValueError, KeyError, TypeError) as error:
             raise PartitionError(f"this is not a partition plan: {type(error).__name__}: {error}") from error
@@ -192,29 +244,15 @@ class PartitionPlan:
 
     def table(self) -> str:
         """A readable table: per stage its parameters, bytes, shares of memory and compute, and its modules."""
-        rows = [("stage", "parameters", "bytes", "memory", "compute", "modules")]
-        for stage in range(self.num_stages):
-            tensors = [name for name, home in self.tensors if home == stage]
-            contents = ", ".join([*_runs(self.modules_on(stage)), *tensors])
-            if self.figures:
-                figures = self.figures[stage]
-                rows.append(
-                    (
-                        str(stage),
-                        f"{figures.num_parameters:,}",
-                        _bytes(figures.parameter_bytes),
-                        f"{figures.memory_share:.1%}",
-                        "-" if figures.compute_share is None else f"{figures.compute_share:.1%}",
-                        contents,
-                    )
-                )
-            else:
-                rows.append((str(stage), "-", "-", "-", "-", contents))
-        widths = [max(len(row[column]) for row in rows) for column in range(5)]
-        return "\n".join(
-            "  ".join([*(cell.rjust(width) for cell, width in zip(row[:5], widths, strict=True)), row[5]]).rstrip()
-            for row in rows
-        )
+        return partition_table.table(self)
+
+    def report(self, predicted_bubble: float | None = None) -> str:
+        """A longer table, with FLOPs, activations and memory, and what travels between the stages.
+
+        Args:
+            predicted_bubble: the share of the time in which the stages are expected to wait, if it is known.
+        """
+        return partition_table.report(self, predicted_bubble)
 
 
 def _enclosing(name: str) -> list[str]:
@@ -232,30 +270,3 @@ def _some(names: list[str], noun: str) -> str:
     shown = ", ".join(_quoted(name) for name in names[:_MAX_NAMED])
     rest = len(names) - _MAX_NAMED
     return f"{noun}{'s' if len(names) > 1 else ''} {shown}{f' and {rest} more' if rest > 0 else ''}"
-
-
-def _runs(names: Iterable[str]) -> list[str]:
-    """Names with runs of consecutive list elements folded: ``h.0, h.1, h.2`` is ``h.0..2``."""
-    folded: list[list[Any]] = []
-    for name in names:
-        prefix, _, last = name.rpartition(".")
-        index = int(last) if last.isdecimal() else None
-        if folded and index is not None and folded[-1][0] == prefix and folded[-1][2] == index - 1:
-            folded[-1][2] = index
-        else:
-            folded.append([prefix, last, index] if index is not None else [prefix, last, None])
-    result = []
-    for prefix, first, end in folded:
-        text = f"{prefix}.{first}" if prefix else str(first)
-        text = text or "(the whole model)"
-        result.append(text if end is None or str(end) == first else f"{text}..{end}")
-    return result
-
-
-def _bytes(count: int) -> str:
-    size = float(count)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{int(size)} B" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.1f} TiB"

@@ -1,0 +1,87 @@
+"""The plans of the kinds of steps: made from the discovery step of each, equal on all stages."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Hashable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from modelparallel.comm.transport import MessageKind, MessageName, StageTransport
+from modelparallel.pipeline.chains import Recorder, StepPlan, build_chain, with_local_waits
+from modelparallel.pipeline.schedule_checks import check_schedule
+from modelparallel.pipeline.scheduling import make_schedule
+
+if TYPE_CHECKING:
+    from modelparallel.pipeline.program import Program
+
+_PLAN = MessageName(MessageKind.PLAN, 0, 0)
+_WHAT = "what the stages know of the step's plan"
+#: A kind of step whose programs have left its plan so often runs in discovery order from then on.
+_MAX_MISSES = 3
+
+
+class StepPlans:
+    """See the head of this file. ``schedule_kind`` as the configuration's ``pipeline``; ``active_microbatches``: the
+    most that may be in flight.
+    """
+
+    def __init__(self, schedule_kind: str, active_microbatches: int | None) -> None:
+        self._schedule_kind = schedule_kind
+        self._active_microbatches = active_microbatches
+        self._plans: dict[Hashable, StepPlan | None] = {}  # None: discovery order
+        self._num_misses: dict[Hashable, int] = {}
+
+    def __len__(self) -> int:
+        return len(self._plans)
+
+    @property
+    def has_backward(self) -> bool:
+        """Whether steps may run backwards at all."""
+        return self._schedule_kind != "_only_forward"
+
+    def clear(self) -> None:
+        """Forget all plans."""
+        self._plans.clear()
+        self._num_misses.clear()
+
+    def get(self, kind: Hashable) -> StepPlan | None:
+        """The plan for steps of this kind; None: discovery order."""
+        return self._plans.get(kind)
+
+    def is_open(self, kind: Hashable) -> bool:
+        """Whether no such step has run yet."""
+        return kind not in self._plans
+
+    def note_run(self, kind: Hashable, *, has_left: bool) -> None:
+        """A planned step is over; ``has_left``: some program has gone another way, which all stages have seen."""
+        if has_left:
+            misses = self._num_misses[kind] = self._num_misses.get(kind, 0) + 1
+            if misses >= _MAX_MISSES:
+                self._plans[kind] = None
+
+    def note_discovery(
+        self, kind: Hashable, programs: Sequence[Program], costs: Mapping[str, float], transport: StageTransport
+    ) -> None:
+        """The first step of this kind has run: make its plan. Collective over the pipeline."""
+        recorders = [program.tracker for program in programs if isinstance(program.tracker, Recorder)]
+        own = (recorders[0].local_waits(), any(program.carries_state for program in programs))
+        for peer in transport.peers():
+            transport.send_object(peer, _PLAN, pickle.dumps(own), _WHAT)
+        told = {peer: pickle.loads(transport.receive_object(peer, _PLAN, _WHAT)) for peer in transport.peers()}
+        told[transport.stage] = own
+        ways = [tuple(entry for entry in recorder.common() if entry[0] != "C") for recorder in recorders]
+        if any(way != ways[0] for way in ways):
+            self._plans[kind] = None
+            return
+        recorded = with_local_waits(recorders[0].common(), {stage: waits for stage, (waits, _) in told.items()})
+        chain, starts, entries = build_chain(recorded, transport.num_stages, costs)
+        if any(carries_state for _, carries_state in told.values()) and not chain.is_straight:
+            # A microbatch needs what the one before has left behind, so they cannot take turns.
+            self._plans[kind] = None
+            return
+        schedule_kind = self._schedule_kind
+        if not self.has_backward or not any(program.has_root for program in programs):
+            schedule_kind = "forward_only"
+        schedule = make_schedule(chain, len(programs), schedule_kind, self._active_microbatches)
+        check_schedule(schedule, chain, self._active_microbatches)
+        self._plans[kind] = StepPlan(entries, starts, chain, schedule)
