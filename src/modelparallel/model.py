@@ -363,6 +363,7 @@ class DistributedModel(ModelParameters):
             owner, _, attribute = name.rpartition(".")
             if attribute in self.module.get_submodule(owner)._buffers:
                 engine.place_buffer(self.module.get_submodule(owner), attribute)
+        engine.place_model(self.module)
         engine.costs.update(plan.costs)
         units = set(self._units)
         for name, home in plan.modules:

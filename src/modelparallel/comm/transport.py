@@ -55,6 +55,7 @@ class MessageKind(IntEnum):
     PLAN = 8
     FAILURE = 9  # the sender's step has ended by an exception; the message holds its text
     GOODBYE = 10  # the sender's process ends
+    LEAVE = 11  # the sender does not follow the plan of the step any more
 
 
 # Sent in the order of the program of their microbatch, with one count of events.
@@ -138,6 +139,7 @@ class StageTransport(ABC):
         self._failures: dict[tuple[int, int], str] = {}  # (peer, step) -> text
         self._gone: dict[int, str] = {}  # peers that have ended or cannot be reached
         self._has_seen_failure = False
+        self._last_left = -1  # the last step whose plan some stage has left
 
     # Sending
 
@@ -172,6 +174,19 @@ class StageTransport(ABC):
         for peer in self.peers():
             with suppress(CommunicationError):  # that peer is gone already
                 self.send_object(peer, name, text, "the failure of this stage")
+
+    @property
+    def has_left(self) -> bool:
+        """Whether this stage or a peer has left the plan of this step."""
+        return self._last_left == self._step
+
+    def leave_plan(self) -> None:
+        """Leave the plan of this step and tell the peers; the first time only."""
+        if self.has_left:
+            return
+        self._last_left = self._step
+        for peer in self.peers():
+            self.send(peer, MessageName(MessageKind.LEAVE, 0, 0), torch.empty(0, dtype=torch.uint8))
 
     def close(self) -> None:
         """Say goodbye; no message after that. Local."""
@@ -209,8 +224,8 @@ class StageTransport(ABC):
         """Wait for a message of :meth:`send_object` and take its bytes."""
         return self.receive(source, name, description).to_bytes()
 
-    def wait_any(self, awaited: Sequence[Awaited]) -> None:
-        """Wait until one of the messages is here.
+    def wait_any(self, awaited: Sequence[Awaited], *, or_leave: bool = False) -> None:
+        """Wait until one of the messages is here, or (``or_leave``) until a stage has left the plan.
 
         Raises CommunicationError if a sender of one of them has failed or is gone, DivergenceError if one will never
         come, WaitTimeoutError after ``timeout_seconds``.
@@ -220,6 +235,8 @@ class StageTransport(ABC):
             while not any((one.source, self._step, one.name) in self._mailbox for one in awaited):
                 for one in awaited:
                     self._check_can_come(one)
+                if or_leave and self.has_left:
+                    return
                 remaining = deadline - time.monotonic()
                 if remaining <= 0:
                     raise self._timeout(awaited[0])
@@ -263,12 +280,12 @@ class StageTransport(ABC):
     def deliver(self, peer: int, step: int, name: MessageName, message: Message) -> None:
         """A message has come; called by whoever listens."""
         with self._arrived:
-            if step < self._step:
-                return
             if name.kind is MessageKind.FAILURE:
                 self._failures[peer, step] = message.to_bytes().decode(errors="replace")
                 self._has_seen_failure = True
-            else:
+            elif name.kind is MessageKind.LEAVE:
+                self._last_left = max(self._last_left, step)
+            elif step >= self._step:
                 self._mailbox[peer, step, name] = message
             self._arrived.notify_all()
 

@@ -51,8 +51,21 @@ class Body:
         self.output = self._run()
         self.is_done = True
 
+    def take_output(self) -> Any:
+        """What it has returned; once."""
+        output, self.output = self.output, None
+        return output
+
     def abandon(self) -> None:
         """End a body that is not done."""
+
+    def close(self) -> None:
+        """Let go of everything."""
+        self.output, self._run, self.wait = None, _nothing, None
+
+
+def _nothing() -> None:
+    return None
 
 
 class ThreadBody(Body):

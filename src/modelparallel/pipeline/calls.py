@@ -83,7 +83,7 @@ def run(engine: PipelineEngine, program: Program, entry: PlacedModule, args: Any
             call = _framed(program.frames, entry.unit, call)
         if arguments.holds_containers or arguments.objects():
             call = _guarded(entry, arguments.objects(), arguments.holds_containers, call)
-    program.tracker.note_work(home, entry.name)
+    program.tracker.note_work(home, entry.name, is_training=entry.module.training)
     return glue.execute(program, entry.description, key, arguments, home, call, protect=True)
 
 

@@ -57,15 +57,18 @@ class ChainTracker:
     def finish(self) -> None:
         """The body is done."""
 
-    def note_work(self, home: int, module: str) -> None:
+    def note_work(self, home: int, module: str, *, is_training: bool | None = None) -> None:
         """A module, or with ``""`` an operation between the modules, runs on ``home``."""
 
 
 class Recorder(ChainTracker):
-    """Writes down a program of the discovery step."""
+    """Writes down a program of the discovery step. ``modes``: which placed modules were in training mode before it."""
 
-    def __init__(self) -> None:
+    def __init__(self, modes: Mapping[str, bool]) -> None:
         self.recorded: list[Recorded] = []
+        self._modes = modes
+        #: Whether the program has changed the mode of modules: others must not run before it has changed it back.
+        self.changes_modes = False
 
     def note_move(self, source: int, destination: int) -> bool:
         self.recorded.append(("M", source, destination))
@@ -87,8 +90,10 @@ class Recorder(ChainTracker):
     def note_root(self, home: int) -> None:
         self.recorded.append(("R", home, -1))
 
-    def note_work(self, home: int, module: str) -> None:
+    def note_work(self, home: int, module: str, *, is_training: bool | None = None) -> None:
         self.recorded.append(("C", home, module))
+        if is_training is not None and self._modes.get(module, is_training) is not is_training:
+            self.changes_modes = True
 
     def common(self) -> tuple[Recorded, ...]:
         """Without what this stage alone has done."""

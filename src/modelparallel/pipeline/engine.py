@@ -6,12 +6,13 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from modelparallel import trees
 from modelparallel.comm.transport import StageTransport
 from modelparallel.errors import DivergenceError, StepUsageError
 from modelparallel.pipeline import calls, glue
@@ -32,10 +33,6 @@ from modelparallel.torch_compat import (
     resume_function_mode,
     suspend_function_mode,
 )
-
-if TYPE_CHECKING:
-    from modelparallel.pipeline.interpreter import Interpreter
-
 
 @dataclass(frozen=True)
 class PlacedTensor:
@@ -126,8 +123,8 @@ class PipelineEngine:
         self.generation = 0
         #: The share of the model's compute of each placed module, as far as it is known.
         self.costs: dict[str, float] = {}
-        #: The interpreter of the last step, for reports.
-        self.last_run: Interpreter | None = None
+        #: The most microbatches that were under way here in the last step.
+        self.last_peak_active = 0
         #: The programs of the step that is under way.
         self.programs: Sequence[Program] = ()
         self.structures_of_known: dict[Hashable, Structure] = {}  # of operations on values that all stages can read
@@ -137,6 +134,8 @@ class PipelineEngine:
         self.is_native = False
         self.num_open_checkpoints = 0
         self.mode = _GlueMode(self)
+        self._entries: list[calls.PlacedModule] = []
+        self._roots: list[nn.Module] = []
         self._assigned_buffers: list[tuple[nn.Module, str, torch.Tensor | None]] = []
         self._kept: list[torch.Tensor] = []  # keeps the ids in `placed` from being given to other tensors
         if transport is not None:
@@ -203,6 +202,23 @@ class PipelineEngine:
                     resume_function_mode(self.mode)
 
         entry.inner = install_call(module, call)
+        self._entries.append(entry)
+
+    def place_model(self, root: nn.Module) -> None:
+        """``root`` holds placed modules."""
+        self._roots.append(root)
+
+    def training_modes(self) -> dict[str, bool]:
+        """Which placed modules are in training mode."""
+        return {entry.name: entry.module.training for entry in self._entries}
+
+    def holds_values(self) -> bool:
+        """Whether a module has kept a value of the step in an attribute: another microbatch would put its own there."""
+        for root in self._roots:
+            for module in root.modules():
+                if any(isinstance(leaf, StageTensor) for leaf in trees.leaves(dict(vars(module)))):
+                    return True
+        return False
 
     def frame_unit(self, module: nn.Module, name: str) -> None:
         """Without pipelining: seed the generators around each call of a unit inside a step, as a pipeline would."""

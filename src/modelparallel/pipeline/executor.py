@@ -98,6 +98,7 @@ class _StepRun:
         self._engine = engine
         self._plan = plan
         self._is_sequential = plan is None or plan.is_sequential
+        self._modes = {} if plan is not None else engine.training_modes()
         self.programs = [self._make_program(index, run) for index, run in enumerate(runs)]
         engine.programs = self.programs
         self._state = ThreadState()
@@ -111,7 +112,7 @@ class _StepRun:
 
     def _make_program(self, index: int, run: MicrobatchRun) -> Program:
         engine, plan = self._engine, self._plan
-        tracker = Recorder() if plan is None else Follower(plan, engine.stage)
+        tracker = Recorder(self._modes) if plan is None else Follower(plan, engine.stage)
         # [Note: structures in a step] An announcement is made by the first program that needs it. Bodies that run one
         # after another know what the earlier ones have heard. Of bodies that take turns nobody can say on all stages
         # alike which was first, so each hears for itself, and they put together what they know when the step is over.
@@ -128,6 +129,8 @@ class _StepRun:
         del output  # a tensor that only it refers to does not outlive the microbatch
         engine.settle_buffers(program)
         program.written.settle(program)
+        if self._plan is None and engine.holds_values():
+            program.carries_state = True
         program.end_forward(has_backward=engine.plans.has_backward)
         return returned
 
@@ -141,17 +144,18 @@ class _StepRun:
             actions,
             is_sequential=self._is_sequential,
             backward_first=plan is not None and plan.schedule.kind in ("interleaved", "zero_bubble"),
+            active_microbatches=engine.plans.limit_of(plan, len(self._bodies)),
             state=self._state,
             outside=engine.outside,
             before_last_backward=before_last_backward,
         )
         with engine.intercepting():
             interpreter.run()
-        engine.last_run = interpreter
+        engine.last_peak_active = interpreter.peak_active
         if not self._is_sequential:
             for program in self.programs:
                 engine.structures.update(program.structures)
-        return [body.output for body in self._bodies]
+        return [body.take_output() for body in self._bodies]
 
     def abandon(self) -> None:
         """The step has failed: end the bodies that are not done."""
@@ -159,7 +163,10 @@ class _StepRun:
             body.abandon()
 
     def close(self) -> None:
-        """Let go of everything."""
+        """Let go of everything, also of what refers to itself: that would be freed late."""
+        self._engine.programs = ()
+        for body in self._bodies:
+            body.close()
         for program in self.programs:
             program.close()
 

@@ -5,12 +5,13 @@ replays the tape of the visit; both wait for exactly the messages that they need
 
 [Note: leaving the plan] The programs decide what is needed, the plan only whose turn it is; so a program that goes
 another way than planned (a branch on data, a value read for the first time, a new shape) is still right. The stage then
-*leaves its plan*: it runs whatever can run, backwards first, until the step is over. Other stages may still follow
-theirs: every message that one of them waits for is sent by a stage that either follows the same plan, which has no
-deadlock, or runs everything that can run.
+*leaves the plan* and tells the others to do so, too: each runs whatever can run, backwards first, until the step is
+over. Forwards stay in the order of the microbatches, visit by visit, since what a module keeps from call to call
+(running statistics) depends on it; so on every stage the oldest microbatch that is not done may always go on, and
+nothing waits for ever.
 
-Bodies that run in one go (each stage is visited once) stay in the order of the microbatches even then; what can run
-ahead of a wait that the plan does not know are the backwards of earlier microbatches.
+Bodies that run in one go (each stage is visited once) keep their whole order even then; what can run ahead of a wait
+that the plan does not know are the backwards of earlier microbatches, and the other stages need not be told.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ class Interpreter:
     """One stage's part of one step.
 
     bodies: one for each microbatch. actions: what the plan says. is_sequential: the bodies run in one go.
-    backward_first: a backward may run before the last forward. state: torch's state outside the bodies. outside: a
+    backward_first: a backward may run before the last forward. active_microbatches: how many may be under way (what the
+    actions say is not looked at). state: torch's state outside the bodies. outside: a
     context in which no program runs. before_last_backward: called once, when only one microbatch's backward is left.
     """
 
@@ -41,6 +43,7 @@ class Interpreter:
         *,
         is_sequential: bool,
         backward_first: bool,
+        active_microbatches: int,
         state: ThreadState,
         outside: Callable[[], AbstractContextManager[None]],
         before_last_backward: Callable[[], None],
@@ -50,6 +53,7 @@ class Interpreter:
         self._actions = actions
         self._is_sequential = is_sequential
         self._backward_first = backward_first
+        self._active_microbatches = active_microbatches
         self._state = state
         self._outside = outside
         self._before_last_backward = before_last_backward
@@ -66,7 +70,7 @@ class Interpreter:
     def run(self) -> None:
         """Run everything; collective over the pipeline."""
         for action in self._actions:
-            if self.has_left and not self._is_sequential:
+            if self._must_leave():
                 break
             self._perform(action)
         while not all(body.is_done for body in self._bodies) or self._unfinished():
@@ -75,6 +79,14 @@ class Interpreter:
         self._arm()
 
     # Planned
+
+    def _must_leave(self) -> bool:
+        if self._is_sequential:
+            return False
+        if self.has_left:
+            self._transport.leave_plan()
+        self.has_left = self._transport.has_left
+        return self.has_left
 
     def _perform(self, action: Action) -> None:
         body = self._bodies[action.microbatch]
@@ -93,16 +105,15 @@ class Interpreter:
         self._arm_before(action.microbatch)
         is_split = action.kind is ActionKind.I
         while program.has_backward_left and program.last_visit >= action.visit:
-            self._wait_for_gradient(body)
+            awaited = program.next_gradient()
+            if awaited is not None and not self._wait_planned(awaited):
+                return
             self._backward_event(body, is_split=is_split)
 
-    def _wait_for_gradient(self, body: Body) -> None:
-        awaited = body.program.next_gradient()
-        if awaited is None:
-            return
-        while not self._transport.has(awaited.source, awaited.name):
-            if not (self.has_left and self._run_something()):
-                self._transport.wait_any([awaited, *(self._awaited() if self.has_left else ())])
+    def _wait_planned(self, awaited: Awaited) -> bool:
+        """Wait for a message that it is the turn of; False if the plan is left before."""
+        self._transport.wait_any([awaited], or_leave=not self._is_sequential)
+        return self._is_sequential or not self._transport.has_left
 
     def _forward(self, body: Body, visit: int) -> None:
         while not body.is_done and (not body.is_started or body.visit <= visit):
@@ -110,7 +121,8 @@ class Interpreter:
                 if body.program.tracker.has_left or not body.wait.is_planned:
                     self.has_left = True
                     return
-                self._transport.wait_any([body.wait.awaited])
+                if not self._wait_planned(body.wait.awaited):
+                    return
             self._resume(body)
         self.has_left |= body.program.tracker.has_left
 
@@ -140,23 +152,19 @@ class Interpreter:
         may_run_backward = self._backward_first or all(body.is_done for body in self._bodies)
         if may_run_backward and self._run_backward():
             return True
+        before: Body | None = None
         for body in self._bodies:
-            if body.is_started and not body.is_done and body.wait is not None:
-                awaited = body.wait.awaited
-                if self._transport.has(awaited.source, awaited.name):
-                    self._resume(body)
-                    return True
-        if self._run_deferred():
-            return True
-        waiting = next((body for body in self._bodies if not body.is_started), None)
-        if waiting is not None and not self._is_inside():
-            self._resume(waiting)
-            return True
-        return False
+            is_behind = before is None or before.is_done or before.visit > body.visit
+            if not body.is_done and is_behind and self._can_resume(body):
+                self._resume(body)
+                return True
+            before = body
+        return self._run_deferred()
 
-    def _is_inside(self) -> bool:
-        """Whether a body that runs in one go is under way."""
-        return self._is_sequential and any(body.is_started and not body.is_done for body in self._bodies)
+    def _can_resume(self, body: Body) -> bool:
+        if not body.is_started:
+            return self._num_active() < self._active_microbatches
+        return body.wait is not None and self._transport.has(body.wait.awaited.source, body.wait.awaited.name)
 
     def _run_backward(self) -> bool:
         for index, body in enumerate(self._bodies):

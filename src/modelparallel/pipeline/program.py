@@ -63,6 +63,10 @@ class Wait:
     is_planned: bool
 
 
+def _go_on(wait: Wait) -> None:
+    """The message is received right away, however long that takes."""
+
+
 class Program:
     """See the notes at the top of this file."""
 
@@ -94,7 +98,7 @@ class Program:
         self.is_whole_backward = False
         self.written = WrittenTensors()
         #: Called before a message is taken; the interpreter sets it.
-        self.on_wait: Callable[[Wait], None] = lambda wait: None
+        self.on_wait: Callable[[Wait], None] = _go_on
         self._num_events = 0
         self._num_pushes = 0
         self._tape: list[_Event] = []
@@ -445,6 +449,7 @@ class Program:
     def close(self) -> None:
         """The step is over: let go of everything."""
         self.is_open = False
+        self.on_wait = _go_on
         self._tape.clear()
         self._weights.clear()
         self._parameters.clear()

@@ -48,6 +48,11 @@ class StepPlans:
         """The plan for steps of this kind; None: discovery order."""
         return self._plans.get(kind)
 
+    def limit_of(self, plan: StepPlan | None, num_microbatches: int) -> int:
+        """How many microbatches may be under way on a stage that does not follow ``plan`` (any more)."""
+        is_limited = plan is not None and plan.schedule.kind in ("interleaved", "zero_bubble")
+        return self._active_microbatches if is_limited and self._active_microbatches else num_microbatches
+
     def is_open(self, kind: Hashable) -> bool:
         """Whether no such step has run yet."""
         return kind not in self._plans
@@ -64,7 +69,8 @@ class StepPlans:
     ) -> None:
         """The first step of this kind has run: make its plan. Collective over the pipeline."""
         recorders = [program.tracker for program in programs if isinstance(program.tracker, Recorder)]
-        own = (recorders[0].local_waits(), any(program.carries_state for program in programs))
+        carries_state = any(program.carries_state for program in programs)
+        own = (recorders[0].local_waits(), carries_state or any(recorder.changes_modes for recorder in recorders))
         for peer in transport.peers():
             transport.send_object(peer, _PLAN, pickle.dumps(own), _WHAT)
         told = {peer: pickle.loads(transport.receive_object(peer, _PLAN, _WHAT)) for peer in transport.peers()}
@@ -76,7 +82,7 @@ class StepPlans:
         recorded = with_local_waits(recorders[0].common(), {stage: waits for stage, (waits, _) in told.items()})
         chain, starts, entries = build_chain(recorded, transport.num_stages, costs)
         if any(carries_state for _, carries_state in told.values()) and not chain.is_straight:
-            # A microbatch needs what the one before has left behind, so they cannot take turns.
+            # A microbatch leaves something behind that the next one finds, so they cannot take turns.
             self._plans[kind] = None
             return
         schedule_kind = self._schedule_kind
