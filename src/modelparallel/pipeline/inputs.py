@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from modelparallel import trees
-from modelparallel.comm.transport import MessageKind, MessageName, StageTransport
+from modelparallel.comm.transport import MessageKind, MessageName, StageTransport, is_dense
 from modelparallel.errors import StepUsageError
 from modelparallel.pipeline.microbatches import SlicedObject
 from modelparallel.pipeline.stage_tensor import TensorSpec
@@ -132,11 +132,7 @@ def share_inputs(
             buffer.to(device) if spec.device_type != "cpu" else buffer
             for buffer, spec in zip(buffers, envelope.specs, strict=True)
         ]
-        unpickler = _TensorUnpickler(io.BytesIO(envelope.payload), _from_parts(tensors, envelope.parts))
-        shared, extra = unpickler.load()
-        return trees.map_leaves(
-            lambda leaf: _own(leaf, arguments) if isinstance(leaf, _OwnObject) else leaf, shared
-        ), extra
+        return _unpickled(envelope.payload, _from_parts(tensors, envelope.parts), arguments)
     travelling = trees.map_leaves_with_path(lambda path, leaf: leaf if _travels(leaf) else _OwnObject(path), arguments)
     file = io.BytesIO()
     pickler = _TensorPickler(file)
@@ -154,7 +150,20 @@ def share_inputs(
         transport.send_object(peer, name, payload, what)
         for start in range(0, len(wires), _TENSORS_PER_MESSAGE):
             transport.send_tensors(peer, name, wires[start : start + _TENSORS_PER_MESSAGE], what)
-    return arguments, extra
+    # The others get a slice with gaps (ids[:, :-1]) row by row. Strides decide which results are known already, so they
+    # must be the same here.
+    with_gaps = [part.offset < 0 and not is_dense(part.spec.shape, part.spec.stride) for part in parts]
+    if not any(with_gaps):
+        return arguments, extra
+    pairs = zip(pickler.tensors, with_gaps, strict=True)
+    own = [tensor.contiguous() if has_gaps else tensor for tensor, has_gaps in pairs]
+    return _unpickled(file.getvalue(), own, arguments)
+
+
+def _unpickled(payload: bytes, tensors: list[torch.Tensor], arguments: dict[str, Any]) -> tuple[dict[str, Any], Any]:
+    shared, extra = _TensorUnpickler(io.BytesIO(payload), tensors).load()
+    own_objects = trees.map_leaves(lambda leaf: _own(leaf, arguments) if isinstance(leaf, _OwnObject) else leaf, shared)
+    return own_objects, extra
 
 
 def _travels(leaf: Any) -> bool:
