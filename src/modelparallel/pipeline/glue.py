@@ -130,8 +130,10 @@ def execute(
     """
     # Not one table for both: a stage alone may meet an operation on values that all know.
     table = engine.structures_of_known if is_known else engine.structures
-    known = table.get(key) if key is not None else None
     tensors = [value for value in values if isinstance(value, torch.Tensor)]
+    if key is not None and (without_gaps := _moved_without_gaps(tensors, home)):
+        key = (key, without_gaps)
+    known = table.get(key) if key is not None else None
     opaque = [value for value in values if not isinstance(value, torch.Tensor)]
     new_locals: list[torch.Tensor] | None = None
     structure = known
@@ -160,6 +162,21 @@ def execute(
         group = source.aliases if isinstance(source, StageTensor) and source.home == home else AliasGroup()
         new.append(program.new(spec, home, None if new_locals is None else new_locals[index], group))
     return decode(structure, tensors, opaque, new)
+
+
+def _moved_without_gaps(tensors: Sequence[torch.Tensor], home: int) -> tuple[int, ...]:
+    """Which of the tensors are views with gaps that have come to ``home`` from another stage: they travel row by row,
+    and the strides of what is computed from them are others than where they were made.
+    """
+    return tuple(
+        [
+            index
+            for index, tensor in enumerate(tensors)
+            if isinstance(tensor, StageTensor)
+            and tensor.home != home
+            and not is_dense(tensor.spec.shape, tensor.spec.stride)
+        ]
+    )
 
 
 def _compute_here(
