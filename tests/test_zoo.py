@@ -99,8 +99,8 @@ def _train_one(name: str, optimizer: str, is_scattered: bool) -> Trained:
     random.seed(13)
     for step in range(entry.num_steps):
         wrapped.zero_grad()
-        parts = train_step(model, *entry.make_batch(step)).outputs
-        losses.append(sum(float(part) for part in parts) / len(parts))
+        loss = train_step(model, *entry.make_batch(step))  # some are float32: averaged in double precision
+        losses.append(sum(float(part) * share for part, share in zip(loss.outputs, loss.weights, strict=True)))
         if step == 0:
             gradients = {
                 key: torch.zeros_like(value) if value.grad is None else value.grad.clone()
@@ -154,7 +154,7 @@ def pipelined(
 
 
 def check(name: str, num_stages: int, optimizer: str, setting: str, *, is_scattered: bool = False) -> None:
-    group = GROUP_OF[name]
+    group = tuple([member for member in GROUP_OF[name] if not (is_scattered and member in NOT_SCATTERED)])
     ranks = [rank[name] for rank in pipelined(group, num_stages, optimizer, setting, is_scattered)]
     if ZOO[name].draws:
         reference = expected_with_draws(group, num_stages, optimizer)[name]
@@ -197,8 +197,13 @@ def test_pipelined_model_equals_one_process(name: str, num_stages: int, optimize
     check(name, num_stages, optimizer, setting)
 
 
+# What an assignment in glue makes of a buffer is known from the trace, which placing by hand goes without ("gluey");
+# and whoever places ViLT's decoder must place the head, too, which has the same bias.
+NOT_SCATTERED = ("gluey", "vilt")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", list(GROUP_OF))
+@pytest.mark.parametrize("name", [name for name in GROUP_OF if name not in NOT_SCATTERED])
 def test_neighbours_on_different_stages(name: str) -> None:
     check(name, 3, "sgd", SCHEDULES[-1], is_scattered=True)
 
