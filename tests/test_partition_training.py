@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -104,3 +105,45 @@ def test_a_limit_that_cannot_be_kept_stops_every_rank_before_training() -> None:
     with pytest.raises(RankError, match=r"memory_limit=10000: no split over 2 stages") as caught:
         run_ranks(train, 2, ["llama"], parameters=parameters, timeout=60)
     assert all(isinstance(failure.exception, PartitionError) for failure in caught.value.failures)
+
+
+def sent_activations(names: list[str]) -> dict[str, Any]:
+    """What the forwards of a step really send from this rank, by (from, to), and what the plan says."""
+    import modelparallel as smp
+    from modelparallel.comm.transport import MessageKind, StageTransport
+
+    sent: Counter[tuple[int, int]] = Counter()
+    send_tensors: Any = StageTransport.send_tensors
+
+    def counting(self: Any, peer: int, name: Any, tensors: Any, *args: Any, **kwargs: Any) -> None:
+        if name.kind is MessageKind.ACTIVATIONS:
+            sent[smp.pp_rank(), peer] += sum(tensor.nbytes for tensor in tensors if tensor is not None)
+        send_tensors(self, peer, name, tensors, *args, **kwargs)
+
+    StageTransport.send_tensors = counting  # type: ignore[method-assign]
+    results = {}
+    for name in names:
+        entry = ZOO[name]
+        model = smp.DistributedModel(make_model(name))
+
+        @smp.step
+        def train_step(model: Any, *batch: Any) -> Any:
+            loss = entry.body(model, *batch)  # noqa: B023
+            model.backward(loss)
+            return loss
+
+        sent.clear()
+        train_step(model, *entry.make_batch(0))
+        results[name] = dict(sent), model.partition_plan.traffic
+    return results
+
+
+def test_the_predicted_traffic_is_what_is_sent() -> None:
+    names = ["llama", "gpt2_tied", "t5", "unet", "called_twice"]
+    parameters = {"pipeline_parallel_degree": 2, "microbatches": 2, "timeout_seconds": 60}
+    ranks = run_ranks(sent_activations, 2, names, parameters=parameters, timeout=120)
+    for name in names:
+        sent = {**ranks[0][name][0], **ranks[1][name][0]}
+        assert tuple((source, target, count / 2) for (source, target), count in sorted(sent.items())) == (
+            ranks[0][name][1]
+        ), name
