@@ -102,3 +102,76 @@ def token_batch(size: GPTSize, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, size.vocabulary, (batch, size.sequence + 1), generator=generator)
     return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+
+
+class ConvPyramid(nn.Module):
+    """Images through levels of residual blocks: each level halves the side and doubles the channels.
+
+    The first levels do most of the work and keep most of the activations, the last ones hold most of the weights.
+    """
+
+    def __init__(self, channels: int = 16, blocks_per_level: tuple[int, ...] = (2, 2, 2, 2), num_classes: int = 10):
+        super().__init__()
+        self.stem = nn.Conv2d(3, channels, 3, padding=1)
+        levels: list[nn.Module] = []
+        for level, num_blocks in enumerate(blocks_per_level):
+            width = channels * 2**level
+            if level:
+                levels.append(nn.Conv2d(width // 2, width, 3, stride=2, padding=1))
+            levels += [ResidualConv(width) for _ in range(num_blocks)]
+        self.levels = nn.ModuleList(levels)
+        self.head = nn.Linear(width, num_classes)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        x = self.stem(images)
+        for level in self.levels:
+            x = level(x)
+        return self.head(x.mean(dim=(2, 3)))
+
+
+class ResidualConv(nn.Module):
+    """Two convolutions of 3 x 3 and the sum with the input."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(channels, channels, 3, padding=1)
+        self.norm = nn.GroupNorm(4, channels)
+        self.second = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.second(functional.relu(self.norm(self.first(x))))
+
+
+class EncoderDecoder(nn.Module):
+    """A transformer with a long source and a short target, so that the encoder's layers cost more than the decoder's."""
+
+    def __init__(self, size: GPTSize, num_decoder_layers: int = 4) -> None:
+        super().__init__()
+        self.source = nn.Embedding(size.vocabulary, size.hidden)
+        self.target = nn.Embedding(size.vocabulary, size.hidden)
+        arguments = {"dropout": 0.0, "batch_first": True}
+        self.encoder = nn.ModuleList(
+            nn.TransformerEncoderLayer(size.hidden, size.num_heads, 4 * size.hidden, **arguments)
+            for _ in range(size.num_layers)
+        )
+        self.decoder = nn.ModuleList(
+            nn.TransformerDecoderLayer(size.hidden, size.num_heads, 4 * size.hidden, **arguments)
+            for _ in range(num_decoder_layers)
+        )
+        self.head = nn.Linear(size.hidden, size.vocabulary, bias=False)
+
+    def forward(self, source: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        memory = self.source(source)
+        for layer in self.encoder:
+            memory = layer(memory)
+        x = self.target(target)
+        for layer in self.decoder:
+            x = layer(x, memory)
+        return self.head(x)
+
+
+def image_batch(batch: int, side: int = 32, num_classes: int = 10) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random images [batch, 3, side, side] and classes; the same on all ranks."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(batch, 3, side, side, generator=generator)
+    return images, torch.randint(0, num_classes, (batch,), generator=generator)

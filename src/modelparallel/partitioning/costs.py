@@ -24,6 +24,9 @@ STATE_COPIES = 4
 # 10 GB/s). On a GPU it is more for low precisions. It decides where many bytes are moved for few operations: the loss
 # over a large vocabulary, the gradient of an embedding.
 OPERATIONS_PER_BYTE = 10
+# The same for a byte that is sent to another stage, at 1 GB/s.
+OPERATIONS_PER_SENT_BYTE = 100
+SECONDS_PER_SENT_BYTE = 1e-9
 # The gradient of a microbatch is written, it and the sum so far are read, the new sum is written.
 ACCUMULATION_PASSES = 4
 
@@ -156,6 +159,12 @@ class Trace:
         if not called:
             return tuple(unit.name for unit in self.units)
         return tuple(unit.name for unit in sorted(called, key=lambda unit: unit.first_call or 0))
+
+    @property
+    def sent_byte_cost(self) -> float:
+        """What sending a byte to another stage costs, in the unit of the work of the units."""
+        is_measured = any(unit.seconds is not None for unit in self.units)
+        return SECONDS_PER_SENT_BYTE if is_measured else OPERATIONS_PER_SENT_BYTE
 
     def activation_bytes(self, unit: UnitCosts) -> int:
         """What the unit keeps of one microbatch: what it saves for the backward; its outputs if nothing was saved."""
