@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 from modelparallel.errors import ScheduleError
 from modelparallel.launch.command_line import app
+from modelparallel.pipeline import scheduling
 from modelparallel.pipeline.grids import grid_svg, grid_text
 from modelparallel.pipeline.schedule_checks import check_schedule
 from modelparallel.pipeline.scheduling import make_schedule
@@ -309,6 +310,18 @@ def test_zero_bubble_is_never_slower_than_interleaved(chain, num_microbatches, a
     assert split.makespan <= interleaved.makespan * (1 + 1e-9)
     if active is None:
         assert max(split.peak_microbatches) <= max(1, *interleaved.peak_microbatches)
+
+
+def test_zero_bubble_falls_back_on_the_interleaved_order(monkeypatch):
+    """Where no policy of its own is any good, what is left is the interleaved order with its backwards split."""
+    monkeypatch.setattr(scheduling, "_zero_bubble", lambda *_: iter(()))
+    chain = Chain.straight(3)
+    interleaved = make_schedule(chain, 4, "interleaved")
+    split = make_schedule(chain, 4, "zero_bubble")
+    texts = [[" ".join(schedule.spelled(stage)) for stage in range(3)] for schedule in (interleaved, split)]
+    assert texts[1] == [texts[0][0], *(re.sub(r"B(\d)", r"I\1 W\1", text) for text in texts[0][1:])]
+    check_schedule(split, chain, 3)
+    assert simulate(split, chain).makespan < simulate(interleaved, chain).makespan
 
 
 def corrupt(schedule, draw):

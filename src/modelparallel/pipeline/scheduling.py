@@ -71,8 +71,8 @@ def make_schedule(chain: Chain, num_microbatches: int, kind: str, active_microba
         chain: the visits of a microbatch with their costs.
         num_microbatches: of the step, 1 or more.
         kind: ``"simple"``: all forwards of a stage, then all its backwards. ``"interleaved"``: a backward is preferred
-            to a forward; on a straight chain with at least p active microbatches this is 1F1B. ``"zero_bubble"``: backwards are split, and W parts fill the
-            waiting time. ``"forward_only"``: no backwards.
+            to a forward; on a straight chain with at least p active microbatches this is 1F1B. ``"zero_bubble"``:
+            backwards are split, and W parts fill the waiting time. ``"forward_only"``: no backwards.
         active_microbatches: the most microbatches that are live on a stage (begun there and not finished; W parts
             count). None: for ``interleaved`` what fills the pipeline, for ``zero_bubble`` as many as
             ``interleaved`` then holds. ``simple`` holds all microbatches by definition and takes no limit.
@@ -88,7 +88,8 @@ def make_schedule(chain: Chain, num_microbatches: int, kind: str, active_microba
     shape = _Shape(chain, num_microbatches)
     if kind == "simple":
         limits = (num_microbatches,) * chain.num_stages
-        policies = [_Policy(limits, group=group, forwards_first=True) for group in _groups(chain, shape, num_microbatches)]
+        groups = _groups(chain, shape, num_microbatches)
+        policies = [_Policy(limits, group=group, forwards_first=True) for group in groups]
         return _best(shape, policies, kind).schedule
     if kind == "forward_only":
         policies = [_Policy((cap,) * chain.num_stages, group=group) for group in _groups(chain, shape, cap)]
