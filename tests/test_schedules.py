@@ -545,9 +545,8 @@ def test_command_prints_grid_and_figures(tmp_path):
     assert result.exit_code == 0
     expected = make_schedule(Chain.straight(4), 8, "zero_bubble")
     assert expected.to_text() in result.stdout
-    lines = result.stdout.splitlines()
-    assert lines[1].startswith("stage 0  F0 F1 F2 F3 .")
-    assert lines[-1] == "bubble 11.1%, makespan 27, peak live microbatches per stage 4 4 4 4"
+    assert result.stdout.splitlines()[1].startswith("stage 0  F0 F1 F2 F3 .")
+    assert result.stdout.splitlines()[-1] == "bubble 11.1%, makespan 27, peak live microbatches per stage 4 4 4 4"
     root = ElementTree.parse(drawing).getroot()
     boxes = [group.find("{*}title").text for group in root.iter("{http://www.w3.org/2000/svg}g")]
     assert len(boxes) == sum(map(len, expected.actions))
