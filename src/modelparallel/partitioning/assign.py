@@ -97,9 +97,15 @@ def make_plan(
     return plan
 
 
-def log_plan(plan: PartitionPlan, logger: logging.Logger = LOGGER) -> None:
-    """Log the plan's report, after the line ``Partition assignments:`` that job logs are searched for."""
-    logger.info("Partition assignments: (%s)\n%s", plan.origin, plan.report())
+def log_plan(
+    plan: PartitionPlan, logger: logging.Logger = LOGGER, *, predicted_bubble: float | None = None
+) -> None:
+    """Log the plan's report, after the line ``Partition assignments:`` that job logs are searched for.
+
+    Args:
+        predicted_bubble: see :meth:`PartitionPlan.report`.
+    """
+    logger.info("Partition assignments: (%s)\n%s", plan.origin, plan.report(predicted_bubble))
 
 
 def _no_mark(module: nn.Module) -> None:
