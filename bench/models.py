@@ -145,7 +145,7 @@ class ResidualConv(nn.Module):
 
 
 class EncoderDecoder(nn.Module):
-    """A transformer with a long source and a short target, so that the encoder's layers cost more than the decoder's."""
+    """A transformer for a long source and a short target: the encoder's layers cost more than the decoder's."""
 
     def __init__(self, size: GPTSize, num_decoder_layers: int = 4) -> None:
         super().__init__()

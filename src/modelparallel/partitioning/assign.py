@@ -52,8 +52,8 @@ def make_plan(
         load_from: the file of a plan saved with ``PartitionPlan.save``.
 
     Raises:
-        PartitionError: the model cannot be placed as asked, or not within the memory limit; a stored plan does not fit the model or the number of
-            stages.
+        PartitionError: the model cannot be placed as asked, or not within the memory limit; a stored plan does not
+            fit the model or the number of stages.
     """
     units = find_units(root) if units is None else tuple(units)
     if load_from is not None:
