@@ -57,8 +57,8 @@ def make_plan(
             fits best, with a copy of the parameter; "auto" does what is cheaper (see :func:`_cheaper`).
 
     Raises:
-        PartitionError: the model cannot be placed as asked, or not within the memory limit; a stored plan does not fit
-            the model or the number of stages.
+        PartitionError: the model cannot be placed as asked, or not within the memory limit; a stored plan does not
+            fit the model or the number of stages.
     """
     units = find_units(root) if units is None else tuple(units)
     if load_from is not None:
@@ -133,9 +133,15 @@ def _cheaper(colocated: PartitionPlan, replicated: PartitionPlan) -> PartitionPl
     return replicated if work[1] <= work[0] and held[1] <= 1.1 * held[0] else colocated
 
 
-def log_plan(plan: PartitionPlan, logger: logging.Logger = LOGGER) -> None:
-    """Log the plan's report, after the line ``Partition assignments:`` that job logs are searched for."""
-    logger.info("Partition assignments: (%s)\n%s", plan.origin, plan.report())
+def log_plan(
+    plan: PartitionPlan, logger: logging.Logger = LOGGER, *, predicted_bubble: float | None = None
+) -> None:
+    """Log the plan's report, after the line ``Partition assignments:`` that job logs are searched for.
+
+    Args:
+        predicted_bubble: see :meth:`PartitionPlan.report`.
+    """
+    logger.info("Partition assignments: (%s)\n%s", plan.origin, plan.report(predicted_bubble))
 
 
 def _no_mark(module: nn.Module) -> None:
