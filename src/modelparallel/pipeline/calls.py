@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import io
 import pickle
+import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,6 +37,7 @@ class PlacedModule:
     unit: int | None
     inner: Callable[..., Any] = lambda *args, **kwargs: None
     parameters: tuple[nn.Parameter, ...] = ()
+    filled: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet)
 
     def __post_init__(self) -> None:
         self.parameters = tuple(self.module.parameters())
@@ -43,6 +45,20 @@ class PlacedModule:
     @property
     def description(self) -> str:
         return f"module '{self.name}' ({type(self.module).__name__})"
+
+    def is_first_filling(self, value: Any) -> bool:
+        """Whether this is an object in which the layers of a Hugging Face decoder keep keys and values, each for
+        itself, and this layer is given it for the first time.
+
+        With ``use_cache=True``, their default, decoders make one in every forward. What a layer stores there may stay at
+        its home until it is read again: by the forward for a next token, which gives it to the layer a second time.
+        """
+        kind = type(value)
+        if not kind.__name__.endswith("Cache") or kind.__module__.split(".")[0] != "transformers":
+            return False
+        is_first = value not in self.filled
+        self.filled.add(value)
+        return is_first
 
 
 def mark_dynamic(module: nn.Module) -> None:
@@ -69,6 +85,8 @@ def run(engine: PipelineEngine, program: Program, entry: PlacedModule, args: Any
         if entry.unit is not None:
             program.frames.enter_unit(entry.unit)
         objects = [value for value in locals_ if not isinstance(value, (torch.Tensor, *_PRIMITIVES))]
+        if objects:
+            objects = [value for value in objects if not entry.is_first_filling(value)]
         if not objects and not holds_containers:
             return call(*inner_args, **inner_kwargs)
         before = [_fingerprint(value) for value in objects]
