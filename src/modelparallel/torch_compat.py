@@ -11,6 +11,7 @@ import torch.utils.checkpoint
 from torch import nn
 from torch._C import (  # the torch-function mode stack: modes are suspended while a module runs at its home
     _get_function_stack_at,
+    _is_any_autocast_enabled,  # one look instead of one per device, at every operation of a step
     _len_torch_function_stack,
     _pop_torch_function_stack,
     _push_on_torch_function_stack,
@@ -18,7 +19,6 @@ from torch._C import (  # the torch-function mode stack: modes are suspended whi
 from torch.utils._python_dispatch import (  # ThreadState hands the dispatch modes on
     TorchDispatchMode as TorchDispatchMode,  # the trace counts operations below autograd
 )
-from torch._C import _is_any_autocast_enabled  # one look instead of one per device, at every operation of a step
 from torch.utils._python_dispatch import (
     _get_current_dispatch_mode_stack,
     _pop_mode,

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from enum import IntEnum
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -188,6 +189,7 @@ class StageTransport(ABC):
         for peer in self.peers():
             self.send(peer, MessageName(MessageKind.LEAVE, 0, 0), torch.empty(0, dtype=torch.uint8))
 
+    @abstractmethod
     def close(self) -> None:
         """Say goodbye; no message after that. Local."""
 
@@ -330,7 +332,7 @@ class GlooTransport(StageTransport):
     def _listen(self, peer: int) -> None:
         global_rank = self._global_ranks[peer]
         frame = torch.empty(_FRAME_BYTES, dtype=torch.uint8)
-        header = memoryview(frame.numpy())
+        header: Any = frame.numpy()
         try:
             while True:
                 self._process_group.recv([frame], global_rank, _TAG).wait(_FOREVER)

@@ -34,6 +34,7 @@ from modelparallel.torch_compat import (
     suspend_function_mode,
 )
 
+
 @dataclass(frozen=True)
 class PlacedTensor:
     """A parameter or buffer with a home. Shape and stride are those there: other stages hold an empty stand-in."""
@@ -183,6 +184,12 @@ class PipelineEngine:
 
         def call(*args: Any, **kwargs: Any) -> Any:
             if self.is_native:
+                if entry.home != self.stage and self.program is not None:
+                    raise StepUsageError(
+                        f"module '{entry.name}' is on pp_rank {entry.home} and is called from inside a module or an "
+                        f"autograd.Function that runs on pp_rank {self.stage}: place both on one stage "
+                        "(smp.set_partition)"
+                    )
                 return entry.inner(*args, **kwargs)
             if self.program is None:
                 if entry.home != self.stage:

@@ -28,7 +28,7 @@ from modelparallel.torch_compat import ThreadState
 
 @dataclass(frozen=True)
 class MicrobatchRun:
-    """What one microbatch needs: the user's function with its arguments, its random frames, its share of the samples."""
+    """What one microbatch needs: the user's function with its arguments, its random frames, its share of the batch."""
 
     call: Callable[[], Any]
     frames: RandomFrames

@@ -26,8 +26,8 @@ import torch
 
 from modelparallel.comm.transport import Awaited, MessageKind, MessageName, user_code_line
 from modelparallel.errors import DivergenceError, StepUsageError
-from modelparallel.pipeline.stage_tensor import AliasGroup, StageTensor, TensorSpec
 from modelparallel.pipeline.splitting import SplitBackward
+from modelparallel.pipeline.stage_tensor import AliasGroup, StageTensor, TensorSpec
 from modelparallel.pipeline.wire import TENSORS_PER_MESSAGE, receive_tensors, send_tensors
 from modelparallel.pipeline.written import WrittenTensors
 

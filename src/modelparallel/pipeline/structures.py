@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import io
 import pickle
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property, lru_cache
 from typing import Any
@@ -28,6 +28,7 @@ from modelparallel.pipeline.arguments import Arguments
 from modelparallel.pipeline.functions import FunctionTraits
 from modelparallel.pipeline.stage_tensor import StageTensor, TensorSpec
 from modelparallel.torch_compat import autocast_state
+
 
 @dataclass(frozen=True)
 class Structure:
