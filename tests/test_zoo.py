@@ -20,8 +20,8 @@ from parity import ReferenceResult, assert_parity, reference_run
 from pool import preload, run_ranks
 from zoo_catalogue import NUM_STAGES, ZOO, split_document, table
 
-# What the configuration's `pipeline` may be. To come: "zero_bubble".
-SCHEDULES = ("simple", "interleaved")
+# What the configuration's `pipeline` may be (with a backward).
+SCHEDULES = ("simple", "interleaved", "zero_bubble")
 SETTINGS: dict[str, dict[str, Any]] = {
     **{schedule: {"pipeline": schedule} for schedule in SCHEDULES},
     "no_pushes": {"pipeline": SCHEDULES[-1], "push_limit_bytes": 0},

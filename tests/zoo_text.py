@@ -112,6 +112,13 @@ DECODERS: dict[str, Entry] = {
         sliding_window=4, query_pre_attn_scalar=8, layer_types=["sliding_attention", "full_attention"] * 2,
         num_hidden_layers=4,
     ),
+    "gemma3n": _own_sizes(
+        "Gemma3nForCausalLM", "decoders", "tied weights, four streams; embeddings for each layer", hidden_size=16,
+        intermediate_size=32, num_hidden_layers=4, num_attention_heads=2, num_key_value_heads=1, head_dim=8,
+        vocab_size_per_layer_input=32, hidden_size_per_layer_input=4, max_position_embeddings=32, sliding_window=4,
+        layer_types=["sliding_attention", "full_attention"] * 2, num_kv_shared_layers=0, laurel_rank=4,
+        altup_num_inputs=4, activation_sparsity_pattern=[0.0] * 4, pad_token_id=0,
+    ),
     "gpt2_tied": _own_sizes("GPT2LMHeadModel", "decoders", TIED, **_GPT, **_GPT_NO_DROPOUT),
     "openai_gpt": _own_sizes("OpenAIGPTLMHeadModel", "decoders", TIED, **_GPT, **_GPT_NO_DROPOUT),
     "gpt_bigcode": _own_sizes("GPTBigCodeForCausalLM", "decoders", TIED, **_GPT,
@@ -234,6 +241,21 @@ EXPERTS: dict[str, Entry] = {
     "phimoe": _experts("PhimoeForCausalLM", num_local_experts=3, num_experts_per_tok=2, router_jitter_noise=0.0,
                        input_jitter_noise=0.0),
     "granitemoe": _experts("GraniteMoeForCausalLM", num_local_experts=3, num_experts_per_tok=2),
+    "deepseek_v2": _experts(
+        "DeepseekV2ForCausalLM", num_key_value_heads=2, n_routed_experts=4, n_group=2, topk_group=1,
+        num_experts_per_tok=2, n_shared_experts=1, moe_intermediate_size=16, first_k_dense_replace=1, kv_lora_rank=8,
+        q_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=8,
+    ),
+    "llama4": _own_sizes(
+        "Llama4ForCausalLM", "mixture of experts", hidden_size=16, intermediate_size=16, intermediate_size_mlp=32,
+        num_hidden_layers=4, num_attention_heads=2, num_key_value_heads=1, head_dim=8, num_local_experts=2,
+        max_position_embeddings=32, attention_chunk_size=4, pad_token_id=0,
+    ),
+    "dbrx": _own_sizes(
+        "DbrxForCausalLM", "mixture of experts", d_model=16, n_heads=2, n_layers=3, max_seq_len=32,
+        attn_config={"kv_n_heads": 1, "clip_qkv": 8.0},
+        ffn_config={"ffn_hidden_size": 16, "moe_num_experts": 3, "moe_top_k": 2},
+    ),
     "gpt_oss": _experts("GptOssForCausalLM", num_local_experts=3, num_experts_per_tok=2, head_dim=8, sliding_window=4,
                         layer_types=["sliding_attention", "full_attention", "sliding_attention"],
                         rope_scaling=None),
@@ -258,6 +280,12 @@ STATE_SPACE: dict[str, Entry] = {
                                time_step_rank=2),
     "rwkv": _own_sizes("RwkvForCausalLM", "state-space models", body=_unmasked_loss, hidden_size=16,
                        num_hidden_layers=3, context_length=32, attention_hidden_size=16, intermediate_size=32),
+    "bamba": _decoder(
+        "BambaForCausalLM", "attention and Mamba layers", num_key_value_heads=1, attn_layer_indices=[1],
+        mamba_n_heads=4, mamba_d_head=8, mamba_n_groups=1, mamba_d_state=4, mamba_chunk_size=4,
+    ),
+    "lfm2": _decoder("Lfm2ForCausalLM", "convolution and attention layers; tied weights", num_key_value_heads=1,
+                     layer_types=["conv", "full_attention", "conv"]),
     "jamba": _decoder(
         "JambaForCausalLM", "attention, Mamba and expert layers", num_key_value_heads=1,
         num_hidden_layers=4, attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2, expert_layer_offset=1,
