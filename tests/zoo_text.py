@@ -186,7 +186,7 @@ ENCODERS: dict[str, Entry] = {
                         d_model=16, n_layer=3, n_head=2, d_inner=32, dropout=0.0, use_mems_eval=False),
     "convbert": _encoder("ConvBertForMaskedLM", TIED, embedding_size=16, conv_kernel_size=3, head_ratio=2),
     "fnet": _encoder("FNetForMaskedLM", "Fourier transforms; tied weights",
-                     lambda model, ids, mask: F.cross_entropy(model(input_ids=ids).logits.flatten(0, 1), ids.flatten())),
+                     _unmasked_loss),
     "longformer": _encoder("LongformerForMaskedLM", "tied weights; windows of 4", attention_window=[4, 4, 4],
                            max_position_embeddings=64, pad_token_id=1),
     "mobilebert": _encoder("MobileBertForMaskedLM", TIED, embedding_size=8, true_hidden_size=16,
