@@ -40,6 +40,21 @@ class _LibraryFiles(dict[str, bool]):
 
 
 _is_library = _LibraryFiles()
+#: How far above `EventLog.note` the user's frame was for an event of this text: walking there takes a microsecond or
+#: more, since every frame on the way becomes an object.
+_depths: dict[str, int] = {}
+
+
+def _user_frame(text: str) -> FrameType | None:
+    """The innermost frame of the user's code above `EventLog.note`, which calls this."""
+    frame: FrameType | None = sys._getframe(2)
+    depth = 1
+    while frame is not None and _is_library[frame.f_code.co_filename]:
+        frame = frame.f_back
+        depth += 1
+    if frame is not None:
+        _depths[text] = depth
+    return frame
 
 
 def user_code_line() -> str:
@@ -143,9 +158,17 @@ class EventLog:
 
         ``source`` and ``destination``: the stages that a value moves between; the event reads the same on all stages.
         """
-        frame: FrameType | None = sys._getframe(2)
-        while frame is not None and _is_library[frame.f_code.co_filename]:
-            frame = frame.f_back
+        frame: FrameType | None
+        try:
+            depth = _depths[text]
+            frame = sys._getframe(depth)
+            if (
+                _is_library[frame.f_code.co_filename]
+                or not _is_library[sys._getframe(depth - 1).f_code.co_filename]
+            ):
+                frame = _user_frame(text)
+        except (KeyError, ValueError):
+            frame = _user_frame(text)
         if self._step_code is None and frame is not None:
             self._find_step(frame)
         step_frame = self._step_frame
