@@ -95,11 +95,13 @@ class Situation:
 
 
 def divergence(own: Situation, other: Situation) -> str | None:
-    """Why two stages do not run the same program, or None as long as they may."""
+    """Why two stages do not run the same program, or None as long as they may. ``own`` was made after ``other`` came:
+    what the other says of *its* wait may be over by now.
+    """
+    waits_for_other = own.wait_number != 0 and any(wait.source == other.stage for wait in own.waits)
     if own.step != other.step:
-        behind, ahead = (own, other) if own.step < other.step else (other, own)
-        if behind.wait_number and any(wait.source == ahead.stage for wait in behind.waits):
-            return _left_behind(behind, ahead, f"is in call {ahead.step + 1} already ({_place(ahead)})")
+        if other.step > own.step and waits_for_other:
+            return _left_behind(own, other, f"is in call {other.step + 1} already ({_place(other)})")
         return None
     theirs = {log.microbatch: log for log in other.logs}
     for mine in own.logs:
@@ -112,10 +114,8 @@ def divergence(own: Situation, other: Situation) -> str | None:
                 f"microbatch {mine.microbatch}: pp_rank {own.stage} took {_taken(own, mine, number)}, pp_rank "
                 f"{other.stage} took {_taken(other, log, number)}: {_ADVICE}"
             )
-    for waiting, done in ((own, other), (other, own)):
-        if waiting.wait_number and waiting.is_in_step and not done.is_in_step:
-            if any(wait.source == done.stage for wait in waiting.waits):
-                return _left_behind(waiting, done, f"has finished that call ({_place(done)})")
+    if waits_for_other and not other.is_in_step:
+        return _left_behind(own, other, f"has finished that call ({_place(other)})")
     return None
 
 

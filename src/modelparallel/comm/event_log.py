@@ -138,6 +138,17 @@ class LogReport:
         return self.events[index] if 0 <= index < len(self.events) else None
 
 
+_checks: dict[str, int] = {}
+
+
+def check_of(text: str) -> int:
+    """A number for the text of an event, equal in all processes."""
+    found = _checks.get(text)
+    if found is None:
+        found = _checks[text] = zlib.crc32(text.encode())
+    return found
+
+
 class EventLog:
     """The events of one microbatch on one stage; written by the thread that runs it, read by any."""
 

@@ -23,7 +23,7 @@ from modelparallel.comm.event_log import user_code_line
 from modelparallel.comm.transport import Message, MessageKind, MessageName, StageTransport
 from modelparallel.errors import CommunicationError, WaitTimeoutError
 
-_HEADER = struct.Struct("<6q")
+_HEADER = struct.Struct("<7q")
 _FRAME_BYTES = 4096
 _INLINE_BYTES = _FRAME_BYTES - _HEADER.size
 _MAX_PENDING_SENDS = 8  # for each peer: what was sent before has surely arrived, and is let go
@@ -69,7 +69,7 @@ class GlooTransport(StageTransport):
         try:
             while True:
                 self._process_group.recv([frame], global_rank, _TAG).wait(_FOREVER)
-                kind, step, microbatch, event, presence, size = _HEADER.unpack_from(header)
+                kind, step, microbatch, event, check, presence, size = _HEADER.unpack_from(header)
                 if kind == MessageKind.GOODBYE:
                     self.lose(peer, f"its process has ended, after call {step + 1} of a step function")
                     return
@@ -78,7 +78,7 @@ class GlooTransport(StageTransport):
                 else:
                     payload = torch.empty(size, dtype=torch.uint8)
                     self._process_group.recv([payload], global_rank, _TAG).wait(_FOREVER)
-                name = MessageName(MessageKind(kind), microbatch, event)
+                name = MessageName(MessageKind(kind), microbatch, event, check)
                 self.deliver(peer, step, name, Message(presence, payload))
         except RuntimeError as error:
             if not self._is_closing:
@@ -96,7 +96,7 @@ class GlooTransport(StageTransport):
         may_wait: bool = True,
     ) -> None:
         size = payload.numel()
-        header = _HEADER.pack(name.kind, step, name.microbatch, name.event, presence, size)
+        header = _HEADER.pack(name.kind, step, name.microbatch, name.event, name.check, presence, size)
         is_inline = size <= _INLINE_BYTES
         frame = torch.frombuffer(
             bytearray(header + payload.numpy().tobytes() if is_inline else header), dtype=torch.uint8
@@ -141,7 +141,7 @@ class GlooTransport(StageTransport):
         if self._is_closing:
             return
         self._is_closing = True
-        farewell = _HEADER.pack(MessageKind.GOODBYE, self._step, 0, 0, 0, 0)
+        farewell = _HEADER.pack(MessageKind.GOODBYE, self._step, 0, 0, 0, 0, 0)
         works = []
         for peer in self.peers():
             if peer in self._gone:

@@ -64,11 +64,15 @@ _IN_PROGRAM_ORDER = frozenset({MessageKind.ACTIVATIONS, MessageKind.ANNOUNCEMENT
 
 @dataclass(frozen=True)
 class MessageName:
-    """The identity of a message within a step; equal at both ends or the programs have diverged."""
+    """The identity of a message within a step; equal at both ends or the programs have diverged.
+
+    ``check``: of what the event is, so that one event is not taken for another of the same number; see `check_of`.
+    """
 
     kind: MessageKind
     microbatch: int
     event: int
+    check: int = 0
 
     def __str__(self) -> str:
         return f"{self.kind.name.lower()} of microbatch {self.microbatch}, event {self.event}"
@@ -80,7 +84,9 @@ class MessageName:
         if self.microbatch != other.microbatch:
             return False
         if self.kind in _IN_PROGRAM_ORDER:
-            return other.kind in _IN_PROGRAM_ORDER and other.event > self.event
+            return other.kind in _IN_PROGRAM_ORDER and (
+                other.event > self.event or (other.event == self.event and other != self)
+            )
         if self.kind is MessageKind.GRADIENTS:
             return other.kind is MessageKind.GRADIENTS and other.event < self.event
         return False

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from modelparallel.comm.event_log import EventLog, user_code_line
+from modelparallel.comm.event_log import EventLog, check_of, user_code_line
 from modelparallel.comm.transport import Awaited, MessageKind, MessageName
 from modelparallel.errors import DivergenceError, StepUsageError
 from modelparallel.pipeline.stage_tensor import AliasGroup, StageTensor, TensorSpec
@@ -198,7 +198,7 @@ class Program:
     def _move(self, tensors: list[StageTensor], source: int, destination: int, description: str) -> None:
         is_planned = self.tracker.note_move(source, destination)
         number = self.next_event(description, source, destination)
-        name = MessageName(MessageKind.ACTIVATIONS, self.microbatch, number)
+        name = MessageName(MessageKind.ACTIVATIONS, self.microbatch, number, check_of(description))
         specs = [tensor.spec for tensor in tensors]
         transport = self.engine.transport
         if self.stage == source:
@@ -284,7 +284,7 @@ class Program:
         """
         is_planned = self.tracker.note_announcement(source, is_always=is_always)
         number = self.next_event(f"announcement of {description} by pp_rank {source}")
-        name = MessageName(MessageKind.ANNOUNCEMENT, self.microbatch, number)
+        name = MessageName(MessageKind.ANNOUNCEMENT, self.microbatch, number, check_of(description))
         transport = self.engine.transport
         what = f"the output shapes of {description}"
         if self.stage != source:
