@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from modelparallel import session
-from modelparallel.comm.transport import GlooTransport
+from modelparallel.comm.gloo_transport import GlooTransport
 from modelparallel.errors import SMPConfigError
 from modelparallel.pipeline.engine import PipelineEngine
 

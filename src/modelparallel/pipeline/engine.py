@@ -126,8 +126,6 @@ class PipelineEngine:
         self.costs: dict[str, float] = {}
         #: The most microbatches that were under way here in the last step.
         self.last_peak_active = 0
-        #: The programs of the step that is under way.
-        self.programs: Sequence[Program] = ()
         self.structures_of_known: dict[Hashable, Structure] = {}  # of operations on values that all stages can read
         self.program: Program | None = None
         self.frames: RandomFrames | None = None
@@ -139,17 +137,12 @@ class PipelineEngine:
         self._roots: list[nn.Module] = []
         self._assigned_buffers: list[tuple[nn.Module, str, torch.Tensor | None]] = []
         self._kept: list[torch.Tensor] = []  # keeps the ids in `placed` from being given to other tensors
-        if transport is not None:
-            transport.history = self._history
 
     @property
     def transport(self) -> StageTransport:
         if self._transport is None:
             raise StepUsageError("there is no pipeline (pipeline_parallel_degree is 1)")
         return self._transport
-
-    def _history(self, microbatch: int) -> str:
-        return self.programs[microbatch].history() if microbatch < len(self.programs) else ""
 
     # Placing
 

@@ -80,6 +80,7 @@ def run_step(
             engine.plans.note_discovery(kind, step.programs, engine.costs, engine.transport)
         results = _share_outputs(engine, outputs, step.programs[0], detach_outputs=detach_outputs)
         engine.transport.drain()
+        engine.transport.end_step()
     except BaseException as error:
         engine.transport.abandon(error)
         step.abandon()
@@ -100,7 +101,7 @@ class _StepRun:
         self._is_sequential = plan is None or plan.is_sequential
         self._modes = {} if plan is not None else engine.training_modes()
         self.programs = [self._make_program(index, run) for index, run in enumerate(runs)]
-        engine.programs = self.programs
+        engine.transport.logs = [program.log for program in self.programs]
         self._state = ThreadState()
         self._bodies: list[Body] = []
         for program, run in zip(self.programs, runs, strict=True):
@@ -125,6 +126,7 @@ class _StepRun:
         run.frames.enter_microbatch(seeds_numpy=True)
         with engine.running(program):
             output = run.call()
+        program.log.leave()
         returned = trees.map_leaves(program.returned, output)
         del output  # a tensor that only it refers to does not outlive the microbatch
         engine.settle_buffers(program)
@@ -164,7 +166,6 @@ class _StepRun:
 
     def close(self) -> None:
         """Let go of everything, also of what refers to itself: that would be freed late."""
-        self._engine.programs = ()
         for body in self._bodies:
             body.close()
         for program in self.programs:
