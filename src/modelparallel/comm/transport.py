@@ -155,7 +155,7 @@ class StageTransport(ABC):
         self._failures: dict[tuple[int, int], str] = {}  # (peer, step) -> text
         self._gone: dict[int, str] = {}  # peers that have ended or cannot be reached
         self._has_seen_failure = False
-        self._last_left = -1  # the last step whose plan some stage has left
+        self._last_left = -2  # none; the last step whose plan some stage has left
         self._main_thread = threading.get_ident()
         self._waiting: _Waiting | None = None
         self._num_waits = 0
