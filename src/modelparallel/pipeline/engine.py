@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -72,6 +73,8 @@ class _GlueMode(TorchFunctionMode):
             )
         if engine.frames is not None and traits.is_random:
             engine.frames.enter_glue_operation()
+        if traits.is_in_place and program is not None:
+            program.note_plain_write(args[0])
         return func(*args, **kwargs)
 
 
@@ -136,6 +139,8 @@ class PipelineEngine:
         self._entries: list[calls.PlacedModule] = []
         self._roots: list[nn.Module] = []
         self._assigned_buffers: list[tuple[nn.Module, str, torch.Tensor | None]] = []
+        self._loose_buffers: list[tuple[nn.Module, str]] = []  # without a home
+        self._loose_values: dict[tuple[nn.Module, str], torch.Tensor | None] = {}
         self._kept: list[torch.Tensor] = []  # keeps the ids in `placed` from being given to other tensors
 
     @property
@@ -170,6 +175,11 @@ class PipelineEngine:
                 with torch.no_grad():
                     buffer.copy_(program.local(assigned))
             owner._buffers[name] = buffer
+        for owner, name in self._loose_buffers:
+            assigned = owner._buffers.get(name)
+            if isinstance(assigned, StageTensor):
+                owner._buffers[name] = program.written.assign(self._loose_values.get((owner, name)), assigned)
+                self._loose_values[owner, name] = owner._buffers[name]
 
     def place_module(self, module: nn.Module, name: str, home: int, *, is_unit: bool) -> None:
         """From now on calls of ``module`` inside a step run on ``home``."""
@@ -205,8 +215,13 @@ class PipelineEngine:
         self._entries.append(entry)
 
     def place_model(self, root: nn.Module) -> None:
-        """``root`` holds placed modules."""
+        """``root`` holds placed modules. Its buffers that have no home by now are ordinary tensors on every stage."""
         self._roots.append(root)
+        for owner in root.modules():
+            for name, buffer in owner._buffers.items():
+                if buffer is None or id(buffer) not in self.placed:
+                    self._loose_buffers.append((owner, name))
+                    self._loose_values[owner, name] = buffer
 
     def training_modes(self) -> dict[str, bool]:
         """Which placed modules are in training mode."""
@@ -219,6 +234,18 @@ class PipelineEngine:
                 if any(isinstance(leaf, StageTensor) for leaf in trees.leaves(dict(vars(module)))):
                     return True
         return False
+
+    def simple_state(self) -> list[Hashable]:
+        """The numbers, strings and lengths of containers among the attributes of the modules."""
+        found: list[Hashable] = []
+        for root in self._roots:
+            for module in root.modules():
+                for name, value in vars(module).items():
+                    if type(value) in (int, float, str, type(None)):
+                        found.append((name, value))
+                    elif isinstance(value, (list, dict, set, tuple, deque)):
+                        found.append((name, len(value)))
+        return found
 
     def frame_unit(self, module: nn.Module, name: str) -> None:
         """Without pipelining: seed the generators around each call of a unit inside a step, as a pipeline would."""

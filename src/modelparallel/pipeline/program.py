@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from modelparallel.pipeline.chains import ChainTracker
     from modelparallel.pipeline.engine import PipelineEngine
     from modelparallel.pipeline.randomness import RandomFrames
+    from modelparallel.pipeline.sightings import Sightings
     from modelparallel.pipeline.structures import Structure
 
 
@@ -78,6 +79,7 @@ class Program:
         tracker: ChainTracker,
         structures: dict[Hashable, Structure],
         weight: float = 1.0,
+        sightings: Sightings | None = None,
     ) -> None:
         self.engine = engine
         self.microbatch = microbatch
@@ -99,6 +101,9 @@ class Program:
         #: While pushed values are read to find out the structure of a result, as only the first time needs.
         self.is_finding_out = False
         self.written = WrittenTensors()
+        #: Of ordinary tensors, where the microbatches take turns.
+        self.sightings = sightings
+        self._plain_writes: list[weakref.ref[torch.Tensor]] = []
         #: Called before a message is taken; the interpreter sets it.
         self.on_wait: Callable[[Wait], None] = _go_on
         #: What happened so far, for the diagnosis of failures.
@@ -169,6 +174,20 @@ class Program:
         if (written := self.written.find(self, leaf)) is not None:
             return written
         return leaf
+
+    def note_plain_write(self, tensor: Any) -> None:
+        """Glue has written to an ordinary tensor without values of the pipeline, so on every stage alike."""
+        if not isinstance(tensor, torch.Tensor):
+            return
+        if self.sightings is not None:
+            self.sightings.wrote(self.microbatch, tensor)
+        elif len(self._plain_writes) < 1000:
+            self._plain_writes.append(weakref.ref(tensor if tensor._base is None else tensor._base))
+
+    def note_plain_writes_that_live(self) -> None:
+        """At the end of the body: what outlives it may be read by another microbatch."""
+        self.carries_state |= any(reference() is not None for reference in self._plain_writes)
+        self._plain_writes.clear()
 
     def local(self, tensor: StageTensor) -> torch.Tensor:
         """The tensor itself; only where it is."""

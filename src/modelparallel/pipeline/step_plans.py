@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from modelparallel.comm.transport import MessageKind, MessageName, StageTransport
@@ -20,6 +21,23 @@ _WHAT = "what the stages know of the step's plan"
 _MAX_MISSES = 3
 
 
+@dataclass(frozen=True)
+class StepCounts:
+    """How many steps have run in which way, for tests and reports.
+
+    Attributes:
+        discovered: the first of their kind, in discovery order, written down.
+        planned: by the plan, to the end.
+        left: begun by the plan; some program has gone another way.
+        unplanned: later steps of a kind that stays in discovery order.
+    """
+
+    discovered: int = 0
+    planned: int = 0
+    left: int = 0
+    unplanned: int = 0
+
+
 class StepPlans:
     """See the head of this file. ``schedule_kind`` as the configuration's ``pipeline``; ``active_microbatches``: the
     most that may be in flight.
@@ -30,6 +48,8 @@ class StepPlans:
         self._active_microbatches = active_microbatches
         self._plans: dict[Hashable, StepPlan | None] = {}  # None: discovery order
         self._num_misses: dict[Hashable, int] = {}
+        #: How the steps so far have run; equal on all stages.
+        self.counts = StepCounts()
 
     def __len__(self) -> int:
         return len(self._plans)
@@ -62,8 +82,15 @@ class StepPlans:
         return kind not in self._plans
 
     def note_run(self, kind: Hashable, *, has_left: bool) -> None:
-        """A planned step is over; ``has_left``: some program has gone another way, which all stages have seen."""
-        if has_left:
+        """A step that was not the first of its kind is over; ``has_left``: some program has gone another way than
+        planned, which all stages have seen.
+        """
+        if self._plans.get(kind) is None:
+            self.counts = replace(self.counts, unplanned=self.counts.unplanned + 1)
+        elif not has_left:
+            self.counts = replace(self.counts, planned=self.counts.planned + 1)
+        else:
+            self.counts = replace(self.counts, left=self.counts.left + 1)
             misses = self._num_misses[kind] = self._num_misses.get(kind, 0) + 1
             if misses >= _MAX_MISSES:
                 self._plans[kind] = None
@@ -72,6 +99,7 @@ class StepPlans:
         self, kind: Hashable, programs: Sequence[Program], costs: Mapping[str, float], transport: StageTransport
     ) -> None:
         """The first step of this kind has run: make its plan. Collective over the pipeline."""
+        self.counts = replace(self.counts, discovered=self.counts.discovered + 1)
         recorders = [program.tracker for program in programs if isinstance(program.tracker, Recorder)]
         carries_state = any(program.carries_state for program in programs)
         own = (recorders[0].local_waits(), carries_state or any(recorder.changes_modes for recorder in recorders))
