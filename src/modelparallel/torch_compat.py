@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -42,6 +43,84 @@ def install_call(module: nn.Module, call: Callable[..., Any]) -> Callable[..., A
     previous = module._compiled_call_impl if module._compiled_call_impl is not None else module._call_impl
     module._compiled_call_impl = call
     return previous
+
+
+def has_own_compiled_call(module: nn.Module) -> bool:
+    """Whether the user has compiled this module: by ``module.compile()``, or by wrapping it in ``torch.compile``."""
+    if module._compiled_call_impl is not None:
+        return True
+    return any(cls.__module__.startswith("torch._dynamo") for cls in type(module).__mro__)
+
+
+def take_off_compiled_call(module: nn.Module) -> bool:
+    """Undo ``module.compile()``; whether there was something to undo."""
+    was_compiled = module._compiled_call_impl is not None
+    module._compiled_call_impl = None
+    return was_compiled
+
+
+def fresh_module_call(title: str) -> Callable[..., Any]:
+    """A function of (module, arguments) that makes the module's own call, hooks included, with a code object of its
+    own.
+
+    ``torch.compile`` keeps its cache, and counts recompilations, by code object.
+    """
+
+    def call(module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
+        return module._call_impl(*args, **kwargs)
+
+    call.__code__ = call.__code__.replace(co_name=f"call_{title}", co_qualname=f"call_{title}")
+    return call
+
+
+def compile_errors() -> tuple[type[Exception], ...]:
+    """What torch.compile raises when it cannot compile; they have no public names. (Not the errors of the code that it
+    compiles, which it passes on.)"""
+    from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit, InternalTorchDynamoError, Unsupported
+
+    return (BackendCompilerFailed, FailOnRecompileLimitHit, InternalTorchDynamoError, Unsupported)
+
+
+def default_recompile_limit() -> int | None:
+    """How often one code object is compiled, unless ``torch.compile`` is told; None where it cannot be told."""
+    if "recompile_limit" not in inspect.signature(torch.compile).parameters:
+        return None
+    from torch._dynamo import config
+
+    return int(config.recompile_limit)
+
+
+class ModuleHooks:
+    """The hooks of a module and of all in it, and those of all modules; there is no public way to ask for them."""
+
+    _BACKWARD = ("_backward_hooks", "_backward_pre_hooks")
+    _FORWARD = ("_forward_hooks", "_forward_pre_hooks")
+
+    def __init__(self, module: nn.Module) -> None:
+        parts = list(module.modules())
+        everywhere = torch.nn.modules.module
+        self._backward = tuple(getattr(part, name) for part in parts for name in self._BACKWARD) + (
+            everywhere._global_backward_hooks,
+            everywhere._global_backward_pre_hooks,
+        )
+        self._all = (
+            *self._backward,
+            *(getattr(part, name) for part in parts for name in self._FORWARD),
+            everywhere._global_forward_hooks,
+            everywhere._global_forward_pre_hooks,
+        )
+
+    def is_any_registered(self) -> bool:
+        """Quick: it is asked at every call."""
+        return any(self._all)
+
+    def has_backward_hooks(self) -> bool:
+        """Whether there is one that runs in the backward."""
+        return any(self._backward)
+
+    def registered(self) -> tuple[tuple[int, ...], ...]:
+        """The place and the numbers of the registered hooks; a number is given once in a process."""
+        return tuple((place, *hooks) for place, hooks in enumerate(self._all) if hooks)
 
 
 def suspend_function_mode(mode: object) -> bool:
@@ -156,6 +235,15 @@ def num_storage_users(tensor: torch.Tensor) -> int:
 def is_function_node(node: Any) -> bool:
     """Whether a node of the autograd graph is that of an ``autograd.Function`` written in Python."""
     return isinstance(node, torch.autograd.function.BackwardCFunction)
+
+
+def is_compiled_node(node: Any) -> bool:
+    """Whether a node of the autograd graph is the backward of a graph that ``torch.compile`` has compiled as a whole.
+
+    It may be run through once only: what it saved is overwritten on the way (donated buffers).
+    """
+    function = getattr(type(node), "_forward_cls", None)
+    return function is not None and function.__module__.startswith("torch._functorch._aot_autograd")
 
 
 class ThreadState:

@@ -247,16 +247,20 @@ class PipelineEngine:
                         found.append((name, len(value)))
         return found
 
-    def frame_unit(self, module: nn.Module, name: str) -> None:
-        """Without pipelining: seed the generators around each call of a unit inside a step, as a pipeline would."""
-        if not may_draw(module):
+    def frame_unit(self, module: nn.Module, name: str, *, is_compiled: bool = False) -> None:
+        """Without pipelining: seed the generators around each call of a unit inside a step, as a pipeline would.
+
+        Around compiled code the engine is out of the way in any case: torch would compile it, too.
+        """
+        number = unit_number(name) if may_draw(module) else None
+        if number is None and not is_compiled:
             return
-        number = unit_number(name)
 
         def call(*args: Any, **kwargs: Any) -> Any:
             if self.is_native or self.frames is None:
                 return inner(*args, **kwargs)
-            self.frames.enter_unit(number)
+            if number is not None:
+                self.frames.enter_unit(number)
             with _NativeRegion(self):
                 return inner(*args, **kwargs)
 
