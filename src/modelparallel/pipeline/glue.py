@@ -251,13 +251,17 @@ def _written_here(
 def _structure_of_known(program: Program, arguments: Arguments, compute: Callable[..., Any], what: str) -> Structure:
     """What the home finds out, found out here with copies of the values."""
     locals_: list[Any] = []
-    for value in arguments.values:
-        if isinstance(value, StageTensor) and value.replica is not None:
-            copied = torch.empty_strided(value.spec.shape, value.spec.stride, dtype=value.spec.dtype)
-            copied = copied.to(program.device if value.spec.device_type != "cpu" else "cpu")
-            locals_.append(copied.copy_(value.replica()).requires_grad_(value.spec.requires_grad))
-        else:
-            locals_.append(value)
+    program.is_learning = True
+    try:
+        for value in arguments.values:
+            if isinstance(value, StageTensor) and value.replica is not None:
+                copied = torch.empty_strided(value.spec.shape, value.spec.stride, dtype=value.spec.dtype)
+                copied = copied.to(program.device if value.spec.device_type != "cpu" else "cpu")
+                locals_.append(copied.copy_(value.replica()).requires_grad_(value.spec.requires_grad))
+            else:
+                locals_.append(value)
+    finally:
+        program.is_learning = False
     tensors = [local for local in locals_ if isinstance(local, torch.Tensor)]
     versions = _versions(tensors)
     with program.engine.native_region():

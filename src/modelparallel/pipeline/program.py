@@ -96,6 +96,8 @@ class Program:
         self.carries_state = False
         #: Whether something in it must not be run through twice (hooks, recomputation).
         self.is_whole_backward = False
+        #: Whether a value is read only to find out a structure: a later step knows that, and will not read it.
+        self.is_learning = False
         self.written = WrittenTensors()
         #: Called before a message is taken; the interpreter sets it.
         self.on_wait: Callable[[Wait], None] = _go_on
@@ -238,7 +240,11 @@ class Program:
 
     def wait_alone_for(self, source: int, name: MessageName, description: str) -> None:
         """Before a message is taken that only this stage asks for: a pushed value that it reads."""
-        self._wait(Awaited(source, name, description), is_planned=self.tracker.note_local_wait(self.stage, source))
+        if self.is_learning:
+            is_planned = self.tracker.note_announcement(source, is_always=False)
+        else:
+            is_planned = self.tracker.note_local_wait(self.stage, source)
+        self._wait(Awaited(source, name, description), is_planned=is_planned)
 
     def _wait(self, awaited: Awaited, *, is_planned: bool) -> None:
         if self.engine.transport.has(awaited.source, awaited.name) and not self.tracker.begins_visit:
