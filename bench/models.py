@@ -110,7 +110,9 @@ class ConvPyramid(nn.Module):
     The first levels do most of the work and keep most of the activations, the last ones hold most of the weights.
     """
 
-    def __init__(self, channels: int = 16, blocks_per_level: tuple[int, ...] = (2, 2, 2, 2), num_classes: int = 10):
+    def __init__(
+        self, channels: int = 16, blocks_per_level: tuple[int, ...] = (2, 2, 2, 2), num_classes: int = 10
+    ) -> None:
         super().__init__()
         self.stem = nn.Conv2d(3, channels, 3, padding=1)
         levels: list[nn.Module] = []
@@ -120,7 +122,7 @@ class ConvPyramid(nn.Module):
                 levels.append(nn.Conv2d(width // 2, width, 3, stride=2, padding=1))
             levels += [ResidualConv(width) for _ in range(num_blocks)]
         self.levels = nn.ModuleList(levels)
-        self.head = nn.Linear(width, num_classes)
+        self.head = nn.Linear(channels * 2 ** (len(blocks_per_level) - 1), num_classes)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         x = self.stem(images)
@@ -143,19 +145,18 @@ class ResidualConv(nn.Module):
 
 
 class EncoderDecoder(nn.Module):
-    """A transformer with a long source and a short target, so that the encoder's layers cost more than the decoder's."""
+    """A transformer for a long source and a short target: the encoder's layers cost more than the decoder's."""
 
     def __init__(self, size: GPTSize, num_decoder_layers: int = 4) -> None:
         super().__init__()
         self.source = nn.Embedding(size.vocabulary, size.hidden)
         self.target = nn.Embedding(size.vocabulary, size.hidden)
-        arguments = {"dropout": 0.0, "batch_first": True}
         self.encoder = nn.ModuleList(
-            nn.TransformerEncoderLayer(size.hidden, size.num_heads, 4 * size.hidden, **arguments)
+            nn.TransformerEncoderLayer(size.hidden, size.num_heads, 4 * size.hidden, dropout=0.0, batch_first=True)
             for _ in range(size.num_layers)
         )
         self.decoder = nn.ModuleList(
-            nn.TransformerDecoderLayer(size.hidden, size.num_heads, 4 * size.hidden, **arguments)
+            nn.TransformerDecoderLayer(size.hidden, size.num_heads, 4 * size.hidden, dropout=0.0, batch_first=True)
             for _ in range(num_decoder_layers)
         )
         self.head = nn.Linear(size.hidden, size.vocabulary, bias=False)

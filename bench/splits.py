@@ -159,10 +159,10 @@ def models(is_small: bool = False) -> dict[str, tuple[nn.Module, Callable[[Any],
     }
 
 
-def comparisons(stages: Sequence[int] = (2, 3, 4), num_microbatches: int = 8, is_small: bool = False) -> list[Comparison]:
+def comparisons(stages: Sequence[int] = (2, 3, 4), num_microbatches: int = 8) -> list[Comparison]:
     """All three models on these numbers of stages."""
     found = []
-    for name, (model, loss) in models(is_small).items():
+    for name, (model, loss) in models().items():
         trace = trace_step(model, find_units(model), lambda: loss(model))  # noqa: B023
         found += [compare(name, trace, model, num_stages, num_microbatches) for num_stages in stages]
     return found

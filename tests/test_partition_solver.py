@@ -146,8 +146,7 @@ def test_pieces_are_dealt_out_in_turn_and_too_few_are_refused():
     assert [stage for _, stage in plan.modules] == [0, 0, 1, 1, 0, 0, 1, 1]
     assert plan.virtual_degree == 2
     assert "0..1 | 4..5" in plan.table()
-    message = "3 pieces .* pipeline_parallel_degree=2 with virtual_pipeline_degree=2 needs 4.*virtual_pipeline_degree <= 1"
-    with pytest.raises(PartitionError, match=message):
+    with pytest.raises(PartitionError, match="with virtual_pipeline_degree=2 needs 4.*virtual_pipeline_degree <= 1"):
         make_plan(layers(3), 2, virtual_degree=2)
     with pytest.raises(PartitionError, match="pipeline_parallel_degree is 4: use pipeline_parallel_degree <= 3"):
         make_plan(layers(3), 4, virtual_degree=2)
@@ -198,7 +197,7 @@ def test_a_module_that_is_too_big_by_itself_is_named():
     with pytest.raises(PartitionError, match=r"'u1' needs 4.9 KiB by itself, whatever the split: make it smaller"):
         solve(chain([(10, 0, 1, 1), (5000, 0, 1, 1), (10, 0, 1, 1)]), 2, 0.8, memory_limit=4000)
     with pytest.raises(PartitionError, match="virtual_pipeline_degree=1"):
-        solve(chain([(90, 0, 1, 1), (10, 0, 1, 1), (90, 0, 1, 1), (10, 0, 1, 1)]), 2, 0.8, virtual_degree=2, memory_limit=120)
+        solve(chain([(90, 0, 1, 1), (10, 0, 1, 1)] * 2), 2, 0.8, virtual_degree=2, memory_limit=120)
 
 
 def test_the_limit_counts_what_the_schedule_keeps_in_flight():

@@ -18,10 +18,10 @@ from engine_runs import scatter
 from modelparallel.parameter_table import Config
 from parity import ReferenceResult, assert_parity, reference_run
 from pool import preload, run_ranks
-from zoo_catalogue import ZOO
+from zoo_catalogue import NUM_STAGES, ZOO, split_document, table
 
-# What the configuration's `pipeline` may be. To come: "zero_bubble".
-SCHEDULES = ("simple", "interleaved")
+# What the configuration's `pipeline` may be (with a backward).
+SCHEDULES = ("simple", "interleaved", "zero_bubble")
 SETTINGS: dict[str, dict[str, Any]] = {
     **{schedule: {"pipeline": schedule} for schedule in SCHEDULES},
     "no_pushes": {"pipeline": SCHEDULES[-1], "push_limit_bytes": 0},
@@ -180,9 +180,9 @@ GROUP_OF = {
     **groups([name for name in QUICK if name not in DRAWING]),
     **groups([name for name in ZOO if name not in DRAWING and name not in QUICK]),
 }
-QUICK_RUNS = [(4, "adam", SCHEDULES[-1]), (2, "sgd", "no_pushes")]
-RUNS = [*QUICK_RUNS, *((stages, optimizer, setting) for stages, optimizer in ((2, "sgd"), (4, "adam"))
-                       for setting in SETTINGS if (stages, optimizer, setting) not in QUICK_RUNS)]  # fmt: skip
+RUNS = [(stages, optimizer, setting) for stages, optimizer in zip(NUM_STAGES, OPTIMIZERS, strict=True)
+        for setting in SETTINGS]  # fmt: skip
+QUICK_RUNS = [RUNS[len(SCHEDULES)], RUNS[-2]]  # on the fewest stages without pushes, on the most as is the default
 CASES = [
     pytest.param(
         name, *run, id=f"{name}-pp{run[0]}-{run[2]}",
@@ -217,3 +217,7 @@ def test_every_schedule_is_run() -> None:
 def test_the_quick_ones_are_a_third_of_the_zoo() -> None:
     assert set(QUICK) <= set(ZOO)
     assert 0.3 <= len({*QUICK, *DRAWING}) / len(ZOO) <= 0.4
+
+
+def test_the_documents_table_is_that_of_the_zoo() -> None:
+    assert split_document()[1] == table(), "docs/models.md is old: run python tests/zoo_catalogue.py"

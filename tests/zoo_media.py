@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo import BATCH_SIZE, VOCABULARY, Entry, classification_loss, images, tokens, vectors
-from zoo_text import NO_CACHE, make
+from zoo_text import make
 
 _SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
 _NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -58,6 +58,7 @@ def _torchvision(name: str, remarks: str = "", side: int = 16, **arguments: Any)
     return Entry(f"torchvision.models.{name}", "vision", build, _wide_images(side), classification_loss, remarks)
 
 
+# fmt: off
 VISION: dict[str, Entry] = {
     "vit": _vision("ViTForImageClassification", **_VIT),
     "deit": _vision("DeiTForImageClassification", **_VIT),
@@ -111,6 +112,7 @@ VISION: dict[str, Entry] = {
     ),
     "torchvision_squeezenet": _torchvision("squeezenet1_1", "dropout of 0 (`dropout=0.0`)", 32, dropout=0.0),
 }
+# fmt: on
 
 
 def _waves(seed: int) -> tuple[Tensor, ...]:
@@ -152,10 +154,11 @@ def _audio(name: str, remarks: str = _SPEECH_REMARK, **config: Any) -> Entry:
 _SPEECH_DECODER = {
     "d_model": 16, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 2,
     "decoder_attention_heads": 2, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "vocab_size": VOCABULARY,
-    "max_source_positions": 16, "max_target_positions": 16, "dropout": 0.0, "use_cache": False, "pad_token_id": 1,
+    "max_source_positions": 16, "max_target_positions": 16, "dropout": 0.0, "pad_token_id": 1,
     "bos_token_id": 2, "eos_token_id": 2, "decoder_start_token_id": 2,
 }  # fmt: skip
 
+# fmt: off
 AUDIO: dict[str, Entry] = {
     "wav2vec2": _audio("Wav2Vec2ForCTC", f"a parametrized (weight-normed) convolution; {_SPEECH_REMARK}"),
     "hubert": _audio("HubertForCTC"),
@@ -167,14 +170,14 @@ AUDIO: dict[str, Entry] = {
         "WhisperForConditionalGeneration", "audio",
         make("WhisperForConditionalGeneration", **_SPEECH_DECODER, num_mel_bins=8, suppress_tokens=None,
              begin_suppress_tokens=None),
-        _spectra(32, 8), _speech_to_text_loss, f"tied weights; {NO_CACHE}; `apply_spec_augment=False` (the default)",
+        _spectra(32, 8), _speech_to_text_loss, "tied weights; `apply_spec_augment=False` (the default)",
     ),
     "speech_to_text": Entry(
         "Speech2TextForConditionalGeneration", "audio",
         make("Speech2TextForConditionalGeneration", **_SPEECH_DECODER, num_conv_layers=2, conv_channels=16,
              input_feat_per_channel=8, conv_kernel_sizes=[3, 3]),
         lambda seed: tuple([part.transpose(1, 2) if part.ndim == 3 else part for part in _spectra(32, 8)(seed)]),
-        _speech_to_text_loss, f"tied weights; {NO_CACHE}", default_dtype=torch.float64,
+        _speech_to_text_loss, "tied weights", default_dtype=torch.float64,
     ),
     "ast": Entry(
         "ASTForAudioClassification", "audio",
@@ -184,6 +187,7 @@ AUDIO: dict[str, Entry] = {
         lambda model, spectra, labels: F.cross_entropy(model(input_values=spectra).logits, labels),
     ),
 }
+# fmt: on
 
 
 def _series(seed: int) -> tuple[Tensor, ...]:
@@ -229,7 +233,7 @@ def _vision_encoder_decoder() -> nn.Module:
         ViTConfig,
     )
 
-    decoder = BertConfig(vocab_size=VOCABULARY, max_position_embeddings=16, use_cache=False, **_SIZES, **_NO_DROPOUT)
+    decoder = BertConfig(vocab_size=VOCABULARY, max_position_embeddings=16, **_SIZES, **_NO_DROPOUT)
     config = VisionEncoderDecoderConfig.from_encoder_decoder_configs(ViTConfig(**_VIT), decoder)
     return VisionEncoderDecoderModel(config=config)
 
@@ -240,6 +244,7 @@ _TOWERS = {
     "vision_config": {**_SIZES, "image_size": 8, "patch_size": 4},
 }  # fmt: skip
 
+# fmt: off
 MIXED: dict[str, Entry] = {
     "clip": Entry("CLIPModel", "several inputs", make("CLIPModel", **_TOWERS, projection_dim=8), _texts_and_images,
                   _contrastive_loss, "two towers; the loss compares the samples of a microbatch",
@@ -251,7 +256,7 @@ MIXED: dict[str, Entry] = {
         lambda model, ids, mask, pixels: F.cross_entropy(
             model(pixel_values=pixels, decoder_input_ids=ids, decoder_attention_mask=mask).logits.flatten(0, 1),
             ids.flatten(),
-        ), f"ViT and BERT; {NO_CACHE}", default_dtype=torch.float64,
+        ), "ViT and BERT", default_dtype=torch.float64,
     ),
     "vilt": Entry(
         "ViltForMaskedLM", "several inputs",
@@ -277,10 +282,11 @@ MIXED: dict[str, Entry] = {
     "decision_transformer": Entry(
         "DecisionTransformerModel", "several inputs",
         make("DecisionTransformerModel", state_dim=6, act_dim=3, hidden_size=16, max_ep_len=16, n_layer=3, n_head=2,
-             n_positions=32, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False),
+             n_positions=32, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0),
         _trajectories, _decision_loss, "states, actions and returns",
     ),
 }
+# fmt: on
 
 
 # torch's own
@@ -315,6 +321,7 @@ def _torch(name: str, build: Callable[[], nn.Module], run: Any, remarks: str = "
     return Entry(f"torch.nn.{name}", "torch.nn", lambda: _Embedded(build(), run), tokens, loss, remarks)
 
 
+# fmt: off
 TORCH: dict[str, Entry] = {
     "torch_transformer": _torch(
         "Transformer",
@@ -359,6 +366,7 @@ TORCH: dict[str, Entry] = {
         vectors, classification_loss, "BatchNorm, in-place activations",
     ),
 }
+# fmt: on
 
 
 def _attend(layers: Any, x: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from modelparallel.module_view import alias_inherited_forwards, attach_module_at
 from modelparallel.parameters import ParameterTable
 from modelparallel.partitioning import Trace, find_units, log_plan, make_plan, trace_step
 from modelparallel.pipeline.pushes import push
+from modelparallel.pipeline.replicas import Replica, ReplicatedParameters
 from modelparallel.pipeline.stage_tensor import StageTensor
 from modelparallel.plan.partition import PartitionPlan
 from modelparallel.runtime import RunningStep
@@ -90,6 +91,7 @@ class DistributedModel(ModelParameters):
         self._bucket_cap_mb = bucket_cap_mb
         self._broadcast_buffers = broadcast_buffers
         self._reducer: GradientReducer | None = None
+        self._replicas: ReplicatedParameters | None = None
         self._plan: PartitionPlan | None = None
         self._is_partitioned = False
         # Whether cpu() has taken the partitioned model back.
@@ -227,14 +229,21 @@ class DistributedModel(ModelParameters):
             step.models.append(self)
             self.run_post_partition_hooks()
             self._has_begun_reduction = False
-        if self._reducer is None or self._has_begun_reduction or not torch.is_grad_enabled():
+        if self._has_begun_reduction or not torch.is_grad_enabled():
             return
         self._has_begun_reduction = True
-        is_boundary = (self._num_backward_steps + 1) % self._backward_passes_per_step == 0
-        # The reducer looks at the parameters themselves; the engine would take that for glue of the program.
+        # These look at the parameters themselves; the engine would take that for glue of the program.
         with self._runtime.engine.native_region():
-            self._reducer.begin_step(will_synchronize=is_boundary and self._num_no_sync == 0)
-            self._synchronise_buffers()
+            if self._replicas is not None:
+                self._replicas.begin_step()
+            if self._reducer is not None:
+                self._reducer.begin_step(will_synchronize=self._will_synchronize())
+                self._synchronise_buffers()
+
+    def _will_synchronize(self) -> bool:
+        """Whether the gradients of this step are made final at its end."""
+        is_boundary = (self._num_backward_steps + 1) % self._backward_passes_per_step == 0
+        return is_boundary and self._num_no_sync == 0
 
     def check_has_not_left(self) -> None:
         """Raise StepUsageError if the model was taken out of the pipeline."""
@@ -253,12 +262,15 @@ class DistributedModel(ModelParameters):
 
         ``has_backward``: some model of the step has called backward; the gradients may have reached this one too.
         """
-        if self._reducer is not None and self._has_begun_reduction:
-            if has_backward:
-                self._num_backward_steps += 1
+        if self._has_begun_reduction and has_backward:
+            will_synchronize = self._will_synchronize()
+            self._num_backward_steps += 1
+            if self._reducer is not None:
                 self._reducer.finish_step()
-            else:
-                self._reducer.abort_step()
+            if self._replicas is not None and will_synchronize:
+                self._replicas.add_up()
+        elif self._has_begun_reduction and self._reducer is not None:
+            self._reducer.abort_step()
         if not self._has_run_post_step_hooks:
             self._has_run_post_step_hooks = True
             for hook in list(self._post_step_hooks.values()):
@@ -321,6 +333,7 @@ class DistributedModel(ModelParameters):
             schedule=config.pipeline,
             virtual_degree=config.virtual_pipeline_degree,
             memory_limit=config.memory_limit,
+            tied_weights=config.tied_weights,
             is_automatic=config.auto_partition,
             marks=registry.partition_mark,
             overrides=self._overrides,
@@ -348,8 +361,7 @@ class DistributedModel(ModelParameters):
         self._plan = plan
         if runtime.session.groups.world.rank_in_group == 0:
             log_plan(plan)
-        homes = {row.name: plan.home_of_tensor(row.name) for row in self._table.rows()}
-        self._table.set_homes(homes.get)
+        self._table.set_homes(plan.home_of_tensor)
         device = runtime.session.device
         for source in (self._table.parameters(), self._table.buffers()):
             for row, tensor in source:
@@ -369,6 +381,14 @@ class DistributedModel(ModelParameters):
         for name, home in plan.modules:
             engine.place_module(self.module.get_submodule(name), name, home, is_unit=name in units)
         model_states.check_early_part(self)
+        numbered = [
+            (number, Replica(row.name, parameter, row.holders))
+            for number, (row, parameter) in enumerate(self._table.parameters())
+            if row.replicas and engine.stage in row.holders
+        ]
+        self._replicas = ReplicatedParameters(engine.transport, numbered) if numbered else None
+        if self._replicas is not None:
+            self._replicas.make_equal()
         self._synchronise_start()
         self._is_partitioned = True
         for optimizer in runtime.live_optimizers():

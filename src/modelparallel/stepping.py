@@ -105,8 +105,13 @@ class StepFunction:
             raise
         finally:
             runtime.step = None
-        for model in running.models:
-            model.finish_step(running.has_backward)
+        try:
+            for model in running.models:
+                model.finish_step(running.has_backward)
+        except BaseException as error:
+            if runtime.is_pipelined:
+                runtime.engine.transport.abandon(error)
+            raise
         return merge_outputs(outputs, microbatches.weights)
 
     # The parts of a call

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -220,6 +220,25 @@ def sizes_only(root: nn.Module, units: Sequence[str], stateful_buffers: Sequence
     # `direct_tensors` lists a tensor under its first name only. A parameter whose first name lies in a unit may have
     # another one above the units: it has a home already.
     return Trace(tuple(unit_costs), tuple(tensor_costs), _groups(sharing.values()), tuple(stateful_buffers))
+
+
+def untied(root: nn.Module, trace: Trace) -> Trace:
+    """The trace as if no two units shared a parameter: each holds all of its own."""
+    modules = dict(root.named_modules())
+    units = []
+    for unit in trace.units:
+        sizes = _sizes(list(modules[unit.name].parameters()), modules[unit.name].buffers())
+        num_parameters, parameter_bytes, trainable_bytes, buffer_bytes = sizes
+        units.append(
+            replace(
+                unit,
+                num_parameters=num_parameters,
+                parameter_bytes=parameter_bytes,
+                trainable_bytes=trainable_bytes,
+                buffer_bytes=buffer_bytes,
+            )
+        )
+    return replace(trace, units=tuple(units), ties=())
 
 
 def microbatches_in_flight(

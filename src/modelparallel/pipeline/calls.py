@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import weakref
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -39,6 +40,7 @@ class PlacedModule:
     description: str = ""
     input_description: str = ""
     identity: object = field(default_factory=object)  # its part of a call's signature
+    filled: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet)
 
     def __post_init__(self) -> None:
         self.parameters = tuple(self.module.parameters())
@@ -50,6 +52,20 @@ class PlacedModule:
         """Whether a call may draw random numbers: the module, or a hook of it."""
         module = self.module
         return self._may_draw or bool(module._forward_hooks) or bool(module._forward_pre_hooks)
+
+    def is_first_filling(self, value: Any) -> bool:
+        """Whether this is an object in which the layers of a Hugging Face decoder keep keys and values, each for
+        itself, and this layer is given it for the first time.
+
+        With ``use_cache=True``, their default, decoders make one in every forward. What a layer stores there may stay at
+        its home until it is read again: by the forward for a next token, which gives it to the layer a second time.
+        """
+        kind = type(value)
+        if not kind.__name__.endswith("Cache") or kind.__module__.split(".")[0] != "transformers":
+            return False
+        is_first = value not in self.filled
+        self.filled.add(value)
+        return is_first
 
 
 def mark_dynamic(module: nn.Module) -> None:
@@ -81,8 +97,11 @@ def run(engine: PipelineEngine, program: Program, entry: PlacedModule, args: Any
             program.is_whole_backward = True  # in two parts it would be recomputed twice
         if entry.unit is not None and entry.needs_frame():
             call = _framed(program.frames, entry.unit, call)
-        if arguments.holds_containers or arguments.objects():
-            call = _guarded(entry, arguments.objects(), arguments.holds_containers, call)
+        objects = arguments.objects()
+        if objects:
+            objects = [value for value in objects if not entry.is_first_filling(value)]
+        if objects or arguments.holds_containers:
+            call = _guarded(entry, objects, arguments.holds_containers, call)
     program.tracker.note_work(home, entry.name, is_training=entry.module.training)
     return glue.execute(program, entry.description, key, arguments, home, call, protect=True)
 

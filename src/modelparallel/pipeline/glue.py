@@ -251,7 +251,7 @@ def _written_here(
 def _structure_of_known(program: Program, arguments: Arguments, compute: Callable[..., Any], what: str) -> Structure:
     """What the home finds out, found out here with copies of the values."""
     locals_: list[Any] = []
-    program.is_learning = True
+    program.is_finding_out = True
     try:
         for value in arguments.values:
             if isinstance(value, StageTensor) and value.replica is not None:
@@ -261,7 +261,7 @@ def _structure_of_known(program: Program, arguments: Arguments, compute: Callabl
             else:
                 locals_.append(value)
     finally:
-        program.is_learning = False
+        program.is_finding_out = False
     tensors = [local for local in locals_ if isinstance(local, torch.Tensor)]
     versions = _versions(tensors)
     with program.engine.native_region():

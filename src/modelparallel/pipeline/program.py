@@ -96,8 +96,8 @@ class Program:
         self.carries_state = False
         #: Whether something in it must not be run through twice (hooks, recomputation).
         self.is_whole_backward = False
-        #: Whether a value is read only to find out a structure: a later step knows that, and will not read it.
-        self.is_learning = False
+        #: While pushed values are read to find out the structure of a result, as only the first time needs.
+        self.is_finding_out = False
         self.written = WrittenTensors()
         #: Called before a message is taken; the interpreter sets it.
         self.on_wait: Callable[[Wait], None] = _go_on
@@ -240,10 +240,7 @@ class Program:
 
     def wait_alone_for(self, source: int, name: MessageName, description: str) -> None:
         """Before a message is taken that only this stage asks for: a pushed value that it reads."""
-        if self.is_learning:
-            is_planned = self.tracker.note_announcement(source, is_always=False)
-        else:
-            is_planned = self.tracker.note_local_wait(self.stage, source)
+        is_planned = not self.is_finding_out and self.tracker.note_local_wait(self.stage, source)
         self._wait(Awaited(source, name, description), is_planned=is_planned)
 
     def _wait(self, awaited: Awaited, *, is_planned: bool) -> None:

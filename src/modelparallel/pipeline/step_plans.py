@@ -53,6 +53,10 @@ class StepPlans:
         is_limited = plan is not None and plan.schedule.kind in ("interleaved", "zero_bubble")
         return self._active_microbatches if is_limited and self._active_microbatches else num_microbatches
 
+    def kinds(self) -> tuple[Hashable, ...]:
+        """The kinds of steps that have run."""
+        return tuple(self._plans)
+
     def is_open(self, kind: Hashable) -> bool:
         """Whether no such step has run yet."""
         return kind not in self._plans
