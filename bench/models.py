@@ -81,15 +81,15 @@ class GPT(nn.Module):
         return self.head(x)
 
 
-def stage_of_gpt(model: GPT, stage: int, num_stages: int) -> nn.Sequential:
-    """Equal numbers of layers per stage, the embedding on the first, the head on the last: the split of the peer."""
-    per_stage = len(model.blocks) // num_stages
-    modules: list[nn.Module] = list(model.blocks[stage * per_stage : (stage + 1) * per_stage])
-    if stage == 0:
-        modules.insert(0, model.embedding)
-    if stage == num_stages - 1:
-        modules.append(model.head)
-    return nn.Sequential(*modules)
+def pieces_of_gpt(model: GPT, num_pieces: int) -> list[list[nn.Module]]:
+    """Equal numbers of layers per piece, the embedding in the first, the head in the last."""
+    per_piece = len(model.blocks) // num_pieces
+    pieces: list[list[nn.Module]] = [
+        list(model.blocks[piece * per_piece : (piece + 1) * per_piece]) for piece in range(num_pieces)
+    ]
+    pieces[0].insert(0, model.embedding)
+    pieces[-1].append(model.head)
+    return pieces
 
 
 def language_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
