@@ -21,10 +21,10 @@ from modelparallel.errors import NotBuiltError, PartitionError, SMPConfigError, 
 from modelparallel.model_arguments import check_arguments
 from modelparallel.model_parameters import ModelParameters
 from modelparallel.module_view import alias_inherited_forwards, attach_module_attribute
-from modelparallel.parameters import ParameterTable
+from modelparallel.parameters import ParameterTable, stand_in
 from modelparallel.partitioning import Trace, find_units, log_plan, make_plan, trace_step
 from modelparallel.pipeline.pushes import push
-from modelparallel.pipeline.replicas import Replica, ReplicatedParameters
+from modelparallel.pipeline.replicas import ReplicatedParameters
 from modelparallel.pipeline.stage_tensor import StageTensor
 from modelparallel.plan.partition import PartitionPlan
 from modelparallel.runtime import RunningStep
@@ -382,7 +382,7 @@ class DistributedModel(ModelParameters):
                 if self._table.is_local(row, engine.stage):
                     tensor.data = tensor.data.to(device)
                 else:
-                    tensor.data = _stand_in(tensor, device)
+                    tensor.data = stand_in(tensor, device)
         for name, _ in plan.tensors:
             owner, _, attribute = name.rpartition(".")
             if attribute in self.module.get_submodule(owner)._buffers:
@@ -398,12 +398,7 @@ class DistributedModel(ModelParameters):
         if self._compiler is not None:
             self._compiler.log(runtime.session.config.pipeline)
         model_states.check_early_part(self)
-        numbered = [
-            (number, Replica(row.name, parameter, row.holders))
-            for number, (row, parameter) in enumerate(self._table.parameters())
-            if row.replicas and engine.stage in row.holders
-        ]
-        self._replicas = ReplicatedParameters(engine.transport, numbered) if numbered else None
+        self._replicas = ReplicatedParameters.of(self._table, engine.transport)
         if self._replicas is not None:
             self._replicas.make_equal()
         self._synchronise_start()
@@ -594,14 +589,6 @@ def _scaled_seed(root: torch.Tensor, seed: torch.Tensor | None, scale: float) ->
             "it, or pass gradients"
         )
     return torch.full_like(root, scale)
-
-
-def _stand_in(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A tensor of the same shape and dtype on one element of memory: what another stage holds. Reading it gives NaN, or
-    zero.
-    """
-    value = float("nan") if tensor.is_floating_point() or tensor.is_complex() else 0
-    return torch.full((1,) * tensor.ndim, value, dtype=tensor.dtype, device=device).expand(tensor.shape)
 
 
 def _register(hooks: OrderedDict[int, Hook], hook: Hook) -> RemovableHandle:
