@@ -388,7 +388,8 @@ class DistributedModel(ModelParameters):
             if attribute in self.module.get_submodule(owner)._buffers:
                 engine.place_buffer(self.module.get_submodule(owner), attribute)
         engine.place_model(self.module)
-        engine.costs.update(plan.costs)
+        gradients = {name: (inputs, weights) for name, inputs, weights in plan.backward_costs}
+        engine.costs.update({name: (work, *gradients.get(name, (work, work))) for name, work in plan.costs})
         units = set(self._units)
         for name, home in plan.modules:
             placed = self.module.get_submodule(name)

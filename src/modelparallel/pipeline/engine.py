@@ -18,6 +18,7 @@ from modelparallel.comm.transport import StageTransport
 from modelparallel.errors import DivergenceError, StepUsageError
 from modelparallel.pipeline import calls, glue
 from modelparallel.pipeline.bodies import WorkerPool
+from modelparallel.pipeline.chains import Work
 from modelparallel.pipeline.functions import traits_of
 from modelparallel.pipeline.program import Program
 from modelparallel.pipeline.randomness import RandomFrames, may_draw, unit_number
@@ -125,8 +126,8 @@ class PipelineEngine:
         self.workers = WorkerPool()
         #: How often everything was forgotten; see agree().
         self.generation = 0
-        #: The share of the model's compute of each placed module, as far as it is known.
-        self.costs: dict[str, float] = {}
+        #: The work of each placed module, as far as it is known.
+        self.costs: dict[str, Work] = {}
         #: The most microbatches that were under way here in the last step.
         self.last_peak_active = 0
         self.structures_of_known: dict[Hashable, Structure] = {}  # of operations on values that all stages can read

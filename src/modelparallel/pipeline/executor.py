@@ -7,6 +7,7 @@ message waited for. That is right for every deterministic program; planned sched
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -73,6 +74,8 @@ def run_step(
         outputs = step.run(before_last_backward)
         if is_first:
             engine.plans.note_discovery(kind, step.programs, engine.costs, engine.transport)
+        else:
+            engine.plans.compare(kind, step.programs, step.waiting_share, engine.transport)
         results = _share_outputs(engine, outputs, step.programs[0], detach_outputs=detach_outputs)
         engine.transport.drain()
         engine.transport.end_step()
@@ -94,6 +97,8 @@ class _StepRun:
         self._engine = engine
         self._plan = plan
         self._is_sequential = plan is None or plan.is_sequential
+        #: The part of its time in which this stage waited for others.
+        self.waiting_share = 0.0
         self._modes = {} if plan is not None else engine.training_modes()
         self._sightings = None if self._is_sequential else Sightings()
         self._simple_state: list[Hashable] = []  # before the microbatch of the discovery step
@@ -161,8 +166,11 @@ class _StepRun:
             outside=engine.outside,
             before_last_backward=before_last_backward,
         )
+        start, waited = time.perf_counter(), engine.transport.seconds_waited
         with engine.intercepting():
             interpreter.run()
+        spent = time.perf_counter() - start
+        self.waiting_share = (engine.transport.seconds_waited - waited) / spent if spent else 0.0
         engine.last_peak_active = interpreter.peak_active
         if not self._is_sequential:
             for program in self.programs:
