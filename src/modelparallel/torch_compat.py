@@ -210,6 +210,22 @@ def autocast_state() -> tuple[Any, ...]:
     )
 
 
+@contextmanager
+def noticed_tensor_hooks(notice: Callable[[], None]) -> Iterator[None]:
+    """Call ``notice`` where somebody registers a hook on a tensor; the node of the graph does not show that it has one."""
+    original = torch.Tensor.register_hook
+
+    def register_hook(self: torch.Tensor, hook: Callable[..., Any]) -> Any:
+        notice()
+        return original(self, hook)
+
+    torch.Tensor.register_hook = register_hook  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        torch.Tensor.register_hook = original  # type: ignore[method-assign]
+
+
 def current_backward_id() -> int:
     """A number that names the backward pass (autograd graph task) that runs now; -1 outside. Nested passes have their
     own.

@@ -32,6 +32,7 @@ from modelparallel.torch_compat import (
     install_call,
     intercepted_checkpoints,
     intercepted_function_apply,
+    noticed_tensor_hooks,
     resume_function_mode,
     suspend_function_mode,
 )
@@ -301,8 +302,13 @@ class PipelineEngine:
         with (
             intercepted_function_apply(self._function_apply),
             intercepted_checkpoints(self._enter_checkpoint, self._leave_checkpoint),
+            noticed_tensor_hooks(self._notice_hook),
         ):
             yield
+
+    def _notice_hook(self) -> None:
+        if self.program is not None:
+            self.program.is_whole_backward = True
 
     def leave(self) -> tuple[Any, ...]:
         """No program runs now; returns what :meth:`enter` needs to go on with the one that did."""
