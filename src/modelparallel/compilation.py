@@ -7,13 +7,14 @@ the module and its arguments; modules of one structure (the same classes, with p
 same places) have one such function, and other structures another one, so that they do not use up each other's limit of
 recompilations. The module object stays what it was: its class, its names, its hooks, its state dict.
 
-[Note: hooks] Hooks run inside the call, and torch sets no guards on them: code that was compiled before a hook was
-registered would leave it out. So modules with hooks are compiled by functions of their own, one for each set of hooks.
-Hooks on the backward cannot be compiled; a module that has any inside runs uncompiled.
+[Note: hooks] A module with hooks in it runs uncompiled, as long as they are registered. Torch would compile forward
+hooks, but sets no guards on them, so that code from before would leave a new hook out; what most of them do (appending
+to a list) needs new code at every call; and hooks on the backward it cannot compile.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -23,19 +24,17 @@ from torch import nn
 
 from modelparallel.errors import SMPConfigError, UnsupportedError
 from modelparallel.torch_compat import (
-    ModuleHooks,
     compile_errors,
     default_recompile_limit,
     fresh_module_call,
     has_own_compiled_call,
+    hook_registries,
     install_call,
     take_off_compiled_call,
 )
 
 logger = logging.getLogger("modelparallel.compilation")
 
-# With more sets of hooks than this (a hook that is registered anew at every step) compiling would never end.
-_MOST_SETS_OF_HOOKS = 4
 _LIMIT = "recompile_limit"
 
 
@@ -96,12 +95,18 @@ class ModuleCompiler:
         self.compiled.append(name)
         code = self._codes.setdefault(_structure(module), _SharedCode(type(module).__name__, self._options))
         code.num_modules += 1
-        hooks = ModuleHooks(module)
+        hooks = hook_registries(module)
+        has_said = False
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            function = code.function(hooks)
+            nonlocal has_said
+            if any(hooks):
+                if not has_said:
+                    has_said = True
+                    logger.info("module '%s' runs uncompiled while it has hooks", name)
+                return inner(*args, **kwargs)
             try:
-                return inner(*args, **kwargs) if function is None else function(module, *args, **kwargs)
+                return code.function(module, *args, **kwargs)
             except self._errors as error:
                 raise UnsupportedError(
                     f"module '{name}' ({type(module).__name__}) could not be compiled with {dict(self._options)!r}: "
@@ -125,28 +130,16 @@ class ModuleCompiler:
 
 
 class _SharedCode:
-    """The compiled functions of one structure: one without hooks, one for each set of hooks."""
+    """The compiled function of one structure."""
 
     def __init__(self, title: str, options: Mapping[str, Any]) -> None:
         self.num_modules = 0
         self._title = title
         self._options = options
-        self._functions: dict[object, Callable[..., Any] | None] = {}
 
-    def function(self, hooks: ModuleHooks) -> Callable[..., Any] | None:
-        """What to call with the module and its arguments; None: the module's own call."""
-        key: object = hooks.registered() if hooks.is_any_registered() else None
-        if key not in self._functions:
-            self._functions[key] = self._make(hooks)
-        return self._functions[key]
-
-    def _make(self, hooks: ModuleHooks) -> Callable[..., Any] | None:
-        if hooks.is_any_registered() and hooks.has_backward_hooks():
-            logger.info("a %s runs uncompiled: it has hooks on its backward", self._title)
-            return None
-        if len(self._functions) > _MOST_SETS_OF_HOOKS:
-            logger.info("a %s runs uncompiled: its hooks change too often", self._title)
-            return None
+    @functools.cached_property
+    def function(self) -> Callable[..., Any]:
+        """Of (module, arguments); made at the first call, when it is known how many modules share it."""
         options = dict(self._options)
         limit = default_recompile_limit()
         if limit is not None and options.get(_LIMIT) is None:
@@ -196,8 +189,8 @@ def take_off_compiled_calls(root: nn.Module, units: tuple[str, ...]) -> None:
     for name, module in root.named_modules():
         if id(module) not in inside and take_off_compiled_call(module):
             logger.warning(
-                "module '%s' (%s) was compiled as a whole by its compile() method, which is undone: calls of the modules "
-                "in it are placed one by one. Compile these instead: smp.DistributedModel(model, compile=True)",
+                "module '%s' (%s) was compiled as a whole by its compile() method, which is undone: calls of the "
+                "modules in it are placed one by one. Compile these instead: smp.DistributedModel(model, compile=True)",
                 name,
                 type(module).__name__,
             )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -90,37 +90,14 @@ def default_recompile_limit() -> int | None:
     return int(config.recompile_limit)
 
 
-class ModuleHooks:
-    """The hooks of a module and of all in it, and those of all modules; there is no public way to ask for them."""
+def hook_registries(module: nn.Module) -> tuple[Mapping[int, Any], ...]:
+    """What holds the hooks of a module, of all modules in it, and those that are registered for all modules at once.
 
-    _BACKWARD = ("_backward_hooks", "_backward_pre_hooks")
-    _FORWARD = ("_forward_hooks", "_forward_pre_hooks")
-
-    def __init__(self, module: nn.Module) -> None:
-        parts = list(module.modules())
-        everywhere = torch.nn.modules.module
-        self._backward = tuple(getattr(part, name) for part in parts for name in self._BACKWARD) + (
-            everywhere._global_backward_hooks,
-            everywhere._global_backward_pre_hooks,
-        )
-        self._all = (
-            *self._backward,
-            *(getattr(part, name) for part in parts for name in self._FORWARD),
-            everywhere._global_forward_hooks,
-            everywhere._global_forward_pre_hooks,
-        )
-
-    def is_any_registered(self) -> bool:
-        """Quick: it is asked at every call."""
-        return any(self._all)
-
-    def has_backward_hooks(self) -> bool:
-        """Whether there is one that runs in the backward."""
-        return any(self._backward)
-
-    def registered(self) -> tuple[tuple[int, ...], ...]:
-        """The place and the numbers of the registered hooks; a number is given once in a process."""
-        return tuple((place, *hooks) for place, hooks in enumerate(self._all) if hooks)
+    There is no public way to ask whether a module has hooks.
+    """
+    names = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+    own = [getattr(part, name) for part in module.modules() for name in names]
+    return (*own, *(getattr(torch.nn.modules.module, f"_global{name}") for name in names))
 
 
 def suspend_function_mode(mode: object) -> bool:
