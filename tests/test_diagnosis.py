@@ -92,7 +92,7 @@ def another_way(model: Any, x: Tensor) -> Tensor:
 
 def sleeps(model: Any, x: Tensor) -> Tensor:
     if is_apart(1):
-        time.sleep(MODE["seconds"])
+        time.sleep(MODE.pop("seconds", 0.0))  # in the first microbatch
     return finish(model, model(x))
 
 
@@ -203,3 +203,108 @@ def test_exception_and_death_of_one_stage_reach_all(layout: str) -> None:
         [(error, seconds)] = ranks[rank]
         assert seconds < SOON and "the connection is gone" in error, error
         assert f"pp_rank {rank}, microbatch" in error and f"on pp_rank {rank}:\n  event 1: " in error, error
+
+
+# One rank does not call the step function
+
+
+def skip_a_call(layout: str, then: str) -> tuple[str, float]:
+    """pp_rank 1 leaves out the third of four calls."""
+    import modelparallel as smp
+    from modelparallel import session
+
+    model = wrapped(layout)
+    train = smp.step(sleeps)
+    MODE.update(is_on=False)
+    error, start = "no error", time.perf_counter()
+    try:
+        for number in range(4):
+            if number != 2 or smp.pp_rank() != 1:
+                start = time.perf_counter()
+                train(model, batch())
+            if then == "barrier":
+                smp.barrier()
+    except Exception as caught:
+        error = f"{type(caught).__name__}: {caught}"
+    seconds = time.perf_counter() - start
+    if then == "barrier":
+        raise RuntimeError(f"{seconds:.1f} s {error}")  # ends the process, and with it the barrier of the other
+    session.shutdown()  # as at the end of a script
+    return error, seconds
+
+
+@pytest.mark.parametrize("layout", ["straight", "turns"])
+def test_skipped_call_before_a_barrier_names_both_lines(layout: str) -> None:
+    parameters = PATIENT | {"pipeline_parallel_degree": 2}
+    found = run_ranks(skip_a_call, 2, layout, "barrier", parameters=parameters, return_failures=True, grace=1)
+    seconds, error = found[0].summary.removeprefix("RuntimeError: ").split(" s ", 1)
+    assert error.startswith("DivergenceError: these stages wait for each other"), error
+    assert re.search(rf"pp_rank 0, microbatch 0: waiting to receive .* from pp_rank 1 .*{THIS}:\d+", error), error
+    assert re.search(rf"pp_rank 1, waiting in smp.barrier of world group \[0, 1\] \({THIS}:\d+\)", error), error
+    assert float(seconds) < SOON
+
+
+@pytest.mark.parametrize("num_stages", [2, 3])
+def test_skipped_call_of_a_rank_that_ends_is_named(num_stages: int) -> None:
+    parameters = PATIENT | {"pipeline_parallel_degree": num_stages}
+    found = run_ranks(skip_a_call, num_stages, "turns", "end", parameters=parameters, return_failures=True)
+    assert found[1][0] == "no error"
+    for rank in {*range(num_stages)} - {1}:
+        error, seconds = found[rank]
+        assert "waiting to receive" in error and f"{THIS}:" in error and seconds < SOON, error
+        assert "its process has ended, after call 3 of a step function" in error, error
+
+
+# Slow is not astray
+
+
+def test_slow_stage_is_not_reported() -> None:
+    ranks = run([sleeps], 2, "turns", 2, seconds=4.0)
+    assert [error for [(error, _)] in ranks] == ["no error"] * 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["straight", "turns"])
+def test_stage_that_is_very_slow_is_not_reported(layout: str) -> None:
+    ranks = run([sleeps], 3, layout, 2, seconds=20.0, timeout=120)
+    for [(error, seconds)] in ranks:
+        assert error == "no error" and seconds > 19
+
+
+@pytest.mark.parametrize("layout", ["straight", "turns"])
+def test_timeout_says_where_the_slow_stage_stands(layout: str) -> None:
+    parameters = {"timeout_seconds": 1.5, "microbatches": 2}
+    ranks = run([sleeps], 2, layout, 2, seconds=4.0, parameters=parameters)
+    [(error, seconds)] = ranks[0]
+    assert error.startswith("WaitTimeoutError: pp_rank 0, microbatch 0: waiting to receive ") and seconds < 4, error
+    assert "within timeout_seconds=1.5" in error
+    assert re.search(rf"pp_rank 1 is alive and in the step, at {THIS}:\d+", error), error
+    assert "last events of microbatch 0 on pp_rank 0:\n  event 1: " in error
+    [(error, seconds)] = ranks[1]
+    if layout == "straight" and error == "no error":
+        return  # it had received everything that it needs
+    assert "the step of pp_rank 0 has failed: WaitTimeoutError: pp_rank 0, microbatch 0: " in error, error
+    assert "last events of microbatch" in error and seconds < SOON
+
+
+def test_stopped_process_is_named_as_silent() -> None:
+    ranks = run_ranks(
+        be_stopped, 2, parameters=PATIENT | {"pipeline_parallel_degree": 2, "timeout_seconds": 2.5},
+        return_failures=True, grace=1,
+    )  # fmt: skip
+    assert "pp_rank 1 has not said anything: its process is stopped" in ranks[0].summary, ranks[0].summary
+
+
+def be_stopped() -> None:
+    import modelparallel as smp
+
+    [(error, _)] = go_apart([stops], "straight", 1)
+    if smp.pp_rank() == 0:
+        raise RuntimeError(error)
+
+
+def stops(model: Any, x: Tensor) -> Tensor:
+    y = model(x)
+    if is_apart(1):
+        os.kill(os.getpid(), signal.SIGSTOP)
+    return finish(model, y)

@@ -84,8 +84,18 @@ class StepFunction:
         if not runtime.is_pipelined or runtime.engine.stage == 0:
             arguments = slice_objects(arguments, config.microbatches, self._axes, self._whole)
         partition_models(runtime, arguments, lambda: self._trace(runtime, arguments, config))
-        number = runtime.num_steps
         runtime.num_steps += 1
+        try:
+            return self._step(runtime, arguments)
+        except BaseException as error:
+            runtime.note_failure(error)
+            raise
+
+    # The parts of a call
+
+    def _step(self, runtime: Runtime, arguments: dict[str, Any]) -> Any:
+        config = runtime.session.config
+        number = runtime.num_steps - 1
         seed = torch.initial_seed() if config.seed is None else config.seed
         if runtime.is_pipelined:
             arguments, seed = self._shared(runtime, arguments, seed, number)
@@ -107,8 +117,6 @@ class StepFunction:
                 runtime.engine.transport.abandon(error)
             raise
         return merge_outputs(outputs, microbatches.weights)
-
-    # The parts of a call
 
     def _shared(
         self, runtime: Runtime, arguments: dict[str, Any], seed: int, number: int

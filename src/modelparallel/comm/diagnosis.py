@@ -40,19 +40,38 @@ class TellingWait:
 
 
 @dataclass(frozen=True)
+class GroupCall:
+    """A collective call between steps (a barrier) that a stage waits in: the ``number``-th of its ``group``.
+
+    ``stages``: the other stages of this pipeline that belong to the group.
+    """
+
+    what: str
+    line: str
+    group: str
+    number: int
+    stages: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"waiting in {self.what} ({self.line})"
+
+
+@dataclass(frozen=True)
 class Situation:
     """What a stage tells of itself.
 
     Attributes:
         stage, step: who, and which call of a step function it is in, or was in last.
         is_in_step: whether that call is under way.
-        wait_number: counts the waits of its main thread; 0 if it does not wait for a message that is not here.
+        wait_number: counts the waits of its main thread; 0 if it does not wait.
         waits: for any of these messages.
         is_any_peer_enough: a word of any stage may end the wait, too.
         seconds: for how long it has waited.
         where: the line of the user's code that it is at, if it does not wait.
         num_sent, num_received: messages so far, by peer.
         heard_waits: the wait numbers of the peers when it last heard of them.
+        group_call: what it waits in, if it is no message of a step.
+        group_calls: how many of these calls it has begun so far, by group.
         logs: the events of its microbatches.
         wants_answer: whether it asks for the receiver's situation.
     """
@@ -68,6 +87,8 @@ class Situation:
     num_sent: Mapping[int, int] = field(default_factory=dict)
     num_received: Mapping[int, int] = field(default_factory=dict)
     heard_waits: Mapping[int, int] = field(default_factory=dict)
+    group_call: GroupCall | None = None
+    group_calls: Mapping[str, int] = field(default_factory=dict)
     logs: tuple[LogReport, ...] = ()
     wants_answer: bool = False
 
@@ -81,11 +102,16 @@ class Situation:
         found: Situation = pickle.loads(zlib.decompress(data))
         return found
 
+    @property
+    def waiting(self) -> str:
+        """What it waits for first, in words."""
+        return str(self.waits[0] if self.waits else self.group_call)
+
     def describe(self) -> str:
         """Where it stands, in words."""
         who = f"pp_rank {self.stage}"
         if self.wait_number:
-            return f"{who} waits, too: {self.waits[0]}"
+            return f"{who} waits, too: {self.waiting}"
         if not self.is_in_step:
             return f"{who} is not in a step function (calls so far: {self.step + 1}), at {self.where}"
         last = [log.events[-1] for log in self.logs if log.events]
@@ -127,7 +153,9 @@ def _left_behind(behind: Situation, ahead: Situation, what: str) -> str:
 
 
 def _place(situation: Situation) -> str:
-    return situation.waits[0].line if situation.wait_number else situation.where
+    if situation.group_call is not None:
+        return situation.group_call.line
+    return situation.waits[0].line if situation.waits else situation.where
 
 
 def _taken(situation: Situation, log: LogReport, number: int) -> str:
@@ -160,11 +188,17 @@ def circle(known: Mapping[int, Situation]) -> str | None:
                 return None
             if situation.num_received.get(other, 0) != known[other].num_sent.get(stage, 0):
                 return None
-    listed = "\n  ".join(f"pp_rank {stage}, {known[stage].waits[0]}" for stage in sorted(stages))
+    listed = "\n  ".join(f"pp_rank {stage}, {known[stage].waiting}" for stage in sorted(stages))
     return f"these stages wait for each other, and no message is under way:\n  {listed}\n{_ADVICE}"
 
 
 def _needs_only(situation: Situation, stages: set[int], known: Mapping[int, Situation]) -> bool:
+    call = situation.group_call
+    if call is not None:  # it needs all, so one that will not come is enough
+        return any(
+            stage in stages and known[stage].waits and known[stage].group_calls.get(call.group, 0) < call.number
+            for stage in call.stages
+        )
     if situation.is_any_peer_enough and set(situation.num_sent) - stages:
         return False
     return all(wait.source in stages for wait in situation.waits)

@@ -20,6 +20,7 @@ import torch
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _LIBRARY_DIRECTORIES = (str(_PACKAGE), str(Path(torch.__file__).resolve().parent))
+_PYTHON = str(Path(threading.__file__).resolve().parent)
 _STEP_FILE = str(_PACKAGE / "stepping.py")
 _PARKED_FILE = str(_PACKAGE / "pipeline" / "bodies.py")  # threads of microbatches whose turn it is not
 _WORKER_THREAD = "microbatch"
@@ -34,9 +35,10 @@ class _LibraryFiles(dict[str, bool]):
     """Whether a file's code is the library's, torch's or Python's own machinery, and not the user's."""
 
     def __missing__(self, filename: str) -> bool:
-        is_own = filename.startswith((*_LIBRARY_DIRECTORIES, "<")) or filename.endswith("threading.py")
-        self[filename] = is_own
-        return is_own
+        is_own = filename.startswith((*_LIBRARY_DIRECTORIES, "<"))
+        is_python = filename.startswith(_PYTHON) and "site-packages" not in filename and "dist-packages" not in filename
+        self[filename] = is_own or is_python
+        return is_own or is_python
 
 
 _is_library = _LibraryFiles()
@@ -72,6 +74,16 @@ def line_of_work(main_thread: int) -> str:
         if names.get(ident) == _WORKER_THREAD and not _is_parked(frame):
             return _line_of_frame(frame)
     return _line_of_frame(frames.get(main_thread))
+
+
+def line_of_error(error: BaseException) -> str:
+    """The innermost line of the user's code that an exception came through."""
+    line, entry = "unknown line", error.__traceback__
+    while entry is not None:
+        if not _is_library[entry.tb_frame.f_code.co_filename]:
+            line = f"{Path(entry.tb_frame.f_code.co_filename).name}:{entry.tb_lineno}"
+        entry = entry.tb_next
+    return line
 
 
 def _is_parked(frame: FrameType | None) -> bool:

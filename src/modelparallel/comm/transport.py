@@ -18,14 +18,14 @@ import logging
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from enum import IntEnum
 
 import torch
 
-from modelparallel.comm.diagnosis import Situation, TellingWait, circle, divergence
+from modelparallel.comm.diagnosis import GroupCall, Situation, TellingWait, circle, divergence
 from modelparallel.comm.event_log import EventLog, line_of_work, user_code_line
 from modelparallel.errors import CommunicationError, DivergenceError, WaitTimeoutError
 
@@ -147,6 +147,8 @@ class StageTransport(ABC):
         self.num_stages = num_stages
         self.timeout_seconds = timeout_seconds
         self.logs: Sequence[EventLog] = ()
+        #: What the step waited for when it failed, and for how many seconds it had.
+        self.failed_wait: tuple[tuple[TellingWait, ...], float] | None = None
         self._step = -1
         self._is_in_step = False
         self._arrived = threading.Condition()
@@ -164,6 +166,8 @@ class StageTransport(ABC):
         self._num_sent = dict.fromkeys(self.peers(), 0)
         self._num_received = dict.fromkeys(self.peers(), 0)
         self._heard: dict[int, tuple[Situation, float]] = {}  # the last word of each peer, and when it came
+        self._group_call: tuple[int, GroupCall] | None = None  # the collective call between steps that is under way
+        self._group_calls: dict[str, int] = {}
         self._divergence: tuple[int, str] | None = None  # (step, text), once it is proved
 
     # Sending
@@ -235,7 +239,7 @@ class StageTransport(ABC):
     def begin_step(self, step: int) -> None:
         """Messages from now on belong to step call ``step``; what older ones have left in the mailbox is dropped."""
         with self._arrived:
-            self._step, self._is_in_step, self.logs = step, True, ()
+            self._step, self._is_in_step, self.logs, self.failed_wait = step, True, (), None
             self._main_thread = threading.get_ident()
             for key in [key for key in self._mailbox if key[1] < step]:
                 del self._mailbox[key]
@@ -287,6 +291,9 @@ class StageTransport(ABC):
             while not self._is_over(waiting):
                 self._tell(self.peers(), wants_answer=True)
                 waiting.note_told(time.monotonic())
+        except BaseException:
+            self.failed_wait = tuple(self._told(one) for one in waiting.awaited), time.monotonic() - now
+            raise
         finally:
             with self._arrived:
                 self._waiting = None
@@ -355,6 +362,10 @@ class StageTransport(ABC):
             + f"\n{self._history(awaited)}"
         )
 
+    def words_of_peers(self) -> dict[int, str]:
+        """What the others said last about where they stand, by stage."""
+        return {peer: self._last_words(peer) for peer in self._heard}
+
     def _last_words(self, peer: int) -> str:
         heard = self._heard.get(peer)
         if heard is None:
@@ -385,19 +396,34 @@ class StageTransport(ABC):
 
     # Telling: see the note at the top
 
+    @contextmanager
+    def in_group_call(self, what: str, group: str, stages: Sequence[int]) -> Iterator[None]:
+        """While the caller waits in a collective call outside the steps (``what``) for the other members of ``group``,
+        of which ``stages`` are stages of this pipeline.
+        """
+        with self._arrived:
+            self._num_waits += 1
+            number = self._group_calls[group] = self._group_calls.get(group, 0) + 1
+            self._group_call = self._num_waits, GroupCall(what, user_code_line(), group, number, tuple(stages))
+        try:
+            yield
+        finally:
+            self._group_call = None
+
     def situation(self, *, wants_answer: bool = False) -> Situation:
         """Where this stage stands; may be called from any thread."""
         with self._arrived:
             waiting = self._waiting
             if waiting is not None and self._is_one_here(waiting.awaited):
                 waiting = None
+            number, group_call = self._group_call or (0, None)
             logs = self.logs
             told = max(_MAX_TOLD_EVENTS // max(len(logs), 1), 64)
             return Situation(
                 stage=self.stage,
                 step=self._step,
                 is_in_step=self._is_in_step,
-                wait_number=0 if waiting is None else waiting.number,
+                wait_number=number if waiting is None else waiting.number,
                 waits=() if waiting is None else tuple(self._told(one) for one in waiting.awaited),
                 is_any_peer_enough=waiting is not None and waiting.or_leave,
                 seconds=0.0 if waiting is None else time.monotonic() - waiting.since,
@@ -405,6 +431,8 @@ class StageTransport(ABC):
                 num_sent=dict(self._num_sent),
                 num_received=dict(self._num_received),
                 heard_waits={peer: heard.wait_number for peer, (heard, _) in self._heard.items()},
+                group_call=group_call,
+                group_calls=dict(self._group_calls),
                 logs=tuple(log.report(told) for log in logs),
                 wants_answer=wants_answer,
             )
