@@ -26,6 +26,16 @@ if TYPE_CHECKING:
     from modelparallel.pipeline.program import Program
 
 
+def storage_address(tensor: torch.Tensor) -> int | None:
+    """Where the memory of ``tensor`` begins; tensors of one address share memory. None where there is none to share."""
+    if tensor.layout is not torch.strided or not tensor.numel():
+        return None
+    try:
+        return int(tensor.untyped_storage().data_ptr())
+    except (NotImplementedError, RuntimeError):  # a wrapper without memory of its own, as in torch.func.vmap
+        return None
+
+
 def contiguous_stride(shape: Sequence[int]) -> tuple[int, ...]:
     """The strides of a tensor of this shape that lies in memory row by row."""
     stride = [1] * len(shape)

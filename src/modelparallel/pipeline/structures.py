@@ -26,7 +26,7 @@ from modelparallel import trees
 from modelparallel.errors import DivergenceError, UnsupportedError
 from modelparallel.pipeline.arguments import Arguments
 from modelparallel.pipeline.functions import FunctionTraits
-from modelparallel.pipeline.stage_tensor import StageTensor, TensorSpec
+from modelparallel.pipeline.stage_tensor import StageTensor, TensorSpec, storage_address
 from modelparallel.torch_compat import autocast_state
 
 
@@ -316,17 +316,10 @@ def _describe(structure: Structure) -> str:
 
 
 def _alias(tensor: torch.Tensor, inputs: Sequence[torch.Tensor]) -> int | None:
-    if tensor.layout is not torch.strided or not tensor.numel():
+    address = storage_address(tensor)
+    if address is None:
         return None
-    address = tensor.untyped_storage().data_ptr()
-    for index, candidate in enumerate(inputs):
-        if (
-            candidate.layout is torch.strided
-            and candidate.numel()
-            and candidate.untyped_storage().data_ptr() == address
-        ):
-            return index
-    return None
+    return next((index for index, candidate in enumerate(inputs) if storage_address(candidate) == address), None)
 
 
 def is_value_shaped(traits: FunctionTraits, arguments: Arguments) -> bool:
