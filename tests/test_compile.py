@@ -81,7 +81,12 @@ NETS = {
     "tied": functools.partial(Net, tied=True),
     "checkpointed": functools.partial(Net, checkpointed=True),
 }
-BACKENDS = {"as-it-is": False, "eager": {"backend": "eager"}, "aot": {"backend": "aot_eager"}, "inductor": {"options": {"fallback_random": True}}}
+BACKENDS = {
+    "as-it-is": False,
+    "eager": {"backend": "eager"},
+    "aot": {"backend": "aot_eager"},
+    "inductor": {"options": {"fallback_random": True}},
+}
 CASES = {
     f"{net} {backend}": Case(make, make_batch, loss_of, compile=options)
     for net, make in NETS.items()
@@ -175,7 +180,7 @@ def train(net, compile, num_steps=2):
     import modelparallel as smp
     from modelparallel import runtime
 
-    runtime.current().num_steps = 0  # the random numbers depend on it
+    runtime.current().num_steps = 0  # the random numbers depend on it (and so do messages: not under a pipeline)
     model = smp.DistributedModel(net.double(), compile=compile)
     train_step = make_step()
     return model, train_step, [train_step(model, *make_batch(step)).reduce_mean().item() for step in range(num_steps)]
