@@ -125,7 +125,7 @@ class ModuleCompiler:
         if schedule == "zero_bubble" and compiled:
             logger.info(
                 "pipeline=zero_bubble cannot take the backward of compiled code apart (unless the backend leaves it to "
-                "autograd, as eager does): pipeline=interleaved does as well, with less memory"
+                "autograd, as eager does): prefer pipeline=interleaved, which holds fewer microbatches"
             )
 
 

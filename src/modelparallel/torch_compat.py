@@ -47,16 +47,22 @@ def install_call(module: nn.Module, call: Callable[..., Any]) -> Callable[..., A
 
 def has_own_compiled_call(module: nn.Module) -> bool:
     """Whether the user has compiled this module: by ``module.compile()``, or by wrapping it in ``torch.compile``."""
-    if module._compiled_call_impl is not None:
+    if _is_users_call(module._compiled_call_impl):
         return True
     return any(cls.__module__.startswith("torch._dynamo") for cls in type(module).__mro__)
 
 
 def take_off_compiled_call(module: nn.Module) -> bool:
     """Undo ``module.compile()``; whether there was something to undo."""
-    was_compiled = module._compiled_call_impl is not None
-    module._compiled_call_impl = None
+    was_compiled = _is_users_call(module._compiled_call_impl)
+    if was_compiled:
+        module._compiled_call_impl = None
     return was_compiled
+
+
+def _is_users_call(call: Any) -> bool:
+    # Not one that the library has installed, when the same module was wrapped before.
+    return call is not None and not getattr(call, "__module__", "").startswith("modelparallel.")
 
 
 def fresh_module_call(title: str) -> Callable[..., Any]:
