@@ -283,8 +283,8 @@ def use_view(run: Run, op: Op) -> Tensor:
 def into_plain(run: Run, op: Op) -> Tensor:
     first, second = run.value(op.a), run.value(op.b)
     collected = torch.zeros(2, *run.x.shape, dtype=run.x.dtype)
-    row = collected[1]
     collected[0] = first
+    row = collected[1]
     row += second * 0.5
     if op.k % 2:
         return collected.sum(0)
@@ -398,7 +398,11 @@ def noise(run: Run, op: Op) -> Tensor:
 
 def into_sum(run: Run, op: Op) -> Tensor | None:
     """Sums kept in a plain tensor on the module."""
+    import modelparallel as smp
+
     model = run.model
+    if smp.is_tracing():
+        return run.value(op.b) * 1.0  # what is no buffer would keep what the trace adds to it
     with torch.no_grad():
         if op.k % 2:
             model.plain[1].add_(run.value(op.a).detach().mean())
@@ -501,7 +505,7 @@ class Fuzzed(nn.Module):
             self.gain = nn.Parameter(torch.ones(WIDTH))
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> Any:
-        run = Run(self, [x] if y is None else [x, y], x)
+        run = Run(self, [x, call_unit(self.units[-1], x)] if y is None else [x, y], x)
         run.run(self.ops)
         return run.values[-1] if self.outer else run.values
 
@@ -583,11 +587,14 @@ def run_program(program: Program, number: int, *, is_placed: bool) -> Outcome:
         optimizer = smp.DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9))
         train = smp.step(lambda model, x: body(program, model, x, has_backward=True))
         forward = smp.step(lambda model, x: body(program, model, x, has_backward=False))
-        plans = runtime.current().engine.plans
+        engine = runtime.current().engine
+        plans = engine.plans
         plans.counts = type(plans.counts)()
         for index, step in enumerate(program.steps):
             x = batch_of(program, index)
             net.step = index
+            # Without a pipeline random operations are looked for in the first step of a kind only.
+            engine.kinds_without_random_glue.clear()
             if step.mode == "train":
                 optimizer.zero_grad()
                 outcome.results.append(readable(train(model, x)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from hypothesis import HealthCheck, Phase, given, settings
@@ -64,7 +64,7 @@ def ops(draw: Any, max_size: int = 9, *, is_compound_allowed: bool = True) -> tu
 
 STEPS = st.builds(
     Step,
-    mode=st.sampled_from(["train"] * 6 + ["forward", "eval", "no_grad", "inference"]),
+    mode=st.sampled_from(["train"] * 12 + ["forward", "eval", "no_grad", "inference"]),
     num_samples=st.sampled_from([4, 4, 4, 1, 2, 3, 5, 7]),
     length=st.sampled_from([2, 2, 2, 3]),
 )
@@ -76,7 +76,7 @@ PROGRAMS = st.builds(
     homes=st.lists(indices(3), min_size=1, max_size=6).map(tuple),
     ops=ops(),
     inner_ops=ops(4),
-    steps=st.lists(STEPS, min_size=2, max_size=6).map(tuple),
+    steps=st.lists(STEPS, min_size=4, max_size=7).map(tuple),
     frozen=st.one_of(st.just(()), st.lists(indices(4), max_size=2).map(tuple)),
     output=indices(3),
     num_losses=st.integers(1, 2),
@@ -87,9 +87,9 @@ LAYOUTS = st.builds(
     kind=st.sampled_from(["interleaved", "zero_bubble", "simple"]),
     num_microbatches=st.integers(1, 5),
     active_microbatches=st.integers(1, 5),
-    is_placed=st.sampled_from([True, True, True, False]),
+    is_placed=st.sampled_from([True, True, True, True, False]),
     push_limit_bytes=st.sampled_from([0, 64, 1 << 20]),
-)
+).map(lambda layout: layout if layout.is_placed else replace(layout, num_stages=2))
 
 
 def expected_of(layout: Layout, programs: Sequence[Program]) -> dict[int, Outcome]:

@@ -183,7 +183,15 @@ class StepFunction:
 
     def _trace(self, runtime: Runtime, arguments: Mapping[str, Any], config: Config) -> list[DistributedModel]:
         """Run the body once on the first microbatch, for real, on the unsplit models; returns those that it calls."""
-        first = self._split(arguments, config).arguments[0]
+        copies: dict[int, torch.Tensor] = {}  # by id: the same tensor twice stays one
+
+        def copied(leaf: Any) -> Any:
+            if not isinstance(leaf, torch.Tensor):
+                return leaf
+            return copies.setdefault(id(leaf), leaf.detach().clone().requires_grad_(leaf.requires_grad))
+
+        # Of copies, since the body may write to its inputs and the step itself is yet to come.
+        first = trees.map_leaves(copied, self._split(arguments, config).arguments[0])
         running = runtime.step = RunningStep(is_tracing=True)
         try:
             self._call(first)
