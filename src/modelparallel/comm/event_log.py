@@ -77,8 +77,8 @@ def line_of_work(main_thread: int) -> str:
 
 
 def line_of_error(error: BaseException) -> str:
-    """The innermost line of the user's code that an exception came through."""
-    line, entry = "unknown line", error.__traceback__
+    """The innermost line of the user's code that an exception came through so far; empty if there is none."""
+    line, entry = "", error.__traceback__
     while entry is not None:
         if not _is_library[entry.tb_frame.f_code.co_filename]:
             line = f"{Path(entry.tb_frame.f_code.co_filename).name}:{entry.tb_lineno}"
