@@ -1,4 +1,4 @@
-"""The rules of a schedule once more, written as plainly as possible, to hold the library's checker and simulation to."""
+"""The rules of a schedule once more, as plain as can be: what the library's checker and simulation are held to."""
 
 from modelparallel.plan.schedule import Action, ActionKind
 

@@ -10,7 +10,7 @@ import torch
 
 import modelparallel as smp
 from bench.cases.case import Case
-from bench.cases.pipeline import BALANCED, BATCH, NUM_STAGES, SAME_SPLIT, PeerPipeline, our_model, train_step
+from bench.pipelines import BATCH, NUM_STAGES, SIZE, PeerPipeline, Setting, our_model, train_step
 from bench.harness import Result, plain_result
 from bench.models import token_batch
 from bench.ranks import run_on_ranks
@@ -53,9 +53,9 @@ def reset_peak() -> None:
 
 def peer_on_rank() -> dict[str, int]:
     """torch's pipeline: peak resident memory above what the process had before the model."""
-    ids, targets = token_batch(BALANCED, BATCH)
+    ids, targets = token_batch(SIZE, BATCH)
     base = status_bytes("VmRSS")
-    peer = PeerPipeline(BALANCED)
+    peer = PeerPipeline(SIZE)
     gc.collect()
     optimizer = torch.optim.Adam(peer.module.parameters())
     peer.step(ids, targets)
@@ -71,10 +71,10 @@ def peer_on_rank() -> dict[str, int]:
 
 def ours_on_rank() -> dict[str, int]:
     """The same with our engine; also the bytes of all tensors alive between steps."""
-    ids, targets = token_batch(BALANCED, BATCH)
+    ids, targets = token_batch(SIZE, BATCH)
     base = status_bytes("VmRSS")
     base_held = held_bytes()
-    model: Any = our_model(BALANCED, True)
+    model: Any = our_model(SIZE, True)
     optimizer = smp.DistributedOptimizer(torch.optim.Adam(model.parameters()))
     train_step(model, ids, targets)
     optimizer.step()
@@ -89,7 +89,7 @@ def ours_on_rank() -> dict[str, int]:
 
 def measure_memory(num_pairs: int) -> list[Result]:
     """MiB of the process that holds or needs most, relative to what its stage must hold."""
-    ours = run_on_ranks(ours_on_rank, NUM_STAGES, parameters=SAME_SPLIT)
+    ours = run_on_ranks(ours_on_rank, NUM_STAGES, parameters=Setting('interleaved','Schedule1F1B').parameters())
     peers = run_on_ranks(peer_on_rank, NUM_STAGES)
     for mine, other in zip(ours, peers, strict=True):
         if mine["parameters"] != other["parameters"]:

@@ -48,8 +48,6 @@ NOT_BUILT: dict[str, str] = {
     "delayed_parameter_initialization": "delayed parameter initialization",
     "checkpoint_attentions": "checkpointing inside the distributed attention",
     "_fp32_grad_accumulation": "accumulating gradients in fp32",
-    "tied_weights=replicate": "a copy of a shared parameter on every stage that uses it",
-    "tied_weights=auto": "a copy of a shared parameter on every stage that uses it",
 }
 
 #: Keys of other frameworks, or of other calls, that jobs carry along.

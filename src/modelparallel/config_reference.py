@@ -21,8 +21,8 @@ first call is ignored with a warning.
 
 Whole numbers must not be bools; 0 and 1 serve as bools; `"4"` and `"True"` are read as the values they spell; numbers
 of elements and bytes may be written as 5e8. An unknown key is an error that names the nearest one; an unknown key that
-starts with `_` only warns. Every error is raised before any process is started, or by `smp.init`; it is a `SMPConfigError` (a
-`ValueError`) that names key, value and remedy.
+starts with `_` only warns. Every error is raised before any process is started, or by `smp.init`; it is a
+`SMPConfigError` (a `ValueError`) that names key, value and remedy.
 
 ## Parameters
 

@@ -74,6 +74,11 @@ class StepFunction:
                 f"{self._name} is decorated with @smp.step and was called inside another step function: call it from "
                 "outside, or call the undecorated function"
             )
+        if runtime.is_pipelined and torch.is_inference_mode_enabled():
+            # Inference tensors do not say when they are written to, which the stages must know.
+            args, kwargs = trees.map_leaves(_normal, (args, kwargs))
+            with torch.inference_mode(False), torch.no_grad():
+                return self(*args, **kwargs)
         config = runtime.session.config
         arguments = self._named_arguments(args, kwargs)
         if not runtime.is_pipelined or runtime.engine.stage == 0:
@@ -104,8 +109,13 @@ class StepFunction:
             raise
         finally:
             runtime.step = None
-        for model in running.models:
-            model.finish_step(running.has_backward)
+        try:
+            for model in running.models:
+                model.finish_step(running.has_backward)
+        except BaseException as error:
+            if runtime.is_pipelined:
+                runtime.engine.transport.abandon(error)
+            raise
         return merge_outputs(outputs, microbatches.weights)
 
     def _shared(
@@ -217,6 +227,13 @@ class StepFunction:
             )
         finally:
             saved.restore()
+
+
+def _normal(leaf: Any) -> Any:
+    if not isinstance(leaf, torch.Tensor) or not leaf.is_inference():
+        return leaf
+    with torch.inference_mode(False):
+        return leaf.clone()
 
 
 def _detached(leaf: Any) -> Any:

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -65,7 +66,7 @@ class GlooTransport(StageTransport):
     def _listen(self, peer: int) -> None:
         global_rank = self._global_ranks[peer]
         frame = torch.empty(_FRAME_BYTES, dtype=torch.uint8)
-        header = memoryview(frame.numpy())
+        header: Any = frame.numpy()
         try:
             while True:
                 self._process_group.recv([frame], global_rank, _TAG).wait(_FOREVER)

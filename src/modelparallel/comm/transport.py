@@ -157,7 +157,9 @@ class StageTransport(ABC):
         self._failures: dict[tuple[int, int], str] = {}  # (peer, step) -> text
         self._gone: dict[int, str] = {}  # peers that have ended or cannot be reached
         self._has_seen_failure = False
-        self._last_left = -1  # the last step whose plan some stage has left
+        #: How long this stage has waited for messages, all in all.
+        self.seconds_waited = 0.0
+        self._last_left = -2  # none; the last step whose plan some stage has left
         self._main_thread = threading.get_ident()
         self._waiting: _Waiting | None = None
         self._num_waits = 0
@@ -295,6 +297,7 @@ class StageTransport(ABC):
         finally:
             with self._arrived:
                 self._waiting = None
+            self.seconds_waited += time.monotonic() - now
 
     def _is_one_here(self, awaited: Sequence[Awaited]) -> bool:
         return any((one.source, self._step, one.name) in self._mailbox for one in awaited)

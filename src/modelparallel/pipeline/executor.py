@@ -7,6 +7,7 @@ message waited for. That is right for every deterministic program; planned sched
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,7 @@ from modelparallel.pipeline.engine import PipelineEngine
 from modelparallel.pipeline.interpreter import Interpreter, discovery_actions
 from modelparallel.pipeline.program import Program
 from modelparallel.pipeline.randomness import RandomFrames
+from modelparallel.pipeline.sightings import Sightings
 from modelparallel.pipeline.stage_tensor import StageTensor
 from modelparallel.pipeline.wire import TENSORS_PER_MESSAGE, pack, receive_tensors
 from modelparallel.torch_compat import ThreadState
@@ -28,7 +30,7 @@ from modelparallel.torch_compat import ThreadState
 
 @dataclass(frozen=True)
 class MicrobatchRun:
-    """What one microbatch needs: the user's function with its arguments, its random frames, its share of the samples."""
+    """What one microbatch needs: the user's function with its arguments, its random frames, its share of the batch."""
 
     call: Callable[[], Any]
     frames: RandomFrames
@@ -66,18 +68,14 @@ def run_step(
     ``kind`` says what is run (which function, in which mode, how many microbatches): the first step of a kind runs in
     discovery order, the next ones by the plan that was made of it.
     """
-    if torch.is_inference_mode_enabled():
-        # Inference tensors do not say when they are written to, which the stages must know.
-        with torch.inference_mode(False), torch.no_grad():
-            return run_step(
-                engine, runs, kind, before_last_backward=before_last_backward, detach_outputs=detach_outputs
-            )
-    plan = engine.plans.get(kind)
+    plan, is_first = engine.plans.get(kind), engine.plans.is_open(kind)
     step = _StepRun(engine, runs, plan)
     try:
         outputs = step.run(before_last_backward)
-        if engine.plans.is_open(kind):
+        if is_first:
             engine.plans.note_discovery(kind, step.programs, engine.costs, engine.transport)
+        else:
+            engine.plans.compare(kind, step.programs, step.waiting_share, engine.transport)
         results = _share_outputs(engine, outputs, step.programs[0], detach_outputs=detach_outputs)
         engine.transport.drain()
         engine.transport.end_step()
@@ -87,7 +85,7 @@ def run_step(
         raise
     finally:
         step.close()
-    if plan is not None:
+    if not is_first:
         engine.plans.note_run(kind, has_left=any(program.tracker.has_left for program in step.programs))
     return results
 
@@ -99,7 +97,11 @@ class _StepRun:
         self._engine = engine
         self._plan = plan
         self._is_sequential = plan is None or plan.is_sequential
+        #: The part of its time in which this stage waited for others.
+        self.waiting_share = 0.0
         self._modes = {} if plan is not None else engine.training_modes()
+        self._sightings = None if self._is_sequential else Sightings()
+        self._simple_state: list[Hashable] = []  # before the microbatch of the discovery step
         self.programs = [self._make_program(index, run) for index, run in enumerate(runs)]
         engine.transport.logs = [program.log for program in self.programs]
         self._state = ThreadState()
@@ -118,7 +120,7 @@ class _StepRun:
         # after another know what the earlier ones have heard. Of bodies that take turns nobody can say on all stages
         # alike which was first, so each hears for itself, and they put together what they know when the step is over.
         structures = engine.structures if self._is_sequential else {}
-        return Program(engine, index, run.frames, tracker, structures, run.weight)
+        return Program(engine, index, run.frames, tracker, structures, run.weight, self._sightings)
 
     def _execute(self, program: Program, run: MicrobatchRun) -> Any:
         """The whole forward of one microbatch."""
@@ -131,10 +133,23 @@ class _StepRun:
         del output  # a tensor that only it refers to does not outlive the microbatch
         engine.settle_buffers(program)
         program.written.settle(program)
-        if self._plan is None and engine.holds_values():
-            program.carries_state = True
+        if self._plan is None:
+            self._look_for_state(program)
+        if self._sightings is not None:
+            self._sightings.done(program.microbatch)
         program.end_forward(has_backward=engine.plans.has_backward)
         return returned
+
+    def _look_for_state(self, program: Program) -> None:
+        """In the discovery step: whether the microbatch has left something behind that the next one may find."""
+        program.note_plain_writes_that_live()
+        if self._engine.holds_values():
+            program.carries_state = True
+        state = self._engine.simple_state()
+        # What the first one changes may be set once and for all.
+        if program.microbatch and state != self._simple_state:
+            program.carries_state = True
+        self._simple_state = state
 
     def run(self, before_last_backward: Callable[[], None]) -> list[Any]:
         """All forwards and backwards; the outputs of the microbatches."""
@@ -151,8 +166,11 @@ class _StepRun:
             outside=engine.outside,
             before_last_backward=before_last_backward,
         )
+        start, waited = time.perf_counter(), engine.transport.seconds_waited
         with engine.intercepting():
             interpreter.run()
+        spent = time.perf_counter() - start
+        self.waiting_share = (engine.transport.seconds_waited - waited) / spent if spent else 0.0
         engine.last_peak_active = interpreter.peak_active
         if not self._is_sequential:
             for program in self.programs:

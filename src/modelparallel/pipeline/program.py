@@ -26,8 +26,8 @@ import torch
 from modelparallel.comm.event_log import EventLog, check_of, user_code_line
 from modelparallel.comm.transport import Awaited, MessageKind, MessageName
 from modelparallel.errors import DivergenceError, StepUsageError
-from modelparallel.pipeline.stage_tensor import AliasGroup, StageTensor, TensorSpec
 from modelparallel.pipeline.splitting import SplitBackward
+from modelparallel.pipeline.stage_tensor import AliasGroup, StageTensor, TensorSpec
 from modelparallel.pipeline.wire import TENSORS_PER_MESSAGE, receive_tensors, send_tensors
 from modelparallel.pipeline.written import WrittenTensors
 
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from modelparallel.pipeline.chains import ChainTracker
     from modelparallel.pipeline.engine import PipelineEngine
     from modelparallel.pipeline.randomness import RandomFrames
+    from modelparallel.pipeline.sightings import Sightings
     from modelparallel.pipeline.structures import Structure
 
 
@@ -78,6 +79,7 @@ class Program:
         tracker: ChainTracker,
         structures: dict[Hashable, Structure],
         weight: float = 1.0,
+        sightings: Sightings | None = None,
     ) -> None:
         self.engine = engine
         self.microbatch = microbatch
@@ -96,7 +98,12 @@ class Program:
         self.carries_state = False
         #: Whether something in it must not be run through twice (hooks, recomputation).
         self.is_whole_backward = False
+        #: While pushed values are read to find out the structure of a result, as only the first time needs.
+        self.is_finding_out = False
         self.written = WrittenTensors()
+        #: Of ordinary tensors, where the microbatches take turns.
+        self.sightings = sightings
+        self._plain_writes: list[weakref.ref[torch.Tensor]] = []
         #: Called before a message is taken; the interpreter sets it.
         self.on_wait: Callable[[Wait], None] = _go_on
         #: What happened so far, for the diagnosis of failures.
@@ -168,6 +175,20 @@ class Program:
             return written
         return leaf
 
+    def note_plain_write(self, tensor: Any) -> None:
+        """Glue has written to an ordinary tensor without values of the pipeline, so on every stage alike."""
+        if not isinstance(tensor, torch.Tensor):
+            return
+        if self.sightings is not None:
+            self.sightings.wrote(self.microbatch, tensor)
+        elif len(self._plain_writes) < 1000:
+            self._plain_writes.append(weakref.ref(tensor if tensor._base is None else tensor._base))
+
+    def note_plain_writes_that_live(self) -> None:
+        """At the end of the body: what outlives it may be read by another microbatch."""
+        self.carries_state |= any(reference() is not None for reference in self._plain_writes)
+        self._plain_writes.clear()
+
     def local(self, tensor: StageTensor) -> torch.Tensor:
         """The tensor itself; only where it is."""
         if tensor.stale_reason is not None:
@@ -238,7 +259,8 @@ class Program:
 
     def wait_alone_for(self, source: int, name: MessageName, description: str) -> None:
         """Before a message is taken that only this stage asks for: a pushed value that it reads."""
-        self._wait(Awaited(source, name, description), is_planned=self.tracker.note_local_wait(self.stage, source))
+        is_planned = not self.is_finding_out and self.tracker.note_local_wait(self.stage, source)
+        self._wait(Awaited(source, name, description), is_planned=is_planned)
 
     def _wait(self, awaited: Awaited, *, is_planned: bool) -> None:
         if self.engine.transport.has(awaited.source, awaited.name) and not self.tracker.begins_visit:

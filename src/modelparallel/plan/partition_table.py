@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 def table(plan: PartitionPlan) -> str:
     """Per stage its parameters, bytes, shares of memory and compute, and its modules."""
-    rows = [("stage", "parameters", "bytes", "memory", "compute", "modules")]
+    rows: list[Sequence[str]] = [("stage", "parameters", "bytes", "memory", "compute", "modules")]
     for stage in range(plan.num_stages):
         cells = ["-"] * 4
         if plan.figures:
@@ -30,7 +30,9 @@ def report(plan: PartitionPlan, predicted_bubble: float | None = None) -> str:
     """The table with FLOPs, activations and memory, then lines about balance, traffic and waiting."""
     if not plan.figures or not plan.figures[0].in_flight:
         return "\n".join([table(plan), *_remarks(plan, predicted_bubble)])
-    rows = [("stage", "parameters", "bytes", "FLOPs", "compute", "activations", "memory", "modules")]
+    rows: list[Sequence[str]] = [
+        ("stage", "parameters", "bytes", "FLOPs", "compute", "activations", "memory", "modules")
+    ]
     for stage, figures in enumerate(plan.figures):
         rows.append(
             (
