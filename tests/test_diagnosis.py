@@ -310,6 +310,39 @@ def test_no_false_alarm_when_stages_tell_all_the_time(num_stages: int, layout: s
     assert run_ranks(talk_all_the_time, num_stages, layout, 25, parameters=parameters) == [""] * num_stages
 
 
+def slow_around_the_step(num_steps: int) -> list[float]:
+    """pp_rank 1 is late where the copies of a shared weight are made equal, and where their gradients are added."""
+    import modelparallel as smp
+    from test_tied_weights import batches, loss_of, make_tied
+
+    model = smp.DistributedModel(make_tied())
+    place, finish_step = model.place, model.finish_step
+
+    def late(inner: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            if smp.pp_rank() == 1:
+                time.sleep(2.5)
+            return inner(*args)
+
+        return call
+
+    model.place, model.finish_step = late(place), late(finish_step)
+
+    @smp.step
+    def train(model: Any, *batch: Any) -> Tensor:
+        loss = loss_of(model, *batch)
+        model.backward(loss)
+        return loss
+
+    return [float(train(model, *batches(1)[0]).reduce_mean()) for _ in range(num_steps)]
+
+
+def test_stage_that_is_slow_around_the_step_is_not_reported() -> None:
+    parameters = {"pipeline_parallel_degree": 2, "microbatches": 2, "tied_weights": "replicate", "timeout_seconds": 30}
+    first, second = run_ranks(slow_around_the_step, 2, 1, parameters=parameters)
+    assert first == second
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["straight", "turns"])
 def test_stage_that_is_very_slow_is_not_reported(layout: str) -> None:

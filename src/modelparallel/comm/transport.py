@@ -25,7 +25,7 @@ from enum import IntEnum
 
 import torch
 
-from modelparallel.comm.diagnosis import GroupCall, Situation, TellingWait, circle, divergence
+from modelparallel.comm.diagnosis import GroupCall, Situation, TellingWait, circle, divergence, place_of
 from modelparallel.comm.event_log import EventLog, line_of_work, user_code_line
 from modelparallel.errors import CommunicationError, DivergenceError, WaitTimeoutError
 
@@ -247,7 +247,7 @@ class StageTransport(ABC):
                 del self._failures[failed]
 
     def end_step(self) -> None:
-        """Everything of the step has been sent and received."""
+        """The call of the step function is over: nothing of it will be sent any more."""
         self._is_in_step = False
 
     def take_failure_seen(self) -> bool:
@@ -378,21 +378,25 @@ class StageTransport(ABC):
 
     def _situation(self, awaited: Awaited) -> str:
         return (
-            f"pp_rank {self.stage}, microbatch {awaited.name.microbatch}: waiting to receive "
+            f"pp_rank {self.stage}, {place_of(awaited.name.microbatch)}: waiting to receive "
             f"{awaited.description or awaited.name} from pp_rank {awaited.source} ({self._line(awaited)})"
         )
 
     def _line(self, awaited: Awaited) -> str:
-        line = awaited.line or user_code_line()
-        if awaited.name.kind is MessageKind.GRADIENTS and awaited.name.microbatch < len(self.logs):
-            event = self.logs[awaited.name.microbatch].report().event(awaited.name.event)
+        log = self._log_of(awaited)
+        if awaited.name.kind is MessageKind.GRADIENTS and log is not None:
+            event = log.report().event(awaited.name.event)
             if event is not None:
                 return f"in the backward of {event.line}"
-        return line
+        return awaited.line or user_code_line()
+
+    def _log_of(self, awaited: Awaited) -> EventLog | None:
+        index = awaited.name.microbatch
+        return self.logs[index] if 0 <= index < len(self.logs) else None
 
     def _history(self, awaited: Awaited) -> str:
-        microbatch = awaited.name.microbatch
-        return self.logs[microbatch].last(self.stage) if microbatch < len(self.logs) else "no events yet in this step"
+        log = self._log_of(awaited)
+        return "no events yet in this step" if log is None else log.last(self.stage)
 
     # Telling: see the note at the top
 
