@@ -80,6 +80,7 @@ class Situation:
         group_calls: how many of these calls it has begun so far, by group.
         logs: the events of its microbatches.
         wants_answer: whether it asks for the receiver's situation.
+        is_answer: whether it was asked.
     """
 
     stage: int
@@ -97,6 +98,7 @@ class Situation:
     group_calls: Mapping[str, int] = field(default_factory=dict)
     logs: tuple[LogReport, ...] = ()
     wants_answer: bool = False
+    is_answer: bool = False
 
     def to_bytes(self) -> bytes:
         """For a message."""

@@ -7,6 +7,7 @@ when somebody asks.
 
 from __future__ import annotations
 
+import functools
 import sys
 import threading
 import time
@@ -100,6 +101,7 @@ def _line_of_frame(frame: FrameType | None) -> str:
     return "unknown line"
 
 
+@functools.lru_cache(maxsize=4096)
 def _line_at(code: CodeType, offset: int) -> str:
     number = next((line for start, end, line in code.co_lines() if start <= offset < end and line), "?")
     return f"{Path(code.co_filename).name}:{number}"
