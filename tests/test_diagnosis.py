@@ -263,6 +263,86 @@ def test_slow_stage_is_not_reported() -> None:
     assert [error for [(error, _)] in ranks] == ["no error"] * 2
 
 
+def talks(model: Any, x: Tensor) -> Tensor:
+    """A step with waits of random length on every stage, and values that are read."""
+    import modelparallel as smp
+
+    y = model(x)
+    for _ in range(3):
+        if torch.rand(()) < 0.5:
+            time.sleep(0.004 * (smp.pp_rank() + 1))
+        y = model.module.b(y * y.mean().item())
+        y = model.module.d(y)
+    return finish(model, y)
+
+
+def talk_all_the_time(layout: str, num_steps: int) -> str:
+    import modelparallel as smp
+    from modelparallel.comm import transport
+
+    transport._FIRST_PAUSE, transport._LONGEST_PAUSE = 0.0003, 0.001
+    told = 0
+    tell = transport.StageTransport._tell_of
+
+    def counted(self: Any, waiting: Any) -> None:
+        nonlocal told
+        told += 1
+        tell(self, waiting)
+
+    transport.StageTransport._tell_of = counted  # type: ignore[method-assign]
+    model = wrapped(layout)
+    train = smp.step(talks)
+    try:
+        for number in range(num_steps):
+            torch.manual_seed(1000 * number + smp.pp_rank())
+            train(model, batch())
+            if number % 3 == smp.pp_rank():
+                time.sleep(0.005)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "" if told > num_steps else f"told only {told} times"
+
+
+@pytest.mark.parametrize(("num_stages", "layout"), [(2, "straight"), (2, "turns"), (3, "turns")])
+def test_no_false_alarm_when_stages_tell_all_the_time(num_stages: int, layout: str) -> None:
+    """Every wait of a millisecond is told to all: whatever is concluded then must be true at any moment of a step."""
+    parameters = PATIENT | {"pipeline_parallel_degree": num_stages, "timeout_seconds": 20, "seed": 1}
+    assert run_ranks(talk_all_the_time, num_stages, layout, 25, parameters=parameters) == [""] * num_stages
+
+
+def slow_around_the_step(num_steps: int) -> list[float]:
+    """pp_rank 1 is late where the copies of a shared weight are made equal, and where their gradients are added."""
+    import modelparallel as smp
+    from test_tied_weights import batches, loss_of, make_tied
+
+    model = smp.DistributedModel(make_tied())
+    place, finish_step = model.place, model.finish_step
+
+    def late(inner: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            if smp.pp_rank() == 1:
+                time.sleep(2.5)
+            return inner(*args)
+
+        return call
+
+    model.place, model.finish_step = late(place), late(finish_step)
+
+    @smp.step
+    def train(model: Any, *batch: Any) -> Tensor:
+        loss = loss_of(model, *batch)
+        model.backward(loss)
+        return loss
+
+    return [float(train(model, *batches(1)[0]).reduce_mean()) for _ in range(num_steps)]
+
+
+def test_stage_that_is_slow_around_the_step_is_not_reported() -> None:
+    parameters = {"pipeline_parallel_degree": 2, "microbatches": 2, "tied_weights": "replicate", "timeout_seconds": 30}
+    first, second = run_ranks(slow_around_the_step, 2, 1, parameters=parameters)
+    assert first == second
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["straight", "turns"])
 def test_stage_that_is_very_slow_is_not_reported(layout: str) -> None:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from modelparallel.comm.event_log import as_records, line_of_error
+from modelparallel.comm.event_log import as_records, line_of_error, user_code_line
 from modelparallel.comm.transport import StageTransport
 from modelparallel.errors import SMPConfigError
 
@@ -80,8 +80,8 @@ class EventFile:
         if error is not None:
             records.append(
                 {
-                    "kind": "error", "type": type(error).__name__, "text": str(error), "line": line_of_error(error),
-                    "time": time.time(),
+                    "kind": "error", "type": type(error).__name__, "text": str(error),
+                    "line": line_of_error(error) or user_code_line(), "time": time.time(),
                 }
             )  # fmt: skip
         try:

@@ -116,6 +116,8 @@ class StepFunction:
             if runtime.is_pipelined:
                 runtime.engine.transport.abandon(error)
             raise
+        if runtime.is_pipelined:
+            runtime.engine.transport.end_step()
         return merge_outputs(outputs, microbatches.weights)
 
     def _shared(

@@ -26,6 +26,11 @@ _ADVICE = (
 )
 
 
+def place_of(microbatch: int) -> str:
+    """In words, what a message belongs to; negative numbers stand for no microbatch."""
+    return f"microbatch {microbatch}" if microbatch >= 0 else "outside the microbatches"
+
+
 @dataclass(frozen=True)
 class TellingWait:
     """One of the messages that a stage waits for: from whom, what in words, at which line of the user's code."""
@@ -36,7 +41,8 @@ class TellingWait:
     line: str
 
     def __str__(self) -> str:
-        return f"microbatch {self.microbatch}: waiting to receive {self.what} from pp_rank {self.source} ({self.line})"
+        where = place_of(self.microbatch)
+        return f"{where}: waiting to receive {self.what} from pp_rank {self.source} ({self.line})"
 
 
 @dataclass(frozen=True)
@@ -74,6 +80,7 @@ class Situation:
         group_calls: how many of these calls it has begun so far, by group.
         logs: the events of its microbatches.
         wants_answer: whether it asks for the receiver's situation.
+        is_answer: whether it was asked.
     """
 
     stage: int
@@ -91,6 +98,7 @@ class Situation:
     group_calls: Mapping[str, int] = field(default_factory=dict)
     logs: tuple[LogReport, ...] = ()
     wants_answer: bool = False
+    is_answer: bool = False
 
     def to_bytes(self) -> bytes:
         """For a message."""
@@ -140,7 +148,7 @@ def divergence(own: Situation, other: Situation) -> str | None:
                 f"microbatch {mine.microbatch}: pp_rank {own.stage} took {_taken(own, mine, number)}, pp_rank "
                 f"{other.stage} took {_taken(other, log, number)}: {_ADVICE}"
             )
-    if waits_for_other and not other.is_in_step:
+    if own.is_in_step and waits_for_other and not other.is_in_step:
         return _left_behind(own, other, f"has finished that call ({_place(other)})")
     return None
 

@@ -7,6 +7,7 @@ when somebody asks.
 
 from __future__ import annotations
 
+import functools
 import sys
 import threading
 import time
@@ -77,8 +78,8 @@ def line_of_work(main_thread: int) -> str:
 
 
 def line_of_error(error: BaseException) -> str:
-    """The innermost line of the user's code that an exception came through."""
-    line, entry = "unknown line", error.__traceback__
+    """The innermost line of the user's code that an exception came through so far; empty if there is none."""
+    line, entry = "", error.__traceback__
     while entry is not None:
         if not _is_library[entry.tb_frame.f_code.co_filename]:
             line = f"{Path(entry.tb_frame.f_code.co_filename).name}:{entry.tb_lineno}"
@@ -100,6 +101,7 @@ def _line_of_frame(frame: FrameType | None) -> str:
     return "unknown line"
 
 
+@functools.lru_cache(maxsize=4096)
 def _line_at(code: CodeType, offset: int) -> str:
     number = next((line for start, end, line in code.co_lines() if start <= offset < end and line), "?")
     return f"{Path(code.co_filename).name}:{number}"

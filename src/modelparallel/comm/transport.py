@@ -6,10 +6,10 @@ sender's compute (gloo matches a send only when the receive is posted), the orde
 need not be the order in which they were sent, and a wait can end by a timeout without harm (a gloo receive that is
 given up breaks the connection). A thread that listens also learns of a peer's end at once, whoever is waited for.
 
-[Note: telling] A stage that has waited for a second tells the others what it waits for and what its programs have done,
-and they answer, each by its listening thread, whatever its main thread is busy with. So stages that will never meet are
-found out within seconds (diagnosis.py says how), and the report of a timeout says where the peers stand. Nothing of
-this happens in a step that goes on.
+[Note: telling] A stage that has waited for a second tells those that it waits for what its programs have done, and they
+answer, each by its listening thread, whatever its main thread is busy with; the others learn that it waits. So stages
+that will never meet are found out within seconds (diagnosis.py says how), and the report of a timeout says where the
+peers stand. Nothing of this happens in a step that goes on.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ import logging
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from enum import IntEnum
 
 import torch
 
-from modelparallel.comm.diagnosis import GroupCall, Situation, TellingWait, circle, divergence
+from modelparallel.comm.diagnosis import GroupCall, Situation, TellingWait, circle, divergence, place_of
 from modelparallel.comm.event_log import EventLog, line_of_work, user_code_line
 from modelparallel.errors import CommunicationError, DivergenceError, WaitTimeoutError
 
@@ -38,7 +38,7 @@ _LONGEST_PAUSE = 10.0
 _LAST_WORDS = 0.3  # before the time is up, the peers are asked once more
 #: How long a stage that knows that something is wrong waits for an answer that says what.
 _ANSWER_SECONDS = 2.0
-_MAX_TOLD_EVENTS = 1024
+_MAX_TOLD_EVENTS = 512
 
 
 class MessageKind(IntEnum):
@@ -165,6 +165,7 @@ class StageTransport(ABC):
         self._num_waits = 0
         self._num_sent = dict.fromkeys(self.peers(), 0)
         self._num_received = dict.fromkeys(self.peers(), 0)
+        self._asked: set[int] = set()  # who has not answered yet
         self._heard: dict[int, tuple[Situation, float]] = {}  # the last word of each peer, and when it came
         self._group_call: tuple[int, GroupCall] | None = None  # the collective call between steps that is under way
         self._group_calls: dict[str, int] = {}
@@ -247,7 +248,7 @@ class StageTransport(ABC):
                 del self._failures[failed]
 
     def end_step(self) -> None:
-        """Everything of the step has been sent and received."""
+        """The call of the step function is over: nothing of it will be sent any more."""
         self._is_in_step = False
 
     def take_failure_seen(self) -> bool:
@@ -289,7 +290,7 @@ class StageTransport(ABC):
             self._waiting = waiting
         try:
             while not self._is_over(waiting):
-                self._tell(self.peers(), wants_answer=True)
+                self._tell_of(waiting)
                 waiting.note_told(time.monotonic())
         except BaseException:
             self.failed_wait = tuple(self._told(one) for one in waiting.awaited), time.monotonic() - now
@@ -378,21 +379,25 @@ class StageTransport(ABC):
 
     def _situation(self, awaited: Awaited) -> str:
         return (
-            f"pp_rank {self.stage}, microbatch {awaited.name.microbatch}: waiting to receive "
+            f"pp_rank {self.stage}, {place_of(awaited.name.microbatch)}: waiting to receive "
             f"{awaited.description or awaited.name} from pp_rank {awaited.source} ({self._line(awaited)})"
         )
 
     def _line(self, awaited: Awaited) -> str:
-        line = awaited.line or user_code_line()
-        if awaited.name.kind is MessageKind.GRADIENTS and awaited.name.microbatch < len(self.logs):
-            event = self.logs[awaited.name.microbatch].report().event(awaited.name.event)
+        log = self._log_of(awaited)
+        if awaited.name.kind is MessageKind.GRADIENTS and log is not None:
+            event = log.report().event(awaited.name.event)
             if event is not None:
                 return f"in the backward of {event.line}"
-        return line
+        return awaited.line or user_code_line()
+
+    def _log_of(self, awaited: Awaited) -> EventLog | None:
+        index = awaited.name.microbatch
+        return self.logs[index] if 0 <= index < len(self.logs) else None
 
     def _history(self, awaited: Awaited) -> str:
-        microbatch = awaited.name.microbatch
-        return self.logs[microbatch].last(self.stage) if microbatch < len(self.logs) else "no events yet in this step"
+        log = self._log_of(awaited)
+        return "no events yet in this step" if log is None else log.last(self.stage)
 
     # Telling: see the note at the top
 
@@ -410,7 +415,7 @@ class StageTransport(ABC):
         finally:
             self._group_call = None
 
-    def situation(self, *, wants_answer: bool = False) -> Situation:
+    def situation(self) -> Situation:
         """Where this stage stands; may be called from any thread."""
         with self._arrived:
             waiting = self._waiting
@@ -418,7 +423,7 @@ class StageTransport(ABC):
                 waiting = None
             number, group_call = self._group_call or (0, None)
             logs = self.logs
-            told = max(_MAX_TOLD_EVENTS // max(len(logs), 1), 64)
+            told = max(_MAX_TOLD_EVENTS // max(len(logs), 1), 32)
             return Situation(
                 stage=self.stage,
                 step=self._step,
@@ -434,16 +439,24 @@ class StageTransport(ABC):
                 group_call=group_call,
                 group_calls=dict(self._group_calls),
                 logs=tuple(log.report(told) for log in logs),
-                wants_answer=wants_answer,
             )
 
     def _told(self, awaited: Awaited) -> TellingWait:
         what = awaited.description or str(awaited.name)
         return TellingWait(awaited.source, awaited.name.microbatch, what, self._line(awaited))
 
-    def _tell(self, peers: Sequence[int], *, wants_answer: bool) -> None:
-        told = bytearray(self.situation(wants_answer=wants_answer).to_bytes())
-        payload = torch.frombuffer(told, dtype=torch.uint8)
+    def _tell_of(self, waiting: _Waiting) -> None:
+        """Ask those that the messages are to come from, and let the others know that this stage waits."""
+        situation = self.situation()
+        sources = {one.source for one in waiting.awaited}
+        # One question at a time: a peer that has not answered yet has enough to do.
+        asked = sources - self._asked
+        self._asked |= asked
+        self._tell(asked, replace(situation, wants_answer=True))
+        self._tell(set(self.peers()) - sources, replace(situation, logs=()))
+
+    def _tell(self, peers: Iterable[int], situation: Situation) -> None:
+        payload = torch.frombuffer(bytearray(situation.to_bytes()), dtype=torch.uint8)
         name = MessageName(MessageKind.STATUS, 0, 0)
         for peer in peers:
             if peer not in self._gone:
@@ -457,6 +470,8 @@ class StageTransport(ABC):
             with self._arrived:
                 self._heard[peer] = (heard, time.monotonic())
                 known = {stage: told for stage, (told, _) in self._heard.items()}
+                if heard.is_answer:
+                    self._asked.discard(peer)
             own = self.situation()
             found = divergence(own, heard)
             if found is None and own.wait_number:
@@ -466,7 +481,7 @@ class StageTransport(ABC):
                     self._divergence = (own.step, found)
                     self._arrived.notify_all()
             if heard.wants_answer:
-                self._tell([peer], wants_answer=False)
+                self._tell([peer], replace(own, is_answer=True))
         except Exception:  # what is only there to explain failures must not be one
             logger.warning("pp_rank %d could not tell what pp_rank %d waits for", self.stage, peer, exc_info=True)
 

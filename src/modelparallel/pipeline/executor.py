@@ -78,7 +78,6 @@ def run_step(
             engine.plans.compare(kind, step.programs, step.waiting_share, engine.transport)
         results = _share_outputs(engine, outputs, step.programs[0], detach_outputs=detach_outputs)
         engine.transport.drain()
-        engine.transport.end_step()
     except BaseException as error:
         engine.transport.abandon(error)
         step.abandon()
