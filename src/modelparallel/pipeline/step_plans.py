@@ -44,6 +44,11 @@ class StepPlans:
         self._plans.clear()
         self._num_misses.clear()
 
+    @property
+    def last(self) -> StepPlan | None:
+        """The plan that was made last, for reports; None: discovery order."""
+        return next(reversed(self._plans.values()), None)
+
     def get(self, kind: Hashable) -> StepPlan | None:
         """The plan for steps of this kind; None: discovery order."""
         return self._plans.get(kind)
