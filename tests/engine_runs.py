@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import random
 import time
@@ -22,7 +23,7 @@ class Case:
     """A program to run on different numbers of stages.
 
     ``body(model, *batch)`` returns the loss, or (loss, other results); the harness calls ``model.backward(loss)``
-    unless ``runs_backward`` says that the body does.
+    unless ``runs_backward`` says that the body does. ``compile``: the argument of ``smp.DistributedModel``.
     """
 
     make_model: Callable[[], nn.Module]
@@ -31,6 +32,7 @@ class Case:
     num_steps: int = 2
     runs_backward: bool = False
     dtype: torch.dtype | None = torch.float64
+    compile: Any = False
 
 
 @dataclass
@@ -41,6 +43,8 @@ class Outcome:
     gradients: dict[str, Tensor] = field(default_factory=dict)
     weights: dict[str, Tensor] = field(default_factory=dict)
     random_after: list[float] = field(default_factory=list)
+    peaks: list[int] = field(default_factory=list)  # most microbatches under way on this stage, per step
+    ways: Any = None  # how the steps ran: the engine's StepCounts
     printed: str = ""
     error: str = ""
     seconds: float = 0.0
@@ -60,9 +64,24 @@ def scatter(model: Any) -> None:
         smp.set_partition(modules[name], home)
 
 
-def run_case(case: Case, *, is_scattered: bool) -> Outcome:
-    """One case in this process, as a user's script would do it."""
+def enlarged(batch: tuple[Any, ...], times: int) -> tuple[Any, ...]:
+    """The batch ``times`` as long, each part with other numbers than the one before."""
+    from modelparallel import trees
+
+    def enlarge(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or not leaf.ndim or times == 1:
+            return leaf
+        return torch.cat([leaf.roll(index, -1) if leaf.ndim > 1 else leaf for index in range(times)])
+
+    return trees.map_leaves(enlarge, batch)
+
+
+def run_case(case: Case, *, is_scattered: bool, min_steps: int = 1, times: int = 1) -> Outcome:
+    """One case in this process, as a user's script would do it; at least ``min_steps`` steps with a batch ``times`` as
+    long.
+    """
     import modelparallel as smp
+    from modelparallel import runtime
 
     outcome = Outcome()
     start = time.perf_counter()
@@ -73,7 +92,7 @@ def run_case(case: Case, *, is_scattered: bool) -> Outcome:
         made = case.make_model()
         if case.dtype is not None:
             made = made.to(case.dtype)
-        model = smp.DistributedModel(made.train())
+        model = smp.DistributedModel(made.train(), compile=case.compile)
         if is_scattered and smp.pp_size() > 1:
             scatter(model)
         optimizer = smp.DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9))
@@ -88,9 +107,12 @@ def run_case(case: Case, *, is_scattered: bool) -> Outcome:
         torch.manual_seed(11)
         random.seed(11)
         with contextlib.redirect_stdout(printed):
-            for step in range(case.num_steps):
+            plans = runtime.current().engine.plans
+            plans.counts = type(plans.counts)()
+            for step in range(max(case.num_steps, min_steps)):
                 optimizer.zero_grad()
-                result = train_step(model, *case.make_batch(step))
+                result = train_step(model, *enlarged(case.make_batch(step), times))
+                outcome.peaks.append(runtime.current().engine.last_peak_active)
                 outcome.results.append(readable(result))
                 if step == 0:
                     outcome.gradients = {
@@ -101,6 +123,7 @@ def run_case(case: Case, *, is_scattered: bool) -> Outcome:
                 optimizer.step()
             outcome.random_after = [float(torch.rand(())), random.random()]
         outcome.weights = model.state_dict()
+        outcome.ways = plans.counts
     except Exception as error:
         outcome.error = f"{type(error).__name__}: {error}"
     outcome.printed = printed.getvalue()
@@ -121,29 +144,38 @@ def readable(result: Any) -> Any:
     return trees.map_leaves(read, result)
 
 
-def run_cases(cases: dict[str, Case], *, is_scattered: bool) -> dict[str, Outcome]:
-    """The body of a rank: all cases, one after another."""
-    return {name: run_case(case, is_scattered=is_scattered) for name, case in cases.items()}
-
-
-def run_module(module: str, names: list[str], is_scattered: bool) -> dict[str, Outcome]:
-    """The cases called ``names`` of the dictionary CASES of a test module."""
+def run_module(
+    module: str, names: list[str], is_scattered: bool, min_steps: int = 1, times: int = 1
+) -> dict[str, Outcome]:
+    """The body of a rank: the cases called ``names`` of the dictionary CASES of a test module, one after another."""
     import importlib
 
     cases = importlib.import_module(module).CASES
-    return run_cases({name: cases[name] for name in names}, is_scattered=is_scattered)
+    return {
+        name: run_case(cases[name], is_scattered=is_scattered, min_steps=min_steps, times=times) for name in names
+    }
 
 
 def outcomes(
-    module: str, names: list[str], num_stages: int, *, num_microbatches: int = 2, is_scattered: bool = True, **more: Any
+    module: str,
+    names: list[str],
+    num_stages: int,
+    *,
+    num_microbatches: int = 2,
+    is_scattered: bool = True,
+    min_steps: int = 1,
+    times: int = 1,
+    **more: Any,
 ) -> list[dict[str, Outcome]]:
-    """Per rank, the outcome of each case on ``num_stages`` stages."""
+    """Per rank, the outcome of each case on ``num_stages`` stages; see :func:`run_case`."""
     parameters = {
         "pipeline_parallel_degree": num_stages, "microbatches": num_microbatches, "timeout_seconds": 8, **more,
     }  # fmt: skip
     if is_scattered and num_stages > 1:
         parameters |= {"auto_partition": False, "default_partition": 0}
-    return run_ranks(run_module, num_stages, module, names, is_scattered, parameters=parameters, timeout=150)
+    return run_ranks(
+        run_module, num_stages, module, names, is_scattered, min_steps, times, parameters=parameters, timeout=170
+    )
 
 
 def compare(name: str, ranks: list[Outcome], expected: Outcome) -> None:
@@ -173,6 +205,8 @@ def assert_equal_results(actual: Any, expected: Any, where: str) -> None:
         assert len(actual) == len(expected), where
         for index, (one, other) in enumerate(zip(actual, expected, strict=True)):
             assert_equal_results(one, other, f"{where}[{index}]")
+    elif dataclasses.is_dataclass(expected):
+        assert_equal_results(vars(actual), vars(expected), where)
     elif isinstance(expected, float):
         assert abs(actual - expected) <= 1e-9 * max(1.0, abs(expected)), f"{where}: {actual} vs. {expected}"
     else:

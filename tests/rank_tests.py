@@ -48,7 +48,8 @@ class RankTests:
     def __str__(self) -> str:
         degrees = [("pp", "pipeline_parallel_degree"), ("tp", "tensor_parallel_degree"), ("mb", "microbatches")]
         parts = [f"{short}{self.parameters[key]}" for short, key in degrees if key in self.parameters]
-        return "-".join([*parts, f"{self.num_ranks}p"])
+        schedule = [self.parameters["pipeline"]] if "pipeline" in self.parameters else []
+        return "-".join([*parts, f"{self.num_ranks}p", *schedule])
 
     def verify(self, name: str) -> None:
         """Fail if the body ``name`` failed on some rank."""

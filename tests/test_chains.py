@@ -57,8 +57,11 @@ def test_a_stage_without_work_has_one_visit():
 
 
 def test_costs_are_shares_of_the_known_ones():
-    chain, _, _ = build_chain(TIED, 2, {"wte": 0.0, "block": 0.6, "head": 0.2, "elsewhere": 0.2})
-    assert [round(visit.forward, 3) for visit in chain.visits] == [0.0, 0.75, 0.25]
+    chain, _, _ = build_chain(TIED, 2, {"wte": (0.0,) * 3, "block": (0.6, 0.6, 0.3), "head": (0.2, 0.1, 0.2)})
+    found = [(visit.forward, visit.backward, visit.weight) for visit in chain.visits]
+    assert [tuple(round(cost, 3) for cost in costs) for costs in found] == [
+        (0.0, 0.0, 0.0), (0.75, 0.75, 0.375), (0.25, 0.125, 0.25),
+    ]  # fmt: skip
     equal, _, _ = build_chain(TIED, 2, {})
     assert len({visit.forward for visit in equal.visits}) == 1
 

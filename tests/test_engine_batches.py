@@ -48,7 +48,8 @@ def batch(name: str, seed: int, size: int, length: int) -> tuple[Tensor, ...]:
     """``size`` samples for a model of the zoo; token sequences are cut to ``length``."""
     parts = [ZOO[name].make_batch(100 * seed + index) for index in range(-(-size // BATCH_SIZE))]
     joined = [torch.cat(column)[:size] for column in zip(*parts, strict=True)]
-    return tuple([tensor[:, :length] if tensor.dtype == torch.long and tensor.ndim == 2 else tensor for tensor in joined])
+    is_sequence = [tensor.dtype == torch.long and tensor.ndim == 2 for tensor in joined]
+    return tuple([part[:, :length] if cut else part for part, cut in zip(joined, is_sequence, strict=True)])
 
 
 def trimmed_loss(name: str, model: Any, *inputs: Tensor) -> Tensor:

@@ -273,7 +273,7 @@ def test_inputs_that_share_memory_still_do_on_every_stage(num_stages: int) -> No
 # Sent, then written to
 
 
-def writes_after_sending() -> Any:
+def writes_after_sending(is_training: bool) -> Any:
     import modelparallel as smp
 
     def forward(self: Any, x: Tensor) -> Tensor:
@@ -285,9 +285,15 @@ def writes_after_sending() -> Any:
         kept = (x > 0).to(x.dtype)
         third = self.b(kept)
         kept.zero_()
-        return x + first + second + third + kept
+        y = self.c(x)
+        fourth = self.b(y)
+        y.detach().mul_(2.0)
+        with torch.no_grad():
+            y.unsqueeze(0).add_(1.0)
+        return x + first + second + third + kept + fourth + self.d(y)
 
     model = wrapped(lambda: Held(forward))
+    model.module.get_submodule("b").requires_grad_(False)  # or it would save its input for the backward
     model.module.b.register_forward_hook(lambda *_: time.sleep(0.05))
 
     @smp.step
@@ -295,11 +301,21 @@ def writes_after_sending() -> Any:
         with torch.no_grad():
             return model(x)
 
-    return [readable(evaluate(model, data(step))) for step in range(2)], {}
+    @smp.step
+    def train(model: Any, x: Tensor) -> Tensor:
+        loss = model(x).square().mean()
+        model.backward(loss)
+        return loss
+
+    results = [readable(evaluate(model, data(step))) for step in range(2)]
+    if not is_training:
+        return results, {}
+    return [readable(train(model, data(step))) for step in range(2)], gradients_of(model)
 
 
-def test_values_written_to_after_they_were_sent() -> None:
-    check(writes_after_sending, 2)
+@pytest.mark.parametrize("is_training", [False, True])
+def test_values_written_to_after_they_were_sent(is_training: bool) -> None:
+    check(writes_after_sending, 2, is_training)
 
 
 # Memory

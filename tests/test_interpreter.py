@@ -120,6 +120,7 @@ def run_stage(
         cap = len(programs)
     log: list[tuple[str, int, int]] = []
     num_armed: list[int] = []
+    transport.begin_step(0)
     try:
         state, pool = ThreadState(), WorkerPool()
         made = [FakeProgram(index, entries, plan, transport, log) for index, entries in enumerate(programs)]

@@ -24,6 +24,7 @@ TP2 = RankTests(2, {"tensor_parallel_degree": 2})
 TP2_DP4 = RankTests(4, {"tensor_parallel_degree": 2})
 PP2 = RankTests(2, {"pipeline_parallel_degree": 2, "microbatches": 2})
 PP2_TP2 = RankTests(4, {"pipeline_parallel_degree": 2, "tensor_parallel_degree": 2, "microbatches": 2})
+ZERO_BUBBLE = RankTests(2, {"pipeline_parallel_degree": 2, "microbatches": 2, "pipeline": "zero_bubble"})
 MANUAL = RankTests(2, {"pipeline_parallel_degree": 2, "auto_partition": False, "default_partition": 0})
 FLAT = (DP2, TP2)
 PIPELINED = (PP2, PP2_TP2)
@@ -184,7 +185,7 @@ def test_hooks_without_pipelining_run_once_at_the_first_call():
     assert events[2:] == ["other"]
 
 
-@on(*PIPELINED)
+@on(*PIPELINED, ZERO_BUBBLE)
 def test_c037_every_name_is_on_exactly_one_stage():
     model = smp.DistributedModel(make_tied())
     names = [name for name, _ in make_tied().named_parameters()]

@@ -23,6 +23,10 @@ PP2 = RankTests(2, {"pipeline_parallel_degree": 2, "microbatches": 2})
 PP2_DP2 = RankTests(4, {"pipeline_parallel_degree": 2, "microbatches": 2})
 PP3 = RankTests(3, {"pipeline_parallel_degree": 3, "microbatches": 2})
 PP4 = RankTests(4, {"pipeline_parallel_degree": 4, "microbatches": 2})
+SIMPLE = RankTests(2, {"pipeline_parallel_degree": 2, "microbatches": 2, "pipeline": "simple"})
+ZERO_BUBBLE = RankTests(3, {"pipeline_parallel_degree": 3, "microbatches": 2, "pipeline": "zero_bubble"})
+ZERO_BUBBLE_DP2 = RankTests(4, {"pipeline_parallel_degree": 2, "microbatches": 2, "pipeline": "zero_bubble"})
+OTHER_SCHEDULES = (SIMPLE, ZERO_BUBBLE)
 WITH_DP = (DP2, PP2_DP2)
 
 
@@ -353,7 +357,7 @@ def make_branching() -> Branching:
     return Branching().double()
 
 
-@on(PP2, PP3, PP4, PP2_DP2)
+@on(PP2, PP3, PP4, PP2_DP2, ZERO_BUBBLE_DP2, *OTHER_SCHEDULES)
 def test_c045_skips_repeated_modules_and_branches_equal_one_process():
     num_replicas = smp.dp_size()
     batches = [make_batch(4 * num_replicas, seed=seed) for seed in range(4)]
@@ -379,14 +383,14 @@ class UnusedOutput(nn.Module):
         return F.log_softmax(self.second(hidden), 1)
 
 
-@on(PP2, PP3, PP2_DP2, DP2)
+@on(PP2, PP3, PP2_DP2, DP2, ZERO_BUBBLE_DP2, *OTHER_SCHEDULES)
 def test_c046_an_unused_output_of_a_submodule_works():
     def make_model():
         torch.manual_seed(0)
         return UnusedOutput().double()
 
     model, plain = smp.DistributedModel(make_model()), make_model()
-    for step in range(2):
+    for step in range(3):
         train_step(model, *own_batch(step))
         (sum(mean_loss(plain, *batch) for batch in all_batches(step)) / smp.dp_size()).backward()
     assert_parity(merged_gradients(model), gradients_of(plain), dtype=torch.float64)
@@ -406,7 +410,7 @@ class AnyLength(nn.Module):
         return F.log_softmax(self.head(states.mean(1) + last[0]), 1)
 
 
-@on(PP2, PP3)
+@on(PP2, PP3, *OTHER_SCHEDULES)
 def test_c047_shapes_change_from_step_to_step():
     def make_model():
         torch.manual_seed(0)

@@ -28,10 +28,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 # Those that `make test` trains; `make test-all` trains all of them, in all settings.
 QUICK = (
-    "llama qwen2 gemma2 gpt2_tied gptj opt falcon bert_tied albert deberta_v2 xlnet distilbert longformer t5 bart marian "
-    "mixtral qwen2_moe switch mamba2 jamba vit swin convnext resnet segformer wav2vec2 whisper clip patch_tst "
-    "torch_transformer torch_encoder torch_lstm densenet unet lstm tree looped called_twice early_exit branching "
-    "containers gluey routed cnn_batchnorm"
+    "llama qwen2 gemma2 gpt2_tied gptj opt falcon bert_tied albert deberta_v2 xlnet distilbert longformer t5 bart "
+    "marian mixtral qwen2_moe switch mamba2 jamba vit swin convnext resnet segformer wav2vec2 whisper clip "
+    "patch_tst torch_transformer torch_encoder torch_lstm densenet unet lstm tree looped called_twice early_exit "
+    "branching containers gluey routed cnn_batchnorm"
 ).split()
 
 OPTIMIZERS: dict[str, Any] = {

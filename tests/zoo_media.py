@@ -48,6 +48,11 @@ def _segmentation_loss(model: Any, pixels: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(model(pixel_values=pixels).logits.mean(dim=(2, 3)), labels)
 
 
+def _detection_loss(model: Any, pixels: Tensor, labels: Tensor) -> Tensor:
+    output = model(pixel_values=pixels)
+    return F.cross_entropy(output.logits[:, 0, :4], labels) + output.pred_boxes.square().mean()
+
+
 def _torchvision(name: str, remarks: str = "", side: int = 16, **arguments: Any) -> Entry:
     def build() -> nn.Module:
         import torchvision
@@ -97,6 +102,16 @@ VISION: dict[str, Entry] = {
                      num_attention_heads=[1, 1, 1], depths=[1, 1, 1], key_dim=[8, 8, 8], drop_path_rate=0,
                      mlp_ratio=[2, 2, 2], attention_ratio=[2, 2, 2], num_labels=4,
                      down_ops=[["Subsample", 8, 1, 2, 2, 2], ["Subsample", 8, 1, 2, 2, 2]]),
+    "hiera": _vision("HieraForImageClassification", "", 32, image_size=[32, 32], patch_size=[7, 7],
+                     patch_stride=[4, 4], patch_padding=[3, 3], embed_dim=8, depths=[1, 1], num_heads=[1, 2],
+                     query_stride=[2, 2], num_query_pool=1, masked_unit_size=[4, 4], drop_path_rate=0.0,
+                     masked_unit_attention=[True, False], mlp_ratio=2.0, num_labels=4),
+    "yolos": _vision("YolosForObjectDetection", "detection tokens; two heads", 8, _detection_loss,
+                     **(_VIT | {"image_size": [8, 8]}), num_detection_tokens=3),
+    "dpt": _vision("DPTForSemanticSegmentation", "fuses the outputs of four layers; BatchNorm", 8, _segmentation_loss,
+                   **(_VIT | {"num_hidden_layers": 4}), backbone_out_indices=[0, 1, 2, 3],
+                   neck_hidden_sizes=[4, 4, 4, 4], fusion_hidden_size=8, reassemble_factors=[4, 2, 1, 0.5],
+                   use_auxiliary_head=False, semantic_classifier_dropout=0.0),
     "focalnet": _vision("FocalNetForImageClassification", "", 16, image_size=16, patch_size=2, embed_dim=8,
                         hidden_sizes=[8, 16], depths=[1, 2], focal_levels=[1, 1], focal_windows=[3, 3],
                         hidden_dropout_prob=0.0, drop_path_rate=0.0, num_labels=4),
@@ -225,6 +240,23 @@ def _decision_loss(model: Any, states: Tensor, actions: Tensor, rewards: Tensor,
     return F.mse_loss(output.action_preds, actions) + F.mse_loss(output.state_preds, states)
 
 
+def _texts_with_images(seed: int) -> tuple[Tensor, ...]:
+    """Each text begins with the places of an image's four patches."""
+    return torch.cat([torch.full((BATCH_SIZE, 4), 2), tokens(seed)[0]], dim=1), images(seed)[0]
+
+
+def _llava() -> nn.Module:
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    vision = CLIPVisionConfig(**(_SIZES | {"num_hidden_layers": 2}), image_size=8, patch_size=4)
+    text = LlamaConfig(**_SIZES, vocab_size=VOCABULARY, max_position_embeddings=32)
+    return LlavaForConditionalGeneration(
+        LlavaConfig(
+            vision_config=vision, text_config=text, image_token_index=2, vision_feature_layer=-1, image_seq_length=4
+        )
+    )
+
+
 def _vision_encoder_decoder() -> nn.Module:
     from transformers import (
         BertConfig,
@@ -257,6 +289,12 @@ MIXED: dict[str, Entry] = {
             model(pixel_values=pixels, decoder_input_ids=ids, decoder_attention_mask=mask).logits.flatten(0, 1),
             ids.flatten(),
         ), "ViT and BERT", default_dtype=torch.float64,
+    ),
+    "llava": Entry(
+        "LlavaForConditionalGeneration", "several inputs", _llava, _texts_with_images,
+        lambda model, ids, pixels: F.cross_entropy(
+            model(input_ids=ids, pixel_values=pixels).logits.flatten(0, 1), ids.flatten()
+        ), "CLIP and Llama; the image's features are written into the text's",
     ),
     "vilt": Entry(
         "ViltForMaskedLM", "several inputs",

@@ -42,6 +42,16 @@ _RULES = """
 - `fp16` and `bf16` are exclusive.
 """
 
+_VARIABLES = """
+
+## Environment variables
+
+- `MODELPARALLEL_DEVICE=cpu` runs on the CPU although there is a GPU (`--device cpu` sets it).
+- `SMP_TIMEOUT=<seconds>` is `timeout_seconds` where that is not given. Anything but a number > 0 is an error.
+- `SMP_EVENT_DIR=<directory>` and `SMP_EVENTS=error|exit|off` say where and when a rank writes down its last events
+  ([diagnosis](diagnosis.md)).
+"""
+
 
 def configuration_markdown() -> str:
     """The text of docs/configuration.md."""
@@ -60,7 +70,7 @@ def configuration_markdown() -> str:
         + "\n".join(foreign)
         + "\n\nEnvironment variables of the original library, each with a notice in the log:\n\n"
         + "\n".join(variables)
-        + "\n\n`MODELPARALLEL_DEVICE=cpu` runs on the CPU although there is a GPU (`--device cpu` sets it).\n"
+        + _VARIABLES
     )
 
 

@@ -92,6 +92,14 @@ class ParameterTable:
         return row.home is None or stage in row.holders
 
 
+def stand_in(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor of the same shape and dtype on one element of memory: what another stage holds. Reading it gives NaN, or
+    zero.
+    """
+    value = float("nan") if tensor.is_floating_point() or tensor.is_complex() else 0
+    return torch.full((1,) * tensor.ndim, value, dtype=tensor.dtype, device=device).expand(tensor.shape)
+
+
 def _declared_by_layers(module: nn.Module) -> tuple[dict[str, SplitSpec], set[str]]:
     """What the distributed layers say of their tensors, under full names."""
     splits: dict[str, SplitSpec] = {}

@@ -52,7 +52,6 @@ def make_plan(
             :func:`~modelparallel.partitioning.solve.solve`; the last two count only in the automatic partition.
         marks, overrides, default_partition: see :func:`~modelparallel.partitioning.manual.manual_plan`.
         load_from: the file of a plan saved with ``PartitionPlan.save``.
-
         tied_weights: "colocate" places modules that share a parameter on one stage; "replicate" places each where it
             fits best, with a copy of the parameter; "auto" does what is cheaper (see :func:`_cheaper`).
 
@@ -62,14 +61,7 @@ def make_plan(
     """
     units = find_units(root) if units is None else tuple(units)
     if load_from is not None:
-        plan = PartitionPlan.load(load_from)
-        if plan.num_stages != num_stages:
-            raise PartitionError(
-                f"the partition plan {str(load_from)!r} is for {plan.num_stages} stages, but "
-                f"pipeline_parallel_degree is {num_stages}: use pipeline_parallel_degree={plan.num_stages}, "
-                "or make a new plan (load_partition false)"
-            )
-        plan = replace(plan, origin="loaded")
+        plan = _loaded(load_from, num_stages)
     elif not is_automatic:
         active = num_stages + 2 if active_microbatches is None else active_microbatches
         plan = manual_plan(
@@ -104,6 +96,17 @@ def make_plan(
     if tied_weights == "colocate":
         check_sharing(root, plan)
     return plan
+
+
+def _loaded(path: str | Path, num_stages: int) -> PartitionPlan:
+    plan = PartitionPlan.load(path)
+    if plan.num_stages != num_stages:
+        raise PartitionError(
+            f"the partition plan {str(path)!r} is for {plan.num_stages} stages, but "
+            f"pipeline_parallel_degree is {num_stages}: use pipeline_parallel_degree={plan.num_stages}, "
+            "or make a new plan (load_partition false)"
+        )
+    return replace(plan, origin="loaded")
 
 
 def _with_ties(

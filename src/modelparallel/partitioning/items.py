@@ -47,7 +47,7 @@ def arrangements(trace: Trace) -> Iterator[list[Item]]:
     order = trace.order
     position = {name: index for index, name in enumerate(order)}
     groups = [[name for name in group if name in position] for group in trace.ties]
-    choices: list[Sequence[str | None]] = [sorted(group, key=position.__getitem__) or [None] for group in groups]
+    choices: list[Sequence[str | None]] = [[*sorted(group, key=position.__getitem__)] or [None] for group in groups]
     for places in itertools.islice(itertools.product(*choices), _MOST_PLACES):
         yield _items(trace, order, position, places)
 

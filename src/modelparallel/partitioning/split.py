@@ -178,7 +178,7 @@ class _Branching:
         self._rating = costs.rate(start)
         self.best = start if self._rating[0] == 0 else None
         if self.best is None:
-            self._rating = (0.0, math.inf, 0, math.inf)
+            self._rating = (0.0, math.inf, math.inf, 0)
         self._num_left = _MOST_NODES
         self._rest = self._cheapest_rest()
         self._held = [0.0] * costs.num_stages

@@ -57,8 +57,8 @@ class PlacedModule:
         """Whether this is an object in which the layers of a Hugging Face decoder keep keys and values, each for
         itself, and this layer is given it for the first time.
 
-        With ``use_cache=True``, their default, decoders make one in every forward. What a layer stores there may stay at
-        its home until it is read again: by the forward for a next token, which gives it to the layer a second time.
+        With ``use_cache=True``, their default, decoders make one in every forward. What a layer stores there may stay
+        at its home until it is read again: by the forward for a next token, which gives it to the layer a second time.
         """
         kind = type(value)
         if not kind.__name__.endswith("Cache") or kind.__module__.split(".")[0] != "transformers":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from modelparallel.comm.transport import StageTransport
 from modelparallel.errors import DivergenceError, StepUsageError
 from modelparallel.pipeline import calls, glue
 from modelparallel.pipeline.bodies import WorkerPool
+from modelparallel.pipeline.chains import Work
 from modelparallel.pipeline.functions import traits_of
 from modelparallel.pipeline.program import Program
 from modelparallel.pipeline.randomness import RandomFrames, may_draw, unit_number
@@ -30,9 +32,11 @@ from modelparallel.torch_compat import (
     install_call,
     intercepted_checkpoints,
     intercepted_function_apply,
+    noticed_tensor_hooks,
     resume_function_mode,
     suspend_function_mode,
 )
+
 
 @dataclass(frozen=True)
 class PlacedTensor:
@@ -71,6 +75,8 @@ class _GlueMode(TorchFunctionMode):
             )
         if engine.frames is not None and traits.is_random:
             engine.frames.enter_glue_operation()
+        if traits.is_in_place and program is not None:
+            program.note_plain_write(args[0])
         return func(*args, **kwargs)
 
 
@@ -121,12 +127,10 @@ class PipelineEngine:
         self.workers = WorkerPool()
         #: How often everything was forgotten; see agree().
         self.generation = 0
-        #: The share of the model's compute of each placed module, as far as it is known.
-        self.costs: dict[str, float] = {}
+        #: The work of each placed module, as far as it is known.
+        self.costs: dict[str, Work] = {}
         #: The most microbatches that were under way here in the last step.
         self.last_peak_active = 0
-        #: The programs of the step that is under way.
-        self.programs: Sequence[Program] = ()
         self.structures_of_known: dict[Hashable, Structure] = {}  # of operations on values that all stages can read
         self.program: Program | None = None
         self.frames: RandomFrames | None = None
@@ -137,18 +141,15 @@ class PipelineEngine:
         self._entries: list[calls.PlacedModule] = []
         self._roots: list[nn.Module] = []
         self._assigned_buffers: list[tuple[nn.Module, str, torch.Tensor | None]] = []
+        self._loose_buffers: list[tuple[nn.Module, str]] = []  # without a home
+        self._loose_values: dict[tuple[nn.Module, str], torch.Tensor | None] = {}
         self._kept: list[torch.Tensor] = []  # keeps the ids in `placed` from being given to other tensors
-        if transport is not None:
-            transport.history = self._history
 
     @property
     def transport(self) -> StageTransport:
         if self._transport is None:
             raise StepUsageError("there is no pipeline (pipeline_parallel_degree is 1)")
         return self._transport
-
-    def _history(self, microbatch: int) -> str:
-        return self.programs[microbatch].history() if microbatch < len(self.programs) else ""
 
     # Placing
 
@@ -176,6 +177,11 @@ class PipelineEngine:
                 with torch.no_grad():
                     buffer.copy_(program.local(assigned))
             owner._buffers[name] = buffer
+        for owner, name in self._loose_buffers:
+            assigned = owner._buffers.get(name)
+            if isinstance(assigned, StageTensor):
+                owner._buffers[name] = program.written.assign(self._loose_values.get((owner, name)), assigned)
+                self._loose_values[owner, name] = owner._buffers[name]
 
     def place_module(self, module: nn.Module, name: str, home: int, *, is_unit: bool) -> None:
         """From now on calls of ``module`` inside a step run on ``home``."""
@@ -183,6 +189,12 @@ class PipelineEngine:
 
         def call(*args: Any, **kwargs: Any) -> Any:
             if self.is_native:
+                if entry.home != self.stage and self.program is not None:
+                    raise StepUsageError(
+                        f"module '{entry.name}' is on pp_rank {entry.home} and is called from inside a module or an "
+                        f"autograd.Function that runs on pp_rank {self.stage}: place both on one stage "
+                        "(smp.set_partition)"
+                    )
                 return entry.inner(*args, **kwargs)
             if self.program is None:
                 if entry.home != self.stage:
@@ -205,8 +217,13 @@ class PipelineEngine:
         self._entries.append(entry)
 
     def place_model(self, root: nn.Module) -> None:
-        """``root`` holds placed modules."""
+        """``root`` holds placed modules. Its buffers that have no home by now are ordinary tensors on every stage."""
         self._roots.append(root)
+        for owner in root.modules():
+            for name, buffer in owner._buffers.items():
+                if buffer is None or id(buffer) not in self.placed:
+                    self._loose_buffers.append((owner, name))
+                    self._loose_values[owner, name] = buffer
 
     def training_modes(self) -> dict[str, bool]:
         """Which placed modules are in training mode."""
@@ -220,16 +237,32 @@ class PipelineEngine:
                     return True
         return False
 
-    def frame_unit(self, module: nn.Module, name: str) -> None:
-        """Without pipelining: seed the generators around each call of a unit inside a step, as a pipeline would."""
-        if not may_draw(module):
+    def simple_state(self) -> list[Hashable]:
+        """The numbers, strings and lengths of containers among the attributes of the modules."""
+        found: list[Hashable] = []
+        for root in self._roots:
+            for module in root.modules():
+                for name, value in vars(module).items():
+                    if type(value) in (int, float, str, type(None)):
+                        found.append((name, value))
+                    elif isinstance(value, (list, dict, set, tuple, deque)):
+                        found.append((name, len(value)))
+        return found
+
+    def frame_unit(self, module: nn.Module, name: str, *, is_compiled: bool = False) -> None:
+        """Without pipelining: seed the generators around each call of a unit inside a step, as a pipeline would.
+
+        Around compiled code the engine is out of the way in any case: torch would compile it, too.
+        """
+        number = unit_number(name) if may_draw(module) else None
+        if number is None and not is_compiled:
             return
-        number = unit_number(name)
 
         def call(*args: Any, **kwargs: Any) -> Any:
             if self.is_native or self.frames is None:
                 return inner(*args, **kwargs)
-            self.frames.enter_unit(number)
+            if number is not None:
+                self.frames.enter_unit(number)
             with _NativeRegion(self):
                 return inner(*args, **kwargs)
 
@@ -269,8 +302,13 @@ class PipelineEngine:
         with (
             intercepted_function_apply(self._function_apply),
             intercepted_checkpoints(self._enter_checkpoint, self._leave_checkpoint),
+            noticed_tensor_hooks(self._notice_hook),
         ):
             yield
+
+    def _notice_hook(self) -> None:
+        if self.program is not None:
+            self.program.is_whole_backward = True
 
     def leave(self) -> tuple[Any, ...]:
         """No program runs now; returns what :meth:`enter` needs to go on with the one that did."""

@@ -7,6 +7,7 @@ message waited for. That is right for every deterministic program; planned sched
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,7 @@ from modelparallel.pipeline.engine import PipelineEngine
 from modelparallel.pipeline.interpreter import Interpreter, discovery_actions
 from modelparallel.pipeline.program import Program
 from modelparallel.pipeline.randomness import RandomFrames
+from modelparallel.pipeline.sightings import Sightings
 from modelparallel.pipeline.stage_tensor import StageTensor
 from modelparallel.pipeline.wire import TENSORS_PER_MESSAGE, pack, receive_tensors
 from modelparallel.torch_compat import ThreadState
@@ -28,7 +30,7 @@ from modelparallel.torch_compat import ThreadState
 
 @dataclass(frozen=True)
 class MicrobatchRun:
-    """What one microbatch needs: the user's function with its arguments, its random frames, its share of the samples."""
+    """What one microbatch needs: the user's function with its arguments, its random frames, its share of the batch."""
 
     call: Callable[[], Any]
     frames: RandomFrames
@@ -66,27 +68,24 @@ def run_step(
     ``kind`` says what is run (which function, in which mode, how many microbatches): the first step of a kind runs in
     discovery order, the next ones by the plan that was made of it.
     """
-    if torch.is_inference_mode_enabled():
-        # Inference tensors do not say when they are written to, which the stages must know.
-        with torch.inference_mode(False), torch.no_grad():
-            return run_step(
-                engine, runs, kind, before_last_backward=before_last_backward, detach_outputs=detach_outputs
-            )
-    plan = engine.plans.get(kind)
+    plan, is_first = engine.plans.get(kind), engine.plans.is_open(kind)
     step = _StepRun(engine, runs, plan)
     try:
         outputs = step.run(before_last_backward)
-        if engine.plans.is_open(kind):
+        if is_first:
             engine.plans.note_discovery(kind, step.programs, engine.costs, engine.transport)
+        else:
+            engine.plans.compare(kind, step.programs, step.waiting_share, engine.transport)
         results = _share_outputs(engine, outputs, step.programs[0], detach_outputs=detach_outputs)
         engine.transport.drain()
+        engine.transport.end_step()
     except BaseException as error:
         engine.transport.abandon(error)
         step.abandon()
         raise
     finally:
         step.close()
-    if plan is not None:
+    if not is_first:
         engine.plans.note_run(kind, has_left=any(program.tracker.has_left for program in step.programs))
     return results
 
@@ -98,9 +97,13 @@ class _StepRun:
         self._engine = engine
         self._plan = plan
         self._is_sequential = plan is None or plan.is_sequential
+        #: The part of its time in which this stage waited for others.
+        self.waiting_share = 0.0
         self._modes = {} if plan is not None else engine.training_modes()
+        self._sightings = None if self._is_sequential else Sightings()
+        self._simple_state: list[Hashable] = []  # before the microbatch of the discovery step
         self.programs = [self._make_program(index, run) for index, run in enumerate(runs)]
-        engine.programs = self.programs
+        engine.transport.logs = [program.log for program in self.programs]
         self._state = ThreadState()
         self._bodies: list[Body] = []
         for program, run in zip(self.programs, runs, strict=True):
@@ -117,7 +120,7 @@ class _StepRun:
         # after another know what the earlier ones have heard. Of bodies that take turns nobody can say on all stages
         # alike which was first, so each hears for itself, and they put together what they know when the step is over.
         structures = engine.structures if self._is_sequential else {}
-        return Program(engine, index, run.frames, tracker, structures, run.weight)
+        return Program(engine, index, run.frames, tracker, structures, run.weight, self._sightings)
 
     def _execute(self, program: Program, run: MicrobatchRun) -> Any:
         """The whole forward of one microbatch."""
@@ -125,14 +128,28 @@ class _StepRun:
         run.frames.enter_microbatch(seeds_numpy=True)
         with engine.running(program):
             output = run.call()
+        program.log.leave()
         returned = trees.map_leaves(program.returned, output)
         del output  # a tensor that only it refers to does not outlive the microbatch
         engine.settle_buffers(program)
         program.written.settle(program)
-        if self._plan is None and engine.holds_values():
-            program.carries_state = True
+        if self._plan is None:
+            self._look_for_state(program)
+        if self._sightings is not None:
+            self._sightings.done(program.microbatch)
         program.end_forward(has_backward=engine.plans.has_backward)
         return returned
+
+    def _look_for_state(self, program: Program) -> None:
+        """In the discovery step: whether the microbatch has left something behind that the next one may find."""
+        program.note_plain_writes_that_live()
+        if self._engine.holds_values():
+            program.carries_state = True
+        state = self._engine.simple_state()
+        # What the first one changes may be set once and for all.
+        if program.microbatch and state != self._simple_state:
+            program.carries_state = True
+        self._simple_state = state
 
     def run(self, before_last_backward: Callable[[], None]) -> list[Any]:
         """All forwards and backwards; the outputs of the microbatches."""
@@ -149,8 +166,11 @@ class _StepRun:
             outside=engine.outside,
             before_last_backward=before_last_backward,
         )
+        start, waited = time.perf_counter(), engine.transport.seconds_waited
         with engine.intercepting():
             interpreter.run()
+        spent = time.perf_counter() - start
+        self.waiting_share = (engine.transport.seconds_waited - waited) / spent if spent else 0.0
         engine.last_peak_active = interpreter.peak_active
         if not self._is_sequential:
             for program in self.programs:
@@ -164,7 +184,6 @@ class _StepRun:
 
     def close(self) -> None:
         """Let go of everything, also of what refers to itself: that would be freed late."""
-        self._engine.programs = ()
         for body in self._bodies:
             body.close()
         for program in self.programs:

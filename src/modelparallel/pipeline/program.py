@@ -17,17 +17,17 @@ order on every stage, also on those that take no part in them, so both ends of a
 from __future__ import annotations
 
 import weakref
-from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from modelparallel.comm.transport import Awaited, MessageKind, MessageName, user_code_line
+from modelparallel.comm.event_log import EventLog, check_of, user_code_line
+from modelparallel.comm.transport import Awaited, MessageKind, MessageName
 from modelparallel.errors import DivergenceError, StepUsageError
-from modelparallel.pipeline.stage_tensor import AliasGroup, StageTensor, TensorSpec
 from modelparallel.pipeline.splitting import SplitBackward
+from modelparallel.pipeline.stage_tensor import AliasGroup, StageTensor, TensorSpec
 from modelparallel.pipeline.wire import TENSORS_PER_MESSAGE, receive_tensors, send_tensors
 from modelparallel.pipeline.written import WrittenTensors
 
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from modelparallel.pipeline.chains import ChainTracker
     from modelparallel.pipeline.engine import PipelineEngine
     from modelparallel.pipeline.randomness import RandomFrames
+    from modelparallel.pipeline.sightings import Sightings
     from modelparallel.pipeline.structures import Structure
 
 
@@ -78,6 +79,7 @@ class Program:
         tracker: ChainTracker,
         structures: dict[Hashable, Structure],
         weight: float = 1.0,
+        sightings: Sightings | None = None,
     ) -> None:
         self.engine = engine
         self.microbatch = microbatch
@@ -99,13 +101,16 @@ class Program:
         #: While pushed values are read to find out the structure of a result, as only the first time needs.
         self.is_finding_out = False
         self.written = WrittenTensors()
+        #: Of ordinary tensors, where the microbatches take turns.
+        self.sightings = sightings
+        self._plain_writes: list[weakref.ref[torch.Tensor]] = []
         #: Called before a message is taken; the interpreter sets it.
         self.on_wait: Callable[[Wait], None] = _go_on
-        self._num_events = 0
+        #: What happened so far, for the diagnosis of failures.
+        self.log = EventLog(microbatch)
         self._num_pushes = 0
         self._tape: list[_Event] = []
         self._weights: dict[int, list[SplitBackward]] = {}
-        self._history: deque[str] = deque(maxlen=12)
         self._live: list[weakref.ref[StageTensor]] = []
         self._parameters: dict[int, StageTensor] = {}
 
@@ -170,6 +175,20 @@ class Program:
             return written
         return leaf
 
+    def note_plain_write(self, tensor: Any) -> None:
+        """Glue has written to an ordinary tensor without values of the pipeline, so on every stage alike."""
+        if not isinstance(tensor, torch.Tensor):
+            return
+        if self.sightings is not None:
+            self.sightings.wrote(self.microbatch, tensor)
+        elif len(self._plain_writes) < 1000:
+            self._plain_writes.append(weakref.ref(tensor if tensor._base is None else tensor._base))
+
+    def note_plain_writes_that_live(self) -> None:
+        """At the end of the body: what outlives it may be read by another microbatch."""
+        self.carries_state |= any(reference() is not None for reference in self._plain_writes)
+        self._plain_writes.clear()
+
     def local(self, tensor: StageTensor) -> torch.Tensor:
         """The tensor itself; only where it is."""
         if tensor.stale_reason is not None:
@@ -199,8 +218,8 @@ class Program:
 
     def _move(self, tensors: list[StageTensor], source: int, destination: int, description: str) -> None:
         is_planned = self.tracker.note_move(source, destination)
-        number = self.next_event(f"{description}: pp_rank {source} -> {destination}")
-        name = MessageName(MessageKind.ACTIVATIONS, self.microbatch, number)
+        number = self.next_event(description, source, destination)
+        name = MessageName(MessageKind.ACTIVATIONS, self.microbatch, number, check_of(description))
         specs = [tensor.spec for tensor in tensors]
         transport = self.engine.transport
         if self.stage == source:
@@ -249,16 +268,12 @@ class Program:
         line = user_code_line()
         self.on_wait(Wait(replace(awaited, line=line), is_planned))
 
-    def next_event(self, description: str) -> int:
-        """The number of the event that happens now."""
-        self._num_events += 1
-        self._history.append(f"event {self._num_events}: {description}")
-        return self._num_events
+    def next_event(self, description: str, source: int = -1, destination: int = -1) -> int:
+        """The number of the event that happens now; the description must be the same on every stage.
 
-    def history(self) -> str:
-        """The last events, for error messages."""
-        lines = "\n  ".join(self._history) or "none"
-        return f"last events of microbatch {self.microbatch} on pp_rank {self.stage}:\n  {lines}"
+        ``source``, ``destination``: of a value that moves.
+        """
+        return self.log.note(description, source, destination)
 
     def _cut(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         cuts: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -291,7 +306,7 @@ class Program:
         """
         is_planned = self.tracker.note_announcement(source, is_always=is_always)
         number = self.next_event(f"announcement of {description} by pp_rank {source}")
-        name = MessageName(MessageKind.ANNOUNCEMENT, self.microbatch, number)
+        name = MessageName(MessageKind.ANNOUNCEMENT, self.microbatch, number, check_of(description))
         transport = self.engine.transport
         what = f"the output shapes of {description}"
         if self.stage != source:
@@ -376,6 +391,7 @@ class Program:
         """The body is done; without a root, or where the steps run forward only, there is no backward."""
         if not self.has_root or not has_backward:
             self._tape.clear()
+        self.log.end_forward()
         self.tracker.finish()
 
     def backward_event(self, *, is_split: bool = False) -> None:
@@ -453,6 +469,7 @@ class Program:
         """The step is over: let go of everything."""
         self.is_open = False
         self.on_wait = _go_on
+        self.log.leave()
         self._tape.clear()
         self._weights.clear()
         self._parameters.clear()

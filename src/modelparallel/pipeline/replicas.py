@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from modelparallel.comm.transport import MessageKind, MessageName, StageTransport
+from modelparallel.parameters import ParameterTable
 from modelparallel.pipeline.stage_tensor import TensorSpec
 from modelparallel.pipeline.wire import receive_tensors, send_tensors
 
@@ -38,6 +39,16 @@ class ReplicatedParameters:
         self._transport = transport
         self._replicas = tuple(replicas)
         self._before: dict[int, torch.Tensor | None] = {}  # gradients that were exchanged already
+
+    @classmethod
+    def of(cls, table: ParameterTable, transport: StageTransport) -> ReplicatedParameters | None:
+        """Those of a model; None if this stage holds none."""
+        numbered = [
+            (number, Replica(row.name, parameter, row.holders))
+            for number, (row, parameter) in enumerate(table.parameters())
+            if row.replicas and transport.stage in row.holders
+        ]
+        return cls(transport, numbered) if numbered else None
 
     def make_equal(self) -> None:
         """Take over the home's values; collective over the holders."""

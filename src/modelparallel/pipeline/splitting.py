@@ -9,7 +9,9 @@ of them, so the work is that of one backward.
 
 Some weights get their gradient in I, since W would count too much or repeat what must not be repeated: weights that
 several walks of W would come to (one weight used twice: the path through the other fork node would be counted again),
-and weights behind an ``autograd.Function`` (its backward makes all gradients at once, and may communicate).
+and weights behind an ``autograd.Function`` (its backward makes all gradients at once, and may communicate). A piece
+with compiled code in it (torch.compile) is not split at all: the backward of compiled code makes all gradients at once,
+and does not allow that its graph is kept.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from typing import Any
 import torch
 from torch.autograd.graph import GradientEdge
 
-from modelparallel.torch_compat import is_function_node
+from modelparallel.torch_compat import is_compiled_node, is_function_node
 
 
 class _Node:
@@ -48,6 +50,9 @@ class SplitBackward:
         """Add to ``.grad`` of the leaves that are no weights, and of the weights that cannot wait."""
         leaves: dict[int, torch.Tensor] = {}
         nodes = self._explore([tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None], leaves)
+        if any(is_compiled_node(node) for node in nodes):
+            torch.autograd.backward(list(tensors), list(gradients))
+            return
         roots: list[tuple[torch.Tensor, torch.Tensor | None]] = []
         num_owners: dict[int, int] = {}  # how many paths that are walked apart lead to a weight
         for tensor, gradient in zip(tensors, gradients, strict=True):

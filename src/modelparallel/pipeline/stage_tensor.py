@@ -26,6 +26,24 @@ if TYPE_CHECKING:
     from modelparallel.pipeline.program import Program
 
 
+def storage_address(tensor: torch.Tensor) -> int | None:
+    """Where the memory of ``tensor`` begins; tensors of one address share memory. None where there is none to share."""
+    if tensor.layout is not torch.strided or not tensor.numel():
+        return None
+    try:
+        return int(tensor.untyped_storage().data_ptr())
+    except (NotImplementedError, RuntimeError):  # a wrapper without memory of its own, as in torch.func.vmap
+        return None
+
+
+def contiguous_stride(shape: Sequence[int]) -> tuple[int, ...]:
+    """The strides of a tensor of this shape that lies in memory row by row."""
+    stride = [1] * len(shape)
+    for dim in range(len(shape) - 2, -1, -1):
+        stride[dim] = stride[dim + 1] * max(1, shape[dim + 1])
+    return tuple(stride)
+
+
 def is_dense(shape: Sequence[int], stride: Sequence[int]) -> bool:
     """Whether a tensor of this shape and stride fills its storage without gaps or overlaps, in some order of its
     dimensions.
@@ -79,10 +97,8 @@ class TensorSpec:
     @classmethod
     def of_gradient(cls, tensor: torch.Tensor) -> TensorSpec:
         """Of the gradient of ``tensor`` as it travels: row by row, whatever strides autograd gave it."""
-        stride = [1] * tensor.ndim
-        for dim in range(tensor.ndim - 2, -1, -1):
-            stride[dim] = stride[dim + 1] * max(1, tensor.shape[dim + 1])
-        return cls(tuple(tensor.shape), tuple(stride), tensor.dtype, False, tensor.device.type)
+        shape = tuple(tensor.shape)
+        return cls(shape, contiguous_stride(shape), tensor.dtype, False, tensor.device.type)
 
     def describes(self, tensor: torch.Tensor) -> bool:
         """Whether this is the spec of ``tensor``; cheaper than making that."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import pickle
 from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from modelparallel.comm.transport import MessageKind, MessageName, StageTransport
-from modelparallel.pipeline.chains import Recorder, StepPlan, build_chain, with_local_waits
+from modelparallel.pipeline.chains import Recorder, StepPlan, Work, build_chain, with_local_waits
 from modelparallel.pipeline.schedule_checks import check_schedule
 from modelparallel.pipeline.scheduling import make_schedule
 
@@ -18,6 +20,27 @@ _PLAN = MessageName(MessageKind.PLAN, 0, 0)
 _WHAT = "what the stages know of the step's plan"
 #: A kind of step whose programs have left its plan so often runs in discovery order from then on.
 _MAX_MISSES = 3
+#: The planned step in which predicted and measured waiting are compared: by then caches are warm.
+_COMPARED_RUN = 3
+
+logger = logging.getLogger("modelparallel.pipeline")
+
+
+@dataclass(frozen=True)
+class StepCounts:
+    """How many steps have run in which way, for tests and reports.
+
+    Attributes:
+        discovered: the first of their kind, in discovery order, written down.
+        planned: by the plan, to the end.
+        left: begun by the plan; some program has gone another way.
+        unplanned: later steps of a kind that stays in discovery order.
+    """
+
+    discovered: int = 0
+    planned: int = 0
+    left: int = 0
+    unplanned: int = 0
 
 
 class StepPlans:
@@ -30,6 +53,9 @@ class StepPlans:
         self._active_microbatches = active_microbatches
         self._plans: dict[Hashable, StepPlan | None] = {}  # None: discovery order
         self._num_misses: dict[Hashable, int] = {}
+        self._num_runs: dict[Hashable, int] = {}
+        #: How the steps so far have run; equal on all stages.
+        self.counts = StepCounts()
 
     def __len__(self) -> int:
         return len(self._plans)
@@ -43,6 +69,7 @@ class StepPlans:
         """Forget all plans."""
         self._plans.clear()
         self._num_misses.clear()
+        self._num_runs.clear()
 
     @property
     def last(self) -> StepPlan | None:
@@ -67,16 +94,24 @@ class StepPlans:
         return kind not in self._plans
 
     def note_run(self, kind: Hashable, *, has_left: bool) -> None:
-        """A planned step is over; ``has_left``: some program has gone another way, which all stages have seen."""
-        if has_left:
+        """A step that was not the first of its kind is over; ``has_left``: some program has gone another way than
+        planned, which all stages have seen.
+        """
+        if self._plans.get(kind) is None:
+            self.counts = replace(self.counts, unplanned=self.counts.unplanned + 1)
+        elif not has_left:
+            self.counts = replace(self.counts, planned=self.counts.planned + 1)
+        else:
+            self.counts = replace(self.counts, left=self.counts.left + 1)
             misses = self._num_misses[kind] = self._num_misses.get(kind, 0) + 1
             if misses >= _MAX_MISSES:
                 self._plans[kind] = None
 
     def note_discovery(
-        self, kind: Hashable, programs: Sequence[Program], costs: Mapping[str, float], transport: StageTransport
+        self, kind: Hashable, programs: Sequence[Program], costs: Mapping[str, Work], transport: StageTransport
     ) -> None:
         """The first step of this kind has run: make its plan. Collective over the pipeline."""
+        self.counts = replace(self.counts, discovered=self.counts.discovered + 1)
         recorders = [program.tracker for program in programs if isinstance(program.tracker, Recorder)]
         carries_state = any(program.carries_state for program in programs)
         own = (recorders[0].local_waits(), carries_state or any(recorder.changes_modes for recorder in recorders))
@@ -99,4 +134,32 @@ class StepPlans:
             schedule_kind = "forward_only"
         schedule = make_schedule(chain, len(programs), schedule_kind, self._active_microbatches)
         check_schedule(schedule, chain, self._active_microbatches)
-        self._plans[kind] = StepPlan(entries, starts, chain, schedule)
+        plan = self._plans[kind] = StepPlan(entries, starts, chain, schedule)
+        if transport.stage == 0:
+            logger.info("Pipeline schedule: %s", plan.description())
+
+    def compare(
+        self, kind: Hashable, programs: Sequence[Program], waiting_share: float, transport: StageTransport
+    ) -> None:
+        """Once for each plan, after some steps: say how much the stages really wait. Collective over the pipeline.
+
+        ``waiting_share``: the part of this step's forwards and backwards in which this stage waited for others.
+        """
+        plan = self._plans.get(kind)
+        if plan is None or any(program.tracker.has_left for program in programs):
+            return
+        runs = self._num_runs[kind] = self._num_runs.get(kind, 0) + 1
+        if runs != _COMPARED_RUN:
+            return
+        if transport.stage != 0:
+            transport.send_object(0, _PLAN, pickle.dumps(waiting_share), _WHAT)
+            return
+        found = [waiting_share]
+        found += [pickle.loads(transport.receive_object(peer, _PLAN, _WHAT)) for peer in transport.peers()]
+        predicted = plan.idle_shares()
+        logger.info(
+            "Pipeline schedule, after %d steps: the stages wait %s of their time (predicted: %s)",
+            runs,
+            ", ".join(f"{share:.0%}" for share in found),
+            ", ".join(f"{share:.0%}" for share in predicted),
+        )

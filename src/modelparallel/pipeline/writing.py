@@ -15,16 +15,18 @@ from modelparallel.pipeline.stage_tensor import StageTensor, is_dense
 def writable(value: StageTensor, local: torch.Tensor) -> torch.Tensor:
     """``local``, the value here, or what may be written to in its place.
 
+    Also what shares memory with a leaf is not written to: the leaf may be on its way to another stage.
+
     If that is a copy and ``value.local`` is not, nobody else may read what shares memory with ``value`` afterwards.
     """
-    if not local.requires_grad or value.is_pinned_home:
-        return local
-    base = local._base if local._is_view() else None
-    is_view_of_leaf = base is not None and base.is_leaf and base.requires_grad
-    if not local.is_leaf and not is_view_of_leaf:
+    if value.is_pinned_home:
         return local
     sharing = [value, *(other for other in value.sharing() if _shares(other, local))]
+    if not any(_is_leaf(member.local) for member in sharing):
+        return local
     covering = _covering(sharing)
+    if covering is None and not local.requires_grad:
+        return local  # a detached view of a leaf
     with torch.enable_grad():  # writing under no_grad changes the value, and not where its gradient goes
         if covering is None or covering.local is None:
             return local.clone()
@@ -37,6 +39,16 @@ def writable(value: StageTensor, local: torch.Tensor) -> torch.Tensor:
             member.local = source.as_strided(member.local.shape, member.local.stride(), offset)
         covering.local = new
     return value.local if value.local is not None else local
+
+
+def _is_leaf(local: torch.Tensor | None) -> bool:
+    """Whether it is a leaf that requires grad, or a view of one. A view that was made under no_grad only looks like a
+    leaf: its gradient goes where that of its base goes.
+    """
+    if local is None or not local.requires_grad:
+        return False
+    origin = local._base if local._is_view() and local._base is not None else local
+    return origin.is_leaf and origin.requires_grad
 
 
 def _shares(other: StageTensor, local: torch.Tensor) -> bool:
@@ -59,6 +71,8 @@ def _covering(sharing: list[StageTensor]) -> StageTensor | None:
         local = member.local
         if local is None or not local.requires_grad or ends[id(member)] != (first, last):
             continue
+        if local._is_view() and local.is_leaf:
+            continue  # made under no_grad: a copy of it has no graph
         if is_dense(tuple(local.shape), local.stride()):
             return member
     return None

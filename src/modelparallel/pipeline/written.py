@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from modelparallel.comm.transport import MessageKind, MessageName
-from modelparallel.pipeline.stage_tensor import StageTensor, TensorSpec, is_dense
+from modelparallel.pipeline.stage_tensor import StageTensor, TensorSpec, is_dense, storage_address
 from modelparallel.pipeline.wire import TENSORS_PER_MESSAGE, receive_tensors, send_tensors
 from modelparallel.pipeline.writing import element_range
 from modelparallel.torch_compat import num_storage_users
@@ -34,10 +34,24 @@ class WrittenTensors:
 
     def add(self, program: Program, tensor: torch.Tensor, home: int) -> StageTensor:
         """From now on ``tensor`` is a value with a home; every stage calls this at the same point of the program."""
+        if program.sightings is not None:
+            program.sightings.wrote(program.microbatch, tensor)
         return self._note(tensor, program.new(TensorSpec.of(tensor), home, self._here(program, tensor, home)))
+
+    def assign(self, tensor: torch.Tensor | None, value: StageTensor) -> torch.Tensor:
+        """The ordinary tensor that gets the value when the microbatch ends: ``tensor``, or a new one if it does not
+        fit.
+        """
+        spec = value.spec
+        if tensor is None or tuple(tensor.shape) != tuple(spec.shape) or tensor.dtype != spec.dtype:
+            tensor = torch.empty(spec.shape, dtype=spec.dtype, device=value.program.device)
+        self._note(tensor, value)
+        return tensor
 
     def find(self, program: Program, leaf: torch.Tensor) -> StageTensor | None:
         """The value that ``leaf`` has become, if it or a tensor that shares its memory was written to."""
+        if program.sightings is not None:
+            program.sightings.saw(program.microbatch, leaf)
         if not self._entries:
             return None
         entry = self._entries.get(id(leaf))
@@ -133,9 +147,8 @@ class WrittenTensors:
 
 
 def _address(tensor: Any) -> int:
-    if tensor.layout is not torch.strided or not tensor.numel():
-        return -id(tensor)
-    return int(tensor.untyped_storage().data_ptr())
+    address = storage_address(tensor)
+    return -id(tensor) if address is None else address
 
 
 def _num_references(entries: list[tuple[torch.Tensor, Any]], index: int) -> int:
