@@ -71,6 +71,11 @@ class StepPlans:
         self._num_misses.clear()
         self._num_runs.clear()
 
+    @property
+    def last(self) -> StepPlan | None:
+        """The plan that was made last, for reports; None: discovery order."""
+        return next(reversed(self._plans.values()), None)
+
     def get(self, kind: Hashable) -> StepPlan | None:
         """The plan for steps of this kind; None: discovery order."""
         return self._plans.get(kind)
