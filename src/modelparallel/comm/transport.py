@@ -232,6 +232,7 @@ class StageTransport(ABC):
         for peer in self.peers():
             self.send(peer, MessageName(MessageKind.LEAVE, 0, 0), torch.empty(0, dtype=torch.uint8))
 
+    @abstractmethod
     def close(self) -> None:
         """Say goodbye; no message after that. Local."""
 
