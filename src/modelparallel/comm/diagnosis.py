@@ -155,8 +155,8 @@ def divergence(own: Situation, other: Situation) -> str | None:
 
 def _left_behind(behind: Situation, ahead: Situation, what: str) -> str:
     return (
-        f"pp_rank {behind.stage}, call {behind.step + 1} of a step function, {behind.waits[0]}: it will not come, since "
-        f"pp_rank {ahead.stage} {what}: {_ADVICE}"
+        f"pp_rank {behind.stage}, call {behind.step + 1} of a step function, {behind.waits[0]}: it will not come, "
+        f"since pp_rank {ahead.stage} {what}: {_ADVICE}"
     )
 
 
