@@ -111,7 +111,7 @@ def dies(model: Any, x: Tensor) -> Tensor:
 
 
 def wrapped(layout: str) -> Any:
-    """``straight``: each stage is visited once; ``turns``: neighbours on different stages, so stages are visited again."""
+    """``straight``: each stage is visited once; ``turns``: neighbours on different stages, so stages are visited twice."""
     import modelparallel as smp
 
     torch.manual_seed(1)

@@ -71,10 +71,16 @@ def line_of_work(main_thread: int) -> str:
     """
     names = {thread.ident: thread.name for thread in threading.enumerate()}
     frames = sys._current_frames()
-    for ident, frame in frames.items():
-        if names.get(ident) == _WORKER_THREAD and not _is_parked(frame):
-            return _line_of_frame(frame)
-    return _line_of_frame(frames.get(main_thread))
+    frame: FrameType | None = None
+    try:
+        for ident, frame in frames.items():
+            if names.get(ident) == _WORKER_THREAD and not _is_parked(frame):
+                return _line_of_frame(frame)
+        return _line_of_frame(frames.get(main_thread))
+    finally:
+        # The frame of this call is among them: a circle that would keep what the step has made alive.
+        frames.clear()
+        del frame
 
 
 def line_of_error(error: BaseException) -> str:

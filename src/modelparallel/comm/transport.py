@@ -357,7 +357,9 @@ class StageTransport(ABC):
     def _timeout(self, waiting: _Waiting) -> WaitTimeoutError:
         awaited = waiting.awaited[0]
         lines = [self._last_words(peer) for peer in sorted({one.source for one in waiting.awaited})]
-        others = "".join(f"\nor for {one.description or one.name} from pp_rank {one.source}" for one in waiting.awaited[1:])
+        others = "".join(
+            f"\nor for {one.description or one.name} from pp_rank {one.source}" for one in waiting.awaited[1:]
+        )
         return WaitTimeoutError(
             f"{self._situation(awaited)}: no answer within timeout_seconds={self.timeout_seconds:g}{others}\n"
             + "\n".join(lines)

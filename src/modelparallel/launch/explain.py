@@ -17,7 +17,9 @@ from modelparallel.errors import LaunchError
 from modelparallel.launch.folder import JobFolder
 
 # What an error is that only passes on the failure of another rank.
-_PASSED_ON = re.compile(r"the connection is gone|since the step of pp_rank|connection failed|closed by peer|reset by peer")
+_PASSED_ON = re.compile(
+    r"the connection is gone|since the step of pp_rank|connection failed|closed by peer|reset by peer"
+)
 # The lines in the text of a DivergenceError: "took train.py:31 (event 5: ...)", or of waits "(train.py:31)".
 _TAKEN = re.compile(r"took (\S+\.py:\d+[^()]*) \(event|\(([^()]*\S+\.py:\d+)\)")
 _STANDS = re.compile(r"\S+\.py:\d+")
@@ -147,8 +149,8 @@ def _what_was_first(stories: Mapping[int, RankStory], first: int | None) -> list
     story, error = stories[first], stories[first].error
     if error is None:
         return [
-            f"first: {story} ended without a word: it was killed (by hand, or because memory ran out) or crashed; it has "
-            "no event file. The others missed it. Look at its log and at the system's (dmesg)."
+            f"first: {story} ended without a word: it was killed (by hand, or because memory ran out) or crashed; it "
+            "has no event file. The others missed it. Look at its log and at the system's (dmesg)."
         ]
     lines = [f"first: {story} failed{_in_call(story)} at {error['line']}: {error['type']}: {_head(error['text'])}"]
     named = list(dict.fromkeys(one or two for one, two in _TAKEN.findall(_head(error["text"]))))
@@ -189,8 +191,8 @@ def _waits(stories: Mapping[int, RankStory]) -> list[str]:
             source = story.head["pipeline"][wait["source"]]
             more = f", or for {len(waits) - 1} other messages" if len(waits) > 1 else ""
             lines.append(
-                f"  {story}{_in_call(story)} microbatch {wait['microbatch']}: {wait['seconds']:.1f} s for {wait['what']} "
-                f"from {stories[source]} ({wait['line']}){more}"
+                f"  {story}{_in_call(story)} microbatch {wait['microbatch']}: {wait['seconds']:.1f} s for "
+                f"{wait['what']} from {stories[source]} ({wait['line']}){more}"
             )
     return lines
 

@@ -76,7 +76,8 @@ class _GlueMode(TorchFunctionMode):
         if engine.frames is not None and traits.is_random:
             engine.frames.enter_glue_operation()
         if traits.is_in_place and program is not None:
-            program.note_plain_write(args[0] if args else next(iter(kwargs.values()), None))
+            # torch.nn.init passes its tensor by name.
+            program.note_plain_write(args[0] if args else kwargs.get("tensor", kwargs.get("input")))
         return func(*args, **kwargs)
 
 
