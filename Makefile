@@ -12,10 +12,10 @@ PIP := PIP_CONSTRAINT=$(abspath $(VENV))/constraints.txt PIP_DISABLE_PIP_VERSION
 DATA ?= data
 MAKEFLAGS += --no-print-directory
 
-.PHONY: setup demo test test-all lint bench help
+.PHONY: setup demo test test-all fuzz lint bench help
 
 help:
-	@echo "make setup | demo | test | test-all | lint | bench [ONLY=name] [QUICK=1]"
+	@echo "make setup | demo | test | test-all | fuzz [CASES=500] [SEED=1] | lint | bench [ONLY=name] [QUICK=1]"
 
 setup: $(VENV)/.stamp-test
 
@@ -60,6 +60,14 @@ test: $(VENV)/.stamp-test
 
 test-all: $(VENV)/.stamp-dev $(DATA)/MNIST/.stamp
 	@$(BIN)/python -m pytest -q $(ARGS)
+
+# Random programs on random pipelines, compared with one process. A failing one is made small and printed.
+CASES ?= 500
+SEED ?= $(shell date +%j%H%M)
+fuzz: $(VENV)/.stamp-test
+	@echo "fuzz: $(CASES) cases, SEED=$(SEED)"
+	@FUZZ_SEED=$(SEED) FUZZ_SETS=$$((($(CASES) + 7) / 8)) \
+	  $(BIN)/python -m pytest -q -s --timeout 0 tests/test_fuzz.py -k random_programs $(ARGS)
 
 lint: $(VENV)/.stamp-dev
 	@$(BIN)/ruff check src tests examples bench

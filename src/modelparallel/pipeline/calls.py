@@ -102,8 +102,28 @@ def run(engine: PipelineEngine, program: Program, entry: PlacedModule, args: Any
             objects = [value for value in objects if not entry.is_first_filling(value)]
         if objects or arguments.holds_containers:
             call = _guarded(entry, objects, arguments.holds_containers, call)
+        if program.sightings is not None and entry.module.training and next(entry.module.buffers(), None) is not None:
+            call = _watched(program, entry, call)
     program.tracker.note_work(home, entry.name, is_training=entry.module.training)
     return glue.execute(program, entry.description, key, arguments, home, call, protect=True)
+
+
+def buffer_state(module: nn.Module) -> tuple[tuple[int, int], ...]:
+    """What changes when buffers are written to or replaced."""
+    return tuple((id(buffer), buffer._version) for buffer in module.buffers() if not buffer.is_inference())
+
+
+def _watched(program: Program, entry: PlacedModule, inner: Callable[..., Any]) -> Callable[..., Any]:
+    """Notice when the module changes its buffers in another order than without turns."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        before = buffer_state(entry.module)
+        output = inner(*args, **kwargs)
+        if buffer_state(entry.module) != before and program.sightings is not None:
+            program.sightings.changed_buffers(program.microbatch, entry.name)
+        return output
+
+    return call
 
 
 def _framed(frames: RandomFrames, unit: int, inner: Callable[..., Any]) -> Callable[..., Any]:

@@ -12,6 +12,7 @@ between them belong to the same visit. A stage that is visited at most once neve
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -98,6 +99,11 @@ class Recorder(ChainTracker):
         self.recorded.append(("C", home, module))
         if is_training is not None and self._modes.get(module, is_training) is not is_training:
             self.changes_modes = True
+
+    def repeated_modules(self, home: int) -> set[str]:
+        """Modules on ``home`` that were called more than once."""
+        calls = Counter(str(other) for kind, stage, other in self.recorded if kind == "C" and other and stage == home)
+        return {name for name, number in calls.items() if number > 1}
 
     def common(self) -> tuple[Recorded, ...]:
         """Without what this stage alone has done."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
@@ -249,6 +249,11 @@ class PipelineEngine:
                     elif isinstance(value, (list, dict, set, tuple, deque)):
                         found.append((name, len(value)))
         return found
+
+    def buffer_states(self, names: Iterable[str]) -> dict[str, Hashable]:
+        """Of the placed modules of these names; see :func:`calls.buffer_state`."""
+        wanted = set(names)
+        return {entry.name: calls.buffer_state(entry.module) for entry in self._entries if entry.name in wanted}
 
     def frame_unit(self, module: nn.Module, name: str, *, is_compiled: bool = False) -> None:
         """Without pipelining: seed the generators around each call of a unit inside a step, as a pipeline would.

@@ -144,7 +144,11 @@ class _StepRun:
         program.note_plain_writes_that_live()
         if self._engine.holds_values():
             program.carries_state = True
-        state = self._engine.simple_state()
+        state: list[Hashable] = list(self._engine.simple_state())
+        if isinstance(program.tracker, Recorder):
+            # Running statistics depend on the order of the calls, which differs if a module is called in two visits.
+            repeated = program.tracker.repeated_modules(self._engine.stage)
+            state += sorted(self._engine.buffer_states(repeated).items())
         # What the first one changes may be set once and for all.
         if program.microbatch and state != self._simple_state:
             program.carries_state = True

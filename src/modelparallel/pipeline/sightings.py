@@ -56,6 +56,19 @@ class Sightings:
     def __init__(self) -> None:
         self._seen: dict[int, dict[int, list[_Piece]]] = {}
         self._written: dict[int, dict[int, list[_Piece]]] = {}
+        self._changed_by: dict[str, int] = {}  # module -> the last microbatch whose call changed its buffers
+
+    def changed_buffers(self, microbatch: int, module: str) -> None:
+        """A call of a module by ``microbatch`` has changed its buffers (running statistics)."""
+        last = self._changed_by.get(module, microbatch)
+        if microbatch < last:
+            raise StepUsageError(
+                f"module '{module}' changes its buffers (running statistics) and is called again by microbatch "
+                f"{microbatch} after microbatch {last} has called it. They take turns on each stage, since in the first "
+                "step of this kind it was called once, so the order differs from that without a pipeline: call it as "
+                "often in the first step (then they run one after another)"
+            )
+        self._changed_by[module] = microbatch
 
     def saw(self, microbatch: int, tensor: torch.Tensor) -> None:
         """Code of ``microbatch`` uses an ordinary tensor."""
