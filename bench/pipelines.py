@@ -28,11 +28,13 @@ class Setting:
         pipeline: our schedule, the configuration's ``pipeline``.
         peer: the name of the peer's schedule class.
         layout: the process of every piece of the model, in order.
+        active_microbatches: our limit, the smallest with which the step is as short as it can be.
     """
 
     pipeline: str
     peer: str
     layout: tuple[int, ...] = (0, 1)
+    active_microbatches: int = 2
 
     def parameters(self) -> dict[str, Any]:
         """Our configuration; the split is made by hand, to be that of the peer."""
@@ -40,6 +42,7 @@ class Setting:
             "pipeline_parallel_degree": NUM_STAGES,
             "microbatches": NUM_MICROBATCHES,
             "pipeline": self.pipeline,
+            "active_microbatches": self.active_microbatches,
             "auto_partition": False,
             "default_partition": 0,
         }
