@@ -53,8 +53,9 @@ def describe(setting: Setting) -> str:
     """For the document."""
     pieces = ", ".join(str(pp_rank) for pp_rank in setting.layout)
     return (
-        f"pp=2, GPT of 8 layers x 512, 8 microbatches: `pipeline: {setting.pipeline}` with `active_microbatches: {setting.active_microbatches}` against `{setting.peer}`; the "
-        f"model in {len(setting.layout)} equal pieces on the processes {pieces}, for both."
+        f"pp=2, GPT of 8 layers x 512, 8 microbatches: `pipeline: {setting.pipeline}` with `active_microbatches: "
+        f"{setting.active_microbatches}` against `{setting.peer}`; the model in {len(setting.layout)} equal pieces on "
+        f"the processes {pieces}, for both."
     )
 
 
