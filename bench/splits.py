@@ -96,9 +96,7 @@ def contiguous(order: Sequence[str], num_stages: int) -> Iterator[dict[str, int]
     """All splits of the order into runs."""
     for cuts in itertools.combinations(range(1, len(order)), num_stages - 1):
         edges = (0, *cuts, len(order))
-        yield {
-            name: stage for stage, (start, end) in enumerate(itertools.pairwise(edges)) for name in order[start:end]
-        }
+        yield {name: stage for stage, (start, end) in enumerate(itertools.pairwise(edges)) for name in order[start:end]}
 
 
 def equal_layers(order: Sequence[str], num_stages: int) -> dict[str, int]:

@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-from bench.cases import data_parallel, engine_overhead, growth, memory, overhead, partition, pipeline, schedules, tensor_parallel
+from bench.cases import (
+    data_parallel,
+    engine_overhead,
+    growth,
+    memory,
+    overhead,
+    partition,
+    pipeline,
+    schedules,
+    tensor_parallel,
+)
 from bench.cases.case import Case
 
 _MODULES = (

@@ -61,8 +61,12 @@ def settings_of(num_stages: int) -> list[tuple[int, int, int]]:
     if num_stages == MANY_STAGES:
         return [(num_stages, 8, 16)]
     few = FEW_STAGES
-    return [(few, 8, 16), (few, FEW_MICROBATCHES, 16), (few, MANY_MICROBATCHES, 16), (few, 8, FEW_LAYERS)] + [
-        (few, 8, MANY_LAYERS)
+    return [
+        (few, 8, 16),
+        (few, FEW_MICROBATCHES, 16),
+        (few, MANY_MICROBATCHES, 16),
+        (few, 8, FEW_LAYERS),
+        (few, 8, MANY_LAYERS),
     ]
 
 

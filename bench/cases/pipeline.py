@@ -15,7 +15,7 @@ LOOPED = (0, 1, 0, 1)
 SETTINGS = {
     "pipeline_gpt_1f1b": Setting("interleaved", "Schedule1F1B"),
     "pipeline_gpt_gpipe": Setting("simple", "ScheduleGPipe"),
-    "pipeline_gpt_virtual": Setting("interleaved", "ScheduleInterleaved1F1B", LOOPED),
+    "pipeline_gpt_virtual": Setting("interleaved", "ScheduleInterleaved1F1B", LOOPED, active_microbatches=4),
     "pipeline_gpt_zero_bubble": Setting("zero_bubble", "ScheduleInterleavedZeroBubble"),
     "pipeline_gpt_zero_bubble_virtual": Setting("zero_bubble", "ScheduleInterleavedZeroBubble", LOOPED),
     "pipeline_gpt_zero_bubble_v": Setting("zero_bubble", "ScheduleZBVZeroBubble", (0, 1, 1, 0)),
@@ -53,8 +53,9 @@ def describe(setting: Setting) -> str:
     """For the document."""
     pieces = ", ".join(str(pp_rank) for pp_rank in setting.layout)
     return (
-        f"pp=2, GPT of 8 layers x 512, 8 microbatches: `pipeline: {setting.pipeline}` against `{setting.peer}`; the "
-        f"model in {len(setting.layout)} equal pieces on the processes {pieces}, for both."
+        f"pp=2, GPT of 8 layers x 512, 8 microbatches: `pipeline: {setting.pipeline}` with `active_microbatches: "
+        f"{setting.active_microbatches}` against `{setting.peer}`; the model in {len(setting.layout)} equal pieces on "
+        f"the processes {pieces}, for both."
     )
 
 

@@ -23,7 +23,7 @@ STAGES = (2, 4, 8)
 #: Microbatches, in multiples of the stages.
 MULTIPLES = (1, 2, 4)
 #: Of one layer: its forward, the gradient of its input, the gradient of its weight.
-SECONDS = 0.02
+SECONDS = 0.04
 LAYERS_PER_STAGE = 2
 NUM_STEPS = 3
 EFFICIENCY_TARGET = "ratio <= 1.05"
@@ -179,8 +179,8 @@ def measure(num_pairs: int) -> list[Result]:
 CASES = [
     Case(
         "schedule",
-        "pp=2, 4 and 8 with p, 2p and 4p microbatches; two layers a stage that sleep 20 ms in the forward, 20 ms for "
-        "the gradient of the input and 20 ms for that of the weight. `schedule_efficiency`: the time of a step against "
+        "pp=2, 4 and 8 with p, 2p and 4p microbatches; two layers a stage that sleep 40 ms in the forward, 40 ms for "
+        "the gradient of the input and 40 ms for that of the weight. `schedule_efficiency`: the time of a step against "
         "the makespan of its schedule on paper (`pipeline.timeline.simulate`), for the number of microbatches with the "
         "largest ratio. `schedule_gain`: the time of a step with two pieces a stage (virtual) or zero bubble as a "
         "share of that of 1F1B, against the share that the papers' formulas give.",

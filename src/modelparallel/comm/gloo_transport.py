@@ -1,8 +1,11 @@
 """Messages between stages that are processes, over gloo; see the notes in transport.py.
 
 [Note: frames] gloo takes a message into a buffer that is longer than it, and aborts the process for one that is
-shorter. So each message is a frame of a fixed maximal size that tells the length; what is small lies in the frame
-itself, the rest follows in a message of its own, whose buffer is made when the frame has come.
+shorter. So each message begins with a frame that tells the length; what fits lies in the frame itself, the rest follows
+in a message of its own, whose buffer is made when the frame has come. A message of gloo costs much more than the copy
+of its bytes (a handshake, and threads that wake up in both processes), so frames grow: after a message that did not fit
+both ends, which have seen the same messages in the same order, take frames that would have held it, up to a limit. The
+part of a buffer that no message fills is never touched, and takes no memory.
 """
 
 from __future__ import annotations
@@ -25,8 +28,10 @@ from modelparallel.comm.transport import Message, MessageKind, MessageName, Stag
 from modelparallel.errors import CommunicationError, WaitTimeoutError
 
 _HEADER = struct.Struct("<7q")
-_FRAME_BYTES = 4096
-_INLINE_BYTES = _FRAME_BYTES - _HEADER.size
+#: Where the payload begins in a frame; views of any dtype can begin there.
+_PAYLOAD_START = 64
+_INLINE_BYTES = 4096 - _PAYLOAD_START
+_MOST_INLINE_BYTES = 1 << 20
 _MAX_PENDING_SENDS = 8  # for each peer: what was sent before has surely arrived, and is let go
 _TAG = 0
 _FOREVER = timedelta(days=3650)  # an idle listener
@@ -39,6 +44,26 @@ class _PendingSend:
     tensors: list[torch.Tensor]  # they, and the works, must stay alive until the message has arrived
     description: str
     is_needed: bool  # the peer waits for it; nobody waits for what is only told
+
+
+def _grown(inline_bytes: int, size: int) -> int:
+    """How many bytes frames take after a message of ``size`` bytes; see the note on frames."""
+    return max(inline_bytes, size) if size <= _MOST_INLINE_BYTES else inline_bytes
+
+
+def _frames(header: tuple[int, ...], payload: torch.Tensor, inline_bytes: int) -> list[torch.Tensor]:
+    """The messages of gloo that carry this one."""
+    is_inline = payload.numel() <= inline_bytes
+    frame = torch.empty(_PAYLOAD_START + (payload.numel() if is_inline else 0), dtype=torch.uint8)
+    _HEADER.pack_into(_memory_of(frame), 0, *header)
+    if not is_inline:
+        return [frame, payload]
+    frame[_PAYLOAD_START:].copy_(payload)
+    return [frame]
+
+
+def _memory_of(frame: torch.Tensor) -> Any:
+    return frame.numpy()
 
 
 class GlooTransport(StageTransport):
@@ -55,6 +80,7 @@ class GlooTransport(StageTransport):
         self._pending: dict[int, deque[_PendingSend]] = {peer: deque() for peer in self.peers()}
         # A listener answers while the main thread sends, and the parts of a message must follow each other.
         self._send_locks = {peer: threading.Lock() for peer in self.peers()}
+        self._inline_bytes = dict.fromkeys(self.peers(), _INLINE_BYTES)  # of what is sent to each peer
         self._is_closing = False
         self._listeners = [
             threading.Thread(target=self._listen, args=(peer,), name=f"listen-to-stage-{peer}", daemon=True)
@@ -65,20 +91,26 @@ class GlooTransport(StageTransport):
 
     def _listen(self, peer: int) -> None:
         global_rank = self._global_ranks[peer]
-        frame = torch.empty(_FRAME_BYTES, dtype=torch.uint8)
-        header: Any = frame.numpy()
+        inline_bytes = _INLINE_BYTES
+        frame = torch.empty(_PAYLOAD_START + inline_bytes, dtype=torch.uint8)
         try:
             while True:
                 self._process_group.recv([frame], global_rank, _TAG).wait(_FOREVER)
-                kind, step, microbatch, event, check, presence, size = _HEADER.unpack_from(header)
+                kind, step, microbatch, event, check, presence, size = _HEADER.unpack_from(_memory_of(frame))
                 if kind == MessageKind.GOODBYE:
                     self.lose(peer, f"its process has ended, after call {step + 1} of a step function")
                     return
-                if size <= _INLINE_BYTES:
-                    payload = frame[_HEADER.size : _HEADER.size + size].clone()
-                else:
+                is_inline = size <= inline_bytes
+                if not is_inline:
                     payload = torch.empty(size, dtype=torch.uint8)
                     self._process_group.recv([payload], global_rank, _TAG).wait(_FOREVER)
+                    inline_bytes = _grown(inline_bytes, size)
+                elif is_kept := size > max(_INLINE_BYTES, inline_bytes // 2):
+                    payload = frame[_PAYLOAD_START : _PAYLOAD_START + size]
+                else:
+                    payload = frame[_PAYLOAD_START : _PAYLOAD_START + size].clone()
+                if frame.numel() < _PAYLOAD_START + inline_bytes or (is_inline and is_kept):
+                    frame = torch.empty(_PAYLOAD_START + inline_bytes, dtype=torch.uint8)
                 name = MessageName(MessageKind(kind), microbatch, event, check)
                 self.deliver(peer, step, name, Message(presence, payload))
         except RuntimeError as error:
@@ -97,15 +129,12 @@ class GlooTransport(StageTransport):
         may_wait: bool = True,
     ) -> None:
         size = payload.numel()
-        header = _HEADER.pack(name.kind, step, name.microbatch, name.event, name.check, presence, size)
-        is_inline = size <= _INLINE_BYTES
-        frame = torch.frombuffer(
-            bytearray(header + payload.numpy().tobytes() if is_inline else header), dtype=torch.uint8
-        )
-        tensors = [frame] if is_inline else [frame, payload]
+        header = (name.kind, step, name.microbatch, name.event, name.check, presence, size)
         what = f"send {what or name} to pp_rank {peer}"
         pending = self._pending[peer]
         with self._send_locks[peer]:
+            tensors = _frames(header, payload, self._inline_bytes[peer])
+            self._inline_bytes[peer] = _grown(self._inline_bytes[peer], size)
             try:
                 works = [self._process_group.send([tensor], self._global_ranks[peer], _TAG) for tensor in tensors]
             except RuntimeError as error:
@@ -142,12 +171,12 @@ class GlooTransport(StageTransport):
         if self._is_closing:
             return
         self._is_closing = True
-        farewell = _HEADER.pack(MessageKind.GOODBYE, self._step, 0, 0, 0, 0, 0)
+        farewell = (MessageKind.GOODBYE, self._step, 0, 0, 0, 0, 0)
         works = []
         for peer in self.peers():
             if peer in self._gone:
                 continue
-            frame = torch.frombuffer(bytearray(farewell), dtype=torch.uint8)
+            frame = _frames(farewell, torch.empty(0, dtype=torch.uint8), _INLINE_BYTES)[0]
             with suppress(RuntimeError):  # the peer has gone, too
                 works.append((self._process_group.send([frame], self._global_ranks[peer], _TAG), frame))
         for work, _ in works:

@@ -106,6 +106,10 @@ def _is_in_order(stride: Sequence[int]) -> bool:
 
 
 def _typed(part: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
-    """The bytes ``part``, which own their memory, as a tensor of this spec (contiguous where that is not dense)."""
+    """The bytes ``part``, whose memory nobody else uses, as a tensor of this spec (contiguous where that is not
+    dense).
+    """
     stride = spec.stride if is_dense(spec.shape, spec.stride) else contiguous_stride(spec.shape)
-    return torch.empty(0, dtype=spec.dtype).set_(part.untyped_storage(), 0, spec.shape, stride)
+    result = torch.empty(0, dtype=spec.dtype)
+    start = int(part.storage_offset()) // result.element_size()
+    return result.set_(part.untyped_storage(), start, spec.shape, stride)
