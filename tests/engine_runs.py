@@ -151,9 +151,7 @@ def run_module(
     import importlib
 
     cases = importlib.import_module(module).CASES
-    return {
-        name: run_case(cases[name], is_scattered=is_scattered, min_steps=min_steps, times=times) for name in names
-    }
+    return {name: run_case(cases[name], is_scattered=is_scattered, min_steps=min_steps, times=times) for name in names}
 
 
 def outcomes(

@@ -33,7 +33,7 @@ def smaller_programs(program: Program) -> Iterator[Program]:
     for index, step in enumerate(program.steps):
         for simpler in (Step(step.mode), replace(step, mode="train")):
             if simpler != step:
-                yield replace(program, steps=program.steps[:index] + (simpler,) + program.steps[index + 1 :])
+                yield replace(program, steps=(*program.steps[:index], simpler, *program.steps[index + 1 :]))
     for name, value in (("num_losses", 1), ("output", 0)):
         if getattr(program, name) != value:
             yield replace(program, **{name: value})

@@ -437,5 +437,7 @@ def test_timeout_of_the_environment_is_the_default():
 
 @pytest.mark.parametrize("text", ["", "abc", "0", "-1", "nan", "inf", "10 min"])
 def test_timeout_of_the_environment_is_checked(text):
-    with pytest.raises(SMPConfigError, match=r"environment variable SMP_TIMEOUT: expected a number of seconds > 0, got"):
+    with pytest.raises(
+        SMPConfigError, match=r"environment variable SMP_TIMEOUT: expected a number of seconds > 0, got"
+    ):
         load_config({}, {"SMP_TIMEOUT": text})

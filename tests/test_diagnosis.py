@@ -111,7 +111,7 @@ def dies(model: Any, x: Tensor) -> Tensor:
 
 
 def wrapped(layout: str) -> Any:
-    """``straight``: each stage is visited once; ``turns``: neighbours on different stages, so stages are visited twice."""
+    """``straight``: each stage is visited once; ``turns``: neighbours on different stages, so each is visited twice."""
     import modelparallel as smp
 
     torch.manual_seed(1)
@@ -160,9 +160,7 @@ def go_apart(bodies: list[Callable[..., Any]], layout: str, num_good: int, **mod
     return found
 
 
-def run(
-    bodies: list[Callable[..., Any]], num_stages: int, layout: str, num_good: int, **more: Any
-) -> list[Any]:
+def run(bodies: list[Callable[..., Any]], num_stages: int, layout: str, num_good: int, **more: Any) -> list[Any]:
     parameters = PATIENT | {"pipeline_parallel_degree": num_stages} | more.pop("parameters", {})
     return run_ranks(go_apart, num_stages, bodies, layout, num_good, parameters=parameters, **more)
 

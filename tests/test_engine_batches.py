@@ -148,9 +148,7 @@ def settings(num_stages: int, schedule: str) -> dict[str, Any]:
 def test_shapes_change_between_steps_and_microbatches(
     names: tuple[str, ...], num_stages: int, schedule: str, is_trimmed: bool
 ) -> None:
-    ranks = run_ranks(
-        run_rounds, num_stages, names, is_trimmed, parameters=settings(num_stages, schedule), timeout=170
-    )
+    ranks = run_ranks(run_rounds, num_stages, names, is_trimmed, parameters=settings(num_stages, schedule), timeout=170)
     for name in names:
         losses, weights = plain(name, is_trimmed)
         for rank in ranks:
@@ -211,9 +209,7 @@ def evaluate_data_set(num_samples: int, batch_size: int) -> dict[str, Any]:
 @pytest.mark.parametrize("num_stages", [2, 4])
 def test_the_evaluation_of_a_data_set_with_a_smaller_last_batch(num_stages: int, schedule: str) -> None:
     num_samples, batch_size = 85, 16  # the last batch: 5 samples for 4 microbatches
-    ranks = run_ranks(
-        evaluate_data_set, num_stages, num_samples, batch_size, parameters=settings(num_stages, schedule)
-    )
+    ranks = run_ranks(evaluate_data_set, num_stages, num_samples, batch_size, parameters=settings(num_stages, schedule))
     x, y = data_set(num_samples)
     for rank in ranks:
         model = Classifier().double().eval()

@@ -249,7 +249,10 @@ def varying_batch(step: int) -> Tensor:
 
 TOLD: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "mutated_argument": (Recorded, "UnsupportedError: module 'second'.* changed its argument of type list"),
-    "read_cache": (Generates, "UnsupportedError: module 'decoder.model.layers.*changed its argument of type DynamicCache"),
+    "read_cache": (
+        Generates,
+        "UnsupportedError: module 'decoder.model.layers.*changed its argument of type DynamicCache",
+    ),
     "varying_shape": (between(varies, lambda y, x: y.sum() * x), "DivergenceError: module 'second'.*smp.dynamic"),
     "exception": (between(raises, lambda y, x: y), "KeyError: .inside the module"),
     "stale_view": (lambda: Held(stale_view), "StepUsageError: operation mul_ wrote in place.*shares memory"),

@@ -167,9 +167,7 @@ def fails(layout: Layout, program: Program) -> bool:
     phases=[Phase.generate],
     suppress_health_check=list(HealthCheck),
 )
-@given(
-    layout=LAYOUTS, programs=st.lists(PROGRAMS, min_size=PROGRAMS_PER_SET, max_size=PROGRAMS_PER_SET, unique=True)
-)
+@given(layout=LAYOUTS, programs=st.lists(PROGRAMS, min_size=PROGRAMS_PER_SET, max_size=PROGRAMS_PER_SET, unique=True))
 def random_programs(layout: Layout, programs: list[Program]) -> None:
     if not SEED:
         check(layout, programs)

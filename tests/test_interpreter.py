@@ -34,7 +34,9 @@ TIMEOUT = 10.0
 class FakeProgram:
     """Walks through a list of entries on one stage, as a Program does."""
 
-    def __init__(self, microbatch: int, recorded: list[Any], plan: StepPlan, transport: LocalTransport, log: list) -> None:
+    def __init__(
+        self, microbatch: int, recorded: list[Any], plan: StepPlan, transport: LocalTransport, log: list
+    ) -> None:
         self.microbatch = microbatch
         self.recorded = recorded
         self.transport = transport
@@ -281,7 +283,9 @@ def test_bodies_keep_their_own_grad_mode_random_numbers_and_context() -> None:
 def test_a_body_that_is_abandoned_runs_its_finally_clauses() -> None:
     left: list[str] = []
     program = SimpleNamespace(
-        engine=SimpleNamespace(leave=lambda: (), enter=lambda state: None), tracker=SimpleNamespace(visit=0), on_wait=None
+        engine=SimpleNamespace(leave=lambda: (), enter=lambda state: None),
+        tracker=SimpleNamespace(visit=0),
+        on_wait=None,
     )
 
     def body() -> None:
@@ -298,7 +302,9 @@ def test_a_body_that_is_abandoned_runs_its_finally_clauses() -> None:
 
 def test_an_error_in_a_body_reaches_the_one_who_resumed_it() -> None:
     program = SimpleNamespace(
-        engine=SimpleNamespace(leave=lambda: (), enter=lambda state: None), tracker=SimpleNamespace(visit=0), on_wait=None
+        engine=SimpleNamespace(leave=lambda: (), enter=lambda state: None),
+        tracker=SimpleNamespace(visit=0),
+        on_wait=None,
     )
 
     def body() -> None:

@@ -22,9 +22,7 @@ def problems(draw, max_units=9, max_stages=4, virtual_degree=1):
     number = draw(st.sampled_from([SMALL, LARGE]))
     num_units = draw(st.integers(3, max_units))
     num_stages = draw(st.integers(1, max(1, min(max_stages, num_units // virtual_degree))))
-    costs = [
-        (draw(number) + 1, draw(number), draw(number) + (index == 0), draw(SMALL)) for index in range(num_units)
-    ]
+    costs = [(draw(number) + 1, draw(number), draw(number) + (index == 0), draw(SMALL)) for index in range(num_units)]
     return costs, num_stages, draw(st.sampled_from([0.0, 0.2, 0.8, 1.0])), draw(st.sampled_from(SCHEDULES))
 
 
@@ -58,9 +56,7 @@ class Everything:
                 state + activation * self.mean_in_flight for piece in pieces for state, activation, _, _ in piece
             )
             compute = max(sum(flops for _, _, flops, _ in piece) for piece in pieces) * len(pieces)
-            per_stage.append(
-                self.weight * memory / self.mean_memory + (1 - self.weight) * compute / self.mean_compute
-            )
+            per_stage.append(self.weight * memory / self.mean_memory + (1 - self.weight) * compute / self.mean_compute)
         crossing = sum(self.costs[end - 1][3] for _, end in split[:-1])
         messages = crossing * OPERATIONS_PER_SENT_BYTE / self.mean_compute
         return max(per_stage), sum(cost * cost for cost in per_stage) + messages
@@ -146,7 +142,7 @@ def test_pieces_are_dealt_out_in_turn_and_too_few_are_refused():
     assert [stage for _, stage in plan.modules] == [0, 0, 1, 1, 0, 0, 1, 1]
     assert plan.virtual_degree == 2
     assert "0..1 | 4..5" in plan.table()
-    with pytest.raises(PartitionError, match="with virtual_pipeline_degree=2 needs 4.*virtual_pipeline_degree <= 1"):
+    with pytest.raises(PartitionError, match=r"with virtual_pipeline_degree=2 needs 4.*virtual_pipeline_degree <= 1"):
         make_plan(layers(3), 2, virtual_degree=2)
     with pytest.raises(PartitionError, match="pipeline_parallel_degree is 4: use pipeline_parallel_degree <= 3"):
         make_plan(layers(3), 4, virtual_degree=2)

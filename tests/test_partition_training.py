@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from typing import Any
 
@@ -83,7 +84,7 @@ def test_two_pieces_a_stage_train_as_one_process() -> None:
     plans = train_and_compare(NAMES, 2, virtual_pipeline_degree=2)
     for name, plan in plans.items():
         stages = [stage for _, stage in plan.modules]
-        changes = sum(first != second for first, second in zip(stages, stages[1:], strict=False))
+        changes = sum(first != second for first, second in itertools.pairwise(stages))
         assert plan.virtual_degree == 2, name
         assert changes >= 3, (name, plan.modules)
         assert all(len(figures.in_flight) == 2 for figures in plan.figures)
@@ -144,6 +145,7 @@ def test_the_predicted_traffic_is_what_is_sent() -> None:
     ranks = run_ranks(sent_activations, 2, names, parameters=parameters, timeout=120)
     for name in names:
         sent = {**ranks[0][name][0], **ranks[1][name][0]}
-        assert tuple((source, target, count / 2) for (source, target), count in sorted(sent.items())) == (
-            ranks[0][name][1]
+        assert (
+            tuple((source, target, count / 2) for (source, target), count in sorted(sent.items()))
+            == (ranks[0][name][1])
         ), name

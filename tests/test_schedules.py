@@ -405,7 +405,7 @@ def test_messages(kind, stages, message):
 def test_message_about_memory():
     schedule = schedule_of("interleaved", *GOOD)
     check_schedule(schedule, Chain.straight(2), active_microbatches=2)
-    with pytest.raises(ScheduleError, match="at F1 on stage 0 there are 2 live microbatches: .* allows 1"):
+    with pytest.raises(ScheduleError, match=r"at F1 on stage 0 there are 2 live microbatches: .* allows 1"):
         check_schedule(schedule, Chain.straight(2), active_microbatches=1)
 
 

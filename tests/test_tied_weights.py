@@ -75,7 +75,9 @@ def train(optimizer: str, size: int) -> Any:
 
 
 @pytest.mark.parametrize("schedule", ["simple", "interleaved", "zero_bubble"])
-@pytest.mark.parametrize("num_stages, num_ranks, optimizer, size", [(2, 2, "sgd", 8), (3, 3, "adam", 7), (2, 4, "adam", 8)])
+@pytest.mark.parametrize(
+    "num_stages, num_ranks, optimizer, size", [(2, 2, "sgd", 8), (3, 3, "adam", 7), (2, 4, "adam", 8)]
+)
 def test_copies_of_tied_weights_train_like_one(
     schedule: str, num_stages: int, num_ranks: int, optimizer: str, size: int
 ) -> None:

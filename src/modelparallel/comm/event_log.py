@@ -193,10 +193,7 @@ class EventLog:
         try:
             depth = _depths[text]
             frame = sys._getframe(depth)
-            if (
-                _is_library[frame.f_code.co_filename]
-                or not _is_library[sys._getframe(depth - 1).f_code.co_filename]
-            ):
+            if _is_library[frame.f_code.co_filename] or not _is_library[sys._getframe(depth - 1).f_code.co_filename]:
                 frame = _user_frame(text)
         except (KeyError, ValueError):
             frame = _user_frame(text)

@@ -6,7 +6,8 @@
 
     modelparallel explain modelparallel-jobs/train-2026-01-31-12-00-00-123
 
-docs/launching.md has every option of the first, docs/schedules.md shows what the second prints, docs/diagnosis.md the third.
+docs/launching.md has every option of the first, docs/schedules.md shows what the second prints, docs/diagnosis.md the
+third.
 """
 
 import math

@@ -114,7 +114,7 @@ class JobFolder:
         return self.status / f"rank_{global_rank}.finished.json"
 
     def prepare(self, source_dir: Path, channels: Mapping[str, Path], checkpoints: Path | None = None) -> None:
-        """Make the directories and links. Logs, status, events and failure of an earlier run in this folder are removed;
+        """Make the directories and links. Logs, status, events and failure of an earlier run in this folder go;
         model, output data and checkpoints stay, so that a job can go on where it stopped.
         """
         for old in (self.logs, self.status, self.events, self.input):

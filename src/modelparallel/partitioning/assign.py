@@ -136,9 +136,7 @@ def _cheaper(colocated: PartitionPlan, replicated: PartitionPlan) -> PartitionPl
     return replicated if work[1] <= work[0] and held[1] <= 1.1 * held[0] else colocated
 
 
-def log_plan(
-    plan: PartitionPlan, logger: logging.Logger = LOGGER, *, predicted_bubble: float | None = None
-) -> None:
+def log_plan(plan: PartitionPlan, logger: logging.Logger = LOGGER, *, predicted_bubble: float | None = None) -> None:
     """Log the plan's report, after the line ``Partition assignments:`` that job logs are searched for.
 
     Args:

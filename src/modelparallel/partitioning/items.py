@@ -52,9 +52,7 @@ def arrangements(trace: Trace) -> Iterator[list[Item]]:
         yield _items(trace, order, position, places)
 
 
-def _items(
-    trace: Trace, order: Sequence[str], position: Mapping[str, int], places: Sequence[str | None]
-) -> list[Item]:
+def _items(trace: Trace, order: Sequence[str], position: Mapping[str, int], places: Sequence[str | None]) -> list[Item]:
     leader = _leaders(trace, order, position, places)
     items = {name: Item([name]) for name in order if leader[name] == name}
     for unit in trace.units:

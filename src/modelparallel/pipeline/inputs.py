@@ -23,6 +23,7 @@ from modelparallel.pipeline.wire import TENSORS_PER_MESSAGE, pack, receive_tenso
 
 _TRAVELLING = (int, float, complex, str, bytes, bool, type(None), torch.dtype, SlicedObject)
 
+
 class _OwnObject:
     """Stands for an object that does not travel: the receiver takes its own at this path. No dataclass: those are
     containers.

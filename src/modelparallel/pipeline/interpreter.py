@@ -243,4 +243,3 @@ def discovery_actions(num_microbatches: int) -> list[Action]:
     """Microbatch after microbatch, forwards, then backwards: right for every deterministic program."""
     forwards = [Action(ActionKind.F, index) for index in range(num_microbatches)]
     return forwards + [Action(ActionKind.B, index) for index in range(num_microbatches)]
-

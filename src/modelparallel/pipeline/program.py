@@ -297,9 +297,7 @@ class Program:
 
     # Announcements
 
-    def announce(
-        self, source: int, payload: Callable[[], bytes], description: str, *, is_always: bool
-    ) -> bytes | None:
+    def announce(self, source: int, payload: Callable[[], bytes], description: str, *, is_always: bool) -> bytes | None:
         """Stage ``source`` tells all others; returns the bytes on the others, None on the source.
 
         ``is_always``: it is announced at every call, since it may differ at every call.
@@ -440,9 +438,7 @@ class Program:
                 leaf.grad = gradient if leaf.grad is None else leaf.grad + gradient
         return through_autograd
 
-    def _run_piece(
-        self, event: _Event, extra: Sequence[tuple[torch.Tensor, torch.Tensor]], *, is_split: bool
-    ) -> None:
+    def _run_piece(self, event: _Event, extra: Sequence[tuple[torch.Tensor, torch.Tensor]], *, is_split: bool) -> None:
         work = [(original, leaf.grad) for original, leaf in event.cuts if leaf.grad is not None]
         work.extend(extra)
         if not work:

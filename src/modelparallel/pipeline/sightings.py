@@ -64,7 +64,8 @@ class Sightings:
         if microbatch < last:
             raise StepUsageError(
                 f"module '{module}' changes its buffers (running statistics) and is called again by microbatch "
-                f"{microbatch} after microbatch {last} has called it. They take turns on each stage, since in the first "
+                f"{microbatch} after microbatch {last} has called it. They take turns on each stage, since in the "
+                "first "
                 "step of this kind it was called once, so the order differs from that without a pipeline: call it as "
                 "often in the first step (then they run one after another)"
             )
@@ -117,7 +118,8 @@ def _piece(tensor: torch.Tensor) -> _Piece:
 def _add(noted: dict[int, dict[int, list[_Piece]]], microbatch: int, address: int, piece: _Piece) -> None:
     pieces = noted.setdefault(microbatch, {}).setdefault(address, [])
     if len(pieces) < 64 and not any(
-        one.owner() is piece.owner() and (one.offset, one.shape, one.stride) == (piece.offset, piece.shape, piece.stride)
+        one.owner() is piece.owner()
+        and (one.offset, one.shape, one.stride) == (piece.offset, piece.shape, piece.stride)
         for one in pieces
     ):
         pieces.append(piece)

@@ -71,9 +71,7 @@ def _remarks(plan: PartitionPlan, predicted_bubble: float | None) -> list[str]:
         )
     if plan.traffic:
         channels = ", ".join(f"{source} -> {target} {readable_bytes(n)}" for source, target, n in plan.traffic)
-        cuts = ", ".join(
-            f"{cut}|{cut + 1} {readable_bytes(count)}" for cut, count in enumerate(plan.bytes_over_cuts())
-        )
+        cuts = ", ".join(f"{cut}|{cut + 1} {readable_bytes(count)}" for cut, count in enumerate(plan.bytes_over_cuts()))
         lines.append(f"traffic of a microbatch's forward: {channels}; over the cuts: {cuts}")
     if predicted_bubble is not None:
         lines.append(f"predicted bubble: {predicted_bubble:.1%} of the time of the stages")
