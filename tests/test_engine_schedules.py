@@ -1,4 +1,4 @@
-"""Every program of the other engine tests under every schedule: the first step in discovery order, later ones planned."""
+"""Every program of the other engine tests under every schedule: first in discovery order, then planned."""
 
 from __future__ import annotations
 

@@ -195,7 +195,7 @@ def autocast_state() -> tuple[Any, ...]:
 
 @contextmanager
 def noticed_tensor_hooks(notice: Callable[[], None]) -> Iterator[None]:
-    """Call ``notice`` where somebody registers a hook on a tensor; a node of the graph does not show that it has one."""
+    """Call ``notice`` where somebody registers a hook on a tensor: the graph does not show that it has one."""
     original = torch.Tensor.register_hook
 
     def register_hook(self: torch.Tensor, hook: Callable[..., Any]) -> Any:
