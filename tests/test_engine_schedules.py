@@ -1,4 +1,4 @@
-"""Every program of the other engine tests under every schedule: first in discovery order, then planned."""
+"""Every program of the other engine tests under every schedule: the first step in discovery order, others planned."""
 
 from __future__ import annotations
 

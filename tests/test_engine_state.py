@@ -186,3 +186,47 @@ def writes_in_the_trace() -> Any:
 
 def test_what_the_trace_writes_to_its_inputs_is_gone_after_it() -> None:
     check(writes_in_the_trace, 2, auto_partition=True)
+
+
+class Normed(nn.Module):
+    """Calls a BatchNorm, from the step ``since`` on once more after the other stage was visited."""
+
+    def __init__(self, since: int) -> None:
+        super().__init__()
+        self.first, self.norm, self.second, self.third = (
+            nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH),
+        )  # fmt: skip
+        self.step, self.since = 0, since
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.second(self.norm(self.first(x)))
+        return self.third(self.norm(x) if self.step >= self.since else x)
+
+
+def normed(since: int) -> Any:
+    import modelparallel as smp
+    from modelparallel import runtime
+
+    model = wrapped(lambda: Normed(since))
+    net = model.module
+
+    @smp.step
+    def train(model: Any, x: Tensor) -> Tensor:
+        loss = model(x).square().mean()
+        model.backward(loss)
+        return loss
+
+    results = [readable(train(model, data(net.step, SIZE))) for net.step in range(4)]
+    ways = runtime.current().engine.plans.counts
+    assert smp.pp_size() == 1 or (ways.planned, ways.unplanned) == ((0, 3) if since == 0 else (3, 0)), ways
+    return (results, model.state_dict()), gradients_of(model)
+
+
+@pytest.mark.parametrize("since", [0, 99])
+def test_running_statistics_see_the_microbatches_in_order(since: int) -> None:
+    check(normed, 2, since, microbatches=4)
+
+
+def test_a_second_call_that_begins_later_is_an_error_where_it_would_change_running_statistics() -> None:
+    failures = run_ranks(normed, 2, 2, parameters=layout(2, microbatches=4), return_failures=True)
+    assert all("module 'norm' changes its buffers" in failure.summary for failure in failures), failures

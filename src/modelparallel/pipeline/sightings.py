@@ -16,6 +16,8 @@ import torch
 from modelparallel.errors import StepUsageError
 from modelparallel.pipeline.stage_tensor import storage_address
 
+_MOST_PIECES = 64
+
 
 @dataclass
 class _Piece:
@@ -30,7 +32,7 @@ class _Piece:
         """Whether both have an element in common, as far as that is quickly told; True when in doubt."""
         if self.owner() is None or other.owner() is None:
             return False
-        if 0 in self.shape or 0 in other.shape or self._end() < other.offset or other._end() < self.offset:
+        if 0 in self.shape or 0 in other.shape or self.end() < other.offset or other.end() < self.offset:
             return False
         if self.stride != other.stride:
             return True
@@ -46,7 +48,8 @@ class _Piece:
                 return False
         return True
 
-    def _end(self) -> int:
+    def end(self) -> int:
+        """The last element."""
         return self.offset + sum((n - 1) * step for n, step in zip(self.shape, self.stride, strict=True))
 
 
@@ -65,9 +68,8 @@ class Sightings:
             raise StepUsageError(
                 f"module '{module}' changes its buffers (running statistics) and is called again by microbatch "
                 f"{microbatch} after microbatch {last} has called it. They take turns on each stage, since in the "
-                "first "
-                "step of this kind it was called once, so the order differs from that without a pipeline: call it as "
-                "often in the first step (then they run one after another)"
+                "first step of this kind it was called once, so the order differs from that without a pipeline: call "
+                "it as often in the first step (then they run one after another)"
             )
         self._changed_by[module] = microbatch
 
@@ -117,9 +119,13 @@ def _piece(tensor: torch.Tensor) -> _Piece:
 
 def _add(noted: dict[int, dict[int, list[_Piece]]], microbatch: int, address: int, piece: _Piece) -> None:
     pieces = noted.setdefault(microbatch, {}).setdefault(address, [])
-    if len(pieces) < 64 and not any(
-        one.owner() is piece.owner()
-        and (one.offset, one.shape, one.stride) == (piece.offset, piece.shape, piece.stride)
-        for one in pieces
-    ):
+    place = (piece.offset, piece.shape, piece.stride)
+    if any(one.owner() is piece.owner() and (one.offset, one.shape, one.stride) == place for one in pieces):
+        return
+    if len(pieces) < _MOST_PIECES:
         pieces.append(piece)
+        return
+    # Many small parts: all from the first to the last element.
+    first = min(one.offset for one in (*pieces, piece))
+    last = max(one.end() for one in (*pieces, piece))
+    pieces[:] = [_Piece(piece.owner, first, (last + 1 - first,), (1,))]
