@@ -12,7 +12,7 @@ import torch
 from modelparallel.errors import PartitionError
 from parity import assert_parity, reference_run
 from pool import RankError, run_ranks
-from zoo import ZOO
+from zoo_catalogue import ZOO
 
 NAMES = ["llama", "unet", "containers"]
 NUM_MICROBATCHES = 3
