@@ -81,15 +81,15 @@ class GPT(nn.Module):
         return self.head(x)
 
 
-def stage_of_gpt(model: GPT, stage: int, num_stages: int) -> nn.Sequential:
-    """Equal numbers of layers per stage, the embedding on the first, the head on the last: the split of the peer."""
-    per_stage = len(model.blocks) // num_stages
-    modules: list[nn.Module] = list(model.blocks[stage * per_stage : (stage + 1) * per_stage])
-    if stage == 0:
-        modules.insert(0, model.embedding)
-    if stage == num_stages - 1:
-        modules.append(model.head)
-    return nn.Sequential(*modules)
+def pieces_of_gpt(model: GPT, num_pieces: int) -> list[list[nn.Module]]:
+    """Equal numbers of layers per piece, the embedding in the first, the head in the last."""
+    per_piece = len(model.blocks) // num_pieces
+    pieces: list[list[nn.Module]] = [
+        list(model.blocks[piece * per_piece : (piece + 1) * per_piece]) for piece in range(num_pieces)
+    ]
+    pieces[0].insert(0, model.embedding)
+    pieces[-1].append(model.head)
+    return pieces
 
 
 def language_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -102,3 +102,77 @@ def token_batch(size: GPTSize, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, size.vocabulary, (batch, size.sequence + 1), generator=generator)
     return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+
+
+class ConvPyramid(nn.Module):
+    """Images through levels of residual blocks: each level halves the side and doubles the channels.
+
+    The first levels do most of the work and keep most of the activations, the last ones hold most of the weights.
+    """
+
+    def __init__(
+        self, channels: int = 16, blocks_per_level: tuple[int, ...] = (2, 2, 2, 2), num_classes: int = 10
+    ) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, channels, 3, padding=1)
+        levels: list[nn.Module] = []
+        for level, num_blocks in enumerate(blocks_per_level):
+            width = channels * 2**level
+            if level:
+                levels.append(nn.Conv2d(width // 2, width, 3, stride=2, padding=1))
+            levels += [ResidualConv(width) for _ in range(num_blocks)]
+        self.levels = nn.ModuleList(levels)
+        self.head = nn.Linear(channels * 2 ** (len(blocks_per_level) - 1), num_classes)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        x = self.stem(images)
+        for level in self.levels:
+            x = level(x)
+        return self.head(x.mean(dim=(2, 3)))
+
+
+class ResidualConv(nn.Module):
+    """Two convolutions of 3 x 3 and the sum with the input."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(channels, channels, 3, padding=1)
+        self.norm = nn.GroupNorm(4, channels)
+        self.second = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.second(functional.relu(self.norm(self.first(x))))
+
+
+class EncoderDecoder(nn.Module):
+    """A transformer for a long source and a short target: the encoder's layers cost more than the decoder's."""
+
+    def __init__(self, size: GPTSize, num_decoder_layers: int = 4) -> None:
+        super().__init__()
+        self.source = nn.Embedding(size.vocabulary, size.hidden)
+        self.target = nn.Embedding(size.vocabulary, size.hidden)
+        self.encoder = nn.ModuleList(
+            nn.TransformerEncoderLayer(size.hidden, size.num_heads, 4 * size.hidden, dropout=0.0, batch_first=True)
+            for _ in range(size.num_layers)
+        )
+        self.decoder = nn.ModuleList(
+            nn.TransformerDecoderLayer(size.hidden, size.num_heads, 4 * size.hidden, dropout=0.0, batch_first=True)
+            for _ in range(num_decoder_layers)
+        )
+        self.head = nn.Linear(size.hidden, size.vocabulary, bias=False)
+
+    def forward(self, source: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        memory = self.source(source)
+        for layer in self.encoder:
+            memory = layer(memory)
+        x = self.target(target)
+        for layer in self.decoder:
+            x = layer(x, memory)
+        return self.head(x)
+
+
+def image_batch(batch: int, side: int = 32, num_classes: int = 10) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random images [batch, 3, side, side] and classes; the same on all ranks."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(batch, 3, side, side, generator=generator)
+    return images, torch.randint(0, num_classes, (batch,), generator=generator)

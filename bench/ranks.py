@@ -82,6 +82,7 @@ def _child(
         WORLD_SIZE=str(num_ranks),
         LOCAL_RANK=str(global_rank),
         LOCAL_WORLD_SIZE=str(num_ranks),
+        BENCH_STORE=store,
     )
     try:
         import torch

@@ -23,7 +23,7 @@ class Case:
     """A program to run on different numbers of stages.
 
     ``body(model, *batch)`` returns the loss, or (loss, other results); the harness calls ``model.backward(loss)``
-    unless ``runs_backward`` says that the body does.
+    unless ``runs_backward`` says that the body does. ``compile``: the argument of ``smp.DistributedModel``.
     """
 
     make_model: Callable[[], nn.Module]
@@ -32,6 +32,7 @@ class Case:
     num_steps: int = 2
     runs_backward: bool = False
     dtype: torch.dtype | None = torch.float64
+    compile: Any = False
 
 
 @dataclass
@@ -91,7 +92,7 @@ def run_case(case: Case, *, is_scattered: bool, min_steps: int = 1, times: int =
         made = case.make_model()
         if case.dtype is not None:
             made = made.to(case.dtype)
-        model = smp.DistributedModel(made.train())
+        model = smp.DistributedModel(made.train(), compile=case.compile)
         if is_scattered and smp.pp_size() > 1:
             scatter(model)
         optimizer = smp.DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9))
@@ -150,9 +151,7 @@ def run_module(
     import importlib
 
     cases = importlib.import_module(module).CASES
-    return {
-        name: run_case(cases[name], is_scattered=is_scattered, min_steps=min_steps, times=times) for name in names
-    }
+    return {name: run_case(cases[name], is_scattered=is_scattered, min_steps=min_steps, times=times) for name in names}
 
 
 def outcomes(

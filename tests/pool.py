@@ -313,6 +313,7 @@ def _prepare(job: _Job) -> None:
         LOCAL_RANK=str(job.global_rank),
         LOCAL_WORLD_SIZE=str(job.num_ranks),
     )
+    os.environ.setdefault("SMP_TIMEOUT", "30")  # of the waits in a step, where a test does not say
     os.environ.update(job.environ)
     torch.set_num_threads(1)
     dist.init_process_group(

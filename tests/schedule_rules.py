@@ -1,4 +1,4 @@
-"""The rules of a schedule once more, written as plainly as possible, to hold the library's checker and simulation to."""
+"""The rules of a schedule once more, as plain as can be: what the library's checker and simulation are held to."""
 
 from modelparallel.plan.schedule import Action, ActionKind
 
@@ -57,7 +57,7 @@ def is_valid(schedule, chain, active_microbatches=None):
         return False
     if any(len(kinds) != len(set(kinds)) or set(kinds) not in expected[key] for key, kinds in found.items()):
         return False
-    for stage, actions in enumerate(schedule.actions):
+    for actions in schedule.actions:
         is_forward = [action.kind is F for action in actions]
         if schedule.kind == "simple" and is_forward != sorted(is_forward, reverse=True):
             return False

@@ -100,7 +100,7 @@ def test_defaults() -> None:
         "sdp_max_live_parameters": 1_000_000_000, "sdp_hierarchical_allgather": True, "sdp_gradient_clipping": 1.0,
         "partition_file": None, "fp16": False, "_match_weights": False, "uneven_microbatches": "exact",
         "virtual_pipeline_degree": 1, "memory_limit": None, "tied_weights": "colocate",
-        "seed": None, "timeout_seconds": 300.0, "push_limit_bytes": 65536,
+        "seed": None, "timeout_seconds": 600.0, "push_limit_bytes": 65536,
     }  # fmt: skip
     assert {key: getattr(config, key) for key in expected} == expected
     assert set(config.sources.values()) == {"default"}
@@ -423,3 +423,21 @@ def test_reference_document_is_up_to_date() -> None:
     assert document.read_text(encoding="utf-8") == configuration_markdown()
     for key in PARAMETER_KEYS:
         assert f"`{key}`" in configuration_markdown()
+
+
+def test_timeout_of_the_environment_is_the_default():
+    environ = {"SMP_TIMEOUT": "30.5"}
+    config = load_config({}, environ)
+    assert config.timeout_seconds == 30.5
+    assert load_config({"timeout_seconds": 7}, environ).timeout_seconds == 7
+    assert merge_second_init(config, {"microbatches": 2})[0].timeout_seconds == 30.5
+    assert merge_second_init(config, {"timeout_seconds": 9})[0].timeout_seconds == 9
+    assert load_config({}, {}).timeout_seconds == 600
+
+
+@pytest.mark.parametrize("text", ["", "abc", "0", "-1", "nan", "inf", "10 min"])
+def test_timeout_of_the_environment_is_checked(text):
+    with pytest.raises(
+        SMPConfigError, match=r"environment variable SMP_TIMEOUT: expected a number of seconds > 0, got"
+    ):
+        load_config({}, {"SMP_TIMEOUT": text})

@@ -215,6 +215,22 @@ class Recorded(nn.Module):
         return self.second(self.first(x), [])
 
 
+class Generates(nn.Module):
+    """Reads, in a second call of a decoder, what its layers have stored in the first one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        sizes = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2}
+        self.decoder = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        ids = (x[:, :4] > 0).long()
+        first = self.decoder(input_ids=ids)
+        return self.decoder(input_ids=ids[:, -1:], past_key_values=first.past_key_values).logits
+
+
 def varies(y: Tensor) -> Tensor:
     return y[y[:, 0] > 0]
 
@@ -233,6 +249,10 @@ def varying_batch(step: int) -> Tensor:
 
 TOLD: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "mutated_argument": (Recorded, "UnsupportedError: module 'second'.* changed its argument of type list"),
+    "read_cache": (
+        Generates,
+        "UnsupportedError: module 'decoder.model.layers.*changed its argument of type DynamicCache",
+    ),
     "varying_shape": (between(varies, lambda y, x: y.sum() * x), "DivergenceError: module 'second'.*smp.dynamic"),
     "exception": (between(raises, lambda y, x: y), "KeyError: .inside the module"),
     "stale_view": (lambda: Held(stale_view), "StepUsageError: operation mul_ wrote in place.*shares memory"),

@@ -52,6 +52,27 @@ def hooked(self: Any, x: Tensor) -> Tensor:
     return self.d(z) + y
 
 
+class AsksParameters(nn.Module):
+    """Looks at the properties of its parameters between the modules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(WIDTH, WIDTH)
+        self.b = nn.Linear(WIDTH, WIDTH)
+        self.scale = nn.Parameter(torch.linspace(0.5, 1.5, WIDTH))
+        self.fixed = nn.Parameter(torch.linspace(2.0, 1.0, WIDTH), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        for parameter in (self.scale, self.fixed):
+            x = x * parameter if parameter.requires_grad else x + parameter
+            assert parameter.grad_fn is None and parameter.is_leaf and parameter.shape == (WIDTH,)
+        handle = self.scale.register_hook(lambda gradient: gradient * 100)
+        handle.remove()
+        self.scale.register_hook(lambda gradient: None)
+        return self.b(x)
+
+
 def freeze(net: Any, *names: str) -> Any:
     for name in names:
         getattr(net, name).requires_grad_(False)
@@ -311,6 +332,7 @@ CASES = {
     "detached": Case(held(detached), vectors, square),
     "wants_grad": Case(held(wants_grad), vectors, square),
     "hooked": Case(held(hooked), vectors, square),
+    "asks_parameters": Case(AsksParameters, vectors, square),
     "frozen_first": Case(lambda: freeze(held(chain)(), "a"), vectors, square),
     "frozen_stage": Case(lambda: freeze(held(chain)(), "a", "c"), vectors, square),
     "frozen_last": Case(lambda: freeze(held(chain)(), "b", "d"), vectors, square),

@@ -270,6 +270,14 @@ def broadcasting(self: Any, x: Tensor) -> Tensor:
     return flipped.mean(1) + strided.permute(2, 1, 0).sum(1).T + self.a(x.t().contiguous().t())
 
 
+def gaps(self: Any, x: Tensor) -> Tensor:
+    """The same operations on a view with gaps, on the stage that has made it and on another."""
+    wide = self.a(x).repeat(WIDTH, 4)[:WIDTH]
+    part = wide[:, :WIDTH].t()
+    one, other = part * self.b.weight, part * self.a.weight
+    return self.c(one) + self.d(other) + one.reshape(-1)[1] * self.b(part).t().sum(1) + self.a(part)[0]
+
+
 class Image(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -436,6 +444,7 @@ CASES = {
     "norm_running": Case(held(norm_running), vectors, square),
     "attributes": Case(held(attributes), vectors, square),
     "broadcasting": Case(held(broadcasting), vectors, square),
+    "gaps": Case(held(gaps), vectors, square),
     "channels_last": Case(Image, images, square),
     "other_dtypes": Case(held(other_dtypes), vectors, square),
     "dataclass": Case(

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from modelparallel.errors import PartitionError
 from modelparallel.partitioning import make_plan, microbatches_in_flight, solve
+from modelparallel.partitioning.costs import OPERATIONS_PER_SENT_BYTE
 from partition_models import chain, layers
 
 SCHEDULES = ["simple", "interleaved", "zero_bubble"]
@@ -21,9 +22,7 @@ def problems(draw, max_units=9, max_stages=4, virtual_degree=1):
     number = draw(st.sampled_from([SMALL, LARGE]))
     num_units = draw(st.integers(3, max_units))
     num_stages = draw(st.integers(1, max(1, min(max_stages, num_units // virtual_degree))))
-    costs = [
-        (draw(number) + 1, draw(number), draw(number) + (index == 0), draw(SMALL)) for index in range(num_units)
-    ]
+    costs = [(draw(number) + 1, draw(number), draw(number) + (index == 0), draw(SMALL)) for index in range(num_units)]
     return costs, num_stages, draw(st.sampled_from([0.0, 0.2, 0.8, 1.0])), draw(st.sampled_from(SCHEDULES))
 
 
@@ -57,11 +56,10 @@ class Everything:
                 state + activation * self.mean_in_flight for piece in pieces for state, activation, _, _ in piece
             )
             compute = max(sum(flops for _, _, flops, _ in piece) for piece in pieces) * len(pieces)
-            per_stage.append(
-                self.weight * memory / self.mean_memory + (1 - self.weight) * compute / self.mean_compute
-            )
+            per_stage.append(self.weight * memory / self.mean_memory + (1 - self.weight) * compute / self.mean_compute)
         crossing = sum(self.costs[end - 1][3] for _, end in split[:-1])
-        return max(per_stage), crossing, sum(cost * cost for cost in per_stage)
+        messages = crossing * OPERATIONS_PER_SENT_BYTE / self.mean_compute
+        return max(per_stage), sum(cost * cost for cost in per_stage) + messages
 
 
 def split_of(plan, num_pieces):
@@ -83,11 +81,10 @@ def test_a_chain_is_split_as_the_best_of_all_splits(problem):
     plan = solve(chain(costs), num_stages, weight, 4, 3, schedule=schedule)
     found = everything.rate(split_of(plan, num_stages))
     ratings = [everything.rate(split) for split in everything.splits()]
-    best = min(maximum for maximum, _, _ in ratings)
-    equal = [rating[1:] for rating in ratings if math.isclose(rating[0], best, rel_tol=1e-9)]
+    best = min(maximum for maximum, _ in ratings)
     assert math.isclose(found[0], best, rel_tol=1e-9)
-    assert found[1] == min(crossing for crossing, _ in equal)
-    assert found[2] <= min(squares for crossing, squares in equal if crossing == found[1]) + 1e-9
+    equal = [second for maximum, second in ratings if math.isclose(maximum, best, rel_tol=1e-9)]
+    assert math.isclose(found[1], min(equal), rel_tol=1e-9)
 
 
 @settings(max_examples=150, deadline=None)
@@ -145,8 +142,7 @@ def test_pieces_are_dealt_out_in_turn_and_too_few_are_refused():
     assert [stage for _, stage in plan.modules] == [0, 0, 1, 1, 0, 0, 1, 1]
     assert plan.virtual_degree == 2
     assert "0..1 | 4..5" in plan.table()
-    message = "3 pieces .* pipeline_parallel_degree=2 with virtual_pipeline_degree=2 needs 4.*virtual_pipeline_degree <= 1"
-    with pytest.raises(PartitionError, match=message):
+    with pytest.raises(PartitionError, match=r"with virtual_pipeline_degree=2 needs 4.*virtual_pipeline_degree <= 1"):
         make_plan(layers(3), 2, virtual_degree=2)
     with pytest.raises(PartitionError, match="pipeline_parallel_degree is 4: use pipeline_parallel_degree <= 3"):
         make_plan(layers(3), 4, virtual_degree=2)
@@ -197,7 +193,7 @@ def test_a_module_that_is_too_big_by_itself_is_named():
     with pytest.raises(PartitionError, match=r"'u1' needs 4.9 KiB by itself, whatever the split: make it smaller"):
         solve(chain([(10, 0, 1, 1), (5000, 0, 1, 1), (10, 0, 1, 1)]), 2, 0.8, memory_limit=4000)
     with pytest.raises(PartitionError, match="virtual_pipeline_degree=1"):
-        solve(chain([(90, 0, 1, 1), (10, 0, 1, 1), (90, 0, 1, 1), (10, 0, 1, 1)]), 2, 0.8, virtual_degree=2, memory_limit=120)
+        solve(chain([(90, 0, 1, 1), (10, 0, 1, 1)] * 2), 2, 0.8, virtual_degree=2, memory_limit=120)
 
 
 def test_the_limit_counts_what_the_schedule_keeps_in_flight():

@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 from modelparallel.errors import ScheduleError
 from modelparallel.launch.command_line import app
+from modelparallel.pipeline import scheduling
 from modelparallel.pipeline.grids import grid_svg, grid_text
 from modelparallel.pipeline.schedule_checks import check_schedule
 from modelparallel.pipeline.scheduling import make_schedule
@@ -91,9 +92,39 @@ def one_forward_one_backward(num_stages, num_microbatches, active_microbatches):
 def test_interleaved_on_a_straight_chain_is_1f1b(num_stages, costs):
     chain = Chain.straight(num_stages, *costs)
     for num_microbatches in (1, 2, 3, 5, 8, 13):
-        for active in (1, 2, 3, 6, 20, None):
+        for active in (num_stages, num_stages + 2, 20, None):
             made = make_schedule(chain, num_microbatches, "interleaved", active)
             assert made.actions == one_forward_one_backward(num_stages, num_microbatches, active or num_microbatches)
+
+
+@pytest.mark.parametrize("costs", [(1, 1, 1), (1, 2, 0), (3, 0.5, 0.25)])
+@pytest.mark.parametrize("num_stages", [2, 3, 4, 8])
+def test_interleaved_with_less_memory_than_1f1b(num_stages, costs):
+    """It warms up with as many forwards as are allowed, and is not slower than 1F1B's fixed turns with that warm-up."""
+    chain = Chain.straight(num_stages, *costs)
+    for num_microbatches in (2, 3, 8, 13):
+        for active in range(1, num_stages):
+            made = make_schedule(chain, num_microbatches, "interleaved", active)
+            turns = one_forward_one_backward(num_stages, num_microbatches, active)
+            for stage, actions in enumerate(made.actions):
+                kinds = "".join(action.kind.value for action in actions)
+                assert kinds.index("B") == min(num_stages - stage, active, num_microbatches)
+            in_turns = Schedule("interleaved", num_microbatches, turns)
+            assert simulate(made, chain).makespan <= simulate(in_turns, chain).makespan + 1e-9
+
+
+def test_values_that_every_stage_reads_cost_nothing():
+    """A loss that every stage reads gives each a second visit; the schedules are as good as without."""
+    for p, m in ((2, 4), (4, 8), (8, 32)):
+        plain = Chain.straight(p)
+        reads = tuple(Visit(stage, 0, 0, 0, (p - 1,), has_backward=False) for stage in range(p - 1))
+        reading = Chain(p, plain.visits + reads)
+        for kind in SCHEDULE_KINDS:
+            expected = simulate(make_schedule(plain, m, kind), plain)
+            found = simulate(make_schedule(reading, m, kind), reading)
+            assert found.makespan == expected.makespan
+            if kind != "forward_only":  # there a microbatch now stays until its loss is read
+                assert found.peak_microbatches == expected.peak_microbatches
 
 
 def test_uneven_costs_do_not_change_1f1b():
@@ -184,7 +215,7 @@ def test_few_active_microbatches_make_a_long_step():
     """What docs/schedules.md says about a limit of 2 on 4 stages."""
     chain = Chain.straight(4)
     short, full = (simulate(make_schedule(chain, 8, "interleaved", active), chain) for active in (2, 4))
-    assert short.makespan > 2 * full.makespan
+    assert 1.5 < short.makespan / full.makespan < 1.6
 
 
 # ---------------------------------------------------------------- statement 32 of the semantics
@@ -281,6 +312,18 @@ def test_zero_bubble_is_never_slower_than_interleaved(chain, num_microbatches, a
         assert max(split.peak_microbatches) <= max(1, *interleaved.peak_microbatches)
 
 
+def test_zero_bubble_falls_back_on_the_interleaved_order(monkeypatch):
+    """Where no policy of its own is any good, what is left is the interleaved order with its backwards split."""
+    monkeypatch.setattr(scheduling, "_zero_bubble", lambda *_: iter(()))
+    chain = Chain.straight(3)
+    interleaved = make_schedule(chain, 4, "interleaved")
+    split = make_schedule(chain, 4, "zero_bubble")
+    texts = [[" ".join(schedule.spelled(stage)) for stage in range(3)] for schedule in (interleaved, split)]
+    assert texts[1] == [texts[0][0], *(re.sub(r"B(\d)", r"I\1 W\1", text) for text in texts[0][1:])]
+    check_schedule(split, chain, 3)
+    assert simulate(split, chain).makespan < simulate(interleaved, chain).makespan
+
+
 def corrupt(schedule, draw):
     """The schedule with one thing changed; the kind of change, and the schedule."""
     stages = [list(actions) for actions in schedule.actions]
@@ -362,7 +405,7 @@ def test_messages(kind, stages, message):
 def test_message_about_memory():
     schedule = schedule_of("interleaved", *GOOD)
     check_schedule(schedule, Chain.straight(2), active_microbatches=2)
-    with pytest.raises(ScheduleError, match="at F1 on stage 0 there are 2 live microbatches: .* allows 1"):
+    with pytest.raises(ScheduleError, match=r"at F1 on stage 0 there are 2 live microbatches: .* allows 1"):
         check_schedule(schedule, Chain.straight(2), active_microbatches=1)
 
 
@@ -502,9 +545,8 @@ def test_command_prints_grid_and_figures(tmp_path):
     assert result.exit_code == 0
     expected = make_schedule(Chain.straight(4), 8, "zero_bubble")
     assert expected.to_text() in result.stdout
-    lines = result.stdout.splitlines()
-    assert lines[1].startswith("stage 0  F0 F1 F2 F3 .")
-    assert lines[-1] == "bubble 11.1%, makespan 27, peak live microbatches per stage 4 4 4 4"
+    assert result.stdout.splitlines()[1].startswith("stage 0  F0 F1 F2 F3 .")
+    assert result.stdout.splitlines()[-1] == "bubble 11.1%, makespan 27, peak live microbatches per stage 4 4 4 4"
     root = ElementTree.parse(drawing).getroot()
     boxes = [group.find("{*}title").text for group in root.iter("{http://www.w3.org/2000/svg}g")]
     assert len(boxes) == sum(map(len, expected.actions))

@@ -18,20 +18,20 @@ from engine_runs import scatter
 from modelparallel.parameter_table import Config
 from parity import ReferenceResult, assert_parity, reference_run
 from pool import preload, run_ranks
-from zoo_catalogue import ZOO
+from zoo_catalogue import NUM_STAGES, ZOO, split_document, table
 
-# What the configuration's `pipeline` may be. To come: "zero_bubble".
-SCHEDULES = ("simple", "interleaved")
+# What the configuration's `pipeline` may be (with a backward).
+SCHEDULES = ("simple", "interleaved", "zero_bubble")
 SETTINGS: dict[str, dict[str, Any]] = {
     **{schedule: {"pipeline": schedule} for schedule in SCHEDULES},
     "no_pushes": {"pipeline": SCHEDULES[-1], "push_limit_bytes": 0},
 }
 # Those that `make test` trains; `make test-all` trains all of them, in all settings.
 QUICK = (
-    "llama qwen2 gemma2 gpt2_tied gptj opt falcon bert_tied albert deberta_v2 xlnet distilbert longformer t5 bart marian "
-    "mixtral qwen2_moe switch mamba2 jamba vit swin convnext resnet segformer wav2vec2 whisper clip patch_tst "
-    "torch_transformer torch_encoder torch_lstm densenet unet lstm tree looped called_twice early_exit branching "
-    "containers gluey routed cnn_batchnorm"
+    "llama qwen2 gemma2 gpt2_tied gptj opt falcon bert_tied albert deberta_v2 xlnet distilbert longformer t5 bart "
+    "marian mixtral qwen2_moe switch mamba2 jamba vit swin convnext resnet segformer wav2vec2 whisper clip "
+    "patch_tst torch_transformer torch_encoder torch_lstm densenet unet lstm tree looped called_twice early_exit "
+    "branching containers gluey routed cnn_batchnorm"
 ).split()
 
 OPTIMIZERS: dict[str, Any] = {
@@ -99,8 +99,8 @@ def _train_one(name: str, optimizer: str, is_scattered: bool) -> Trained:
     random.seed(13)
     for step in range(entry.num_steps):
         wrapped.zero_grad()
-        parts = train_step(model, *entry.make_batch(step)).outputs
-        losses.append(sum(float(part) for part in parts) / len(parts))
+        loss = train_step(model, *entry.make_batch(step))  # some are float32: averaged in double precision
+        losses.append(sum(float(part) * share for part, share in zip(loss.outputs, loss.weights, strict=True)))
         if step == 0:
             gradients = {
                 key: torch.zeros_like(value) if value.grad is None else value.grad.clone()
@@ -154,7 +154,7 @@ def pipelined(
 
 
 def check(name: str, num_stages: int, optimizer: str, setting: str, *, is_scattered: bool = False) -> None:
-    group = GROUP_OF[name]
+    group = tuple([member for member in GROUP_OF[name] if not (is_scattered and member in NOT_SCATTERED)])
     ranks = [rank[name] for rank in pipelined(group, num_stages, optimizer, setting, is_scattered)]
     if ZOO[name].draws:
         reference = expected_with_draws(group, num_stages, optimizer)[name]
@@ -180,9 +180,9 @@ GROUP_OF = {
     **groups([name for name in QUICK if name not in DRAWING]),
     **groups([name for name in ZOO if name not in DRAWING and name not in QUICK]),
 }
-QUICK_RUNS = [(4, "adam", SCHEDULES[-1]), (2, "sgd", "no_pushes")]
-RUNS = [*QUICK_RUNS, *((stages, optimizer, setting) for stages, optimizer in ((2, "sgd"), (4, "adam"))
-                       for setting in SETTINGS if (stages, optimizer, setting) not in QUICK_RUNS)]  # fmt: skip
+RUNS = [(stages, optimizer, setting) for stages, optimizer in zip(NUM_STAGES, OPTIMIZERS, strict=True)
+        for setting in SETTINGS]  # fmt: skip
+QUICK_RUNS = [RUNS[len(SCHEDULES)], RUNS[-2]]  # on the fewest stages without pushes, on the most as is the default
 CASES = [
     pytest.param(
         name, *run, id=f"{name}-pp{run[0]}-{run[2]}",
@@ -197,8 +197,13 @@ def test_pipelined_model_equals_one_process(name: str, num_stages: int, optimize
     check(name, num_stages, optimizer, setting)
 
 
+# What an assignment in glue makes of a buffer is known from the trace, which placing by hand goes without ("gluey");
+# and whoever places ViLT's decoder must place the head, too, which has the same bias.
+NOT_SCATTERED = ("gluey", "vilt")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", list(GROUP_OF))
+@pytest.mark.parametrize("name", [name for name in GROUP_OF if name not in NOT_SCATTERED])
 def test_neighbours_on_different_stages(name: str) -> None:
     check(name, 3, "sgd", SCHEDULES[-1], is_scattered=True)
 
@@ -212,3 +217,7 @@ def test_every_schedule_is_run() -> None:
 def test_the_quick_ones_are_a_third_of_the_zoo() -> None:
     assert set(QUICK) <= set(ZOO)
     assert 0.3 <= len({*QUICK, *DRAWING}) / len(ZOO) <= 0.4
+
+
+def test_the_documents_table_is_that_of_the_zoo() -> None:
+    assert split_document()[1] == table(), "docs/models.md is old: run python tests/zoo_catalogue.py"

@@ -324,9 +324,7 @@ class DenseNet(nn.Module):
 
     @staticmethod
     def _layer(width: int, growth: int) -> nn.Sequential:
-        return nn.Sequential(
-            nn.BatchNorm2d(width), nn.ReLU(), nn.Conv2d(width, growth, 3, padding=1, bias=False)
-        )
+        return nn.Sequential(nn.BatchNorm2d(width), nn.ReLU(), nn.Conv2d(width, growth, 3, padding=1, bias=False))
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x)
@@ -368,9 +366,7 @@ class LayerDrop(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(
-            nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Dropout(0.2)) for _ in range(6)
-        )
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Dropout(0.2)) for _ in range(6))
         self.head = nn.Linear(16, 4)
 
     def forward(self, x: Tensor) -> Tensor:

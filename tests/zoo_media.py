@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo import BATCH_SIZE, VOCABULARY, Entry, classification_loss, images, tokens, vectors
-from zoo_text import NO_CACHE, make
+from zoo_text import make
 
 _SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
 _NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -48,6 +48,11 @@ def _segmentation_loss(model: Any, pixels: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(model(pixel_values=pixels).logits.mean(dim=(2, 3)), labels)
 
 
+def _detection_loss(model: Any, pixels: Tensor, labels: Tensor) -> Tensor:
+    output = model(pixel_values=pixels)
+    return F.cross_entropy(output.logits[:, 0, :4], labels) + output.pred_boxes.square().mean()
+
+
 def _torchvision(name: str, remarks: str = "", side: int = 16, **arguments: Any) -> Entry:
     def build() -> nn.Module:
         import torchvision
@@ -58,6 +63,7 @@ def _torchvision(name: str, remarks: str = "", side: int = 16, **arguments: Any)
     return Entry(f"torchvision.models.{name}", "vision", build, _wide_images(side), classification_loss, remarks)
 
 
+# fmt: off
 VISION: dict[str, Entry] = {
     "vit": _vision("ViTForImageClassification", **_VIT),
     "deit": _vision("DeiTForImageClassification", **_VIT),
@@ -96,6 +102,16 @@ VISION: dict[str, Entry] = {
                      num_attention_heads=[1, 1, 1], depths=[1, 1, 1], key_dim=[8, 8, 8], drop_path_rate=0,
                      mlp_ratio=[2, 2, 2], attention_ratio=[2, 2, 2], num_labels=4,
                      down_ops=[["Subsample", 8, 1, 2, 2, 2], ["Subsample", 8, 1, 2, 2, 2]]),
+    "hiera": _vision("HieraForImageClassification", "", 32, image_size=[32, 32], patch_size=[7, 7],
+                     patch_stride=[4, 4], patch_padding=[3, 3], embed_dim=8, depths=[1, 1], num_heads=[1, 2],
+                     query_stride=[2, 2], num_query_pool=1, masked_unit_size=[4, 4], drop_path_rate=0.0,
+                     masked_unit_attention=[True, False], mlp_ratio=2.0, num_labels=4),
+    "yolos": _vision("YolosForObjectDetection", "detection tokens; two heads", 8, _detection_loss,
+                     **(_VIT | {"image_size": [8, 8]}), num_detection_tokens=3),
+    "dpt": _vision("DPTForSemanticSegmentation", "fuses the outputs of four layers; BatchNorm", 8, _segmentation_loss,
+                   **(_VIT | {"num_hidden_layers": 4}), backbone_out_indices=[0, 1, 2, 3],
+                   neck_hidden_sizes=[4, 4, 4, 4], fusion_hidden_size=8, reassemble_factors=[4, 2, 1, 0.5],
+                   use_auxiliary_head=False, semantic_classifier_dropout=0.0),
     "focalnet": _vision("FocalNetForImageClassification", "", 16, image_size=16, patch_size=2, embed_dim=8,
                         hidden_sizes=[8, 16], depths=[1, 2], focal_levels=[1, 1], focal_windows=[3, 3],
                         hidden_dropout_prob=0.0, drop_path_rate=0.0, num_labels=4),
@@ -111,6 +127,7 @@ VISION: dict[str, Entry] = {
     ),
     "torchvision_squeezenet": _torchvision("squeezenet1_1", "dropout of 0 (`dropout=0.0`)", 32, dropout=0.0),
 }
+# fmt: on
 
 
 def _waves(seed: int) -> tuple[Tensor, ...]:
@@ -152,10 +169,11 @@ def _audio(name: str, remarks: str = _SPEECH_REMARK, **config: Any) -> Entry:
 _SPEECH_DECODER = {
     "d_model": 16, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 2,
     "decoder_attention_heads": 2, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "vocab_size": VOCABULARY,
-    "max_source_positions": 16, "max_target_positions": 16, "dropout": 0.0, "use_cache": False, "pad_token_id": 1,
+    "max_source_positions": 16, "max_target_positions": 16, "dropout": 0.0, "pad_token_id": 1,
     "bos_token_id": 2, "eos_token_id": 2, "decoder_start_token_id": 2,
 }  # fmt: skip
 
+# fmt: off
 AUDIO: dict[str, Entry] = {
     "wav2vec2": _audio("Wav2Vec2ForCTC", f"a parametrized (weight-normed) convolution; {_SPEECH_REMARK}"),
     "hubert": _audio("HubertForCTC"),
@@ -167,14 +185,14 @@ AUDIO: dict[str, Entry] = {
         "WhisperForConditionalGeneration", "audio",
         make("WhisperForConditionalGeneration", **_SPEECH_DECODER, num_mel_bins=8, suppress_tokens=None,
              begin_suppress_tokens=None),
-        _spectra(32, 8), _speech_to_text_loss, f"tied weights; {NO_CACHE}; `apply_spec_augment=False` (the default)",
+        _spectra(32, 8), _speech_to_text_loss, "tied weights; `apply_spec_augment=False` (the default)",
     ),
     "speech_to_text": Entry(
         "Speech2TextForConditionalGeneration", "audio",
         make("Speech2TextForConditionalGeneration", **_SPEECH_DECODER, num_conv_layers=2, conv_channels=16,
              input_feat_per_channel=8, conv_kernel_sizes=[3, 3]),
         lambda seed: tuple([part.transpose(1, 2) if part.ndim == 3 else part for part in _spectra(32, 8)(seed)]),
-        _speech_to_text_loss, f"tied weights; {NO_CACHE}", default_dtype=torch.float64,
+        _speech_to_text_loss, "tied weights", default_dtype=torch.float64,
     ),
     "ast": Entry(
         "ASTForAudioClassification", "audio",
@@ -184,6 +202,7 @@ AUDIO: dict[str, Entry] = {
         lambda model, spectra, labels: F.cross_entropy(model(input_values=spectra).logits, labels),
     ),
 }
+# fmt: on
 
 
 def _series(seed: int) -> tuple[Tensor, ...]:
@@ -221,6 +240,23 @@ def _decision_loss(model: Any, states: Tensor, actions: Tensor, rewards: Tensor,
     return F.mse_loss(output.action_preds, actions) + F.mse_loss(output.state_preds, states)
 
 
+def _texts_with_images(seed: int) -> tuple[Tensor, ...]:
+    """Each text begins with the places of an image's four patches."""
+    return torch.cat([torch.full((BATCH_SIZE, 4), 2), tokens(seed)[0]], dim=1), images(seed)[0]
+
+
+def _llava() -> nn.Module:
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    vision = CLIPVisionConfig(**(_SIZES | {"num_hidden_layers": 2}), image_size=8, patch_size=4)
+    text = LlamaConfig(**_SIZES, vocab_size=VOCABULARY, max_position_embeddings=32)
+    return LlavaForConditionalGeneration(
+        LlavaConfig(
+            vision_config=vision, text_config=text, image_token_index=2, vision_feature_layer=-1, image_seq_length=4
+        )
+    )
+
+
 def _vision_encoder_decoder() -> nn.Module:
     from transformers import (
         BertConfig,
@@ -229,7 +265,7 @@ def _vision_encoder_decoder() -> nn.Module:
         ViTConfig,
     )
 
-    decoder = BertConfig(vocab_size=VOCABULARY, max_position_embeddings=16, use_cache=False, **_SIZES, **_NO_DROPOUT)
+    decoder = BertConfig(vocab_size=VOCABULARY, max_position_embeddings=16, **_SIZES, **_NO_DROPOUT)
     config = VisionEncoderDecoderConfig.from_encoder_decoder_configs(ViTConfig(**_VIT), decoder)
     return VisionEncoderDecoderModel(config=config)
 
@@ -240,6 +276,7 @@ _TOWERS = {
     "vision_config": {**_SIZES, "image_size": 8, "patch_size": 4},
 }  # fmt: skip
 
+# fmt: off
 MIXED: dict[str, Entry] = {
     "clip": Entry("CLIPModel", "several inputs", make("CLIPModel", **_TOWERS, projection_dim=8), _texts_and_images,
                   _contrastive_loss, "two towers; the loss compares the samples of a microbatch",
@@ -251,7 +288,13 @@ MIXED: dict[str, Entry] = {
         lambda model, ids, mask, pixels: F.cross_entropy(
             model(pixel_values=pixels, decoder_input_ids=ids, decoder_attention_mask=mask).logits.flatten(0, 1),
             ids.flatten(),
-        ), f"ViT and BERT; {NO_CACHE}", default_dtype=torch.float64,
+        ), "ViT and BERT", default_dtype=torch.float64,
+    ),
+    "llava": Entry(
+        "LlavaForConditionalGeneration", "several inputs", _llava, _texts_with_images,
+        lambda model, ids, pixels: F.cross_entropy(
+            model(input_ids=ids, pixel_values=pixels).logits.flatten(0, 1), ids.flatten()
+        ), "CLIP and Llama; the image's features are written into the text's",
     ),
     "vilt": Entry(
         "ViltForMaskedLM", "several inputs",
@@ -277,10 +320,11 @@ MIXED: dict[str, Entry] = {
     "decision_transformer": Entry(
         "DecisionTransformerModel", "several inputs",
         make("DecisionTransformerModel", state_dim=6, act_dim=3, hidden_size=16, max_ep_len=16, n_layer=3, n_head=2,
-             n_positions=32, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False),
+             n_positions=32, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0),
         _trajectories, _decision_loss, "states, actions and returns",
     ),
 }
+# fmt: on
 
 
 # torch's own
@@ -315,6 +359,7 @@ def _torch(name: str, build: Callable[[], nn.Module], run: Any, remarks: str = "
     return Entry(f"torch.nn.{name}", "torch.nn", lambda: _Embedded(build(), run), tokens, loss, remarks)
 
 
+# fmt: off
 TORCH: dict[str, Entry] = {
     "torch_transformer": _torch(
         "Transformer",
@@ -359,6 +404,7 @@ TORCH: dict[str, Entry] = {
         vectors, classification_loss, "BatchNorm, in-place activations",
     ),
 }
+# fmt: on
 
 
 def _attend(layers: Any, x: Tensor) -> Tensor:

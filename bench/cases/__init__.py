@@ -2,8 +2,28 @@
 
 from __future__ import annotations
 
-from bench.cases import data_parallel, engine_overhead, memory, overhead, pipeline, tensor_parallel
+from bench.cases import (
+    data_parallel,
+    engine_overhead,
+    growth,
+    memory,
+    overhead,
+    partition,
+    pipeline,
+    schedules,
+    tensor_parallel,
+)
 from bench.cases.case import Case
 
-_MODULES = (pipeline, overhead, engine_overhead, data_parallel, tensor_parallel, memory)
+_MODULES = (
+    pipeline,
+    schedules,
+    partition,
+    growth,
+    overhead,
+    engine_overhead,
+    data_parallel,
+    tensor_parallel,
+    memory,
+)
 CASES: dict[str, Case] = {case.name: case for module in _MODULES for case in module.CASES}

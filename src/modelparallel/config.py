@@ -7,6 +7,7 @@ process is started (launcher) or any group is made (`smp.init`). The table of pa
 
 import difflib
 import json
+import math
 import os
 import shlex
 from collections.abc import Iterable, Mapping
@@ -30,6 +31,8 @@ __all__ = [
 ]
 
 ENVIRONMENT_KEY = "SM_HP_MP_PARAMETERS"
+#: Seconds: what `timeout_seconds` is where it is not given.
+TIMEOUT_VARIABLE = "SMP_TIMEOUT"
 _WHERE = {"environment": ENVIRONMENT_KEY, "init": "smp.init"}
 
 #: Features that do not exist yet: a parameter, or one value of it ("key=value"), and what is missing. A parameter that
@@ -45,8 +48,6 @@ NOT_BUILT: dict[str, str] = {
     "delayed_parameter_initialization": "delayed parameter initialization",
     "checkpoint_attentions": "checkpointing inside the distributed attention",
     "_fp32_grad_accumulation": "accumulating gradients in fp32",
-    "tied_weights=replicate": "a copy of a shared parameter on every stage that uses it",
-    "tied_weights=auto": "a copy of a shared parameter on every stage that uses it",
 }
 
 #: Keys of other frameworks, or of other calls, that jobs carry along.
@@ -98,9 +99,25 @@ def load_config(
                     f"{key}: {given[key][0]!r} given to smp.init, {value!r} in {ENVIRONMENT_KEY}; the latter wins"
                 )
             given[key] = (value, source)
+    derived: dict[str, Any] = {}
     if given.get("ddp_port") is None and environ.get("MASTER_PORT", "").isdigit():
-        return _build(given, notices, environ, derived={"ddp_port": int(environ["MASTER_PORT"])})
-    return _build(given, notices, environ)
+        derived["ddp_port"] = int(environ["MASTER_PORT"])
+    if TIMEOUT_VARIABLE in environ:
+        derived["timeout_seconds"] = _timeout(environ[TIMEOUT_VARIABLE])
+    return _build(given, notices, environ, derived=derived)
+
+
+def _timeout(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not (seconds > 0 and math.isfinite(seconds)):
+        raise SMPConfigError(
+            f"environment variable {TIMEOUT_VARIABLE}: expected a number of seconds > 0, got {text!r}: set it to how "
+            "long a wait for another rank inside a step may last, or unset it"
+        )
+    return seconds
 
 
 def validate_parameters(
@@ -134,7 +151,8 @@ def merge_second_init(config: Config, parameters: Mapping[str, Any] | str | None
                 f"smp.init was called before: {key} stays {held!r} (from {_WHERE[source]}), {value!r} is ignored: "
                 "give all parameters to the first smp.init"
             )
-    derived = {} if "ddp_port" in given else {"ddp_port": config.ddp_port}
+    # What the environment gave stays.
+    derived = {key: getattr(config, key) for key in ("ddp_port", "timeout_seconds") if key not in given}
     return _build(given, notices, {}, derived=derived), warnings
 
 

@@ -21,8 +21,8 @@ first call is ignored with a warning.
 
 Whole numbers must not be bools; 0 and 1 serve as bools; `"4"` and `"True"` are read as the values they spell; numbers
 of elements and bytes may be written as 5e8. An unknown key is an error that names the nearest one; an unknown key that
-starts with `_` only warns. Every error is raised before any process is started, or by `smp.init`; it is a `SMPConfigError` (a
-`ValueError`) that names key, value and remedy.
+starts with `_` only warns. Every error is raised before any process is started, or by `smp.init`; it is a
+`SMPConfigError` (a `ValueError`) that names key, value and remedy.
 
 ## Parameters
 
@@ -40,6 +40,16 @@ _RULES = """
 - `sharded_data_parallel_degree` divides the data parallel degree.
 - `auto_partition: False` needs `default_partition`; `load_partition: True` needs `partition_file`.
 - `fp16` and `bf16` are exclusive.
+"""
+
+_VARIABLES = """
+
+## Environment variables
+
+- `MODELPARALLEL_DEVICE=cpu` runs on the CPU although there is a GPU (`--device cpu` sets it).
+- `SMP_TIMEOUT=<seconds>` is `timeout_seconds` where that is not given. Anything but a number > 0 is an error.
+- `SMP_EVENT_DIR=<directory>` and `SMP_EVENTS=error|exit|off` say where and when a rank writes down its last events
+  ([diagnosis](diagnosis.md)).
 """
 
 
@@ -60,7 +70,7 @@ def configuration_markdown() -> str:
         + "\n".join(foreign)
         + "\n\nEnvironment variables of the original library, each with a notice in the log:\n\n"
         + "\n".join(variables)
-        + "\n\n`MODELPARALLEL_DEVICE=cpu` runs on the CPU although there is a GPU (`--device cpu` sets it).\n"
+        + _VARIABLES
     )
 
 

@@ -15,18 +15,21 @@ from torch.utils.hooks import RemovableHandle
 
 from modelparallel import model_states, registry, trees
 from modelparallel import runtime as runtime_module
+from modelparallel.compilation import ModuleCompiler, checked_options, take_off_compiled_calls
 from modelparallel.data_parallel import BroadcastTensor, GradientReducer, ReducedParameter, broadcast_parameters
 from modelparallel.errors import NotBuiltError, PartitionError, SMPConfigError, SMPError, StepUsageError
 from modelparallel.model_arguments import check_arguments
 from modelparallel.model_parameters import ModelParameters
 from modelparallel.module_view import alias_inherited_forwards, attach_module_attribute
-from modelparallel.parameters import ParameterTable
+from modelparallel.parameters import ParameterTable, stand_in
 from modelparallel.partitioning import Trace, find_units, log_plan, make_plan, trace_step
 from modelparallel.pipeline.pushes import push
+from modelparallel.pipeline.replicas import ReplicatedParameters
 from modelparallel.pipeline.stage_tensor import StageTensor
 from modelparallel.plan.partition import PartitionPlan
 from modelparallel.runtime import RunningStep
 from modelparallel.tensor_parallel.replace import replace_marked_modules
+from modelparallel.torch_compat import has_own_compiled_call
 
 Hook = Callable[["DistributedModel", Any], Any]
 
@@ -57,8 +60,10 @@ class DistributedModel(ModelParameters):
         broadcast_buffers: make persistent buffers equal to those of the first data-parallel rank at each training step.
         gradient_as_bucket_view, find_unused_parameters: accepted; gradients are never views of buckets, and unused
             parameters always work.
+        compile: ours, not the original's: True, or a dict of options of ``torch.compile``: compile the calls of the
+            modules that this process runs (see docs/engine.md). Default: False.
 
-    Source: smp-api section 5.
+    Raises SMPConfigError for a wrong argument. Source: smp-api section 5.
     """
 
     def __init__(
@@ -74,8 +79,11 @@ class DistributedModel(ModelParameters):
         broadcast_buffers: bool = True,
         gradient_as_bucket_view: bool = False,
         find_unused_parameters: bool = False,
+        *,
+        compile: bool | Mapping[str, Any] | None = False,
     ) -> None:
         check_arguments(module, trace_device, trace_execution_times, backward_passes_per_step, bucket_cap_mb)
+        options = checked_options(compile)
         super().__init__()
         runtime = runtime_module.current()
         active = runtime.session
@@ -89,7 +97,9 @@ class DistributedModel(ModelParameters):
         self._average_grads = average_grads_across_microbatches
         self._bucket_cap_mb = bucket_cap_mb
         self._broadcast_buffers = broadcast_buffers
+        self._compiler = None if options is None else ModuleCompiler(options)
         self._reducer: GradientReducer | None = None
+        self._replicas: ReplicatedParameters | None = None
         self._plan: PartitionPlan | None = None
         self._is_partitioned = False
         # Whether cpu() has taken the partitioned model back.
@@ -114,6 +124,7 @@ class DistributedModel(ModelParameters):
         attach_module_attribute(module)
         alias_inherited_forwards(module)
         self._units = find_units(module)
+        take_off_compiled_calls(module, self._units)
         self._check_sync_batch_norm()
         if not runtime.is_pipelined:
             module.to(active.device)
@@ -121,7 +132,10 @@ class DistributedModel(ModelParameters):
         active.models.append(self)
         if not runtime.is_pipelined:
             for name in self._units:
-                runtime.engine.frame_unit(module.get_submodule(name), name)
+                unit = module.get_submodule(name)
+                runtime.engine.frame_unit(unit, name, is_compiled=self._compile_call(unit, name))
+            if self._compiler is not None:
+                self._compiler.log("")
             self._synchronise_start()
             self._is_partitioned = True
 
@@ -227,14 +241,21 @@ class DistributedModel(ModelParameters):
             step.models.append(self)
             self.run_post_partition_hooks()
             self._has_begun_reduction = False
-        if self._reducer is None or self._has_begun_reduction or not torch.is_grad_enabled():
+        if self._has_begun_reduction or not torch.is_grad_enabled():
             return
         self._has_begun_reduction = True
-        is_boundary = (self._num_backward_steps + 1) % self._backward_passes_per_step == 0
-        # The reducer looks at the parameters themselves; the engine would take that for glue of the program.
+        # These look at the parameters themselves; the engine would take that for glue of the program.
         with self._runtime.engine.native_region():
-            self._reducer.begin_step(will_synchronize=is_boundary and self._num_no_sync == 0)
-            self._synchronise_buffers()
+            if self._replicas is not None:
+                self._replicas.begin_step()
+            if self._reducer is not None:
+                self._reducer.begin_step(will_synchronize=self._will_synchronize())
+                self._synchronise_buffers()
+
+    def _will_synchronize(self) -> bool:
+        """Whether the gradients of this step are made final at its end."""
+        is_boundary = (self._num_backward_steps + 1) % self._backward_passes_per_step == 0
+        return is_boundary and self._num_no_sync == 0
 
     def check_has_not_left(self) -> None:
         """Raise StepUsageError if the model was taken out of the pipeline."""
@@ -253,12 +274,15 @@ class DistributedModel(ModelParameters):
 
         ``has_backward``: some model of the step has called backward; the gradients may have reached this one too.
         """
-        if self._reducer is not None and self._has_begun_reduction:
-            if has_backward:
-                self._num_backward_steps += 1
+        if self._has_begun_reduction and has_backward:
+            will_synchronize = self._will_synchronize()
+            self._num_backward_steps += 1
+            if self._reducer is not None:
                 self._reducer.finish_step()
-            else:
-                self._reducer.abort_step()
+            if self._replicas is not None and will_synchronize:
+                self._replicas.add_up()
+        elif self._has_begun_reduction and self._reducer is not None:
+            self._reducer.abort_step()
         if not self._has_run_post_step_hooks:
             self._has_run_post_step_hooks = True
             for hook in list(self._post_step_hooks.values()):
@@ -321,6 +345,7 @@ class DistributedModel(ModelParameters):
             schedule=config.pipeline,
             virtual_degree=config.virtual_pipeline_degree,
             memory_limit=config.memory_limit,
+            tied_weights=config.tied_weights,
             is_automatic=config.auto_partition,
             marks=registry.partition_mark,
             overrides=self._overrides,
@@ -348,8 +373,7 @@ class DistributedModel(ModelParameters):
         self._plan = plan
         if runtime.session.groups.world.rank_in_group == 0:
             log_plan(plan)
-        homes = {row.name: plan.home_of_tensor(row.name) for row in self._table.rows()}
-        self._table.set_homes(homes.get)
+        self._table.set_homes(plan.home_of_tensor)
         device = runtime.session.device
         for source in (self._table.parameters(), self._table.buffers()):
             for row, tensor in source:
@@ -358,22 +382,43 @@ class DistributedModel(ModelParameters):
                 if self._table.is_local(row, engine.stage):
                     tensor.data = tensor.data.to(device)
                 else:
-                    tensor.data = _stand_in(tensor, device)
+                    tensor.data = stand_in(tensor, device)
         for name, _ in plan.tensors:
             owner, _, attribute = name.rpartition(".")
             if attribute in self.module.get_submodule(owner)._buffers:
                 engine.place_buffer(self.module.get_submodule(owner), attribute)
         engine.place_model(self.module)
-        engine.costs.update(plan.costs)
+        gradients = {name: (inputs, weights) for name, inputs, weights in plan.backward_costs}
+        engine.costs.update({name: (work, *gradients.get(name, (work, work))) for name, work in plan.costs})
         units = set(self._units)
         for name, home in plan.modules:
-            engine.place_module(self.module.get_submodule(name), name, home, is_unit=name in units)
+            placed = self.module.get_submodule(name)
+            if home == engine.stage:
+                self._compile_call(placed, name)
+            engine.place_module(placed, name, home, is_unit=name in units)
+        if self._compiler is not None:
+            self._compiler.log(runtime.session.config.pipeline)
         model_states.check_early_part(self)
+        self._replicas = ReplicatedParameters.of(self._table, engine.transport)
+        if self._replicas is not None:
+            self._replicas.make_equal()
         self._synchronise_start()
         self._is_partitioned = True
         for optimizer in runtime.live_optimizers():
             optimizer.keep_local_parameters(self)
         self.run_post_partition_hooks()
+
+    def _compile_call(self, module: nn.Module, name: str) -> bool:
+        """Compile the calls of a module that this process runs, if that is asked for; whether they are compiled."""
+        is_users_own = has_own_compiled_call(module)
+        return (self._compiler is not None and self._compiler.install(module, name)) or is_users_own
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Raises StepUsageError: what is compiled is said when the model is wrapped."""
+        raise StepUsageError(
+            "model.compile() of a smp.DistributedModel would compile the library itself: say it when the model is "
+            'wrapped, smp.DistributedModel(model, compile=True) or compile={"backend": ...}'
+        )
 
     def _synchronise_start(self) -> None:
         """Equal parameters and buffers on all holders, and the gradient reduction among them."""
@@ -545,14 +590,6 @@ def _scaled_seed(root: torch.Tensor, seed: torch.Tensor | None, scale: float) ->
             "it, or pass gradients"
         )
     return torch.full_like(root, scale)
-
-
-def _stand_in(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A tensor of the same shape and dtype on one element of memory: what another stage holds. Reading it gives NaN, or
-    zero.
-    """
-    value = float("nan") if tensor.is_floating_point() or tensor.is_complex() else 0
-    return torch.full((1,) * tensor.ndim, value, dtype=tensor.dtype, device=device).expand(tensor.shape)
 
 
 def _register(hooks: OrderedDict[int, Hook], hook: Hook) -> RemovableHandle:

@@ -282,7 +282,12 @@ class Config(BaseModel):
         None, "Seed of the random streams.", kind="int", default_text="torch.initial_seed() of pp_rank 0"
     )
     timeout_seconds: Real = _parameter(
-        300.0, "How long a wait for another rank inside a step may last, in seconds.", kind="float", valid="> 0", gt=0.0
+        600.0,
+        "How long a wait for another rank inside a step may last, in seconds. Where it is not given the environment "
+        "variable SMP_TIMEOUT counts.",
+        kind="float",
+        valid="> 0",
+        gt=0.0,
     )
     message_timeout_seconds: Real = _parameter(
         1800.0,

@@ -77,12 +77,27 @@ class ParameterTable:
         return next((row for row in self._rows.values() if name in row.aliases), None)
 
     def set_homes(self, home_of: Callable[[str], int | None]) -> None:
-        """Complete the table: ``home_of`` gives the stage of a name, None for a constant that every stage holds."""
-        self._rows = {name: replace(row, home=home_of(name)) for name, row in self._rows.items()}
+        """Complete the table: ``home_of`` gives the stage of a name, None for a constant that every stage holds.
+
+        A tensor of several names has its home where the first of them is, and replicas where the others are.
+        """
+        for name, row in self._rows.items():
+            home = home_of(name)
+            others = {home_of(alias) for alias in row.aliases} - {home, None}
+            replicas = tuple(sorted(stage for stage in others if stage is not None)) if home is not None else ()
+            self._rows[name] = replace(row, home=home, replicas=replicas)
 
     def is_local(self, row: ParameterRow, stage: int) -> bool:
         """Whether ``stage`` holds the tensor."""
-        return row.home is None or row.home == stage
+        return row.home is None or stage in row.holders
+
+
+def stand_in(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor of the same shape and dtype on one element of memory: what another stage holds. Reading it gives NaN, or
+    zero.
+    """
+    value = float("nan") if tensor.is_floating_point() or tensor.is_complex() else 0
+    return torch.full((1,) * tensor.ndim, value, dtype=tensor.dtype, device=device).expand(tensor.shape)
 
 
 def _declared_by_layers(module: nn.Module) -> tuple[dict[str, SplitSpec], set[str]]:

@@ -4,6 +4,7 @@ Thin: each reads the session and calls the part that does the work. Before `smp.
 `NotInitializedError`.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch.distributed as dist
@@ -213,7 +214,9 @@ def allgather(obj: Any, group: CommGroup) -> list[Any]:
 
     Collective over `group`. The objects may differ in type and shape. Errors as `send`. Spec: smp-api section 3.
     """
-    return _messenger().allgather(obj, _group(_kind(group, CommGroup, "group")))
+    members = _group(_kind(group, CommGroup, "group"))
+    with _known_to_peers("smp.allgather", members):
+        return _messenger().allgather(obj, members)
 
 
 def barrier(group: CommGroup = CommGroup.WORLD) -> None:
@@ -221,7 +224,9 @@ def barrier(group: CommGroup = CommGroup.WORLD) -> None:
 
     Collective over `group`. Errors as `send`. Spec: smp-api section 3.
     """
-    _messenger().barrier(_group(_kind(group, CommGroup, "group")))
+    members = _group(_kind(group, CommGroup, "group"))
+    with _known_to_peers("smp.barrier", members):
+        _messenger().barrier(members)
 
 
 def dp_barrier() -> None:
@@ -232,6 +237,22 @@ def dp_barrier() -> None:
 def mp_barrier() -> None:
     """`barrier(smp.MP_GROUP)`."""
     barrier(CommGroup.MP_GROUP)
+
+
+def _known_to_peers(call: str, members: Group) -> AbstractContextManager[None]:
+    """Let the other stages of the pipeline know what this rank waits in: they may wait for it inside a step."""
+    ambient = session.current()
+    if ambient.runtime is None or not ambient.runtime.is_pipelined:
+        return nullcontext()
+    stages = [
+        stage
+        for stage, global_rank in enumerate(ambient.groups.pp.ranks)
+        if global_rank in members.ranks and global_rank != ambient.identity.global_rank
+    ]
+    entered: AbstractContextManager[None] = ambient.runtime.engine.transport.in_group_call(
+        f"{call} of {members.kind.value} group {list(members.ranks)}", f"{members.ranks}", stages
+    )
+    return entered
 
 
 def _group(kind: GroupKind) -> Group:

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from modelparallel import session
-from modelparallel.comm.transport import GlooTransport
+from modelparallel.comm.gloo_transport import GlooTransport
 from modelparallel.errors import SMPConfigError
+from modelparallel.event_files import EventFile
 from modelparallel.pipeline.engine import PipelineEngine
 
 if TYPE_CHECKING:
@@ -43,6 +44,8 @@ class Runtime:
 
     def __init__(self, of: session.Session) -> None:
         self.session = of
+        self._event_file = EventFile.from_environment(of.identity.global_rank)
+        self._has_failed = False
         transport = None
         if of.groups.pp.size > 1:
             transport = GlooTransport(
@@ -55,6 +58,9 @@ class Runtime:
         self.engine = PipelineEngine(
             of.device, transport, of.config.push_limit_bytes, of.config.pipeline, of.config.active_microbatches
         )
+        self._transport = transport
+        if self._event_file is not None and self._event_file.is_written_at_exit:
+            of.closers.append(self._write_at_exit)
         self.step: RunningStep | None = None
         self.num_steps = 0
         self.optimizers: list[weakref.ref[DistributedOptimizer]] = []
@@ -62,6 +68,20 @@ class Runtime:
         # one).
         # An optimizer that was built before wrapping holds the old ones; nothing else may keep them alive.
         self._replaced: dict[int, tuple[str, weakref.ref[nn.Parameter], nn.Parameter | None]] = {}
+
+    def note_failure(self, error: BaseException) -> None:
+        """A call of a step function has failed: write down what led to it, where that is asked for."""
+        self._has_failed = True
+        self._write_events(error)
+
+    def _write_at_exit(self) -> None:
+        if not self._has_failed:  # what is written then is worth more
+            self._write_events(None)
+
+    def _write_events(self, error: BaseException | None) -> None:
+        if self._event_file is not None:
+            global_rank, pipeline = self.session.identity.global_rank, self.session.groups.pp.ranks
+            self._event_file.write(global_rank, pipeline, self.num_steps, self._transport, error)
 
     def note_replaced(self, before: Mapping[str, nn.Parameter], after: Mapping[str, nn.Parameter]) -> None:
         """Compare the parameters of a model, by name, before and after modules were replaced."""

@@ -11,6 +11,7 @@ import torch
 
 from modelparallel import runtime as runtime_module
 from modelparallel import trees
+from modelparallel.comm.event_log import user_code_line
 from modelparallel.errors import DivergenceError, SMPConfigError, StepUsageError
 from modelparallel.model import DistributedModel
 from modelparallel.model_partition import partition_models
@@ -83,23 +84,21 @@ class StepFunction:
         if not runtime.is_pipelined or runtime.engine.stage == 0:
             arguments = slice_objects(arguments, config.microbatches, self._axes, self._whole)
         partition_models(runtime, arguments, lambda: self._trace(runtime, arguments, config))
-        number = runtime.num_steps
         runtime.num_steps += 1
+        try:
+            return self._step(runtime, arguments)
+        except BaseException as error:
+            runtime.note_failure(error)
+            raise
+
+    # The parts of a call
+
+    def _step(self, runtime: Runtime, arguments: dict[str, Any]) -> Any:
+        config = runtime.session.config
+        number = runtime.num_steps - 1
         seed = torch.initial_seed() if config.seed is None else config.seed
         if runtime.is_pipelined:
-            engine = runtime.engine
-            engine.transport.begin_step(number)
-            if engine.transport.take_failure_seen() and engine.stage == 0:
-                engine.forget()
-            arguments, (seed, called, knowledge) = share_inputs(
-                engine.transport, arguments, (seed, self._title, engine.knowledge()), number, runtime.session.device
-            )
-            if called != self._title:
-                raise DivergenceError(
-                    f"pp_rank {runtime.engine.stage} calls the step function {self._title}, pp_rank 0 calls {called}: "
-                    "all ranks of a PP_GROUP must call the same step functions in the same order"
-                )
-            engine.agree(knowledge)
+            arguments, seed = self._shared(runtime, arguments, seed, number)
         microbatches = self._split(arguments, config)
         running = RunningStep()
         try:
@@ -110,11 +109,39 @@ class StepFunction:
             raise
         finally:
             runtime.step = None
-        for model in running.models:
-            model.finish_step(running.has_backward)
+        try:
+            for model in running.models:
+                model.finish_step(running.has_backward)
+        except BaseException as error:
+            if runtime.is_pipelined:
+                runtime.engine.transport.abandon(error)
+            raise
+        if runtime.is_pipelined:
+            runtime.engine.transport.end_step()
         return merge_outputs(outputs, microbatches.weights)
 
-    # The parts of a call
+    def _shared(
+        self, runtime: Runtime, arguments: dict[str, Any], seed: int, number: int
+    ) -> tuple[dict[str, Any], int]:
+        """(arguments, seed) of pp_rank 0, on every stage; they find out whether they call the same function."""
+        engine = runtime.engine
+        engine.transport.begin_step(number)
+        if engine.transport.take_failure_seen() and engine.stage == 0:
+            engine.forget()
+        try:
+            arguments, (seed, called, knowledge) = share_inputs(
+                engine.transport, arguments, (seed, self._title, engine.knowledge()), number, runtime.session.device
+            )
+            if called != self._title:
+                raise DivergenceError(
+                    f"pp_rank {engine.stage} calls the step function {self._title} at {user_code_line()}, pp_rank 0 "
+                    f"calls {called}: all ranks of a PP_GROUP must call the same step functions in the same order"
+                )
+            engine.agree(knowledge)
+        except BaseException as error:
+            engine.transport.abandon(error)
+            raise
+        return arguments, seed
 
     def _named_arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """Arguments by name; those of ``*args`` and ``**kwargs`` parameters under names of their own."""

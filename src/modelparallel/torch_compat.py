@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import inspect
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch.utils.checkpoint
 from torch import nn
 from torch._C import (  # the torch-function mode stack: modes are suspended while a module runs at its home
     _get_function_stack_at,
+    _is_any_autocast_enabled,  # one look instead of one per device, at every operation of a step
     _len_torch_function_stack,
     _pop_torch_function_stack,
     _push_on_torch_function_stack,
@@ -18,7 +20,6 @@ from torch._C import (  # the torch-function mode stack: modes are suspended whi
 from torch.utils._python_dispatch import (  # ThreadState hands the dispatch modes on
     TorchDispatchMode as TorchDispatchMode,  # the trace counts operations below autograd
 )
-from torch._C import _is_any_autocast_enabled  # one look instead of one per device, at every operation of a step
 from torch.utils._python_dispatch import (
     _get_current_dispatch_mode_stack,
     _pop_mode,
@@ -42,6 +43,67 @@ def install_call(module: nn.Module, call: Callable[..., Any]) -> Callable[..., A
     previous = module._compiled_call_impl if module._compiled_call_impl is not None else module._call_impl
     module._compiled_call_impl = call
     return previous
+
+
+def has_own_compiled_call(module: nn.Module) -> bool:
+    """Whether the user has compiled this module: by ``module.compile()``, or by wrapping it in ``torch.compile``."""
+    if _is_users_call(module._compiled_call_impl):
+        return True
+    return any(cls.__module__.startswith("torch._dynamo") for cls in type(module).__mro__)
+
+
+def take_off_compiled_call(module: nn.Module) -> bool:
+    """Undo ``module.compile()``; whether there was something to undo."""
+    was_compiled = _is_users_call(module._compiled_call_impl)
+    if was_compiled:
+        module._compiled_call_impl = None
+    return was_compiled
+
+
+def _is_users_call(call: Any) -> bool:
+    # Not one that the library has installed, when the same module was wrapped before.
+    return call is not None and not getattr(call, "__module__", "").startswith("modelparallel.")
+
+
+def fresh_module_call(title: str) -> Callable[..., Any]:
+    """A function of (module, arguments) that makes the module's own call, hooks included, with a code object of its
+    own.
+
+    ``torch.compile`` keeps its cache, and counts recompilations, by code object.
+    """
+
+    def call(module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
+        return module._call_impl(*args, **kwargs)
+
+    call.__code__ = call.__code__.replace(co_name=f"call_{title}", co_qualname=f"call_{title}")
+    return call
+
+
+def compile_errors() -> tuple[type[Exception], ...]:
+    """What torch.compile raises when it cannot compile; they have no public names. (Not the errors of the code that it
+    compiles, which it passes on.)"""
+    from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit, InternalTorchDynamoError, Unsupported
+
+    return (BackendCompilerFailed, FailOnRecompileLimitHit, InternalTorchDynamoError, Unsupported)
+
+
+def default_recompile_limit() -> int | None:
+    """How often one code object is compiled, unless ``torch.compile`` is told; None where it cannot be told."""
+    if "recompile_limit" not in inspect.signature(torch.compile).parameters:
+        return None
+    from torch._dynamo import config
+
+    return int(config.recompile_limit)
+
+
+def hook_registries(module: nn.Module) -> tuple[Mapping[int, Any], ...]:
+    """What holds the hooks of a module, of all modules in it, and those that are registered for all modules at once.
+
+    There is no public way to ask whether a module has hooks.
+    """
+    names = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+    own = [getattr(part, name) for part in module.modules() for name in names]
+    return (*own, *(getattr(torch.nn.modules.module, f"_global{name}") for name in names))
 
 
 def suspend_function_mode(mode: object) -> bool:
@@ -131,6 +193,22 @@ def autocast_state() -> tuple[Any, ...]:
     )
 
 
+@contextmanager
+def noticed_tensor_hooks(notice: Callable[[], None]) -> Iterator[None]:
+    """Call ``notice`` where somebody registers a hook on a tensor: the graph does not show that it has one."""
+    original = torch.Tensor.register_hook
+
+    def register_hook(self: torch.Tensor, hook: Callable[..., Any]) -> Any:
+        notice()
+        return original(self, hook)
+
+    torch.Tensor.register_hook = register_hook  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        torch.Tensor.register_hook = original  # type: ignore[method-assign]
+
+
 def current_backward_id() -> int:
     """A number that names the backward pass (autograd graph task) that runs now; -1 outside. Nested passes have their
     own.
@@ -156,6 +234,15 @@ def num_storage_users(tensor: torch.Tensor) -> int:
 def is_function_node(node: Any) -> bool:
     """Whether a node of the autograd graph is that of an ``autograd.Function`` written in Python."""
     return isinstance(node, torch.autograd.function.BackwardCFunction)
+
+
+def is_compiled_node(node: Any) -> bool:
+    """Whether a node of the autograd graph is the backward of a graph that ``torch.compile`` has compiled as a whole.
+
+    It may be run through once only: what it saved is overwritten on the way (donated buffers).
+    """
+    function = getattr(type(node), "_forward_cls", None)
+    return function is not None and function.__module__.startswith("torch._functorch._aot_autograd")
 
 
 class ThreadState:

@@ -6,40 +6,39 @@ sender's compute (gloo matches a send only when the receive is posted), the orde
 need not be the order in which they were sent, and a wait can end by a timeout without harm (a gloo receive that is
 given up breaks the connection). A thread that listens also learns of a peer's end at once, whoever is waited for.
 
-[Note: frames] gloo takes a message into a buffer that is longer than it, and aborts the process for one that is
-shorter. So each message is a frame of a fixed maximal size that tells the length; what is small lies in the frame
-itself, the rest follows in a message of its own, whose buffer is made when the frame has come.
+[Note: telling] A stage that has waited for a second tells those that it waits for what its programs have done, and they
+answer, each by its listening thread, whatever its main thread is busy with; the others learn that it waits. So stages
+that will never meet are found out within seconds (diagnosis.py says how), and the report of a timeout says where the
+peers stand. Nothing of this happens in a step that goes on.
 """
 
 from __future__ import annotations
 
-import struct
-import sys
+import logging
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections import deque
-from collections.abc import Callable, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
-from datetime import timedelta
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from enum import IntEnum
-from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
+from modelparallel.comm.diagnosis import GroupCall, Situation, TellingWait, circle, divergence, place_of
+from modelparallel.comm.event_log import EventLog, line_of_work, user_code_line
 from modelparallel.errors import CommunicationError, DivergenceError, WaitTimeoutError
 
-_PACKAGE_DIRECTORIES = (str(Path(__file__).resolve().parents[1]), str(Path(torch.__file__).resolve().parent))
+logger = logging.getLogger("modelparallel")
+
 _MAX_FAILURE_TEXT = 4000
-_HEADER = struct.Struct("<6q")
-_FRAME_BYTES = 4096
-_INLINE_BYTES = _FRAME_BYTES - _HEADER.size
-_MAX_PENDING_SENDS = 8  # for each peer: what was sent before has surely arrived, and is let go
-_TAG = 0
-_FOREVER = timedelta(days=3650)  # an idle listener
-_GOODBYE_SECONDS = 5.0
+#: A stage that has waited so long tells the others; then after twice the time, and so on.
+_FIRST_PAUSE = 1.0
+_LONGEST_PAUSE = 10.0
+_LAST_WORDS = 0.3  # before the time is up, the peers are asked once more
+#: How long a stage that knows that something is wrong waits for an answer that says what.
+_ANSWER_SECONDS = 2.0
+_MAX_TOLD_EVENTS = 512
 
 
 class MessageKind(IntEnum):
@@ -56,6 +55,7 @@ class MessageKind(IntEnum):
     FAILURE = 9  # the sender's step has ended by an exception; the message holds its text
     GOODBYE = 10  # the sender's process ends
     LEAVE = 11  # the sender does not follow the plan of the step any more
+    STATUS = 12  # what the sender waits for, and what its programs have done
 
 
 # Sent in the order of the program of their microbatch, with one count of events.
@@ -64,11 +64,15 @@ _IN_PROGRAM_ORDER = frozenset({MessageKind.ACTIVATIONS, MessageKind.ANNOUNCEMENT
 
 @dataclass(frozen=True)
 class MessageName:
-    """The identity of a message within a step; equal at both ends or the programs have diverged."""
+    """The identity of a message within a step; equal at both ends or the programs have diverged.
+
+    ``check``: of what the event is, so that one event is not taken for another of the same number; see `check_of`.
+    """
 
     kind: MessageKind
     microbatch: int
     event: int
+    check: int = 0
 
     def __str__(self) -> str:
         return f"{self.kind.name.lower()} of microbatch {self.microbatch}, event {self.event}"
@@ -80,7 +84,9 @@ class MessageName:
         if self.microbatch != other.microbatch:
             return False
         if self.kind in _IN_PROGRAM_ORDER:
-            return other.kind in _IN_PROGRAM_ORDER and other.event > self.event
+            return other.kind in _IN_PROGRAM_ORDER and (
+                other.event > self.event or (other.event == self.event and other != self)
+            )
         if self.kind is MessageKind.GRADIENTS:
             return other.kind is MessageKind.GRADIENTS and other.event < self.event
         return False
@@ -108,44 +114,81 @@ class Awaited:
     line: str = ""
 
 
-def user_code_line() -> str:
-    """Where in the user's script the calling thread stands, as ``file:line``."""
-    frame = sys._getframe(1)
-    while frame is not None:
-        filename = frame.f_code.co_filename
-        is_own = filename.startswith(_PACKAGE_DIRECTORIES) or filename.startswith("<")
-        if not is_own and not filename.endswith("threading.py"):
-            return f"{Path(filename).name}:{frame.f_lineno}"
-        frame = frame.f_back  # type: ignore[assignment]
-    return "unknown line"
+@dataclass
+class _Waiting:
+    """A wait of the main thread that is under way."""
+
+    number: int
+    awaited: tuple[Awaited, ...]
+    or_leave: bool
+    since: float
+    deadline: float
+    tell_at: float  # when the peers are told of it next
+    pause: float = _FIRST_PAUSE
+    suspected_at: float | None = None  # since when there is a sign that the message will not come
+
+    def note_told(self, now: float) -> None:
+        """The peers were told; asks them once more before the time is up."""
+        self.tell_at, self.pause = now + self.pause, min(2 * self.pause, _LONGEST_PAUSE)
+        last = self.deadline - _LAST_WORDS
+        if now < last < self.tell_at:
+            self.tell_at = last
 
 
 class StageTransport(ABC):
     """Point-to-point messages among the stages of one pipeline.
 
-    ``timeout_seconds`` bounds every wait. ``history`` is asked for the last events of a microbatch's program when a
-    wait for a message of it fails.
+    ``timeout_seconds`` bounds every wait. ``logs`` are the events of the microbatches of the step that is under way, or
+    was last, for messages about waits that fail.
     """
 
     def __init__(self, stage: int, num_stages: int, timeout_seconds: float) -> None:
         self.stage = stage
         self.num_stages = num_stages
         self.timeout_seconds = timeout_seconds
-        self.history: Callable[[int], str] = lambda microbatch: ""
-        self._step = 0
+        self.logs: Sequence[EventLog] = ()
+        #: What the step waited for when it failed, and for how many seconds it had.
+        self.failed_wait: tuple[tuple[TellingWait, ...], float] | None = None
+        self._step = -1
+        self._is_in_step = False
         self._arrived = threading.Condition()
         # By step, so that what a step that ended by an exception has left behind is never taken for a later one's.
         self._mailbox: dict[tuple[int, int, MessageName], Message] = {}
         self._failures: dict[tuple[int, int], str] = {}  # (peer, step) -> text
         self._gone: dict[int, str] = {}  # peers that have ended or cannot be reached
         self._has_seen_failure = False
-        self._last_left = -1  # the last step whose plan some stage has left
+        #: How long this stage has waited for messages, all in all.
+        self.seconds_waited = 0.0
+        self._last_left = -2  # none; the last step whose plan some stage has left
+        self._main_thread = threading.get_ident()
+        self._waiting: _Waiting | None = None
+        self._num_waits = 0
+        self._num_sent = dict.fromkeys(self.peers(), 0)
+        self._num_received = dict.fromkeys(self.peers(), 0)
+        self._asked: set[int] = set()  # who has not answered yet
+        self._heard: dict[int, tuple[Situation, float]] = {}  # the last word of each peer, and when it came
+        self._group_call: tuple[int, GroupCall] | None = None  # the collective call between steps that is under way
+        self._group_calls: dict[str, int] = {}
+        self._divergence: tuple[int, str] | None = None  # (step, text), once it is proved
 
     # Sending
 
     @abstractmethod
-    def _post(self, peer: int, step: int, name: MessageName, presence: int, payload: torch.Tensor, what: str) -> None:
-        """Send without waiting; ``payload`` is kept alive and must not change before :meth:`drain`."""
+    def _post(
+        self,
+        peer: int,
+        step: int,
+        name: MessageName,
+        presence: int,
+        payload: torch.Tensor,
+        what: str,
+        *,
+        may_wait: bool = True,
+    ) -> None:
+        """Send without waiting; ``payload`` is kept alive and must not change before :meth:`drain`.
+
+        ``may_wait``: for the network, if much is under way; not in a thread that listens.
+        """
 
     def send(
         self, peer: int, name: MessageName, payload: torch.Tensor, description: str = "", *, presence: int = 0
@@ -154,6 +197,7 @@ class StageTransport(ABC):
 
         Nobody may write to ``payload`` before the end of the step.
         """
+        self._num_sent[peer] += 1
         self._post(peer, self._step, name, presence, payload, description)
 
     def send_object(self, peer: int, name: MessageName, payload: bytes, description: str = "") -> None:
@@ -188,6 +232,7 @@ class StageTransport(ABC):
         for peer in self.peers():
             self.send(peer, MessageName(MessageKind.LEAVE, 0, 0), torch.empty(0, dtype=torch.uint8))
 
+    @abstractmethod
     def close(self) -> None:
         """Say goodbye; no message after that. Local."""
 
@@ -196,11 +241,16 @@ class StageTransport(ABC):
     def begin_step(self, step: int) -> None:
         """Messages from now on belong to step call ``step``; what older ones have left in the mailbox is dropped."""
         with self._arrived:
-            self._step = step
+            self._step, self._is_in_step, self.logs, self.failed_wait = step, True, (), None
+            self._main_thread = threading.get_ident()
             for key in [key for key in self._mailbox if key[1] < step]:
                 del self._mailbox[key]
             for failed in [failed for failed in self._failures if failed[1] < step]:
                 del self._failures[failed]
+
+    def end_step(self) -> None:
+        """The call of the step function is over: nothing of it will be sent any more."""
+        self._is_in_step = False
 
     def take_failure_seen(self) -> bool:
         """Whether a step has failed, here or at a peer, since this was last asked."""
@@ -230,56 +280,221 @@ class StageTransport(ABC):
         Raises CommunicationError if a sender of one of them has failed or is gone, DivergenceError if one will never
         come, WaitTimeoutError after ``timeout_seconds``.
         """
-        deadline = time.monotonic() + self.timeout_seconds
+        now = time.monotonic()
         with self._arrived:
-            while not any((one.source, self._step, one.name) in self._mailbox for one in awaited):
-                for one in awaited:
-                    self._check_can_come(one)
-                if or_leave and self.has_left:
-                    return
-                remaining = deadline - time.monotonic()
-                if remaining <= 0:
-                    raise self._timeout(awaited[0])
-                self._arrived.wait(remaining)
+            if self._is_one_here(awaited):
+                return
+            self._num_waits += 1
+            named = tuple(one if one.line else replace(one, line=user_code_line()) for one in awaited)
+            first_tell = now + min(_FIRST_PAUSE, 0.5 * self.timeout_seconds)
+            waiting = _Waiting(self._num_waits, named, or_leave, now, now + self.timeout_seconds, first_tell)
+            self._waiting = waiting
+        try:
+            while not self._is_over(waiting):
+                self._tell_of(waiting)
+                waiting.note_told(time.monotonic())
+        except BaseException:
+            self.failed_wait = tuple(self._told(one) for one in waiting.awaited), time.monotonic() - now
+            raise
+        finally:
+            with self._arrived:
+                self._waiting = None
+            self.seconds_waited += time.monotonic() - now
 
-    def _check_can_come(self, awaited: Awaited) -> None:
-        failure = self._failures.get((awaited.source, self._step))
-        if failure is not None:
-            raise CommunicationError(
-                f"{self._situation(awaited)}: the connection is gone, since the step of pp_rank "
-                f"{awaited.source} has failed: {failure}"
-            )
-        for source, step, name in self._mailbox:
-            if source == awaited.source and step == self._step and awaited.name.cannot_follow(name):
-                raise DivergenceError(
-                    f"pp_rank {self.stage} at {awaited.line or user_code_line()} expected {awaited.name} "
-                    f"({awaited.description}) from pp_rank {source}, which sent {name}: the stages did not run the "
-                    "same program. Does the step function branch on the rank, on time or on unseeded randomness?\n"
-                    f"{self.history(awaited.name.microbatch)}"
+    def _is_one_here(self, awaited: Sequence[Awaited]) -> bool:
+        return any((one.source, self._step, one.name) in self._mailbox for one in awaited)
+
+    def _is_over(self, waiting: _Waiting) -> bool:
+        """Wait; False if the peers must be told before going on."""
+        with self._arrived:
+            while not self._is_one_here(waiting.awaited):
+                self._check_can_come(waiting)
+                if waiting.or_leave and self.has_left:
+                    return True
+                now = time.monotonic()
+                if now >= waiting.deadline:
+                    raise self._timeout(waiting)
+                if now >= waiting.tell_at:
+                    return False
+                self._arrived.wait(min(waiting.tell_at, waiting.deadline) - now)
+            return True
+
+    def _check_can_come(self, waiting: _Waiting) -> None:
+        if self._divergence is not None and self._divergence[0] == self._step:
+            raise DivergenceError(f"{self._divergence[1]}\n{self._history(waiting.awaited[0])}")
+        for awaited in waiting.awaited:
+            failure = self._failures.get((awaited.source, self._step))
+            if failure is not None:
+                kind = DivergenceError if failure.startswith("DivergenceError") else CommunicationError
+                raise kind(
+                    f"{self._situation(awaited)}: the connection is gone, since the step of pp_rank "
+                    f"{awaited.source} has failed: {failure}\n{self._history(awaited)}"
                 )
-        reason = self._gone.get(awaited.source)
-        if reason is not None:
-            raise CommunicationError(
-                f"{self._situation(awaited)}: the connection is gone ({reason}); the peer has probably failed, see its "
-                f"message.\n{self.history(awaited.name.microbatch)}"
+            self._check_not_left_out(waiting, awaited)
+            reason = self._gone.get(awaited.source)
+            if reason is not None:
+                raise CommunicationError(
+                    f"{self._situation(awaited)}: the connection is gone ({reason}); the peer has probably failed, see "
+                    f"its message.\n{self._history(awaited)}"
+                )
+
+    def _check_not_left_out(self, waiting: _Waiting, awaited: Awaited) -> None:
+        for source, step, name in self._mailbox:
+            if source != awaited.source or step != self._step or not awaited.name.cannot_follow(name):
+                continue
+            now = time.monotonic()
+            if waiting.suspected_at is None:  # the peer's answer will say where the two went apart
+                waiting.suspected_at = waiting.tell_at = now
+            if now < waiting.suspected_at + _ANSWER_SECONDS and source not in self._gone:
+                waiting.tell_at = min(waiting.tell_at, waiting.suspected_at + _ANSWER_SECONDS)
+                return
+            raise DivergenceError(
+                f"pp_rank {self.stage} at {self._line(awaited)} expected {awaited.name} ({awaited.description}) from "
+                f"pp_rank {source}, which sent {name}: the stages did not run the same program. Does the step function "
+                f"branch on the rank, on time or on unseeded randomness?\n{self._history(awaited)}"
             )
 
-    def _timeout(self, awaited: Awaited) -> WaitTimeoutError:
-        return WaitTimeoutError(
-            f"{self._situation(awaited)}: no answer within timeout_seconds={self.timeout_seconds:g}. Is that process "
-            f"alive, and does it run the same program? Its own message says where it stands.\n"
-            f"{self.history(awaited.name.microbatch)}"
+    def _timeout(self, waiting: _Waiting) -> WaitTimeoutError:
+        awaited = waiting.awaited[0]
+        lines = [self._last_words(peer) for peer in sorted({one.source for one in waiting.awaited})]
+        others = "".join(
+            f"\nor for {one.description or one.name} from pp_rank {one.source}" for one in waiting.awaited[1:]
         )
+        return WaitTimeoutError(
+            f"{self._situation(awaited)}: no answer within timeout_seconds={self.timeout_seconds:g}{others}\n"
+            + "\n".join(lines)
+            + f"\n{self._history(awaited)}"
+        )
+
+    def words_of_peers(self) -> dict[int, str]:
+        """What the others said last about where they stand, by stage."""
+        return {peer: self._last_words(peer) for peer in self._heard}
+
+    def _last_words(self, peer: int) -> str:
+        heard = self._heard.get(peer)
+        if heard is None:
+            return (
+                f"pp_rank {peer} has not said anything: its process is stopped, or its interpreter is held by one long "
+                "operation; its log says how far it came"
+            )
+        situation, moment = heard
+        return f"{situation.describe()} ({time.monotonic() - moment:.1f} s ago)"
 
     def _situation(self, awaited: Awaited) -> str:
         return (
-            f"pp_rank {self.stage}, microbatch {awaited.name.microbatch}: waiting to receive "
-            f"{awaited.description or awaited.name} from pp_rank {awaited.source} ({awaited.line or user_code_line()})"
+            f"pp_rank {self.stage}, {place_of(awaited.name.microbatch)}: waiting to receive "
+            f"{awaited.description or awaited.name} from pp_rank {awaited.source} ({self._line(awaited)})"
         )
+
+    def _line(self, awaited: Awaited) -> str:
+        log = self._log_of(awaited)
+        if awaited.name.kind is MessageKind.GRADIENTS and log is not None:
+            event = log.report().event(awaited.name.event)
+            if event is not None:
+                return f"in the backward of {event.line}"
+        return awaited.line or user_code_line()
+
+    def _log_of(self, awaited: Awaited) -> EventLog | None:
+        index = awaited.name.microbatch
+        return self.logs[index] if 0 <= index < len(self.logs) else None
+
+    def _history(self, awaited: Awaited) -> str:
+        log = self._log_of(awaited)
+        return "no events yet in this step" if log is None else log.last(self.stage)
+
+    # Telling: see the note at the top
+
+    @contextmanager
+    def in_group_call(self, what: str, group: str, stages: Sequence[int]) -> Iterator[None]:
+        """While the caller waits in a collective call outside the steps (``what``) for the other members of ``group``,
+        of which ``stages`` are stages of this pipeline.
+        """
+        with self._arrived:
+            self._num_waits += 1
+            number = self._group_calls[group] = self._group_calls.get(group, 0) + 1
+            self._group_call = self._num_waits, GroupCall(what, user_code_line(), group, number, tuple(stages))
+        try:
+            yield
+        finally:
+            self._group_call = None
+
+    def situation(self) -> Situation:
+        """Where this stage stands; may be called from any thread."""
+        with self._arrived:
+            waiting = self._waiting
+            if waiting is not None and self._is_one_here(waiting.awaited):
+                waiting = None
+            number, group_call = self._group_call or (0, None)
+            logs = self.logs
+            told = max(_MAX_TOLD_EVENTS // max(len(logs), 1), 32)
+            return Situation(
+                stage=self.stage,
+                step=self._step,
+                is_in_step=self._is_in_step,
+                wait_number=number if waiting is None else waiting.number,
+                waits=() if waiting is None else tuple(self._told(one) for one in waiting.awaited),
+                is_any_peer_enough=waiting is not None and waiting.or_leave,
+                seconds=0.0 if waiting is None else time.monotonic() - waiting.since,
+                where="" if waiting is not None else line_of_work(self._main_thread),
+                num_sent=dict(self._num_sent),
+                num_received=dict(self._num_received),
+                heard_waits={peer: heard.wait_number for peer, (heard, _) in self._heard.items()},
+                group_call=group_call,
+                group_calls=dict(self._group_calls),
+                logs=tuple(log.report(told) for log in logs),
+            )
+
+    def _told(self, awaited: Awaited) -> TellingWait:
+        what = awaited.description or str(awaited.name)
+        return TellingWait(awaited.source, awaited.name.microbatch, what, self._line(awaited))
+
+    def _tell_of(self, waiting: _Waiting) -> None:
+        """Ask those that the messages are to come from, and let the others know that this stage waits."""
+        situation = self.situation()
+        sources = {one.source for one in waiting.awaited}
+        # One question at a time: a peer that has not answered yet has enough to do.
+        asked = sources - self._asked
+        self._asked |= asked
+        self._tell(asked, replace(situation, wants_answer=True))
+        self._tell(set(self.peers()) - sources, replace(situation, logs=()))
+
+    def _tell(self, peers: Iterable[int], situation: Situation) -> None:
+        payload = torch.frombuffer(bytearray(situation.to_bytes()), dtype=torch.uint8)
+        name = MessageName(MessageKind.STATUS, 0, 0)
+        for peer in peers:
+            if peer not in self._gone:
+                with suppress(CommunicationError):  # it goes just now; that is found out elsewhere
+                    self._post(peer, self._step, name, 0, payload, "what it waits for", may_wait=False)
+
+    def _hear(self, peer: int, message: Message) -> None:
+        """A peer says where it stands: what follows from it?"""
+        try:
+            heard = Situation.from_bytes(message.to_bytes())
+            with self._arrived:
+                self._heard[peer] = (heard, time.monotonic())
+                known = {stage: told for stage, (told, _) in self._heard.items()}
+                if heard.is_answer:
+                    self._asked.discard(peer)
+            own = self.situation()
+            found = divergence(own, heard)
+            if found is None and own.wait_number:
+                found = circle({**known, self.stage: own})
+            if found is not None:
+                with self._arrived:
+                    self._divergence = (own.step, found)
+                    self._arrived.notify_all()
+            if heard.wants_answer:
+                self._tell([peer], replace(own, is_answer=True))
+        except Exception:  # what is only there to explain failures must not be one
+            logger.warning("pp_rank %d could not tell what pp_rank %d waits for", self.stage, peer, exc_info=True)
 
     def deliver(self, peer: int, step: int, name: MessageName, message: Message) -> None:
         """A message has come; called by whoever listens."""
+        if name.kind is MessageKind.STATUS:
+            self._hear(peer, message)
+            return
         with self._arrived:
+            self._num_received[peer] += 1
             if name.kind is MessageKind.FAILURE:
                 self._failures[peer, step] = message.to_bytes().decode(errors="replace")
                 self._has_seen_failure = True
@@ -300,121 +515,6 @@ class StageTransport(ABC):
         return [stage for stage in range(self.num_stages) if stage != self.stage]
 
 
-@dataclass
-class _PendingSend:
-    works: list[dist.Work]
-    tensors: list[torch.Tensor]  # they, and the works, must stay alive until the message has arrived
-    description: str
-
-
-class GlooTransport(StageTransport):
-    """Between processes. ``global_ranks[i]`` is the global rank of stage ``i``; ``process_group`` is a gloo group that
-    spans them and is used by nothing else.
-    """
-
-    def __init__(
-        self, stage: int, global_ranks: Sequence[int], process_group: dist.ProcessGroup, timeout_seconds: float
-    ) -> None:
-        super().__init__(stage, len(global_ranks), timeout_seconds)
-        self._global_ranks = tuple(global_ranks)
-        self._process_group = process_group
-        self._pending: dict[int, deque[_PendingSend]] = {peer: deque() for peer in self.peers()}
-        self._is_closing = False
-        self._listeners = [
-            threading.Thread(target=self._listen, args=(peer,), name=f"listen-to-stage-{peer}", daemon=True)
-            for peer in self.peers()
-        ]
-        for listener in self._listeners:
-            listener.start()
-
-    def _listen(self, peer: int) -> None:
-        global_rank = self._global_ranks[peer]
-        frame = torch.empty(_FRAME_BYTES, dtype=torch.uint8)
-        header = memoryview(frame.numpy())
-        try:
-            while True:
-                self._process_group.recv([frame], global_rank, _TAG).wait(_FOREVER)
-                kind, step, microbatch, event, presence, size = _HEADER.unpack_from(header)
-                if kind == MessageKind.GOODBYE:
-                    self.lose(peer, "its process has ended")
-                    return
-                if size <= _INLINE_BYTES:
-                    payload = frame[_HEADER.size : _HEADER.size + size].clone()
-                else:
-                    payload = torch.empty(size, dtype=torch.uint8)
-                    self._process_group.recv([payload], global_rank, _TAG).wait(_FOREVER)
-                name = MessageName(MessageKind(kind), microbatch, event)
-                self.deliver(peer, step, name, Message(presence, payload))
-        except RuntimeError as error:
-            if not self._is_closing:
-                self.lose(peer, str(error).splitlines()[0])
-
-    def _post(self, peer: int, step: int, name: MessageName, presence: int, payload: torch.Tensor, what: str) -> None:
-        size = payload.numel()
-        header = _HEADER.pack(name.kind, step, name.microbatch, name.event, presence, size)
-        is_inline = size <= _INLINE_BYTES
-        frame = torch.frombuffer(
-            bytearray(header + payload.numpy().tobytes() if is_inline else header), dtype=torch.uint8
-        )
-        tensors = [frame] if is_inline else [frame, payload]
-        what = f"send {what or name} to pp_rank {peer}"
-        try:
-            works = [self._process_group.send([tensor], self._global_ranks[peer], _TAG) for tensor in tensors]
-        except RuntimeError as error:
-            raise self._send_error(what, error) from error
-        pending = self._pending[peer]
-        pending.append(_PendingSend(works, tensors, what))
-        if len(pending) > _MAX_PENDING_SENDS:
-            self._finish(pending.popleft())
-
-    def drain(self) -> None:
-        for pending in self._pending.values():
-            while pending:
-                self._finish(pending.popleft())
-
-    def _finish(self, send: _PendingSend) -> None:
-        # The peer's listener takes every message as it comes, so this waits for the network only.
-        for work in send.works:
-            try:
-                work.wait(timedelta(seconds=self.timeout_seconds))
-            except RuntimeError as error:
-                raise self._send_error(send.description, error) from error
-
-    def _send_error(self, what: str, error: RuntimeError) -> CommunicationError:
-        text = f"pp_rank {self.stage}: waiting to {what} ({user_code_line()})"
-        if "imed out" in str(error) or "imeout" in str(error):
-            return WaitTimeoutError(f"{text}: not taken within timeout_seconds={self.timeout_seconds:g}")
-        return CommunicationError(
-            f"{text}: the connection is gone ({str(error).splitlines()[0]}); the peer has probably failed, see its "
-            "message."
-        )
-
-    def close(self) -> None:
-        """Say goodbye to the peers and let the listeners end. Local; waits a few seconds at most."""
-        if self._is_closing:
-            return
-        self._is_closing = True
-        farewell = _HEADER.pack(MessageKind.GOODBYE, 0, 0, 0, 0, 0)
-        works = []
-        for peer in self.peers():
-            if peer in self._gone:
-                continue
-            frame = torch.frombuffer(bytearray(farewell), dtype=torch.uint8)
-            with suppress(RuntimeError):  # the peer has gone, too
-                works.append((self._process_group.send([frame], self._global_ranks[peer], _TAG), frame))
-        for work, _ in works:
-            with suppress(RuntimeError):
-                work.wait(timedelta(seconds=_GOODBYE_SECONDS))
-        deadline = time.monotonic() + _GOODBYE_SECONDS
-        for listener in self._listeners:  # most peers end at the same time as this process
-            listener.join(max(0.0, deadline - time.monotonic()) if listener.is_alive() else 0.0)
-        if any(listener.is_alive() for listener in self._listeners):
-            with suppress(RuntimeError):
-                self._process_group.abort()
-            for listener in self._listeners:
-                listener.join(1.0)
-
-
 class LocalTransport(StageTransport):
     """Between stages that are threads of one process, for tests of what is above the transport."""
 
@@ -428,7 +528,17 @@ class LocalTransport(StageTransport):
 
     _all: Sequence[LocalTransport] = ()
 
-    def _post(self, peer: int, step: int, name: MessageName, presence: int, payload: torch.Tensor, what: str) -> None:
+    def _post(
+        self,
+        peer: int,
+        step: int,
+        name: MessageName,
+        presence: int,
+        payload: torch.Tensor,
+        what: str,
+        *,
+        may_wait: bool = True,
+    ) -> None:
         self._all[peer].deliver(self.stage, step, name, Message(presence, payload.clone()))
 
     def drain(self) -> None:

@@ -30,7 +30,7 @@ class BroadcastTensor:
 
 
 def broadcast_parameters(
-    tensors: Sequence[BroadcastTensor], *, is_checked: bool = True, timeout_seconds: float = 300.0
+    tensors: Sequence[BroadcastTensor], *, is_checked: bool = True, timeout_seconds: float = 600.0
 ) -> None:
     """Overwrite every tensor by the value of the first rank (``group.ranks[0]``) of its group (smp-api section 5).
 

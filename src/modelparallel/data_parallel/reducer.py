@@ -73,7 +73,7 @@ class GradientReducer:
         divisor: int,
         bucket_cap_mb: float = 25,
         overlap: bool = True,
-        timeout_seconds: float = 300.0,
+        timeout_seconds: float = 600.0,
     ) -> None:
         if bucket_cap_mb <= 0:
             raise SMPConfigError(

@@ -4,7 +4,10 @@
 
     modelparallel schedule --stages 4 --microbatches 8 --kind zero_bubble
 
-docs/launching.md has every option of the first, docs/schedules.md shows what the second prints.
+    modelparallel explain modelparallel-jobs/train-2026-01-31-12-00-00-123
+
+docs/launching.md has every option of the first, docs/schedules.md shows what the second prints, docs/diagnosis.md the
+third.
 """
 
 import math
@@ -21,6 +24,7 @@ from modelparallel.config import parse_parameters, validate_parameters
 from modelparallel.errors import LaunchError, ScheduleError, SMPError
 from modelparallel.launch.channels import channel_option, input_channels
 from modelparallel.launch.devices import check_devices, resolve_device
+from modelparallel.launch.explain import explain as explain_job
 from modelparallel.launch.folder import JobFolder, default_folder, new_job_name
 from modelparallel.launch.job import Backend, JobSpec, check_script, run_job
 from modelparallel.pipeline.grids import figures_text, grid_svg, grid_text
@@ -130,6 +134,21 @@ def schedule(
     if text:
         typer.echo(made.to_text())
     typer.echo(figures_text(timeline))
+
+
+@app.command()
+def explain(
+    folder: Annotated[Path, typer.Argument(help="The job folder; `modelparallel run` prints it when a job starts.")],
+) -> None:
+    """Say why a job failed: who failed first, who waited for whom, at which lines of the script.
+
+    Reads what the ranks wrote down; nothing runs. Exit code 2 if FOLDER holds no job.
+    """
+    try:
+        text = explain_job(JobFolder(folder))
+    except SMPError as error:
+        _stop(str(error), USAGE_EXIT_CODE)
+    typer.echo(text)
 
 
 def _job(

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
+from modelparallel.event_files import DIRECTORY_VARIABLE
 from modelparallel.launch.processes import JOB_VARIABLE
 
 if TYPE_CHECKING:
@@ -161,6 +162,7 @@ def job_environment(job: JobSpec, port: int, outer: Mapping[str, str] | None = N
         "MASTER_ADDR": HOST_ADDRESS,
         "MASTER_PORT": str(port),
         JOB_VARIABLE: str(job.folder.description),
+        DIRECTORY_VARIABLE: str(job.folder.events),
     }
     if job.device == "cpu":
         # The CPU was chosen on a machine that may have GPUs: libraries must not find them.

@@ -4,6 +4,7 @@
     model        output/data        output/intermediate        output/failure        checkpoints
     logs/rank_<rank>.log                 what a process printed
     logs/launcher.log                    what the launcher said; elastic.log, mpirun.log: what the backend said
+    events/rank<rank>.jsonl              what a rank wrote down of its last events when a step failed
     status/                              how each process tells the launcher that it started, failed or finished
 
 Only names and files; who runs what in it is in job.py.
@@ -85,6 +86,10 @@ class JobFolder:
         return self.logs / "mpirun.log"
 
     @property
+    def events(self) -> Path:
+        return self.root / "events"
+
+    @property
     def status(self) -> Path:
         return self.root / "status"
 
@@ -96,6 +101,9 @@ class JobFolder:
     def rank_log(self, global_rank: int) -> Path:
         return self.logs / f"rank_{global_rank}.log"
 
+    def event_file(self, global_rank: int) -> Path:
+        return self.events / f"rank{global_rank}.jsonl"
+
     def started_file(self, global_rank: int) -> Path:
         return self.status / f"rank_{global_rank}.started.json"
 
@@ -106,10 +114,10 @@ class JobFolder:
         return self.status / f"rank_{global_rank}.finished.json"
 
     def prepare(self, source_dir: Path, channels: Mapping[str, Path], checkpoints: Path | None = None) -> None:
-        """Make the directories and links. Logs, status and failure of an earlier run in this folder are removed;
+        """Make the directories and links. Logs, status, events and failure of an earlier run in this folder go;
         model, output data and checkpoints stay, so that a job can go on where it stopped.
         """
-        for old in (self.logs, self.status, self.input):
+        for old in (self.logs, self.status, self.events, self.input):
             shutil.rmtree(old, ignore_errors=True)
         self.failure_file.unlink(missing_ok=True)
         for directory in (

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -24,6 +24,9 @@ STATE_COPIES = 4
 # 10 GB/s). On a GPU it is more for low precisions. It decides where many bytes are moved for few operations: the loss
 # over a large vocabulary, the gradient of an embedding.
 OPERATIONS_PER_BYTE = 10
+# The same for a byte that is sent to another stage, at 1 GB/s.
+OPERATIONS_PER_SENT_BYTE = 100
+SECONDS_PER_SENT_BYTE = 1e-9
 # The gradient of a microbatch is written, it and the sum so far are read, the new sum is written.
 ACCUMULATION_PASSES = 4
 
@@ -157,6 +160,12 @@ class Trace:
             return tuple(unit.name for unit in self.units)
         return tuple(unit.name for unit in sorted(called, key=lambda unit: unit.first_call or 0))
 
+    @property
+    def sent_byte_cost(self) -> float:
+        """What sending a byte to another stage costs, in the unit of the work of the units."""
+        is_measured = any(unit.seconds is not None for unit in self.units)
+        return SECONDS_PER_SENT_BYTE if is_measured else OPERATIONS_PER_SENT_BYTE
+
     def activation_bytes(self, unit: UnitCosts) -> int:
         """What the unit keeps of one microbatch: what it saves for the backward; its outputs if nothing was saved."""
         return unit.activation_bytes if self.has_gradients else unit.output_bytes
@@ -211,6 +220,25 @@ def sizes_only(root: nn.Module, units: Sequence[str], stateful_buffers: Sequence
     # `direct_tensors` lists a tensor under its first name only. A parameter whose first name lies in a unit may have
     # another one above the units: it has a home already.
     return Trace(tuple(unit_costs), tuple(tensor_costs), _groups(sharing.values()), tuple(stateful_buffers))
+
+
+def untied(root: nn.Module, trace: Trace) -> Trace:
+    """The trace as if no two units shared a parameter: each holds all of its own."""
+    modules = dict(root.named_modules())
+    units = []
+    for unit in trace.units:
+        sizes = _sizes(list(modules[unit.name].parameters()), modules[unit.name].buffers())
+        num_parameters, parameter_bytes, trainable_bytes, buffer_bytes = sizes
+        units.append(
+            replace(
+                unit,
+                num_parameters=num_parameters,
+                parameter_bytes=parameter_bytes,
+                trainable_bytes=trainable_bytes,
+                buffer_bytes=buffer_bytes,
+            )
+        )
+    return replace(trace, units=tuple(units), ties=())
 
 
 def microbatches_in_flight(

@@ -20,13 +20,17 @@ _MOST_PLACES = 64
 
 @dataclass
 class Item:
-    """What is placed together. Bytes and work are of all members; activations of one microbatch."""
+    """What is placed together. Bytes and work are of all members; activations of one microbatch.
+
+    ``crossing_bytes`` would be sent over a cut after the item, which costs as much as the work ``crossing_cost``.
+    """
 
     members: list[str]
     state_bytes: float = 0.0
     activation_bytes: float = 0.0
     compute: float = 0.0
     crossing_bytes: int = 0
+    crossing_cost: float = 0.0
 
     @property
     def name(self) -> str:
@@ -43,14 +47,12 @@ def arrangements(trace: Trace) -> Iterator[list[Item]]:
     order = trace.order
     position = {name: index for index, name in enumerate(order)}
     groups = [[name for name in group if name in position] for group in trace.ties]
-    choices = [sorted(group, key=position.__getitem__) or [None] for group in groups]
+    choices: list[Sequence[str | None]] = [[*sorted(group, key=position.__getitem__)] or [None] for group in groups]
     for places in itertools.islice(itertools.product(*choices), _MOST_PLACES):
         yield _items(trace, order, position, places)
 
 
-def _items(
-    trace: Trace, order: Sequence[str], position: Mapping[str, int], places: Sequence[str | None]
-) -> list[Item]:
+def _items(trace: Trace, order: Sequence[str], position: Mapping[str, int], places: Sequence[str | None]) -> list[Item]:
     leader = _leaders(trace, order, position, places)
     items = {name: Item([name]) for name in order if leader[name] == name}
     for unit in trace.units:
@@ -67,6 +69,7 @@ def _items(
     crossing = trace.crossing_bytes({name: index[leader[name]] for name in order}, len(items))
     for item, num_bytes in zip(items.values(), crossing, strict=True):
         item.crossing_bytes = num_bytes
+        item.crossing_cost = num_bytes * trace.sent_byte_cost
     return list(items.values())
 
 

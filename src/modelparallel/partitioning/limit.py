@@ -81,8 +81,8 @@ def _remedies(search: LimitedSearch, items: list[Item]) -> list[str]:
     largest = max(items, key=lambda item: item.state_bytes)
     if largest.state_bytes > search.memory_limit:
         remedies.append(
-            f"{largest.name} needs {readable_bytes(largest.state_bytes)} by itself, whatever the split: make it smaller "
-            "or write it as several submodules, use tensor parallelism, or freeze it"
+            f"{largest.name} needs {readable_bytes(largest.state_bytes)} by itself, whatever the split: make it "
+            "smaller or write it as several submodules, use tensor parallelism, or freeze it"
         )
     most = min(len(items) // search.virtual_degree, _MOST_STAGES * search.num_stages)
     for num_stages in range(search.num_stages + 1, most + 1):

@@ -26,6 +26,7 @@ def manual_plan(
     *,
     trace: Trace | None = None,
     in_flight: Sequence[int] = (),
+    may_replicate: bool = False,
 ) -> PartitionPlan:
     """The plan that the marks ask for (smp-api section 6).
 
@@ -36,6 +37,7 @@ def manual_plan(
         default_partition: for modules in no context.
         trace: its order and figures are used where it is given; module order otherwise.
         in_flight: for every stage, how many microbatches' activations it holds, for the figures; empty: one each.
+        may_replicate: modules that share a parameter may be on different partitions, each with a copy.
 
     Raises:
         PartitionError: a partition outside 0..num_stages-1; modules that share a parameter on different partitions.
@@ -57,7 +59,8 @@ def manual_plan(
         tensors=tuple(builder.tensors.items()),
         origin="manual",
     )
-    check_sharing(root, plan)
+    if not may_replicate:
+        check_sharing(root, plan)
     costs = sizes_only(root, tuple(builder.modules), stateful)
     homes = {**builder.modules, **builder.tensors}
     if trace is not None and set(homes) == {
@@ -154,5 +157,6 @@ def check_sharing(root: nn.Module, plan: PartitionPlan) -> None:
             raise PartitionError(
                 f"the modules {first.rpartition('.')[0]!r} (partition {placed[first]}) and "
                 f"{other.rpartition('.')[0]!r} (partition {placed[other]}) share the parameter {first!r} "
-                f"(also {other!r}): modules that share a parameter must be on one partition"
+                f"(also {other!r}): modules that share a parameter must be on one partition, unless each "
+                "has a copy (tied_weights: replicate)"
             )

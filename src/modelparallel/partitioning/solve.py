@@ -75,9 +75,7 @@ def solve(
     )
 
 
-def described(
-    plan: PartitionPlan, trace: Trace, pieces: Mapping[str, int], in_flight: Sequence[int]
-) -> PartitionPlan:
+def described(plan: PartitionPlan, trace: Trace, pieces: Mapping[str, int], in_flight: Sequence[int]) -> PartitionPlan:
     """The plan with its figures, costs and traffic.
 
     Args:

@@ -5,7 +5,8 @@ w the ``memory_weight``. Memory is parameters, gradients, optimizer state, and a
 activations of equally many microbatches for every stage. With a backward-first schedule the early stages really hold
 more of them: that counts against ``memory_limit``, which every split must keep, and not here, because below the
 limit uneven memory costs nothing, while a stage with more layers makes all the others wait. Of the splits that reach
-the optimum, the one that moves the fewest bytes over its cuts is taken, then the one with the most even stages.
+the optimum, the one is taken where the sum of the squares of the stages and what the messages cost (a share of a
+stage's average compute) is least, then the one with the fewest bytes over its cuts.
 
 One piece a stage: the search is exact. Several pieces a stage: the pieces of one stage are weighed together (memory)
 or by the dearest (compute, since the others wait for it), which no recursion over prefixes can do. There a first
@@ -27,7 +28,7 @@ _TOLERANCE = 1e-9
 _MOST_NODES = 200_000
 
 Bounds = list[tuple[int, int]]
-Rating = tuple[float, float, int, float]
+Rating = tuple[float, float, float, int]
 
 
 class Costs:
@@ -50,7 +51,7 @@ class Costs:
         self.num_items = len(items)
         self.num_stages = num_stages
         self.num_pieces = len(in_flight)
-        self.cut_bytes = [item.crossing_bytes for item in items]
+        self.cuts = [(0.0, item.crossing_bytes) for item in items]
         self.memory_limit = math.inf if memory_limit is None else memory_limit
         self._in_flight = in_flight
         self._state = _prefix_sums([item.state_bytes for item in items])
@@ -59,6 +60,8 @@ class Costs:
         self._mean_in_flight = sum(in_flight) / self.num_pieces
         memory = (self._state[-1] + self._activations[-1] * self._mean_in_flight) / num_stages
         compute = self._compute[-1] / num_stages
+        if compute:
+            self.cuts = [(item.crossing_cost / compute, item.crossing_bytes) for item in items]
         self._memory_factor = memory_weight / memory if memory else 0.0
         self._compute_factor = (1 - memory_weight) / compute if compute else 0.0
         if not self._memory_factor and not self._compute_factor and memory:
@@ -80,7 +83,7 @@ class Costs:
         return self.num_repeats * (self.memory_part(start, end) + self.compute_part(start, end))
 
     def rate(self, bounds: Bounds) -> Rating:
-        """A split, smaller is better: bytes over the limit, the dearest stage, bytes over the cuts, unevenness."""
+        """A split, smaller is better: bytes over the limit, the dearest stage, unevenness and messages, bytes sent."""
         costs = []
         excess = 0.0
         for stage in range(self.num_stages):
@@ -88,8 +91,9 @@ class Costs:
             excess += max(0.0, sum(self.memory(piece, *bounds[piece]) for piece in pieces) - self.memory_limit)
             memory = sum(self.memory_part(*bounds[piece]) for piece in pieces)
             costs.append(memory + self.num_repeats * max(self.compute_part(*bounds[piece]) for piece in pieces))
-        crossing = sum(self.cut_bytes[end - 1] for _, end in bounds[:-1])
-        return excess, _rounded(max(costs)), crossing, _rounded(sum(cost * cost for cost in costs))
+        cuts = [self.cuts[end - 1] for _, end in bounds[:-1]]
+        second = sum(cost * cost for cost in costs) + sum(cost for cost, _ in cuts)
+        return excess, _rounded(max(costs)), _rounded(second), sum(num_bytes for _, num_bytes in cuts)
 
     def memory_part(self, start: int, end: int) -> float:
         """The share of memory in what is minimised."""
@@ -107,7 +111,7 @@ class Costs:
 
 def best_split(costs: Costs) -> Bounds | None:
     """(start, end) of every piece, none empty; None if no split within the memory limit was found."""
-    bounds = best_runs(costs.num_items, costs.num_pieces, costs.piece_cost, costs.cut_bytes)
+    bounds = best_runs(costs.num_items, costs.num_pieces, costs.piece_cost, costs.cuts)
     if costs.num_repeats == 1 or costs.num_pieces > costs.num_items:
         return bounds
     starts = [] if bounds is None else [bounds]
@@ -120,7 +124,7 @@ def best_split(costs: Costs) -> Bounds | None:
 
 def leanest_split(costs: Costs) -> Bounds | None:
     """The split whose fullest stage holds the least, whatever the limit; None if there are too few items."""
-    bounds = best_runs(costs.num_items, costs.num_pieces, costs.memory, costs.cut_bytes)
+    bounds = best_runs(costs.num_items, costs.num_pieces, costs.memory, costs.cuts)
     if bounds is None or costs.num_repeats == 1:
         return bounds
     return improved(bounds, lambda split: (max(stage_memory(costs, split)), sum(stage_memory(costs, split))))
@@ -174,7 +178,7 @@ class _Branching:
         self._rating = costs.rate(start)
         self.best = start if self._rating[0] == 0 else None
         if self.best is None:
-            self._rating = (0.0, math.inf, 0, math.inf)
+            self._rating = (0.0, math.inf, math.inf, 0)
         self._num_left = _MOST_NODES
         self._rest = self._cheapest_rest()
         self._held = [0.0] * costs.num_stages
@@ -226,13 +230,16 @@ class _Branching:
 
 
 def best_runs(
-    num_items: int, num_pieces: int, piece_cost: Callable[[int, int, int], float], cut_bytes: Sequence[int]
+    num_items: int,
+    num_pieces: int,
+    piece_cost: Callable[[int, int, int], float],
+    cuts: Sequence[tuple[float, int]],
 ) -> Bounds | None:
-    """The runs whose dearest is cheapest; then the fewest bytes over the cuts, then the smallest sum of squares.
+    """The runs whose dearest is cheapest; then the least sum of squares and costs of cuts, then the fewest bytes.
 
     Args:
         piece_cost: of (piece, start, end); it grows with the run. Infinite: such a run is not allowed.
-        cut_bytes: ``cut_bytes[i]`` crosses a cut after item i.
+        cuts: cost and bytes of a cut after each item.
 
     Returns:
         (start, end) of every piece, none empty; None if every split has a run that is not allowed.
@@ -241,9 +248,9 @@ def best_runs(
     if math.isinf(smallest):
         return None
     limit = smallest * (1 + _TOLERANCE)
-    best: list[dict[int, tuple[int, float, int]]] = [{0: (0, 0.0, 0)}]
+    best: list[dict[int, tuple[float, int, int]]] = [{0: (0.0, 0, 0)}]
     for piece in range(num_pieces):
-        row: dict[int, tuple[int, float, int]] = {}
+        row: dict[int, tuple[float, int, int]] = {}
         for end in range(piece + 1, num_items - (num_pieces - piece - 1) + 1):
             for start in range(end - 1, piece - 1, -1):
                 cost = piece_cost(piece, start, end)
@@ -252,9 +259,9 @@ def best_runs(
                 before = best[piece].get(start)
                 if before is None:
                     continue
-                crossing = before[0] + (cut_bytes[start - 1] if start else 0)
+                cut_cost, cut_bytes = cuts[start - 1] if start else (0.0, 0)
                 # Rounding keeps the last digits of the sums from deciding between equal splits.
-                candidate = (crossing, _rounded(before[1] + cost * cost), start)
+                candidate = (_rounded(before[0] + cost * cost + cut_cost), before[1] + cut_bytes, start)
                 if end not in row or candidate < row[end]:
                     row[end] = candidate
         best.append(row)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import weakref
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -16,12 +17,12 @@ from modelparallel import trees
 from modelparallel.errors import UnsupportedError
 from modelparallel.pipeline import glue
 from modelparallel.pipeline.arguments import Arguments, taken_apart
+from modelparallel.pipeline.randomness import RandomFrames, may_draw
 from modelparallel.torch_compat import autocast_state
 
 if TYPE_CHECKING:
     from modelparallel.pipeline.engine import PipelineEngine
     from modelparallel.pipeline.program import Program
-    from modelparallel.pipeline.randomness import RandomFrames
 
 DYNAMIC_MARK = "_modelparallel_dynamic"
 
@@ -39,11 +40,32 @@ class PlacedModule:
     description: str = ""
     input_description: str = ""
     identity: object = field(default_factory=object)  # its part of a call's signature
+    filled: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet)
 
     def __post_init__(self) -> None:
         self.parameters = tuple(self.module.parameters())
         self.description = f"module '{self.name}' ({type(self.module).__name__})"
         self.input_description = f"{self.name} input"
+        self._may_draw = may_draw(self.module)
+
+    def needs_frame(self) -> bool:
+        """Whether a call may draw random numbers: the module, or a hook of it."""
+        module = self.module
+        return self._may_draw or bool(module._forward_hooks) or bool(module._forward_pre_hooks)
+
+    def is_first_filling(self, value: Any) -> bool:
+        """Whether this is an object in which the layers of a Hugging Face decoder keep keys and values, each for
+        itself, and this layer is given it for the first time.
+
+        With ``use_cache=True``, their default, decoders make one in every forward. What a layer stores there may stay
+        at its home until it is read again: by the forward for a next token, which gives it to the layer a second time.
+        """
+        kind = type(value)
+        if not kind.__name__.endswith("Cache") or kind.__module__.split(".")[0] != "transformers":
+            return False
+        is_first = value not in self.filled
+        self.filled.add(value)
+        return is_first
 
 
 def mark_dynamic(module: nn.Module) -> None:
@@ -73,10 +95,13 @@ def run(engine: PipelineEngine, program: Program, entry: PlacedModule, args: Any
         if engine.num_open_checkpoints and torch.is_grad_enabled():
             call = _checkpointed(call)
             program.is_whole_backward = True  # in two parts it would be recomputed twice
-        if entry.unit is not None:
+        if entry.unit is not None and entry.needs_frame():
             call = _framed(program.frames, entry.unit, call)
-        if arguments.holds_containers or arguments.objects():
-            call = _guarded(entry, arguments.objects(), arguments.holds_containers, call)
+        objects = arguments.objects()
+        if objects:
+            objects = [value for value in objects if not entry.is_first_filling(value)]
+        if objects or arguments.holds_containers:
+            call = _guarded(entry, objects, arguments.holds_containers, call)
         if program.sightings is not None and entry.module.training and next(entry.module.buffers(), None) is not None:
             call = _watched(program, entry, call)
     program.tracker.note_work(home, entry.name, is_training=entry.module.training)

@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
+from modelparallel.pipeline.timeline import simulate
 from modelparallel.plan.schedule import Chain, Schedule, Visit
 
 #: (kind, stage, other stage or -1)
@@ -23,8 +24,11 @@ Entry = tuple[str, int, int]
 #: An entry, or work: ("C", home, name of the module or "").
 Recorded = tuple[str, int, Hashable]
 
+#: Work of a module's forward, of the gradients of its inputs, and of those of its weights, in any unit.
+Work = tuple[float, float, float]
 #: What an operation between the modules costs, in shares of the model's compute: little, and not nothing.
-_GLUE_COST = 1e-4
+_GLUE_WORK: Work = (1e-4, 1e-4, 0.0)
+_UNKNOWN_WORK: Work = (1.0, 1.0, 1.0)
 
 
 class ChainTracker:
@@ -196,6 +200,22 @@ class StepPlan:
         """What a program on ``stage`` comes through: the local waits of others are left out."""
         return tuple(entry for entry in self.entries if entry[0] != "L" or entry[1] == stage)
 
+    def idle_shares(self) -> tuple[float, ...]:
+        """For every stage the part of the step in which it is expected to wait, if messages take no time."""
+        timeline = simulate(self.schedule, self.chain)
+        return tuple(1 - busy / timeline.makespan if timeline.makespan else 0.0 for busy in timeline.busy)
+
+    def description(self) -> str:
+        """The schedule in one line, with its predicted bubble and peaks."""
+        schedule, timeline = self.schedule, simulate(self.schedule, self.chain)
+        visits = max(len(self.chain.visits_of(stage)) for stage in range(self.chain.num_stages))
+        return (
+            f"{schedule.kind}, {schedule.num_microbatches} microbatches, "
+            f"{'one visit a stage' if visits == 1 else f'up to {visits} visits a stage'}; predicted: "
+            f"{timeline.bubble_share:.1%} of the time in bubbles, at most "
+            f"{', '.join(map(str, timeline.peak_microbatches))} microbatches under way on the stages"
+        )
+
     @property
     def is_sequential(self) -> bool:
         """Whether every stage runs a microbatch's body from begin to end before it begins the next."""
@@ -224,10 +244,10 @@ def with_local_waits(
 class _ChainBuilder:
     """Cuts a recorded program into visits."""
 
-    def __init__(self, num_stages: int, costs: Mapping[str, float]) -> None:
+    def __init__(self, num_stages: int, costs: Mapping[str, Work]) -> None:
         self._costs = costs
         self._stages: list[int] = []
-        self._forward: list[float] = []
+        self._work: list[list[float]] = []  # of the forward, of input gradients, of weight gradients
         self._waits: list[list[int]] = []
         self._has_gradient: list[bool] = []
         self._open: list[int | None] = [None] * num_stages  # the visit that the stage is in
@@ -245,7 +265,7 @@ class _ChainBuilder:
             return current
         index = len(self._stages)
         self._stages.append(stage)
-        self._forward.append(0.0)
+        self._work.append([0.0, 0.0, 0.0])
         pending = self._pending[stage]
         self._waits.append(sorted({source for source, _ in pending}))
         self._has_gradient.append(any(has_gradient for _, has_gradient in pending))
@@ -268,7 +288,8 @@ class _ChainBuilder:
         stages = range(len(self._open))
         if kind == "C":
             index = self.visit_of(stage)
-            self._forward[index] += self._costs.get(str(other), 0.0) if other else _GLUE_COST
+            for part, work in enumerate(self._costs.get(str(other), (0.0,) * 3) if other else _GLUE_WORK):
+                self._work[index][part] += work
             self._has_gradient[index] |= bool(other)
             return
         if kind == "M" and isinstance(other, int):
@@ -292,16 +313,16 @@ class _ChainBuilder:
         for stage in range(len(self._open)):
             if self._open[stage] is None or self._pending_start[stage] is not None:
                 self.visit_of(stage)
-        total = sum(self._forward) or 1.0
+        total = sum(forward for forward, _, _ in self._work) or 1.0
         visits = []
         for index, stage in enumerate(self._stages):
-            cost = self._forward[index] / total
+            forward, inputs, weights = self._work[index]
             visits.append(
                 Visit(
                     stage,
-                    forward=cost,
-                    backward=cost,
-                    weight=cost,
+                    forward=forward / total,
+                    backward=inputs / total,
+                    weight=weights / total,
                     waits_for=tuple(source for source in self._waits[index] if self._stages[source] != stage),
                     has_backward=self._has_gradient[index],
                 )
@@ -310,15 +331,15 @@ class _ChainBuilder:
 
 
 def build_chain(
-    recorded: Sequence[Recorded], num_stages: int, costs: Mapping[str, float]
+    recorded: Sequence[Recorded], num_stages: int, costs: Mapping[str, Work]
 ) -> tuple[Chain, tuple[Mapping[int, int], ...], tuple[Entry, ...]]:
     """(chain, starts, entries) of a recorded program, as :class:`StepPlan` has them.
 
-    ``costs``: the share of the model's compute of each placed module; where they are not known, equal ones.
+    ``costs``: the work of each placed module; if none is known, all are taken as equal.
     """
     modules = {str(other) for kind, _, other in recorded if kind == "C" and other}
-    known = {name: cost for name, cost in costs.items() if cost > 0 and name in modules}
-    builder = _ChainBuilder(num_stages, known or dict.fromkeys(modules, 1.0))
+    known = {name: work for name, work in costs.items() if work[0] > 0 and name in modules}
+    builder = _ChainBuilder(num_stages, known or dict.fromkeys(modules, _UNKNOWN_WORK))
     entries: list[Entry] = []
     for entry in recorded:
         builder.add(entry)

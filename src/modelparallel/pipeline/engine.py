@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
@@ -18,6 +18,7 @@ from modelparallel.comm.transport import StageTransport
 from modelparallel.errors import DivergenceError, StepUsageError
 from modelparallel.pipeline import calls, glue
 from modelparallel.pipeline.bodies import WorkerPool
+from modelparallel.pipeline.chains import Work
 from modelparallel.pipeline.functions import traits_of
 from modelparallel.pipeline.program import Program
 from modelparallel.pipeline.randomness import RandomFrames, may_draw, unit_number
@@ -31,6 +32,7 @@ from modelparallel.torch_compat import (
     install_call,
     intercepted_checkpoints,
     intercepted_function_apply,
+    noticed_tensor_hooks,
     resume_function_mode,
     suspend_function_mode,
 )
@@ -76,7 +78,8 @@ class _GlueMode(TorchFunctionMode):
         result = func(*args, **kwargs)
         if program is not None:
             if traits.is_in_place:
-                program.note_plain_write(args[0] if args else kwargs.get("input"))
+                # torch.nn.init passes its tensor by name.
+                program.note_plain_write(args[0] if args else kwargs.get("tensor", kwargs.get("input")))
             elif engine.is_discovering:
                 program.note_made(result)
         return result
@@ -129,12 +132,10 @@ class PipelineEngine:
         self.workers = WorkerPool()
         #: How often everything was forgotten; see agree().
         self.generation = 0
-        #: The share of the model's compute of each placed module, as far as it is known.
-        self.costs: dict[str, float] = {}
+        #: The work of each placed module, as far as it is known.
+        self.costs: dict[str, Work] = {}
         #: The most microbatches that were under way here in the last step.
         self.last_peak_active = 0
-        #: The programs of the step that is under way.
-        self.programs: Sequence[Program] = ()
         self.structures_of_known: dict[Hashable, Structure] = {}  # of operations on values that all stages can read
         self.program: Program | None = None
         self.frames: RandomFrames | None = None
@@ -150,17 +151,12 @@ class PipelineEngine:
         self._loose_buffers: list[tuple[nn.Module, str]] = []  # without a home
         self._loose_values: dict[tuple[nn.Module, str], torch.Tensor | None] = {}
         self._kept: list[torch.Tensor] = []  # keeps the ids in `placed` from being given to other tensors
-        if transport is not None:
-            transport.history = self._history
 
     @property
     def transport(self) -> StageTransport:
         if self._transport is None:
             raise StepUsageError("there is no pipeline (pipeline_parallel_degree is 1)")
         return self._transport
-
-    def _history(self, microbatch: int) -> str:
-        return self.programs[microbatch].history() if microbatch < len(self.programs) else ""
 
     # Placing
 
@@ -196,11 +192,16 @@ class PipelineEngine:
 
     def place_module(self, module: nn.Module, name: str, home: int, *, is_unit: bool) -> None:
         """From now on calls of ``module`` inside a step run on ``home``."""
-        is_framed = is_unit and may_draw(module)  # as without pipelining
-        entry = calls.PlacedModule(module, name, home, unit_number(name) if is_framed else None)
+        entry = calls.PlacedModule(module, name, home, unit_number(name) if is_unit else None)
 
         def call(*args: Any, **kwargs: Any) -> Any:
             if self.is_native:
+                if entry.home != self.stage and self.program is not None:
+                    raise StepUsageError(
+                        f"module '{entry.name}' is on pp_rank {entry.home} and is called from inside a module or an "
+                        f"autograd.Function that runs on pp_rank {self.stage}: place both on one stage "
+                        "(smp.set_partition)"
+                    )
                 return entry.inner(*args, **kwargs)
             if self.program is None:
                 if entry.home != self.stage:
@@ -260,16 +261,20 @@ class PipelineEngine:
         wanted = set(names)
         return {entry.name: calls.buffer_state(entry.module) for entry in self._entries if entry.name in wanted}
 
-    def frame_unit(self, module: nn.Module, name: str) -> None:
-        """Without pipelining: seed the generators around each call of a unit inside a step, as a pipeline would."""
-        if not may_draw(module):
+    def frame_unit(self, module: nn.Module, name: str, *, is_compiled: bool = False) -> None:
+        """Without pipelining: seed the generators around each call of a unit inside a step, as a pipeline would.
+
+        Around compiled code the engine is out of the way in any case: torch would compile it, too.
+        """
+        number = unit_number(name) if may_draw(module) else None
+        if number is None and not is_compiled:
             return
-        number = unit_number(name)
 
         def call(*args: Any, **kwargs: Any) -> Any:
             if self.is_native or self.frames is None:
                 return inner(*args, **kwargs)
-            self.frames.enter_unit(number)
+            if number is not None:
+                self.frames.enter_unit(number)
             with _NativeRegion(self):
                 return inner(*args, **kwargs)
 
@@ -309,8 +314,13 @@ class PipelineEngine:
         with (
             intercepted_function_apply(self._function_apply),
             intercepted_checkpoints(self._enter_checkpoint, self._leave_checkpoint),
+            noticed_tensor_hooks(self._notice_hook),
         ):
             yield
+
+    def _notice_hook(self) -> None:
+        if self.program is not None:
+            self.program.is_whole_backward = True
 
     def leave(self) -> tuple[Any, ...]:
         """No program runs now; returns what :meth:`enter` needs to go on with the one that did."""

@@ -7,6 +7,7 @@ message waited for. That is right for every deterministic program; planned sched
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,7 +30,7 @@ from modelparallel.torch_compat import ThreadState
 
 @dataclass(frozen=True)
 class MicrobatchRun:
-    """What one microbatch needs: the user's function with its arguments, its random frames, its share of the samples."""
+    """What one microbatch needs: the user's function with its arguments, its random frames, its share of the batch."""
 
     call: Callable[[], Any]
     frames: RandomFrames
@@ -73,6 +74,8 @@ def run_step(
         outputs = step.run(before_last_backward)
         if is_first:
             engine.plans.note_discovery(kind, step.programs, engine.costs, engine.transport)
+        else:
+            engine.plans.compare(kind, step.programs, step.waiting_share, engine.transport)
         results = _share_outputs(engine, outputs, step.programs[0], detach_outputs=detach_outputs)
         engine.transport.drain()
     except BaseException as error:
@@ -93,11 +96,13 @@ class _StepRun:
         self._engine = engine
         self._plan = plan
         self._is_sequential = plan is None or plan.is_sequential
+        #: The part of its time in which this stage waited for others.
+        self.waiting_share = 0.0
         self._modes = {} if plan is not None else engine.training_modes()
         self._sightings = None if self._is_sequential else Sightings()
         self._simple_state: list[Hashable] = []  # before the microbatch of the discovery step
         self.programs = [self._make_program(index, run) for index, run in enumerate(runs)]
-        engine.programs = self.programs
+        engine.transport.logs = [program.log for program in self.programs]
         engine.is_discovering = plan is None
         self._state = ThreadState()
         self._bodies: list[Body] = []
@@ -123,6 +128,7 @@ class _StepRun:
         run.frames.enter_microbatch(seeds_numpy=True)
         with engine.running(program):
             output = run.call()
+        program.log.leave()
         returned = trees.map_leaves(program.returned, output)
         del output  # a tensor that only it refers to does not outlive the microbatch
         engine.settle_buffers(program)
@@ -163,8 +169,11 @@ class _StepRun:
             outside=engine.outside,
             before_last_backward=before_last_backward,
         )
+        start, waited = time.perf_counter(), engine.transport.seconds_waited
         with engine.intercepting():
             interpreter.run()
+        spent = time.perf_counter() - start
+        self.waiting_share = (engine.transport.seconds_waited - waited) / spent if spent else 0.0
         engine.last_peak_active = interpreter.peak_active
         if not self._is_sequential:
             for program in self.programs:
@@ -178,7 +187,6 @@ class _StepRun:
 
     def close(self) -> None:
         """Let go of everything, also of what refers to itself: that would be freed late."""
-        self._engine.programs = ()
         for body in self._bodies:
             body.close()
         for program in self.programs:

@@ -106,6 +106,8 @@ def execute(
     the reading of its result, may stand behind ``if smp.rank() == 0``.
     """
     engine = program.engine
+    if key is not None and (without_gaps := _moved_without_gaps(arguments.inputs, home)):
+        key = (key, without_gaps)
     known = None if key is None else program.structure_of(key, is_known=is_known)
     structure = known
     new_locals: list[torch.Tensor] | None = None
@@ -139,6 +141,24 @@ def execute(
     if structure.payload is None:
         return new[0]
     return decode(structure, tensors, arguments.opaque(), new)
+
+
+def _moved_without_gaps(inputs: Sequence[StageTensor], home: int) -> tuple[int, ...]:
+    """Which of the values are views with gaps that have come to ``home`` from another stage: they travel row by row,
+    and the strides of what is computed from them are others than where they were made.
+    """
+    for tensor in inputs:
+        if tensor.home != home:
+            break
+    else:
+        return ()
+    return tuple(
+        [
+            index
+            for index, tensor in enumerate(inputs)
+            if tensor.home != home and not is_dense(tensor.spec.shape, tensor.spec.stride)
+        ]
+    )
 
 
 def _compute_here(
@@ -231,13 +251,17 @@ def _written_here(
 def _structure_of_known(program: Program, arguments: Arguments, compute: Callable[..., Any], what: str) -> Structure:
     """What the home finds out, found out here with copies of the values."""
     locals_: list[Any] = []
-    for value in arguments.values:
-        if isinstance(value, StageTensor) and value.replica is not None:
-            copied = torch.empty_strided(value.spec.shape, value.spec.stride, dtype=value.spec.dtype)
-            copied = copied.to(program.device if value.spec.device_type != "cpu" else "cpu")
-            locals_.append(copied.copy_(value.replica()).requires_grad_(value.spec.requires_grad))
-        else:
-            locals_.append(value)
+    program.is_finding_out = True
+    try:
+        for value in arguments.values:
+            if isinstance(value, StageTensor) and value.replica is not None:
+                copied = torch.empty_strided(value.spec.shape, value.spec.stride, dtype=value.spec.dtype)
+                copied = copied.to(program.device if value.spec.device_type != "cpu" else "cpu")
+                locals_.append(copied.copy_(value.replica()).requires_grad_(value.spec.requires_grad))
+            else:
+                locals_.append(value)
+    finally:
+        program.is_finding_out = False
     tensors = [local for local in locals_ if isinstance(local, torch.Tensor)]
     versions = _versions(tensors)
     with program.engine.native_region():

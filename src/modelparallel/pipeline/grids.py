@@ -36,7 +36,7 @@ def grid_text(schedule: Schedule, timeline: Timeline, width: int = 120) -> str:
     Args:
         schedule: what runs.
         timeline: from `simulate`, for this schedule.
-        width: characters per line, at least; a longer grid continues in another block.
+        width: the most characters per line, but one column at least; a longer grid continues in another block.
     """
     unit, num_columns = _columns(timeline)
     spelled = [schedule.spelled(stage) for stage in range(schedule.num_stages)]

@@ -18,10 +18,11 @@ from modelparallel import trees
 from modelparallel.comm.transport import MessageKind, MessageName, StageTransport
 from modelparallel.errors import StepUsageError
 from modelparallel.pipeline.microbatches import SlicedObject
-from modelparallel.pipeline.stage_tensor import TensorSpec
+from modelparallel.pipeline.stage_tensor import TensorSpec, is_dense
 from modelparallel.pipeline.wire import TENSORS_PER_MESSAGE, pack, receive_tensors
 
 _TRAVELLING = (int, float, complex, str, bytes, bool, type(None), torch.dtype, SlicedObject)
+
 
 class _OwnObject:
     """Stands for an object that does not travel: the receiver takes its own at this path. No dataclass: those are
@@ -153,11 +154,7 @@ def share_inputs(
         tensors: list[torch.Tensor] = []
         for part in _message_parts(envelope.specs, step):
             tensors += _on_device(receive_tensors(transport, 0, part.name, part.specs, what), part.specs, device)
-        unpickler = _TensorUnpickler(io.BytesIO(envelope.payload), _from_parts(tensors, envelope.parts))
-        shared, extra = unpickler.load()
-        return trees.map_leaves(
-            lambda leaf: _own(leaf, arguments) if isinstance(leaf, _OwnObject) else leaf, shared
-        ), extra
+        return _unpickled(envelope.payload, _from_parts(tensors, envelope.parts), arguments)
     travelling = trees.map_leaves_with_path(lambda path, leaf: leaf if _travels(leaf) else _OwnObject(path), arguments)
     file = io.BytesIO()
     pickler = _TensorPickler(file)
@@ -179,7 +176,20 @@ def share_inputs(
         transport.send_object(peer, name, payload, what)
         for part_name, presence, flat in packed:
             transport.send(peer, part_name, flat, what, presence=presence)
-    return arguments, extra
+    # The others get a slice with gaps (ids[:, :-1]) row by row. Strides decide which results are known already, so they
+    # must be the same here.
+    with_gaps = [part.offset < 0 and not is_dense(part.spec.shape, part.spec.stride) for part in parts]
+    if not any(with_gaps):
+        return arguments, extra
+    pairs = zip(pickler.tensors, with_gaps, strict=True)
+    own = [tensor.contiguous() if has_gaps else tensor for tensor, has_gaps in pairs]
+    return _unpickled(file.getvalue(), own, arguments)
+
+
+def _unpickled(payload: bytes, tensors: list[torch.Tensor], arguments: dict[str, Any]) -> tuple[dict[str, Any], Any]:
+    shared, extra = _TensorUnpickler(io.BytesIO(payload), tensors).load()
+    own_objects = trees.map_leaves(lambda leaf: _own(leaf, arguments) if isinstance(leaf, _OwnObject) else leaf, shared)
+    return own_objects, extra
 
 
 def _travels(leaf: Any) -> bool:

@@ -149,17 +149,26 @@ class Interpreter:
 
     def _run_something(self) -> bool:
         """Run one piece of what can run; whether there was one."""
-        may_run_backward = self._backward_first or all(body.is_done for body in self._bodies)
-        if may_run_backward and self._run_backward():
+        if self._may_run_backward() and self._run_backward():
             return True
-        before: Body | None = None
-        for body in self._bodies:
-            is_behind = before is None or before.is_done or before.visit > body.visit
-            if not body.is_done and is_behind and self._can_resume(body):
+        for body in self._bodies_in_turn():
+            if self._can_resume(body):
                 self._resume(body)
                 return True
-            before = body
         return self._run_deferred()
+
+    def _may_run_backward(self) -> bool:
+        return self._backward_first or all(body.is_done for body in self._bodies)
+
+    def _bodies_in_turn(self) -> list[Body]:
+        """Those whose forward may go on without overtaking the microbatch before."""
+        found = []
+        before: Body | None = None
+        for body in self._bodies:
+            if not body.is_done and (before is None or before.is_done or before.visit > body.visit):
+                found.append(body)
+            before = body
+        return found
 
     def _can_resume(self, body: Body) -> bool:
         if not body.is_started:
@@ -186,8 +195,9 @@ class Interpreter:
         return False
 
     def _awaited(self) -> list[Awaited]:
-        waits = [body.wait.awaited for body in self._bodies if not body.is_done and body.wait is not None]
-        return [*waits, *self._awaited_gradients()]
+        # Only messages that something can be done with: for another one that is here, this would not wait at all.
+        waits = [body.wait.awaited for body in self._bodies_in_turn() if body.wait is not None]
+        return [*waits, *self._awaited_gradients()] if self._may_run_backward() else waits
 
     def _awaited_gradients(self) -> list[Awaited]:
         found = []
@@ -233,4 +243,3 @@ def discovery_actions(num_microbatches: int) -> list[Action]:
     """Microbatch after microbatch, forwards, then backwards: right for every deterministic program."""
     forwards = [Action(ActionKind.F, index) for index in range(num_microbatches)]
     return forwards + [Action(ActionKind.B, index) for index in range(num_microbatches)]
-

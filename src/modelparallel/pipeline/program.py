@@ -17,14 +17,14 @@ order on every stage, also on those that take no part in them, so both ends of a
 from __future__ import annotations
 
 import weakref
-from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from modelparallel.comm.transport import Awaited, MessageKind, MessageName, user_code_line
+from modelparallel.comm.event_log import EventLog, check_of, user_code_line
+from modelparallel.comm.transport import Awaited, MessageKind, MessageName
 from modelparallel.errors import DivergenceError, StepUsageError
 from modelparallel.pipeline.splitting import SplitBackward
 from modelparallel.pipeline.stage_tensor import AliasGroup, StageTensor, TensorSpec
@@ -98,17 +98,19 @@ class Program:
         self.carries_state = False
         #: Whether something in it must not be run through twice (hooks, recomputation).
         self.is_whole_backward = False
+        #: While pushed values are read to find out the structure of a result, as only the first time needs.
+        self.is_finding_out = False
         self.written = WrittenTensors()
         #: Of ordinary tensors, where the microbatches take turns.
         self.sightings = sightings
         self._made: dict[int, weakref.ref[torch.Tensor]] = {}
         #: Called before a message is taken; the interpreter sets it.
         self.on_wait: Callable[[Wait], None] = _go_on
-        self._num_events = 0
+        #: What happened so far, for the diagnosis of failures.
+        self.log = EventLog(microbatch)
         self._num_pushes = 0
         self._tape: list[_Event] = []
         self._weights: dict[int, list[SplitBackward]] = {}
-        self._history: deque[str] = deque(maxlen=12)
         self._live: list[weakref.ref[StageTensor]] = []
         self._parameters: dict[int, StageTensor] = {}
 
@@ -219,8 +221,8 @@ class Program:
 
     def _move(self, tensors: list[StageTensor], source: int, destination: int, description: str) -> None:
         is_planned = self.tracker.note_move(source, destination)
-        number = self.next_event(f"{description}: pp_rank {source} -> {destination}")
-        name = MessageName(MessageKind.ACTIVATIONS, self.microbatch, number)
+        number = self.next_event(description, source, destination)
+        name = MessageName(MessageKind.ACTIVATIONS, self.microbatch, number, check_of(description))
         specs = [tensor.spec for tensor in tensors]
         transport = self.engine.transport
         if self.stage == source:
@@ -260,7 +262,8 @@ class Program:
 
     def wait_alone_for(self, source: int, name: MessageName, description: str) -> None:
         """Before a message is taken that only this stage asks for: a pushed value that it reads."""
-        self._wait(Awaited(source, name, description), is_planned=self.tracker.note_local_wait(self.stage, source))
+        is_planned = not self.is_finding_out and self.tracker.note_local_wait(self.stage, source)
+        self._wait(Awaited(source, name, description), is_planned=is_planned)
 
     def _wait(self, awaited: Awaited, *, is_planned: bool) -> None:
         if self.engine.transport.has(awaited.source, awaited.name) and not self.tracker.begins_visit:
@@ -268,16 +271,12 @@ class Program:
         line = user_code_line()
         self.on_wait(Wait(replace(awaited, line=line), is_planned))
 
-    def next_event(self, description: str) -> int:
-        """The number of the event that happens now."""
-        self._num_events += 1
-        self._history.append(f"event {self._num_events}: {description}")
-        return self._num_events
+    def next_event(self, description: str, source: int = -1, destination: int = -1) -> int:
+        """The number of the event that happens now; the description must be the same on every stage.
 
-    def history(self) -> str:
-        """The last events, for error messages."""
-        lines = "\n  ".join(self._history) or "none"
-        return f"last events of microbatch {self.microbatch} on pp_rank {self.stage}:\n  {lines}"
+        ``source``, ``destination``: of a value that moves.
+        """
+        return self.log.note(description, source, destination)
 
     def _cut(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         cuts: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -301,16 +300,14 @@ class Program:
 
     # Announcements
 
-    def announce(
-        self, source: int, payload: Callable[[], bytes], description: str, *, is_always: bool
-    ) -> bytes | None:
+    def announce(self, source: int, payload: Callable[[], bytes], description: str, *, is_always: bool) -> bytes | None:
         """Stage ``source`` tells all others; returns the bytes on the others, None on the source.
 
         ``is_always``: it is announced at every call, since it may differ at every call.
         """
         is_planned = self.tracker.note_announcement(source, is_always=is_always)
         number = self.next_event(f"announcement of {description} by pp_rank {source}")
-        name = MessageName(MessageKind.ANNOUNCEMENT, self.microbatch, number)
+        name = MessageName(MessageKind.ANNOUNCEMENT, self.microbatch, number, check_of(description))
         transport = self.engine.transport
         what = f"the output shapes of {description}"
         if self.stage != source:
@@ -395,6 +392,7 @@ class Program:
         """The body is done; without a root, or where the steps run forward only, there is no backward."""
         if not self.has_root or not has_backward:
             self._tape.clear()
+        self.log.end_forward()
         self.tracker.finish()
 
     def backward_event(self, *, is_split: bool = False) -> None:
@@ -443,9 +441,7 @@ class Program:
                 leaf.grad = gradient if leaf.grad is None else leaf.grad + gradient
         return through_autograd
 
-    def _run_piece(
-        self, event: _Event, extra: Sequence[tuple[torch.Tensor, torch.Tensor]], *, is_split: bool
-    ) -> None:
+    def _run_piece(self, event: _Event, extra: Sequence[tuple[torch.Tensor, torch.Tensor]], *, is_split: bool) -> None:
         work = [(original, leaf.grad) for original, leaf in event.cuts if leaf.grad is not None]
         work.extend(extra)
         if not work:
@@ -472,6 +468,7 @@ class Program:
         """The step is over: let go of everything."""
         self.is_open = False
         self.on_wait = _go_on
+        self.log.leave()
         self._tape.clear()
         self._weights.clear()
         self._parameters.clear()

@@ -15,7 +15,6 @@ import random
 import sys
 import zlib
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import nn

@@ -37,10 +37,13 @@ class _Policy:
 
     Attributes:
         limits: for every stage the most live microbatches.
+        ahead: for every stage the most microbatches begun there whose backward, or its I part, is not done. None: only
+            `limits` counts, which is the same where nothing is split.
         group: microbatches are taken in groups of so many: a visit for the whole group before the next visit.
         warm_up: for every stage the number of forwards that run ahead of the backwards, in fixed sequences of both: the
             stage waits for its next forward until it is so far ahead, and for its next backward then. None: whatever is
             ready runs, a backward rather than a forward.
+        tops_up: a ready forward runs before a ready backward, up to the limits.
         forwards_first: a stage runs no backward before its last forward.
         is_split: backwards are I and W parts, except where the W part costs nothing.
         weights_behind: for every stage how many W parts may be left for later; one more than that runs at once. None:
@@ -49,9 +52,11 @@ class _Policy:
     """
 
     limits: tuple[int, ...]
+    ahead: tuple[int, ...] | None = None
     group: int = 1
     warm_up: tuple[int, ...] | None = None
     forwards_first: bool = False
+    tops_up: bool = False
     is_split: bool = False
     weights_behind: tuple[int, ...] | None = None
     is_patient: bool = False
@@ -66,8 +71,8 @@ def make_schedule(chain: Chain, num_microbatches: int, kind: str, active_microba
         chain: the visits of a microbatch with their costs.
         num_microbatches: of the step, 1 or more.
         kind: ``"simple"``: all forwards of a stage, then all its backwards. ``"interleaved"``: a backward is preferred
-            to a forward; on a straight chain this is 1F1B. ``"zero_bubble"``: backwards are split, and W parts fill the
-            waiting time. ``"forward_only"``: no backwards.
+            to a forward; on a straight chain with at least p active microbatches this is 1F1B. ``"zero_bubble"``:
+            backwards are split, and W parts fill the waiting time. ``"forward_only"``: no backwards.
         active_microbatches: the most microbatches that are live on a stage (begun there and not finished; W parts
             count). None: for ``interleaved`` what fills the pipeline, for ``zero_bubble`` as many as
             ``interleaved`` then holds. ``simple`` holds all microbatches by definition and takes no limit.
@@ -83,10 +88,11 @@ def make_schedule(chain: Chain, num_microbatches: int, kind: str, active_microba
     shape = _Shape(chain, num_microbatches)
     if kind == "simple":
         limits = (num_microbatches,) * chain.num_stages
-        policies = [_Policy(limits, group, forwards_first=True) for group in _groups(chain, shape, num_microbatches)]
+        groups = _groups(chain, shape, num_microbatches)
+        policies = [_Policy(limits, group=group, forwards_first=True) for group in groups]
         return _best(shape, policies, kind).schedule
     if kind == "forward_only":
-        policies = [_Policy((cap,) * chain.num_stages, group) for group in _groups(chain, shape, cap)]
+        policies = [_Policy((cap,) * chain.num_stages, group=group) for group in _groups(chain, shape, cap)]
         return _best(shape, policies, kind).schedule
     interleaved = _best(shape, list(_interleaved(chain, num_microbatches, cap)), "interleaved")
     if kind == "interleaved":
@@ -108,6 +114,9 @@ def _interleaved(chain: Chain, num_microbatches: int, cap: int) -> Iterator[_Pol
     if chain.is_straight:
         limits = tuple(min(depth, cap) for depth in depths)
         yield _Policy(limits, warm_up=limits)
+        if cap < min(max(depths), num_microbatches):
+            # With less memory than 1F1B takes, its fixed turns would make backwards wait for forwards that come late.
+            yield _Policy(limits)
         return
     p = chain.num_stages
     rounds = max(len(chain.visits_of(stage)) for stage in range(p))
@@ -116,12 +125,12 @@ def _interleaved(chain: Chain, num_microbatches: int, cap: int) -> Iterator[_Pol
     for group in groups:
         # The order known for virtual stages (Narayanan et al. 2021, section 2.2).
         warm_up = tuple(2 * (p - stage - 1) + (rounds - 1) * group + 1 for stage in range(p))
-        yield _Policy((cap,) * p, group, warm_up)
+        yield _Policy((cap,) * p, group=group, warm_up=warm_up)
     reach = _stages_ahead(chain)
     limits_to_try = [reach, tuple(2 * stages - 1 for stages in reach), (cap,) * p]
     for limits in dict.fromkeys(tuple(min(limit, cap) for limit in limits) for limits in limits_to_try):
         for group in dict.fromkeys((1, *groups)):
-            yield _Policy(limits, group)
+            yield _Policy(limits, group=group)
 
 
 def _zero_bubble(chain: Chain, cap: int, interleaved: _Result) -> Iterator[_Policy]:
@@ -130,15 +139,18 @@ def _zero_bubble(chain: Chain, cap: int, interleaved: _Result) -> Iterator[_Poli
     p = chain.num_stages
     behind = tuple(max(0, cap - peak) for peak in interleaved.peaks)
     assert interleaved.policy is not None
+    first = replace(
+        interleaved.policy, limits=(cap,) * p, ahead=interleaved.policy.limits, is_split=True, weights_behind=behind
+    )
     for is_patient in (False, True):
-        yield replace(
-            interleaved.policy, limits=(cap,) * p, is_split=True, weights_behind=behind, is_patient=is_patient
-        )
+        yield replace(first, is_patient=is_patient)
+        if first.warm_up is None:
+            yield replace(first, is_patient=is_patient, tops_up=True)
     limits_to_try = dict.fromkeys(min(limit, cap) for limit in (p, 2 * p - 1, cap))
     for limit in limits_to_try:
         for group in dict.fromkeys((1, interleaved.policy.group)):
             for is_patient in (False, True):
-                yield _Policy((limit,) * p, group, is_split=True, is_patient=is_patient)
+                yield _Policy((limit,) * p, group=group, is_split=True, is_patient=is_patient)
 
 
 def _split(schedule: Schedule, chain: Chain) -> Schedule:
@@ -182,11 +194,16 @@ def _depths(chain: Chain) -> list[int]:
 
 
 def _stages_ahead(chain: Chain) -> tuple[int, ...]:
-    """For every stage: how many stages do something from its first visit on, itself included."""
-    return tuple(
-        len({visit.stage for visit in chain.visits[chain.visits_of(stage)[0] :]}) if chain.visits_of(stage) else 1
-        for stage in range(chain.num_stages)
-    )
+    """For every stage: on how many stages a backward runs before its own last one may, itself included."""
+    needs = Needs(chain)
+    before: list[set[int]] = [set() for _ in chain.visits]
+    for index in range(len(chain.visits) - 1, -1, -1):
+        before[index] = {chain.visits[index].stage}.union(*(before[other] for other in needs.backward[index]))
+    found = []
+    for stage in range(chain.num_stages):
+        visits = [index for index in chain.visits_of(stage) if chain.visits[index].has_backward]
+        found.append(len(before[visits[0]]) if visits else 1)
+    return tuple(found)
 
 
 @dataclass(frozen=True)
@@ -280,6 +297,8 @@ class _Simulation:
         self.num_admitted = [0] * chain.num_stages
         self.num_live = [0] * chain.num_stages
         self.parts_left: list[dict[int, int]] = [{} for _ in stages]
+        self.weights_left: list[dict[int, int]] = [{} for _ in stages]
+        self.num_ahead = [0] * chain.num_stages
         self.done = [[0, 0, 0] for _ in stages]
         self.is_busy = [False] * chain.num_stages
         self.arrivals: list[list[float]] = [[] for _ in stages]
@@ -288,13 +307,13 @@ class _Simulation:
         self.now = 0.0
         self.num_started = 0
         self.is_split = [policy.is_split and visit.weight > 0 for visit in chain.visits]
-        self.num_parts = [
-            sum(
-                1 + (has_backwards and chain.visits[index].has_backward) * (1 + self.is_split[index])
-                for index in chain.visits_of(stage)
-            )
-            for stage in stages
-        ]
+        self.num_parts = []
+        self.num_weights = []
+        for stage in stages:
+            visits = chain.visits_of(stage)
+            backwards = [index for index in visits if has_backwards and chain.visits[index].has_backward]
+            self.num_weights.append(sum(self.is_split[index] for index in backwards))
+            self.num_parts.append(len(visits) + len(backwards) + self.num_weights[stage])
         self.sequences = self._sequences() if policy.warm_up is not None else None
 
     def _sequences(self) -> list[tuple[list[tuple[int, int]], list[tuple[int, int]]]]:
@@ -364,6 +383,10 @@ class _Simulation:
         if not self.parts_left[stage][microbatch]:
             self.num_live[stage] -= 1
         if phase == WEIGHT:
+            self.weights_left[stage][microbatch] -= 1
+        elif self.parts_left[stage][microbatch] == self.weights_left[stage][microbatch]:
+            self.num_ahead[stage] -= 1
+        if phase == WEIGHT:
             return
         if phase == BACKWARD and self.is_split[index]:
             # In the order of the I parts, which is the order in which they came.
@@ -390,7 +413,9 @@ class _Simulation:
             if self.shape.place[index] == 0:
                 self.num_admitted[stage] += 1
                 self.num_live[stage] += 1
+                self.num_ahead[stage] += 1
                 self.parts_left[stage][microbatch] = self.num_parts[stage]
+                self.weights_left[stage][microbatch] = self.num_weights[stage]
         elif phase == WEIGHT:
             cost = visit.weight
         else:
@@ -415,6 +440,8 @@ class _Simulation:
             return self._take(stage, WEIGHT)
         if self.sequences is not None:
             chosen = self._next_in_sequence(stage)
+        elif self.policy.tops_up and (chosen := self._best_forward(stage)) is not None:
+            return chosen
         elif self.ready[stage][BACKWARD] and not (self.policy.forwards_first and self._has_forwards_left(stage)):
             chosen = self._take(stage, BACKWARD)
         else:
@@ -438,10 +465,17 @@ class _Simulation:
             heapq.heappop(arrivals)
         return not arrivals or self.now + cost <= arrivals[0] + self.shape.moment
 
+    def _admits(self, stage: int) -> bool:
+        """Whether one more microbatch may begin here."""
+        ahead = self.policy.ahead
+        return self.num_live[stage] < self.policy.limits[stage] and (
+            ahead is None or self.num_ahead[stage] < ahead[stage]
+        )
+
     def _best_forward(self, stage: int) -> tuple[int, int, int] | None:
         ready = self.ready[stage][FORWARD]
         new = self.num_admitted[stage]
-        if new in self.is_admissible[stage] and self.num_live[stage] < self.policy.limits[stage]:
+        if new in self.is_admissible[stage] and self._admits(stage):
             first = self.shape.chain.visits_of(stage)[0]
             if not ready or self._key(FORWARD, new, first) < ready[0]:
                 return FORWARD, new, first
@@ -455,7 +489,7 @@ class _Simulation:
         if num_forwards < len(forwards) and may_go_ahead:
             microbatch, index = forwards[num_forwards]
             is_first = self.shape.place[index] == 0
-            if not is_first or self.num_live[stage] < self.policy.limits[stage]:
+            if not is_first or self._admits(stage):
                 if is_first:
                     return (FORWARD, microbatch, index) if microbatch in self.is_admissible[stage] else None
                 return self._take_exactly(stage, FORWARD, microbatch, index)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from modelparallel.errors import StepUsageError
+from modelparallel.pipeline.stage_tensor import storage_address
 
 _MOST_PIECES = 64
 
@@ -74,7 +75,7 @@ class Sightings:
 
     def saw(self, microbatch: int, tensor: torch.Tensor) -> None:
         """Code of ``microbatch`` uses an ordinary tensor."""
-        address = _address(tensor)
+        address = storage_address(tensor)
         if address is None:
             return
         piece = _piece(tensor)
@@ -83,7 +84,7 @@ class Sightings:
 
     def wrote(self, microbatch: int, tensor: torch.Tensor) -> None:
         """Code of ``microbatch`` has written, or is about to write, to an ordinary tensor."""
-        address = _address(tensor)
+        address = storage_address(tensor)
         if address is None:
             return
         piece = _piece(tensor)
@@ -108,12 +109,6 @@ class Sightings:
                     "value: write to it in the first step, too (then they run one after another), or return what is to "
                     "be added from the step function and add it outside"
                 )
-
-
-def _address(tensor: torch.Tensor) -> int | None:
-    if tensor.layout is not torch.strided or not tensor.numel():
-        return None
-    return int(tensor.untyped_storage().data_ptr())
 
 
 def _piece(tensor: torch.Tensor) -> _Piece:

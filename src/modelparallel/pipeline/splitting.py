@@ -7,9 +7,11 @@ what arrives at the *fork nodes*: those with a successor that leads to weights o
 with what it noted, and asks for the weights behind it. A node that makes both gradients runs twice, each time for one
 of them, so the work is that of one backward.
 
-Some weights get their gradient in I, since W would count too much or repeat what must not be repeated: weights behind
-several fork nodes (one weight used twice: the path through the other node would be counted again), and weights behind
-an ``autograd.Function`` (its backward makes all gradients at once, and may communicate).
+Some weights get their gradient in I, since W would count too much or repeat what must not be repeated: weights that
+several walks of W would come to (one weight used twice: the path through the other fork node would be counted again),
+and weights behind an ``autograd.Function`` (its backward makes all gradients at once, and may communicate). A piece
+with compiled code in it (torch.compile) is not split at all: the backward of compiled code makes all gradients at once,
+and does not allow that its graph is kept.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from typing import Any
 import torch
 from torch.autograd.graph import GradientEdge
 
-from modelparallel.torch_compat import is_function_node
+from modelparallel.torch_compat import is_compiled_node, is_function_node
 
 
 class _Node:
@@ -48,11 +50,16 @@ class SplitBackward:
         """Add to ``.grad`` of the leaves that are no weights, and of the weights that cannot wait."""
         leaves: dict[int, torch.Tensor] = {}
         nodes = self._explore([tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None], leaves)
+        if any(is_compiled_node(node) for node in nodes):
+            torch.autograd.backward(list(tensors), list(gradients))
+            return
         roots: list[tuple[torch.Tensor, torch.Tensor | None]] = []
+        num_owners: dict[int, int] = {}  # how many paths that are walked apart lead to a weight
         for tensor, gradient in zip(tensors, gradients, strict=True):
             node = None if tensor.grad_fn is None else nodes[tensor.grad_fn]
             if node is not None and not node.leads_to_input and gradient is not None:
                 self._left.append((tensor, gradient))
+                num_owners.update(dict.fromkeys(node.weights, 1))  # all that is left runs as one backward
             else:
                 roots.append((tensor, gradient))
                 if node is None:
@@ -60,15 +67,14 @@ class SplitBackward:
         if not roots:
             return
         forks = [node for node in nodes.values() if node.leads_to_input and node.weights]
-        owners: dict[int, int] = {}
         for fork in forks:
             for key in fork.weights:
-                owners[key] = owners.get(key, 0) + 1
+                num_owners[key] = num_owners.get(key, 0) + 1
         at_once = dict(leaves)
         handles = []
         for fork in forks:
             is_custom = is_function_node(fork.node)
-            later = {key: weight for key, weight in fork.weights.items() if owners[key] == 1 and not is_custom}
+            later = {key: weight for key, weight in fork.weights.items() if num_owners[key] == 1 and not is_custom}
             at_once.update({key: weight for key, weight in fork.weights.items() if key not in later})
             if later:
                 noted: list[torch.Tensor | None] = []
@@ -79,7 +85,7 @@ class SplitBackward:
                 [tensor for tensor, _ in roots],
                 [gradient for _, gradient in roots],
                 inputs=list(at_once.values()),
-                retain_graph=bool(self._noted),
+                retain_graph=bool(self._noted or self._left),
             )
         finally:
             for handle in handles:

@@ -9,6 +9,7 @@ all stages, since every stage takes its decisions from it.
 from __future__ import annotations
 
 import math
+import threading
 import weakref
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
@@ -23,6 +24,24 @@ from modelparallel.torch_compat import DisableTorchFunctionSubclass
 
 if TYPE_CHECKING:
     from modelparallel.pipeline.program import Program
+
+
+def storage_address(tensor: torch.Tensor) -> int | None:
+    """Where the memory of ``tensor`` begins; tensors of one address share memory. None where there is none to share."""
+    if tensor.layout is not torch.strided or not tensor.numel():
+        return None
+    try:
+        return int(tensor.untyped_storage().data_ptr())
+    except (NotImplementedError, RuntimeError):  # a wrapper without memory of its own, as in torch.func.vmap
+        return None
+
+
+def contiguous_stride(shape: Sequence[int]) -> tuple[int, ...]:
+    """The strides of a tensor of this shape that lies in memory row by row."""
+    stride = [1] * len(shape)
+    for dim in range(len(shape) - 2, -1, -1):
+        stride[dim] = stride[dim + 1] * max(1, shape[dim + 1])
+    return tuple(stride)
 
 
 def is_dense(shape: Sequence[int], stride: Sequence[int]) -> bool:
@@ -41,7 +60,7 @@ def is_dense(shape: Sequence[int], stride: Sequence[int]) -> bool:
     return True
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, init=False)
 class TensorSpec:
     """What every stage knows of a tensor. Equal specs are one object, so that they are compared and hashed by identity:
     every operation's signature is made of them.
@@ -58,9 +77,15 @@ class TensorSpec:
     ) -> TensorSpec:
         key = (shape, stride, dtype, requires_grad, device_type)
         found = _specs.get(key)
-        if found is None:
-            found = _specs[key] = super().__new__(cls)
-        return found
+        if found is not None:
+            return found
+        with _making_specs:
+            found = _specs.get(key)
+            if found is None:
+                found = super().__new__(cls)
+                found.__dict__.update(zip(cls.__dataclass_fields__, key, strict=True))
+                _specs[key] = found
+            return found
 
     def __reduce__(self) -> Any:
         return TensorSpec, (self.shape, self.stride, self.dtype, self.requires_grad, self.device_type)
@@ -72,10 +97,8 @@ class TensorSpec:
     @classmethod
     def of_gradient(cls, tensor: torch.Tensor) -> TensorSpec:
         """Of the gradient of ``tensor`` as it travels: row by row, whatever strides autograd gave it."""
-        stride = [1] * tensor.ndim
-        for dim in range(tensor.ndim - 2, -1, -1):
-            stride[dim] = stride[dim + 1] * max(1, tensor.shape[dim + 1])
-        return cls(tuple(tensor.shape), tuple(stride), tensor.dtype, False, tensor.device.type)
+        shape = tuple(tensor.shape)
+        return cls(shape, contiguous_stride(shape), tensor.dtype, False, tensor.device.type)
 
     def describes(self, tensor: torch.Tensor) -> bool:
         """Whether this is the spec of ``tensor``; cheaper than making that."""
@@ -96,6 +119,7 @@ class TensorSpec:
         return self.num_elements * self.dtype.itemsize
 
 
+_making_specs = threading.Lock()
 _specs: weakref.WeakValueDictionary[Hashable, TensorSpec] = weakref.WeakValueDictionary()
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import pickle
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from modelparallel.comm.transport import MessageKind, MessageName, StageTransport
-from modelparallel.pipeline.chains import Recorder, StepPlan, build_chain, with_local_waits
+from modelparallel.pipeline.chains import Recorder, StepPlan, Work, build_chain, with_local_waits
 from modelparallel.pipeline.schedule_checks import check_schedule
 from modelparallel.pipeline.scheduling import make_schedule
 
@@ -19,6 +20,10 @@ _PLAN = MessageName(MessageKind.PLAN, 0, 0)
 _WHAT = "what the stages know of the step's plan"
 #: A kind of step whose programs have left its plan so often runs in discovery order from then on.
 _MAX_MISSES = 3
+#: The planned step in which predicted and measured waiting are compared: by then caches are warm.
+_COMPARED_RUN = 3
+
+logger = logging.getLogger("modelparallel.pipeline")
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,7 @@ class StepPlans:
         self._active_microbatches = active_microbatches
         self._plans: dict[Hashable, StepPlan | None] = {}  # None: discovery order
         self._num_misses: dict[Hashable, int] = {}
+        self._num_runs: dict[Hashable, int] = {}
         #: How the steps so far have run; equal on all stages.
         self.counts = StepCounts()
 
@@ -63,6 +69,12 @@ class StepPlans:
         """Forget all plans."""
         self._plans.clear()
         self._num_misses.clear()
+        self._num_runs.clear()
+
+    @property
+    def last(self) -> StepPlan | None:
+        """The plan that was made last, for reports; None: discovery order."""
+        return next(reversed(self._plans.values()), None)
 
     def get(self, kind: Hashable) -> StepPlan | None:
         """The plan for steps of this kind; None: discovery order."""
@@ -72,6 +84,10 @@ class StepPlans:
         """How many microbatches may be under way on a stage that does not follow ``plan`` (any more)."""
         is_limited = plan is not None and plan.schedule.kind in ("interleaved", "zero_bubble")
         return self._active_microbatches if is_limited and self._active_microbatches else num_microbatches
+
+    def kinds(self) -> tuple[Hashable, ...]:
+        """The kinds of steps that have run."""
+        return tuple(self._plans)
 
     def is_open(self, kind: Hashable) -> bool:
         """Whether no such step has run yet."""
@@ -92,13 +108,14 @@ class StepPlans:
                 self._plans[kind] = None
 
     def note_discovery(
-        self, kind: Hashable, programs: Sequence[Program], costs: Mapping[str, float], transport: StageTransport
+        self, kind: Hashable, programs: Sequence[Program], costs: Mapping[str, Work], transport: StageTransport
     ) -> None:
         """The first step of this kind has run: make its plan. Collective over the pipeline."""
         self.counts = replace(self.counts, discovered=self.counts.discovered + 1)
         recorders = [program.tracker for program in programs if isinstance(program.tracker, Recorder)]
         carries_state = any(program.carries_state for program in programs)
-        own = (recorders[0].local_waits(), carries_state or any(recorder.changes_modes for recorder in recorders))
+        # The last one is like those of later steps: the first also reads what it finds the structure of results with.
+        own = (recorders[-1].local_waits(), carries_state or any(recorder.changes_modes for recorder in recorders))
         for peer in transport.peers():
             transport.send_object(peer, _PLAN, pickle.dumps(own), _WHAT)
         told = {peer: pickle.loads(transport.receive_object(peer, _PLAN, _WHAT)) for peer in transport.peers()}
@@ -107,7 +124,7 @@ class StepPlans:
         if any(way != ways[0] for way in ways):
             self._plans[kind] = None
             return
-        recorded = with_local_waits(recorders[0].common(), {stage: waits for stage, (waits, _) in told.items()})
+        recorded = with_local_waits(recorders[-1].common(), {stage: waits for stage, (waits, _) in told.items()})
         chain, starts, entries = build_chain(recorded, transport.num_stages, costs)
         if any(carries_state for _, carries_state in told.values()) and not chain.is_straight:
             # A microbatch leaves something behind that the next one finds, so they cannot take turns.
@@ -118,4 +135,32 @@ class StepPlans:
             schedule_kind = "forward_only"
         schedule = make_schedule(chain, len(programs), schedule_kind, self._active_microbatches)
         check_schedule(schedule, chain, self._active_microbatches)
-        self._plans[kind] = StepPlan(entries, starts, chain, schedule)
+        plan = self._plans[kind] = StepPlan(entries, starts, chain, schedule)
+        if transport.stage == 0:
+            logger.info("Pipeline schedule: %s", plan.description())
+
+    def compare(
+        self, kind: Hashable, programs: Sequence[Program], waiting_share: float, transport: StageTransport
+    ) -> None:
+        """Once for each plan, after some steps: say how much the stages really wait. Collective over the pipeline.
+
+        ``waiting_share``: the part of this step's forwards and backwards in which this stage waited for others.
+        """
+        plan = self._plans.get(kind)
+        if plan is None or any(program.tracker.has_left for program in programs):
+            return
+        runs = self._num_runs[kind] = self._num_runs.get(kind, 0) + 1
+        if runs != _COMPARED_RUN:
+            return
+        if transport.stage != 0:
+            transport.send_object(0, _PLAN, pickle.dumps(waiting_share), _WHAT)
+            return
+        found = [waiting_share]
+        found += [pickle.loads(transport.receive_object(peer, _PLAN, _WHAT)) for peer in transport.peers()]
+        predicted = plan.idle_shares()
+        logger.info(
+            "Pipeline schedule, after %d steps: the stages wait %s of their time (predicted: %s)",
+            runs,
+            ", ".join(f"{share:.0%}" for share in found),
+            ", ".join(f"{share:.0%}" for share in predicted),
+        )

@@ -15,10 +15,10 @@ from __future__ import annotations
 
 import io
 import pickle
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property, lru_cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -26,8 +26,9 @@ from modelparallel import trees
 from modelparallel.errors import DivergenceError, UnsupportedError
 from modelparallel.pipeline.arguments import Arguments
 from modelparallel.pipeline.functions import FunctionTraits
-from modelparallel.pipeline.stage_tensor import StageTensor, TensorSpec
+from modelparallel.pipeline.stage_tensor import StageTensor, TensorSpec, storage_address
 from modelparallel.torch_compat import autocast_state
+
 
 @dataclass(frozen=True)
 class Structure:
@@ -184,13 +185,13 @@ class _MeetsClass(Exception):
 class _PlainDecoder(_Decoder):
     def find_class(self, module_name: str, global_name: str) -> Any:
         found = super().find_class(module_name, global_name)
-        if not _is_named_tuple(found):
+        if not _is_named_tuple(cast(Hashable, found)):
             raise _MeetsClass
         return found
 
 
 @lru_cache(maxsize=256)
-def _is_named_tuple(kind: Any) -> bool:
+def _is_named_tuple(kind: Hashable) -> bool:
     """Whether instances of this class (several results of a torch function, named tuples) are their items alone."""
     if not isinstance(kind, type) or not issubclass(kind, tuple) or kind.__dictoffset__:
         return False
@@ -208,7 +209,7 @@ def _template(payload: bytes) -> tuple[Any] | None:
 
 def _is_plain(tree: Any, seen: set[int]) -> bool:
     kind = type(tree)
-    if kind not in _PLAIN_CONTAINERS and not _is_named_tuple(kind):
+    if kind not in _PLAIN_CONTAINERS and not _is_named_tuple(cast(Hashable, kind)):
         return kind in _PLAIN_LEAVES
     if id(tree) in seen:  # one list in two places stays one list
         return False
@@ -228,7 +229,7 @@ def _filled(template: Any, tables: dict[str, Sequence[Any]]) -> Any:
         return [_filled(child, tables) for child in template]
     if kind is dict:
         return {key: _filled(child, tables) for key, child in template.items()}
-    if _is_named_tuple(kind):
+    if _is_named_tuple(cast(Hashable, kind)):
         children = [_filled(child, tables) for child in template]
         return kind(children) if kind.__module__ == "torch.return_types" else kind._make(children)
     return template
@@ -274,7 +275,7 @@ def _collect_new(template: Any, output: Any, inputs: Sequence[torch.Tensor], new
         return list(template) == list(output) and all(
             _collect_new(child, output[key], inputs, new) for key, child in template.items()
         )
-    if kind in _PLAIN_CONTAINERS or _is_named_tuple(kind):
+    if kind in _PLAIN_CONTAINERS or _is_named_tuple(cast(Hashable, kind)):
         return len(template) == len(output) and all(
             _collect_new(child, found, inputs, new) for child, found in zip(template, output, strict=True)
         )
@@ -315,17 +316,10 @@ def _describe(structure: Structure) -> str:
 
 
 def _alias(tensor: torch.Tensor, inputs: Sequence[torch.Tensor]) -> int | None:
-    if tensor.layout is not torch.strided or not tensor.numel():
+    address = storage_address(tensor)
+    if address is None:
         return None
-    address = tensor.untyped_storage().data_ptr()
-    for index, candidate in enumerate(inputs):
-        if (
-            candidate.layout is torch.strided
-            and candidate.numel()
-            and candidate.untyped_storage().data_ptr() == address
-        ):
-            return index
-    return None
+    return next((index for index, candidate in enumerate(inputs) if storage_address(candidate) == address), None)
 
 
 def is_value_shaped(traits: FunctionTraits, arguments: Arguments) -> bool:

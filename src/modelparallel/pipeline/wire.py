@@ -4,13 +4,14 @@ one event in one message.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
 
 from modelparallel.comm.transport import MessageName, StageTransport
 from modelparallel.errors import DivergenceError
-from modelparallel.pipeline.stage_tensor import TensorSpec, is_dense
+from modelparallel.pipeline.stage_tensor import TensorSpec, contiguous_stride, is_dense
 
 #: Which tensors are in a message travels as bits of one int64.
 TENSORS_PER_MESSAGE = 48
@@ -101,12 +102,14 @@ def on_host(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _is_in_order(stride: Sequence[int]) -> bool:
-    return all(first >= second for first, second in zip(stride, stride[1:], strict=False))
+    return all(first >= second for first, second in itertools.pairwise(stride))
 
 
 def _typed(part: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
-    """The bytes ``part``, which own their memory, as a tensor of this spec (contiguous where that is not dense)."""
+    """The bytes ``part``, whose memory nobody else uses, as a tensor of this spec (contiguous where that is not
+    dense).
+    """
+    stride = spec.stride if is_dense(spec.shape, spec.stride) else contiguous_stride(spec.shape)
     result = torch.empty(0, dtype=spec.dtype)
-    if is_dense(spec.shape, spec.stride):
-        return result.set_(part.untyped_storage(), 0, spec.shape, spec.stride)
-    return result.set_(part.untyped_storage(), 0, spec.shape)
+    start = int(part.storage_offset()) // result.element_size()
+    return result.set_(part.untyped_storage(), start, spec.shape, stride)

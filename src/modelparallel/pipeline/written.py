@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from modelparallel.comm.transport import MessageKind, MessageName
-from modelparallel.pipeline.stage_tensor import StageTensor, TensorSpec, is_dense
+from modelparallel.pipeline.stage_tensor import StageTensor, TensorSpec, is_dense, storage_address
 from modelparallel.pipeline.wire import TENSORS_PER_MESSAGE, receive_tensors, send_tensors
 from modelparallel.pipeline.writing import element_range
 from modelparallel.torch_compat import num_storage_users
@@ -147,9 +147,8 @@ class WrittenTensors:
 
 
 def _address(tensor: Any) -> int:
-    if tensor.layout is not torch.strided or not tensor.numel():
-        return -id(tensor)
-    return int(tensor.untyped_storage().data_ptr())
+    address = storage_address(tensor)
+    return -id(tensor) if address is None else address
 
 
 def _num_references(entries: list[tuple[torch.Tensor, Any]], index: int) -> int:

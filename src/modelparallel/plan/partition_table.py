@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 def table(plan: PartitionPlan) -> str:
     """Per stage its parameters, bytes, shares of memory and compute, and its modules."""
-    rows = [("stage", "parameters", "bytes", "memory", "compute", "modules")]
+    rows: list[Sequence[str]] = [("stage", "parameters", "bytes", "memory", "compute", "modules")]
     for stage in range(plan.num_stages):
         cells = ["-"] * 4
         if plan.figures:
@@ -30,7 +30,9 @@ def report(plan: PartitionPlan, predicted_bubble: float | None = None) -> str:
     """The table with FLOPs, activations and memory, then lines about balance, traffic and waiting."""
     if not plan.figures or not plan.figures[0].in_flight:
         return "\n".join([table(plan), *_remarks(plan, predicted_bubble)])
-    rows = [("stage", "parameters", "bytes", "FLOPs", "compute", "activations", "memory", "modules")]
+    rows: list[Sequence[str]] = [
+        ("stage", "parameters", "bytes", "FLOPs", "compute", "activations", "memory", "modules")
+    ]
     for stage, figures in enumerate(plan.figures):
         rows.append(
             (
@@ -69,9 +71,7 @@ def _remarks(plan: PartitionPlan, predicted_bubble: float | None) -> list[str]:
         )
     if plan.traffic:
         channels = ", ".join(f"{source} -> {target} {readable_bytes(n)}" for source, target, n in plan.traffic)
-        cuts = ", ".join(
-            f"{cut}|{cut + 1} {readable_bytes(count)}" for cut, count in enumerate(plan.bytes_over_cuts())
-        )
+        cuts = ", ".join(f"{cut}|{cut + 1} {readable_bytes(count)}" for cut, count in enumerate(plan.bytes_over_cuts()))
         lines.append(f"traffic of a microbatch's forward: {channels}; over the cuts: {cuts}")
     if predicted_bubble is not None:
         lines.append(f"predicted bubble: {predicted_bubble:.1%} of the time of the stages")

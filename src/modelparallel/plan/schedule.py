@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import cached_property
@@ -213,7 +212,7 @@ class Schedule:
     @classmethod
     def from_text(cls, text: str) -> Schedule:
         """The schedule that `to_text` wrote; ScheduleError for any other text."""
-        lines: Sequence[str] = text.strip().splitlines() or [""]
+        lines = text.strip().splitlines() or [""]
         head = _HEAD.fullmatch(lines[0].strip())
         if head is None:
             raise ScheduleError(

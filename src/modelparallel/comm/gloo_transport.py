@@ -1,0 +1,192 @@
+"""Messages between stages that are processes, over gloo; see the notes in transport.py.
+
+[Note: frames] gloo takes a message into a buffer that is longer than it, and aborts the process for one that is
+shorter. So each message begins with a frame that tells the length; what fits lies in the frame itself, the rest follows
+in a message of its own, whose buffer is made when the frame has come. A message of gloo costs much more than the copy
+of its bytes (a handshake, and threads that wake up in both processes), so frames grow: after a message that did not fit
+both ends, which have seen the same messages in the same order, take frames that would have held it, up to a limit. The
+part of a buffer that no message fills is never touched, and takes no memory.
+"""
+
+from __future__ import annotations
+
+import struct
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from modelparallel.comm.event_log import user_code_line
+from modelparallel.comm.transport import Message, MessageKind, MessageName, StageTransport
+from modelparallel.errors import CommunicationError, WaitTimeoutError
+
+_HEADER = struct.Struct("<7q")
+#: Where the payload begins in a frame; views of any dtype can begin there.
+_PAYLOAD_START = 64
+_INLINE_BYTES = 4096 - _PAYLOAD_START
+_MOST_INLINE_BYTES = 1 << 20
+_MAX_PENDING_SENDS = 8  # for each peer: what was sent before has surely arrived, and is let go
+_TAG = 0
+_FOREVER = timedelta(days=3650)  # an idle listener
+_GOODBYE_SECONDS = 5.0
+
+
+@dataclass
+class _PendingSend:
+    works: list[dist.Work]
+    tensors: list[torch.Tensor]  # they, and the works, must stay alive until the message has arrived
+    description: str
+    is_needed: bool  # the peer waits for it; nobody waits for what is only told
+
+
+def _grown(inline_bytes: int, size: int) -> int:
+    """How many bytes frames take after a message of ``size`` bytes; see the note on frames."""
+    return max(inline_bytes, size) if size <= _MOST_INLINE_BYTES else inline_bytes
+
+
+def _frames(header: tuple[int, ...], payload: torch.Tensor, inline_bytes: int) -> list[torch.Tensor]:
+    """The messages of gloo that carry this one."""
+    is_inline = payload.numel() <= inline_bytes
+    frame = torch.empty(_PAYLOAD_START + (payload.numel() if is_inline else 0), dtype=torch.uint8)
+    _HEADER.pack_into(_memory_of(frame), 0, *header)
+    if not is_inline:
+        return [frame, payload]
+    frame[_PAYLOAD_START:].copy_(payload)
+    return [frame]
+
+
+def _memory_of(frame: torch.Tensor) -> Any:
+    return frame.numpy()
+
+
+class GlooTransport(StageTransport):
+    """Between processes. ``global_ranks[i]`` is the global rank of stage ``i``; ``process_group`` is a gloo group that
+    spans them and is used by nothing else.
+    """
+
+    def __init__(
+        self, stage: int, global_ranks: Sequence[int], process_group: dist.ProcessGroup, timeout_seconds: float
+    ) -> None:
+        super().__init__(stage, len(global_ranks), timeout_seconds)
+        self._global_ranks = tuple(global_ranks)
+        self._process_group = process_group
+        self._pending: dict[int, deque[_PendingSend]] = {peer: deque() for peer in self.peers()}
+        # A listener answers while the main thread sends, and the parts of a message must follow each other.
+        self._send_locks = {peer: threading.Lock() for peer in self.peers()}
+        self._inline_bytes = dict.fromkeys(self.peers(), _INLINE_BYTES)  # of what is sent to each peer
+        self._is_closing = False
+        self._listeners = [
+            threading.Thread(target=self._listen, args=(peer,), name=f"listen-to-stage-{peer}", daemon=True)
+            for peer in self.peers()
+        ]
+        for listener in self._listeners:
+            listener.start()
+
+    def _listen(self, peer: int) -> None:
+        global_rank = self._global_ranks[peer]
+        inline_bytes = _INLINE_BYTES
+        frame = torch.empty(_PAYLOAD_START + inline_bytes, dtype=torch.uint8)
+        try:
+            while True:
+                self._process_group.recv([frame], global_rank, _TAG).wait(_FOREVER)
+                kind, step, microbatch, event, check, presence, size = _HEADER.unpack_from(_memory_of(frame))
+                if kind == MessageKind.GOODBYE:
+                    self.lose(peer, f"its process has ended, after call {step + 1} of a step function")
+                    return
+                is_inline = size <= inline_bytes
+                if not is_inline:
+                    payload = torch.empty(size, dtype=torch.uint8)
+                    self._process_group.recv([payload], global_rank, _TAG).wait(_FOREVER)
+                    inline_bytes = _grown(inline_bytes, size)
+                elif is_kept := size > max(_INLINE_BYTES, inline_bytes // 2):
+                    payload = frame[_PAYLOAD_START : _PAYLOAD_START + size]
+                else:
+                    payload = frame[_PAYLOAD_START : _PAYLOAD_START + size].clone()
+                if frame.numel() < _PAYLOAD_START + inline_bytes or (is_inline and is_kept):
+                    frame = torch.empty(_PAYLOAD_START + inline_bytes, dtype=torch.uint8)
+                name = MessageName(MessageKind(kind), microbatch, event, check)
+                self.deliver(peer, step, name, Message(presence, payload))
+        except RuntimeError as error:
+            if not self._is_closing:
+                self.lose(peer, str(error).splitlines()[0])
+
+    def _post(
+        self,
+        peer: int,
+        step: int,
+        name: MessageName,
+        presence: int,
+        payload: torch.Tensor,
+        what: str,
+        *,
+        may_wait: bool = True,
+    ) -> None:
+        size = payload.numel()
+        header = (name.kind, step, name.microbatch, name.event, name.check, presence, size)
+        what = f"send {what or name} to pp_rank {peer}"
+        pending = self._pending[peer]
+        with self._send_locks[peer]:
+            tensors = _frames(header, payload, self._inline_bytes[peer])
+            self._inline_bytes[peer] = _grown(self._inline_bytes[peer], size)
+            try:
+                works = [self._process_group.send([tensor], self._global_ranks[peer], _TAG) for tensor in tensors]
+            except RuntimeError as error:
+                raise self._send_error(what, error) from error
+            pending.append(_PendingSend(works, tensors, what, name.kind is not MessageKind.STATUS))
+        while may_wait and len(pending) > _MAX_PENDING_SENDS:
+            self._finish(pending.popleft())
+
+    def drain(self) -> None:
+        for pending in self._pending.values():
+            while pending:
+                self._finish(pending.popleft())
+
+    def _finish(self, send: _PendingSend) -> None:
+        # The peer's listener takes every message as it comes, so this waits for the network only.
+        for work in send.works:
+            try:
+                work.wait(timedelta(seconds=self.timeout_seconds))
+            except RuntimeError as error:
+                if send.is_needed:
+                    raise self._send_error(send.description, error) from error
+
+    def _send_error(self, what: str, error: RuntimeError) -> CommunicationError:
+        text = f"pp_rank {self.stage}: waiting to {what} ({user_code_line()})"
+        if "imed out" in str(error) or "imeout" in str(error):
+            return WaitTimeoutError(f"{text}: not taken within timeout_seconds={self.timeout_seconds:g}")
+        return CommunicationError(
+            f"{text}: the connection is gone ({str(error).splitlines()[0]}); the peer has probably failed, see its "
+            "message."
+        )
+
+    def close(self) -> None:
+        """Say goodbye to the peers and let the listeners end. Local; waits a few seconds at most."""
+        if self._is_closing:
+            return
+        self._is_closing = True
+        farewell = (MessageKind.GOODBYE, self._step, 0, 0, 0, 0, 0)
+        works = []
+        for peer in self.peers():
+            if peer in self._gone:
+                continue
+            frame = _frames(farewell, torch.empty(0, dtype=torch.uint8), _INLINE_BYTES)[0]
+            with suppress(RuntimeError):  # the peer has gone, too
+                works.append((self._process_group.send([frame], self._global_ranks[peer], _TAG), frame))
+        for work, _ in works:
+            with suppress(RuntimeError):
+                work.wait(timedelta(seconds=_GOODBYE_SECONDS))
+        deadline = time.monotonic() + _GOODBYE_SECONDS
+        for listener in self._listeners:  # most peers end at the same time as this process
+            listener.join(max(0.0, deadline - time.monotonic()) if listener.is_alive() else 0.0)
+        if any(listener.is_alive() for listener in self._listeners):
+            with suppress(RuntimeError):
+                self._process_group.abort()
+            for listener in self._listeners:
+                listener.join(1.0)

@@ -1,0 +1,226 @@
+"""`modelparallel explain <job folder>`: one story of what the ranks of a failed job wrote down.
+
+It reads `events/rank<rank>.jsonl` (what each rank did last and waited for; see event_files.py) and `status/` (who
+started, ended or failed, also outside the steps). A rank may have left nothing: a killed one cannot write.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from modelparallel.errors import LaunchError
+from modelparallel.launch.folder import JobFolder
+
+# What an error is that only passes on the failure of another rank.
+_PASSED_ON = re.compile(
+    r"the connection is gone|since the step of pp_rank|connection failed|closed by peer|reset by peer"
+)
+# The lines in the text of a DivergenceError: "took train.py:31 (event 5: ...)", or of waits "(train.py:31)".
+_TAKEN = re.compile(r"took (\S+\.py:\d+[^()]*) \(event|\(([^()]*\S+\.py:\d+)\)")
+_STANDS = re.compile(r"\S+\.py:\d+")
+_NUM_EVENTS = 6
+_RANK_FILE = re.compile(r"rank_?(\d+)\.")
+
+
+@dataclass
+class RankStory:
+    """What is known of one rank. ``records`` are those of its event file, by kind."""
+
+    global_rank: int
+    has_started: bool = False
+    has_finished: bool = False
+    records: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    status_error: dict[str, Any] | None = None
+
+    @property
+    def head(self) -> Mapping[str, Any]:
+        """Its record of itself; empty if it wrote none."""
+        return self.records.get("rank", [{}])[0]
+
+    @property
+    def error(self) -> dict[str, Any] | None:
+        """Its failure: type, text, line, time."""
+        if "error" in self.records:
+            return self.records["error"][0]
+        if self.status_error is None or self.status_error.get("is_interrupt"):
+            return None
+        kind, _, text = self.status_error["summary"].partition(": ")
+        lines = re.findall(r'File "([^"]+)", line (\d+)', self.status_error["traceback"])
+        line = f"{Path(lines[-1][0]).name}:{lines[-1][1]}" if lines else "unknown line"
+        return {"type": kind, "text": text, "line": line, "time": self.status_error["time"]}
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether it began and then left no word of how it ended."""
+        return self.error is None and not self.has_finished
+
+    def __str__(self) -> str:
+        pp_rank = self.head.get("pp_rank")
+        return f"rank {self.global_rank}" + ("" if pp_rank is None else f" (pp_rank {pp_rank})")
+
+
+def explain(folder: JobFolder) -> str:
+    """The story of the job in ``folder``. Raises LaunchError if there is no job."""
+    stories = _read(folder)
+    errors = {rank: story.error for rank, story in stories.items() if story.error is not None}
+    if not errors and not any(story.is_silent for story in stories.values()):
+        return f"job in {folder.root}: no rank has written down a failure"
+    lines = [f"job in {folder.root}: {len(stories)} ranks, {len(errors)} of them with an error"]
+    first = _first(stories)
+    lines += ["", *_what_was_first(stories, first)]
+    lines += ["", "what the ranks waited for:", *_waits(stories)]
+    lines += ["", "errors, in the order of time:", *_errors(stories)]
+    if first is not None:
+        lines += _last_events(stories[first])
+    return "\n".join(lines)
+
+
+def _read(folder: JobFolder) -> dict[int, RankStory]:
+    found: dict[int, RankStory] = {}
+    num_ranks = 0
+    if folder.description.exists():
+        num_ranks = json.loads(folder.description.read_text(encoding="utf-8")).get("num_devices", 0)
+    for path in [*folder.events.glob("rank*.jsonl"), *folder.status.glob("rank_*.json")]:
+        match = _RANK_FILE.match(path.name)
+        if match is not None:
+            num_ranks = max(num_ranks, int(match.group(1)) + 1)
+    if num_ranks == 0:
+        raise LaunchError(
+            f"{folder.root} holds no job: name the folder that `modelparallel run` printed as 'folder ...' (--job-dir)"
+        )
+    rank = 0
+    while rank < num_ranks:
+        story = found[rank] = RankStory(rank)
+        story.has_started = folder.started_file(rank).exists()
+        story.has_finished = folder.finished_file(rank).exists()
+        if folder.error_file(rank).exists():
+            story.status_error = json.loads(folder.error_file(rank).read_text(encoding="utf-8"))
+        if folder.event_file(rank).exists():
+            for line in folder.event_file(rank).read_text(encoding="utf-8").splitlines():
+                record = json.loads(line)
+                story.records.setdefault(record["kind"], []).append(record)
+        num_ranks = max(num_ranks, 1 + max(story.head.get("pipeline", [rank])))
+        rank += 1
+    return found
+
+
+def _first(stories: Mapping[int, RankStory]) -> int | None:
+    """The rank that the failure came from: one that died without a word and that others miss, else the first error that
+    does not only pass on another's.
+    """
+    own: list[tuple[bool, float, int]] = []
+    missed = _missed(stories)
+    for rank, story in stories.items():
+        error = story.error
+        if error is None:
+            continue
+        own.append((_is_passed_on(error), error["time"], rank))
+    if own and not min(own)[0]:
+        return min(own)[2]
+    silent = [rank for rank in missed if stories[rank].is_silent]
+    if silent:
+        return silent[0]
+    return min(own)[2] if own else None
+
+
+def _is_passed_on(error: Mapping[str, Any]) -> bool:
+    return bool(_PASSED_ON.search(_head(error["text"])))
+
+
+def _missed(stories: Mapping[int, RankStory]) -> list[int]:
+    """Global ranks that others waited for, most wanted first."""
+    counts: dict[int, int] = {}
+    for story in stories.values():
+        for wait in story.records.get("wait", []):
+            source = story.head["pipeline"][wait["source"]]
+            counts[source] = counts.get(source, 0) + 1
+    return sorted(counts, key=lambda rank: -counts[rank])
+
+
+def _what_was_first(stories: Mapping[int, RankStory], first: int | None) -> list[str]:
+    if first is None:
+        silent = ", ".join(str(story) for story in stories.values() if story.is_silent)
+        return [f"left no word: {silent}; they were killed, or still run"]
+    story, error = stories[first], stories[first].error
+    if error is None:
+        return [
+            f"first: {story} ended without a word: it was killed (by hand, or because memory ran out) or crashed; it "
+            "has no event file. The others missed it. Look at its log and at the system's (dmesg)."
+        ]
+    lines = [f"first: {story} failed{_in_call(story)} at {error['line']}: {error['type']}: {_head(error['text'])}"]
+    named = list(dict.fromkeys(one or two for one, two in _TAKEN.findall(_head(error["text"]))))
+    if error["type"] == "DivergenceError" and named:
+        lines.append(f"look at {' and at '.join(named)}: the ranks went different ways there")
+    elif error["type"] == "WaitTimeoutError" and (slow := _where_awaited_stood(story)):
+        lines.append(f"look at {slow}")
+    else:
+        lines.append(f"look at {error['line']}")
+    return lines
+
+
+def _where_awaited_stood(story: RankStory) -> str:
+    """The line that the stage was at that the rank waited for."""
+    sources = {wait["source"] for wait in story.records.get("wait", [])}
+    for record in story.records.get("peer", []):
+        line = _STANDS.search(record["text"])
+        if record["pp_rank"] in sources and line is not None:
+            return f"{line.group().lstrip('(')}, where pp_rank {record['pp_rank']} was"
+    return ""
+
+
+def _in_call(story: RankStory) -> str:
+    return f" in call {story.head['call']} of a step function," if "call" in story.head else ""
+
+
+def _waits(stories: Mapping[int, RankStory]) -> list[str]:
+    lines = []
+    for story in stories.values():
+        if not story.records:
+            state = "it finished" if story.has_finished else "a killed rank cannot write one"
+            lines.append(f"  {story}: no event file" + (f" ({state})" if story.error is None else ""))
+            continue
+        waits = story.records.get("wait", [])
+        if not waits:
+            lines.append(f"  {story}: for nothing")
+        for wait in waits[:1]:
+            source = story.head["pipeline"][wait["source"]]
+            more = f", or for {len(waits) - 1} other messages" if len(waits) > 1 else ""
+            lines.append(
+                f"  {story}{_in_call(story)} microbatch {wait['microbatch']}: {wait['seconds']:.1f} s for "
+                f"{wait['what']} from {stories[source]} ({wait['line']}){more}"
+            )
+    return lines
+
+
+def _errors(stories: Mapping[int, RankStory]) -> list[str]:
+    failed = [(story.error["time"], story, story.error) for story in stories.values() if story.error is not None]
+    if not failed:
+        return ["  none was written down"]
+    failed.sort(key=lambda item: item[0])
+    start = failed[0][0]
+    return [
+        f"  +{moment - start:.3f} s {story}: {error['type']}: {_head(error['text'])}"
+        + (" [passes on another rank's failure]" if _is_passed_on(error) else "")
+        for moment, story, error in failed
+    ]
+
+
+def _last_events(story: RankStory) -> list[str]:
+    events: Sequence[Mapping[str, Any]] = sorted(story.records.get("event", []), key=lambda event: event["time"])
+    if not events:
+        return []
+    lines = ["", f"the last events of {story}:"]
+    for event in events[-_NUM_EVENTS:]:
+        lines.append(f"  microbatch {event['microbatch']}, event {event['number']}: {event['text']} ({event['line']})")
+    return lines
+
+
+def _head(text: str) -> str:
+    """The message without the list of events that follows it."""
+    text = re.split(r"\s*\nlast events of|\s*\nno events yet in this step", text)[0]
+    return re.sub(r"\n\s*", "; ", re.sub(r":\n\s*", ": ", text))
