@@ -114,14 +114,14 @@ def sent_activations(names: list[str]) -> dict[str, Any]:
     from modelparallel.comm.transport import MessageKind, StageTransport
 
     sent: Counter[tuple[int, int]] = Counter()
-    send_tensors: Any = StageTransport.send_tensors
+    send: Any = StageTransport.send
 
-    def counting(self: Any, peer: int, name: Any, tensors: Any, *args: Any, **kwargs: Any) -> None:
+    def counting(self: Any, peer: int, name: Any, payload: Any, *args: Any, **kwargs: Any) -> None:
         if name.kind is MessageKind.ACTIVATIONS:
-            sent[smp.pp_rank(), peer] += sum(tensor.nbytes for tensor in tensors if tensor is not None)
-        send_tensors(self, peer, name, tensors, *args, **kwargs)
+            sent[smp.pp_rank(), peer] += payload.nbytes
+        send(self, peer, name, payload, *args, **kwargs)
 
-    StageTransport.send_tensors = counting  # type: ignore[method-assign]
+    StageTransport.send = counting  # type: ignore[method-assign]
     results = {}
     for name in names:
         entry = ZOO[name]
