@@ -67,7 +67,10 @@ class ChainTracker:
 
 
 class Recorder(ChainTracker):
-    """Writes down a program of the discovery step. ``modes``: which placed modules were in training mode before it."""
+    """Writes down a program of the discovery step. ``modes``: which placed modules were in training mode before it.
+
+    ``visit`` is the number of common points so far, since nobody knows the visits yet.
+    """
 
     def __init__(self, modes: Mapping[str, bool]) -> None:
         self.recorded: list[Recorded] = []
@@ -75,25 +78,26 @@ class Recorder(ChainTracker):
         #: Whether the program has changed the mode of modules: others must not run before it has changed it back.
         self.changes_modes = False
 
-    def note_move(self, source: int, destination: int) -> bool:
-        self.recorded.append(("M", source, destination))
+    def _note(self, kind: str, stage: int, other: int) -> bool:
+        self.recorded.append((kind, stage, other))
+        self.visit += 1
         return False
+
+    def note_move(self, source: int, destination: int) -> bool:
+        return self._note("M", source, destination)
 
     def note_value(self, source: int) -> bool:
-        self.recorded.append(("V", source, -1))
-        return False
+        return self._note("V", source, -1)
 
     def note_announcement(self, source: int, *, is_always: bool) -> bool:
-        if is_always:
-            self.recorded.append(("V", source, -1))
-        return False
+        return self._note("V", source, -1) if is_always else False
 
     def note_local_wait(self, stage: int, source: int) -> bool:
         self.recorded.append(("L", stage, source))
         return False
 
     def note_root(self, home: int) -> None:
-        self.recorded.append(("R", home, -1))
+        self._note("R", home, -1)
 
     def note_work(self, home: int, module: str, *, is_training: bool | None = None) -> None:
         self.recorded.append(("C", home, module))
@@ -199,6 +203,15 @@ class StepPlan:
     def entries_of(self, stage: int) -> tuple[Entry, ...]:
         """What a program on ``stage`` comes through: the local waits of others are left out."""
         return tuple(entry for entry in self.entries if entry[0] != "L" or entry[1] == stage)
+
+    def visits_of_points(self, stage: int) -> tuple[int, ...]:
+        """The visit of ``stage`` in which each common point of the program lies."""
+        found, visit = [], 0
+        for index, entry in enumerate(self.entries_of(stage)):
+            visit = self.starts[stage].get(index, visit)
+            if entry[0] != "L":
+                found.append(visit)
+        return tuple(found)
 
     def idle_shares(self) -> tuple[float, ...]:
         """For every stage the part of the step in which it is expected to wait, if messages take no time."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,7 @@ from modelparallel.pipeline.randomness import RandomFrames
 from modelparallel.pipeline.sightings import Sightings
 from modelparallel.pipeline.stage_tensor import StageTensor
 from modelparallel.pipeline.wire import TENSORS_PER_MESSAGE, pack, receive_tensors
+from modelparallel.plan.schedule import Action, ActionKind
 from modelparallel.torch_compat import ThreadState
 
 
@@ -69,12 +70,10 @@ def run_step(
     discovery order, the next ones by the plan that was made of it.
     """
     plan, is_first = engine.plans.get(kind), engine.plans.is_open(kind)
-    step = _StepRun(engine, runs, plan)
+    step = _StepRun(engine, runs, plan, kind if is_first else None)
     try:
         outputs = step.run(before_last_backward)
-        if is_first:
-            engine.plans.note_discovery(kind, step.programs, engine.costs, engine.transport)
-        else:
+        if not is_first:
             engine.plans.compare(kind, step.programs, step.waiting_share, engine.transport)
         results = _share_outputs(engine, outputs, step.programs[0], detach_outputs=detach_outputs)
         engine.transport.drain()
@@ -92,8 +91,15 @@ def run_step(
 class _StepRun:
     """The programs and bodies of one step on this stage."""
 
-    def __init__(self, engine: PipelineEngine, runs: Sequence[MicrobatchRun], plan: StepPlan | None) -> None:
+    def __init__(
+        self,
+        engine: PipelineEngine,
+        runs: Sequence[MicrobatchRun],
+        plan: StepPlan | None,
+        discovered_kind: Hashable | None,
+    ) -> None:
         self._engine = engine
+        self._discovered_kind = discovered_kind
         self._plan = plan
         self._is_sequential = plan is None or plan.is_sequential
         #: The part of its time in which this stage waited for others.
@@ -157,7 +163,7 @@ class _StepRun:
     def run(self, before_last_backward: Callable[[], None]) -> list[Any]:
         """All forwards and backwards; the outputs of the microbatches."""
         engine, plan = self._engine, self._plan
-        actions = discovery_actions(len(self._bodies)) if plan is None else plan.schedule.actions[engine.stage]
+        actions = self._unplanned_actions() if plan is None else plan.schedule.actions[engine.stage]
         interpreter = Interpreter(
             engine.transport,
             self._bodies,
@@ -179,6 +185,25 @@ class _StepRun:
             for program in self.programs:
                 engine.structures.update(program.structures)
         return [body.take_output() for body in self._bodies]
+
+    def _unplanned_actions(self) -> Iterator[Action]:
+        """Discovery order. The backwards of a kind's first step come in the order of the plan that is made of its
+        forwards, so that gradients are added up as in the later steps: a run that goes on from a checkpoint begins with
+        such a step, and gives what it would have given without the interruption, to the bit.
+        """
+        engine = self._engine
+        forwards, backwards = discovery_actions(len(self._bodies))
+        yield from forwards
+        plan: StepPlan | None = None
+        if self._discovered_kind is not None:
+            plan = engine.plans.note_discovery(self._discovered_kind, self.programs, engine.costs, engine.transport)
+        if plan is None:
+            yield from backwards
+            return
+        visits = plan.visits_of_points(engine.stage)
+        for program in self.programs:
+            program.number_visits(visits)
+        yield from (action for action in plan.schedule.actions[engine.stage] if action.kind is not ActionKind.F)
 
     def abandon(self) -> None:
         """The step has failed: end the bodies that are not done."""

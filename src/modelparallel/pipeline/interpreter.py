@@ -16,7 +16,7 @@ that the plan does not know are the backwards of earlier microbatches, and the o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 
 from modelparallel.comm.transport import Awaited, StageTransport
@@ -39,7 +39,7 @@ class Interpreter:
         self,
         transport: StageTransport,
         bodies: Sequence[Body],
-        actions: Sequence[Action],
+        actions: Iterable[Action],
         *,
         is_sequential: bool,
         backward_first: bool,
@@ -239,7 +239,7 @@ class Interpreter:
             self._before_last_backward()
 
 
-def discovery_actions(num_microbatches: int) -> list[Action]:
-    """Microbatch after microbatch, forwards, then backwards: right for every deterministic program."""
+def discovery_actions(num_microbatches: int) -> tuple[list[Action], list[Action]]:
+    """(forwards, backwards), microbatch after microbatch: right for every deterministic program."""
     forwards = [Action(ActionKind.F, index) for index in range(num_microbatches)]
-    return forwards + [Action(ActionKind.B, index) for index in range(num_microbatches)]
+    return forwards, [Action(ActionKind.B, index) for index in range(num_microbatches)]

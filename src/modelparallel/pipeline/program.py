@@ -388,6 +388,11 @@ class Program:
         name = MessageName(MessageKind.GRADIENTS, self.microbatch, event.number)
         return Awaited(event.peer, name, f"gradient of {event.description}", "in the backward")
 
+    def number_visits(self, visits_of_points: Sequence[int]) -> None:
+        """After the forward of the discovery step: the tape has counted points, not visits."""
+        for event in self._tape:
+            event.visit = visits_of_points[event.visit - 1]
+
     def end_forward(self, *, has_backward: bool) -> None:
         """The body is done; without a root, or where the steps run forward only, there is no backward."""
         if not self.has_root or not has_backward:

@@ -109,8 +109,8 @@ class StepPlans:
 
     def note_discovery(
         self, kind: Hashable, programs: Sequence[Program], costs: Mapping[str, Work], transport: StageTransport
-    ) -> None:
-        """The first step of this kind has run: make its plan. Collective over the pipeline."""
+    ) -> StepPlan | None:
+        """The forwards of the first step of this kind have run: make its plan. Collective over the pipeline."""
         self.counts = replace(self.counts, discovered=self.counts.discovered + 1)
         recorders = [program.tracker for program in programs if isinstance(program.tracker, Recorder)]
         carries_state = any(program.carries_state for program in programs)
@@ -123,13 +123,13 @@ class StepPlans:
         ways = [tuple(entry for entry in recorder.common() if entry[0] != "C") for recorder in recorders]
         if any(way != ways[0] for way in ways):
             self._plans[kind] = None
-            return
+            return None
         recorded = with_local_waits(recorders[-1].common(), {stage: waits for stage, (waits, _) in told.items()})
         chain, starts, entries = build_chain(recorded, transport.num_stages, costs)
         if any(carries_state for _, carries_state in told.values()) and not chain.is_straight:
             # A microbatch leaves something behind that the next one finds, so they cannot take turns.
             self._plans[kind] = None
-            return
+            return None
         schedule_kind = self._schedule_kind
         if not self.has_backward or not any(program.has_root for program in programs):
             schedule_kind = "forward_only"
@@ -138,6 +138,7 @@ class StepPlans:
         plan = self._plans[kind] = StepPlan(entries, starts, chain, schedule)
         if transport.stage == 0:
             logger.info("Pipeline schedule: %s", plan.description())
+        return plan
 
     def compare(
         self, kind: Hashable, programs: Sequence[Program], waiting_share: float, transport: StageTransport
