@@ -32,7 +32,7 @@ TRIALS = 3
 
 Homes = Mapping[str, int]
 Batch = tuple[torch.Tensor, torch.Tensor]
-BIG_HEAD, PLAIN = GPTSize(vocabulary=16384), GPTSize()
+BIG_HEAD, PLAIN = GPTSize(vocabulary=32768), GPTSize()
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def _source_and_target(batch: int) -> Batch:
 
 MODELS = {
     "big_head": Unbalanced(
-        "GPT of 8 layers x 512 with a vocabulary of 16384, whose head costs as much as several layers",
+        "GPT of 8 layers x 512 with a vocabulary of 32768, whose head costs as much as all layers together",
         lambda: GPT(BIG_HEAD),
         lambda model, ids, targets: language_loss(model(ids), targets),
         lambda batch: token_batch(BIG_HEAD, batch),
