@@ -200,3 +200,72 @@ def test_c032_all_schedules_give_equal_gradients() -> None:
             assert list(gradients) == list(other_gradients)
             for name, gradient in gradients.items():
                 torch.testing.assert_close(gradient, other_gradients[name], rtol=1e-10, atol=1e-14)
+
+
+class Uneven(nn.Module):
+    """Three layers; the second one does eight times the work of the first, and the loss is glue on the last stage."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.small = nn.Linear(256, 256)
+        self.large = nn.Sequential(nn.Linear(256, 1024), nn.Linear(1024, 256))
+        self.last = nn.Linear(256, 256)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.large(self.small(x)))
+
+
+def counted_costs(is_compiled: bool, is_frozen: bool) -> list[tuple[int, float, float, float]]:
+    """(stage, forward, backward, weight) of the visits of a model that is partitioned by hand."""
+    import modelparallel as smp
+    from modelparallel import runtime
+
+    torch.manual_seed(1)
+    net = Uneven()
+    net.small.requires_grad_(not is_frozen)
+    model = smp.DistributedModel(net, compile={"backend": "eager"} if is_compiled else False)
+    for name, pp_rank in (("small", 0), ("large", 1), ("last", 0)):
+        smp.set_partition(model.module.get_submodule(name), pp_rank)
+
+    @smp.step
+    def train(model: Any, x: Tensor) -> Tensor:
+        loss = model(x).square().mean()
+        model.backward(loss)
+        return loss
+
+    for step in range(2):
+        generator = torch.Generator().manual_seed(step)
+        train(model, torch.randn(512, 256, generator=generator))
+    plans = runtime.current().engine.plans
+    assert (plans.counts.planned, plans.last is None) == (1, False)
+    visits = plans.last.chain.visits
+    # What every stage reads of the loss costs nothing and comes last.
+    return [(visit.stage, visit.forward, visit.backward, visit.weight) for visit in visits if visit.forward > 0]
+
+
+def test_costs_are_counted_where_the_partition_was_made_by_hand() -> None:
+    parameters = layout(2, microbatches=4, auto_partition=False, default_partition=0)
+    ranks = run_ranks(counted_costs, 2, False, False, parameters=parameters)
+    assert ranks[0] == ranks[1]
+    (_, *small), (_, *large), (_, *last) = ranks[0]
+    assert [stage for stage, *_ in ranks[0]] == [0, 1, 0]
+    # By the operations alone 8; small ones have a price of their own, and gradients of weights are added up.
+    assert 5 < large[0] / small[0] < 8 and 5 < large[1] / last[1] < 8 and 5 < large[2] / small[2] < 9
+    assert small[1] == 0  # nobody needs the gradient of the input
+    assert last[0] > small[0]  # the loss
+
+
+def test_frozen_modules_have_no_weight_gradients_to_wait_for() -> None:
+    parameters = layout(2, microbatches=4, auto_partition=False, default_partition=0)
+    ranks = run_ranks(counted_costs, 2, False, True, parameters=parameters)
+    (_, *small), (_, *large), _ = ranks[0]
+    assert small[1:] == [0, 0]
+    assert large[1] == pytest.approx(large[0] / 2, rel=0.05)  # only its second layer
+    assert large[2] > large[0] * 0.9
+
+
+def test_compiled_units_are_taken_as_equal() -> None:
+    parameters = layout(2, microbatches=4, auto_partition=False, default_partition=0)
+    ranks = run_ranks(counted_costs, 2, True, False, parameters=parameters)
+    assert ranks[0] == ranks[1]
+    assert [cost for _, cost, _, _ in ranks[0]] == pytest.approx([1 / 4, 1 / 2, 1 / 4], rel=0.01)

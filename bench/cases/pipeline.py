@@ -17,8 +17,10 @@ SETTINGS = {
     "pipeline_gpt_gpipe": Setting("simple", "ScheduleGPipe"),
     "pipeline_gpt_virtual": Setting("interleaved", "ScheduleInterleaved1F1B", LOOPED, active_microbatches=4),
     "pipeline_gpt_zero_bubble": Setting("zero_bubble", "ScheduleInterleavedZeroBubble"),
-    "pipeline_gpt_zero_bubble_virtual": Setting("zero_bubble", "ScheduleInterleavedZeroBubble", LOOPED),
-    "pipeline_gpt_zero_bubble_v": Setting("zero_bubble", "ScheduleZBVZeroBubble", (0, 1, 1, 0)),
+    "pipeline_gpt_zero_bubble_virtual": Setting(
+        "zero_bubble", "ScheduleInterleavedZeroBubble", LOOPED, active_microbatches=3
+    ),
+    "pipeline_gpt_zero_bubble_v": Setting("zero_bubble", "ScheduleZBVZeroBubble", (0, 1, 1, 0), active_microbatches=3),
 }
 TARGETS = {"pipeline_gpt_1f1b": "ratio <= 1.02", "pipeline_gpt_gpipe": "ratio <= 1.02"}
 OTHER_TARGET = "ratio <= 1.00"

@@ -22,7 +22,7 @@ from modelparallel.model_arguments import check_arguments
 from modelparallel.model_parameters import ModelParameters
 from modelparallel.module_view import alias_inherited_forwards, attach_module_attribute
 from modelparallel.parameters import ParameterTable, stand_in
-from modelparallel.partitioning import Trace, find_units, log_plan, make_plan, trace_step
+from modelparallel.partitioning import Trace, find_units, log_plan, make_plan, trace_step, work_of_call
 from modelparallel.pipeline.pushes import push
 from modelparallel.pipeline.replicas import ReplicatedParameters
 from modelparallel.pipeline.stage_tensor import StageTensor
@@ -390,6 +390,8 @@ class DistributedModel(ModelParameters):
         engine.place_model(self.module)
         gradients = {name: (inputs, weights) for name, inputs, weights in plan.backward_costs}
         engine.costs.update({name: (work, *gradients.get(name, (work, work))) for name, work in plan.costs})
+        if not plan.costs and self._compiler is None and not any(map(has_own_compiled_call, self.module.modules())):
+            engine.count_work = work_of_call
         units = set(self._units)
         for name, home in plan.modules:
             placed = self.module.get_submodule(name)

@@ -3,6 +3,7 @@
 from modelparallel.partitioning.assign import log_plan, make_plan
 from modelparallel.partitioning.costs import Trace, microbatches_in_flight, sizes_only
 from modelparallel.partitioning.manual import manual_plan
+from modelparallel.partitioning.operations import work_of_call
 from modelparallel.partitioning.solve import solve
 from modelparallel.partitioning.trace import trace_step
 from modelparallel.partitioning.units import find_units
@@ -17,4 +18,5 @@ __all__ = [
     "sizes_only",
     "solve",
     "trace_step",
+    "work_of_call",
 ]

@@ -30,6 +30,9 @@ SECONDS_PER_SENT_BYTE = 1e-9
 # The gradient of a microbatch is written, it and the sum so far are read, the new sum is written.
 ACCUMULATION_PASSES = 4
 
+# What a call costs by itself, apart from what it computes: 10 us.
+OPERATIONS_PER_CALL = 1_000_000
+
 _BACKWARD_FIRST = ("interleaved", "zero_bubble")
 
 

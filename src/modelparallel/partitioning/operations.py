@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from modelparallel import trees
+from modelparallel.partitioning.costs import OPERATIONS_PER_CALL, UnitCosts, tensor_bytes
 from modelparallel.torch_compat import TorchDispatchMode, flop_registry
 
 LOGGER = logging.getLogger("modelparallel.partitioning")
@@ -58,6 +59,41 @@ class OperationCounter(TorchDispatchMode):
                 self._failed.add(packet)
                 LOGGER.warning("tracing: cannot count the operations of %s: %s: %s", func, type(error).__name__, error)
         return result
+
+
+def work_of_call(
+    function: Callable[..., Any], args: Any, kwargs: Any, parameters: Iterable[torch.Tensor]
+) -> tuple[Any, tuple[float, float, float]]:
+    """Call ``function``; (its output, its work: of the forward, of the input gradients, of the weight gradients).
+
+    ``parameters``: those that the function may use.
+    """
+    flops = moved_bytes = 0
+
+    def add(more_flops: int, more_bytes: int) -> None:
+        nonlocal flops, moved_bytes
+        flops += more_flops
+        moved_bytes += more_bytes
+
+    with OperationCounter(add):
+        output = function(*args, **kwargs)
+    has_gradient = any(isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in trees.leaves(output))
+    trainable_bytes = sum(tensor_bytes(parameter) for parameter in parameters if parameter.requires_grad)
+    needs_input_gradient = has_gradient and any(
+        isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in trees.leaves((args, kwargs))
+    )
+    costs = UnitCosts(
+        "",
+        num_parameters=0,
+        parameter_bytes=0,
+        trainable_bytes=trainable_bytes,
+        buffer_bytes=0,
+        flops=flops + OPERATIONS_PER_CALL,
+        moved_bytes=moved_bytes,
+        needs_weight_gradient=has_gradient and trainable_bytes > 0,
+        needs_input_gradient=needs_input_gradient,
+    )
+    return output, (costs.forward, costs.input_gradient, costs.weight_gradient)
 
 
 def _moved_bytes(func: Any, arguments: Any, result: Any) -> int:

@@ -105,6 +105,7 @@ def run(engine: PipelineEngine, program: Program, entry: PlacedModule, args: Any
         if program.sightings is not None and entry.module.training and next(entry.module.buffers(), None) is not None:
             call = _watched(program, entry, call)
     program.tracker.note_work(home, entry.name, is_training=entry.module.training)
+    call = program.counted(call, home, entry.parameters)
     return glue.execute(program, entry.description, key, arguments, home, call, protect=True)
 
 

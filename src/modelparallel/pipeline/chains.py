@@ -65,6 +65,9 @@ class ChainTracker:
     def note_work(self, home: int, module: str, *, is_training: bool | None = None) -> None:
         """A module, or with ``""`` an operation between the modules, runs on ``home``."""
 
+    def note_costs(self, costs: Work) -> None:
+        """What was noted last runs on this stage, and costs so much."""
+
 
 class Recorder(ChainTracker):
     """Writes down a program of the discovery step. ``modes``: which placed modules were in training mode before it.
@@ -74,12 +77,16 @@ class Recorder(ChainTracker):
 
     def __init__(self, modes: Mapping[str, bool]) -> None:
         self.recorded: list[Recorded] = []
+        #: The costs that were counted on this stage, by position among the common entries.
+        self.costs: dict[int, Work] = {}
         self._modes = modes
+        self._num_common = 0
         #: Whether the program has changed the mode of modules: others must not run before it has changed it back.
         self.changes_modes = False
 
     def _note(self, kind: str, stage: int, other: int) -> bool:
         self.recorded.append((kind, stage, other))
+        self._num_common += 1
         self.visit += 1
         return False
 
@@ -101,8 +108,12 @@ class Recorder(ChainTracker):
 
     def note_work(self, home: int, module: str, *, is_training: bool | None = None) -> None:
         self.recorded.append(("C", home, module))
+        self._num_common += 1
         if is_training is not None and self._modes.get(module, is_training) is not is_training:
             self.changes_modes = True
+
+    def note_costs(self, costs: Work) -> None:
+        self.costs[self._num_common - 1] = costs
 
     def repeated_modules(self, home: int) -> set[str]:
         """Modules on ``home`` that were called more than once."""
@@ -295,13 +306,14 @@ class _ChainBuilder:
             self._pending_start[stage] = position
         self._pending[stage].append((self.visit_of(source), has_gradient))
 
-    def add(self, entry: Recorded) -> None:
-        """The next entry of the program."""
+    def add(self, entry: Recorded, counted: Work | None) -> None:
+        """The next entry of the program. ``counted``: what that call or operation costs."""
         kind, stage, other = entry
         stages = range(len(self._open))
         if kind == "C":
             index = self.visit_of(stage)
-            for part, work in enumerate(self._costs.get(str(other), (0.0,) * 3) if other else _GLUE_WORK):
+            costs = counted or (self._costs.get(str(other), (0.0,) * 3) if other else _GLUE_WORK)
+            for part, work in enumerate(costs):
                 self._work[index][part] += work
             self._has_gradient[index] |= bool(other)
             return
@@ -344,18 +356,24 @@ class _ChainBuilder:
 
 
 def build_chain(
-    recorded: Sequence[Recorded], num_stages: int, costs: Mapping[str, Work]
+    recorded: Sequence[Recorded],
+    num_stages: int,
+    costs: Mapping[str, Work],
+    counted: Mapping[int, Work] | None = None,
 ) -> tuple[Chain, tuple[Mapping[int, int], ...], tuple[Entry, ...]]:
     """(chain, starts, entries) of a recorded program, as :class:`StepPlan` has them.
 
-    ``costs``: the work of each placed module; if none is known, all are taken as equal.
+    ``costs``: the work of each placed module; if none is known, all are taken as equal. ``counted``: instead of them,
+    the work of every call and operation, by its position among the common entries.
     """
     modules = {str(other) for kind, _, other in recorded if kind == "C" and other}
     known = {name: work for name, work in costs.items() if work[0] > 0 and name in modules}
     builder = _ChainBuilder(num_stages, known or dict.fromkeys(modules, _UNKNOWN_WORK))
     entries: list[Entry] = []
+    position = 0
     for entry in recorded:
-        builder.add(entry)
+        builder.add(entry, None if counted is None else counted.get(position))
+        position += entry[0] != "L"
         if entry[0] != "C" and isinstance(entry[2], int):
             entries.append((entry[0], entry[1], entry[2]))
     chain = builder.chain()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
@@ -107,6 +107,10 @@ class _NativeRegion:
         self._engine.is_native = self._was_native
 
 
+#: Runs a call (function, args, kwargs, the parameters that it may use); (its output, its work).
+CountWork = Callable[[Callable[..., Any], Any, Any, Sequence[torch.Tensor]], tuple[Any, Work]]
+
+
 class PipelineEngine:
     """One per process; all distributed models of the process share it, so that values may flow from one into another.
 
@@ -134,6 +138,8 @@ class PipelineEngine:
         self.generation = 0
         #: The work of each placed module, as far as it is known.
         self.costs: dict[str, Work] = {}
+        #: Where it is not: finds out the work of every call and operation in the first step of a kind.
+        self.count_work: CountWork | None = None
         #: The most microbatches that were under way here in the last step.
         self.last_peak_active = 0
         self.structures_of_known: dict[Hashable, Structure] = {}  # of operations on values that all stages can read

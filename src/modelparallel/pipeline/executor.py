@@ -100,6 +100,7 @@ class _StepRun:
     ) -> None:
         self._engine = engine
         self._discovered_kind = discovered_kind
+        self._num_microbatches = len(runs)
         self._plan = plan
         self._is_sequential = plan is None or plan.is_sequential
         #: The part of its time in which this stage waited for others.
@@ -126,7 +127,9 @@ class _StepRun:
         # after another know what the earlier ones have heard. Of bodies that take turns nobody can say on all stages
         # alike which was first, so each hears for itself, and they put together what they know when the step is over.
         structures = engine.structures if self._is_sequential else {}
-        return Program(engine, index, run.frames, tracker, structures, run.weight, self._sightings)
+        is_last = self._discovered_kind is not None and index == self._num_microbatches - 1
+        count_work = engine.count_work if is_last else None
+        return Program(engine, index, run.frames, tracker, structures, run.weight, self._sightings, count_work)
 
     def _execute(self, program: Program, run: MicrobatchRun) -> Any:
         """The whole forward of one microbatch."""

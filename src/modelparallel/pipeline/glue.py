@@ -75,7 +75,8 @@ def run(engine: PipelineEngine, program: Program, func: Callable[..., Any], args
     )
     key = None if is_value_shaped(traits, arguments) else operation_key(traits, arguments)
     program.tracker.note_work(home, "")
-    result = execute(program, traits.description, key, arguments, home, func, written=written, is_known=is_known)
+    compute = program.counted(func, home)
+    result = execute(program, traits.description, key, arguments, home, compute, written=written, is_known=is_known)
     if written is not None:
         # x += y must leave the user's own object (a buffer, a plain tensor) in x
         return arguments.given[written] if result is arguments.values[written] else result

@@ -33,7 +33,7 @@ from modelparallel.pipeline.written import WrittenTensors
 
 if TYPE_CHECKING:
     from modelparallel.pipeline.chains import ChainTracker
-    from modelparallel.pipeline.engine import PipelineEngine
+    from modelparallel.pipeline.engine import CountWork, PipelineEngine
     from modelparallel.pipeline.randomness import RandomFrames
     from modelparallel.pipeline.sightings import Sightings
     from modelparallel.pipeline.structures import Structure
@@ -80,6 +80,7 @@ class Program:
         structures: dict[Hashable, Structure],
         weight: float = 1.0,
         sightings: Sightings | None = None,
+        count_work: CountWork | None = None,
     ) -> None:
         self.engine = engine
         self.microbatch = microbatch
@@ -103,6 +104,7 @@ class Program:
         self.written = WrittenTensors()
         #: Of ordinary tensors, where the microbatches take turns.
         self.sightings = sightings
+        self._count_work = count_work
         self._made: dict[int, weakref.ref[torch.Tensor]] = {}
         #: Called before a message is taken; the interpreter sets it.
         self.on_wait: Callable[[Wait], None] = _go_on
@@ -113,6 +115,24 @@ class Program:
         self._weights: dict[int, list[SplitBackward]] = {}
         self._live: list[weakref.ref[StageTensor]] = []
         self._parameters: dict[int, StageTensor] = {}
+
+    def counted(
+        self, compute: Callable[..., Any], home: int, parameters: Sequence[torch.Tensor] = ()
+    ) -> Callable[..., Any]:
+        """``compute``, which tells the tracker what it costs if it runs here and that is to be found out.
+
+        ``parameters``: those that it may use.
+        """
+        count_work = self._count_work
+        if count_work is None or home != self.stage:
+            return compute
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            output, work = count_work(compute, args, kwargs, parameters)
+            self.tracker.note_costs(work)
+            return output
+
+        return call
 
     # Values
 

@@ -6,7 +6,9 @@ chooses its next action among those that are ready; a `_Policy` says how. What c
 the engine in the same order without a deadlock, so no other proof is needed. On a straight chain the policies of
 `simple` and `interleaved` are the known ones (GPipe, 1F1B). For other chains, and for `zero_bubble`, no rule is best
 for all, so a few policies are tried and the shortest schedule wins, then the one that waits least between its actions,
-then the one that holds the fewest visits.
+then the one that holds the fewest visits. `zero_bubble` schedules are compared with messages that take a little time,
+since one without slack is as short on paper and longer in practice; those that are nearly as long as the shortest are
+taken as equal, and the one that holds the fewest visits wins.
 
 [Note: Why the choice never gets stuck]
 A policy that chooses freely among ready actions always goes on: microbatches are admitted on every stage in the order
@@ -29,6 +31,10 @@ from modelparallel.plan.schedule import Action, ActionKind, Chain, Schedule, che
 # orders must not decide who comes first.
 _SAME_MOMENT = 1e-9
 _NEVER = float("inf")
+# What a message takes when zero-bubble schedules are compared, as a share of the mean cost of a visit's forward, and
+# how much longer than the shortest one is as good.
+_MESSAGE_SHARE = 0.05
+_AS_GOOD = 0.01
 
 
 @dataclass(frozen=True)
@@ -101,7 +107,7 @@ def make_schedule(chain: Chain, num_microbatches: int, kind: str, active_microba
         cap = max(1, *interleaved.peaks)
     # First the interleaved order with every W part right behind its I part: so the result is never slower than that.
     known = _split(interleaved.schedule, chain)
-    return _joined(_best(shape, list(_zero_bubble(chain, cap, interleaved)), kind, known).schedule, chain)
+    return _joined(_best_split(shape, list(_zero_bubble(chain, cap, interleaved)), known), chain)
 
 
 def _groups(chain: Chain, shape: _Shape, cap: int) -> list[int]:
@@ -138,7 +144,6 @@ def _zero_bubble(chain: Chain, cap: int, interleaved: _Result) -> Iterator[_Poli
     # a straight chain (Qi et al. 2023).
     p = chain.num_stages
     behind = tuple(max(0, cap - peak) for peak in interleaved.peaks)
-    assert interleaved.policy is not None
     first = replace(
         interleaved.policy, limits=(cap,) * p, ahead=interleaved.policy.limits, is_split=True, weights_behind=behind
     )
@@ -208,16 +213,16 @@ def _stages_ahead(chain: Chain) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class _Result:
-    policy: _Policy | None
+    policy: _Policy
     schedule: Schedule
     peaks: tuple[int, ...]
     makespan: float
     key: tuple[float, ...]
 
 
-def _best(shape: _Shape, policies: list[_Policy], kind: str, known: Schedule | None = None) -> _Result:
-    """The first of the best results, `known` among them: shortest, then least waiting, then fewest live visits."""
-    best = None if known is None else _result(shape, None, known)
+def _best(shape: _Shape, policies: list[_Policy], kind: str) -> _Result:
+    """The first of the best results: shortest, then least waiting, then fewest live visits."""
+    best: _Result | None = None
     bound = _lower_bound(shape, has_backwards=kind != "forward_only") + shape.moment
     for policy in policies:
         if best is not None and best.makespan <= bound and best.key[1] == 0:
@@ -230,6 +235,26 @@ def _best(shape: _Shape, policies: list[_Policy], kind: str, known: Schedule | N
     if best is None:
         raise AssertionError("no policy finished, although one that chooses freely cannot get stuck")
     return best
+
+
+def _best_split(shape: _Shape, policies: list[_Policy], known: Schedule) -> Schedule:
+    """The best zero-bubble schedule, not longer than `known`; see the note at the top."""
+    chain = shape.chain
+    delay = _MESSAGE_SHARE * sum(visit.forward for visit in chain.visits) / max(1, len(chain.visits))
+    longest = simulate(known, chain).makespan
+    candidates = [known]
+    for policy in policies:
+        simulation = _Simulation(shape, policy, has_backwards=True)
+        if simulation.run(until=longest):
+            candidates.append(Schedule(known.kind, known.num_microbatches, simulation.actions()))
+    timelines = [simulate(candidate, chain, delay) for candidate in candidates]
+    limit = min(timeline.makespan for timeline in timelines) * (1 + _AS_GOOD)
+
+    def rating(index: int) -> tuple[bool, int, float]:
+        timeline = timelines[index]
+        return timeline.makespan > limit, sum(timeline.peak_visits), timeline.makespan
+
+    return candidates[min(range(len(candidates)), key=rating)]
 
 
 def _lower_bound(shape: _Shape, *, has_backwards: bool) -> float:
@@ -250,7 +275,7 @@ def _lower_bound(shape: _Shape, *, has_backwards: bool) -> float:
     return bound
 
 
-def _result(shape: _Shape, policy: _Policy | None, schedule: Schedule) -> _Result:
+def _result(shape: _Shape, policy: _Policy, schedule: Schedule) -> _Result:
     timeline = simulate(schedule, shape.chain)
     unit = shape.moment / _SAME_MOMENT or 1.0
     key = (round(timeline.makespan / unit, 6), round(max(timeline.waiting) / unit, 6), float(sum(timeline.peak_visits)))

@@ -43,6 +43,15 @@ class StepCounts:
     unplanned: int = 0
 
 
+@dataclass(frozen=True)
+class _Findings:
+    """What one stage tells the others of a discovery step: see :class:`Recorder`."""
+
+    waits: tuple[tuple[int, int], ...]
+    carries_state: bool
+    costs: Mapping[int, Work]
+
+
 class StepPlans:
     """See the head of this file. ``schedule_kind`` as the configuration's ``pipeline``; ``active_microbatches``: the
     most that may be in flight.
@@ -54,6 +63,8 @@ class StepPlans:
         self._plans: dict[Hashable, StepPlan | None] = {}  # None: discovery order
         self._num_misses: dict[Hashable, int] = {}
         self._num_runs: dict[Hashable, int] = {}
+        #: Whether the first stage writes what is planned and measured to the log.
+        self.are_logged = True
         #: How the steps so far have run; equal on all stages.
         self.counts = StepCounts()
 
@@ -115,7 +126,8 @@ class StepPlans:
         recorders = [program.tracker for program in programs if isinstance(program.tracker, Recorder)]
         carries_state = any(program.carries_state for program in programs)
         # The last one is like those of later steps: the first also reads what it finds the structure of results with.
-        own = (recorders[-1].local_waits(), carries_state or any(recorder.changes_modes for recorder in recorders))
+        changes_modes = any(recorder.changes_modes for recorder in recorders)
+        own = _Findings(recorders[-1].local_waits(), carries_state or changes_modes, recorders[-1].costs)
         for peer in transport.peers():
             transport.send_object(peer, _PLAN, pickle.dumps(own), _WHAT)
         told = {peer: pickle.loads(transport.receive_object(peer, _PLAN, _WHAT)) for peer in transport.peers()}
@@ -124,9 +136,10 @@ class StepPlans:
         if any(way != ways[0] for way in ways):
             self._plans[kind] = None
             return None
-        recorded = with_local_waits(recorders[-1].common(), {stage: waits for stage, (waits, _) in told.items()})
-        chain, starts, entries = build_chain(recorded, transport.num_stages, costs)
-        if any(carries_state for _, carries_state in told.values()) and not chain.is_straight:
+        recorded = with_local_waits(recorders[-1].common(), {stage: found.waits for stage, found in told.items()})
+        counted = {position: work for found in told.values() for position, work in found.costs.items()}
+        chain, starts, entries = build_chain(recorded, transport.num_stages, costs, counted)
+        if any(found.carries_state for found in told.values()) and not chain.is_straight:
             # A microbatch leaves something behind that the next one finds, so they cannot take turns.
             self._plans[kind] = None
             return None
@@ -136,7 +149,7 @@ class StepPlans:
         schedule = make_schedule(chain, len(programs), schedule_kind, self._active_microbatches)
         check_schedule(schedule, chain, self._active_microbatches)
         plan = self._plans[kind] = StepPlan(entries, starts, chain, schedule)
-        if transport.stage == 0:
+        if transport.stage == 0 and self.are_logged:
             logger.info("Pipeline schedule: %s", plan.description())
         return plan
 
@@ -159,6 +172,8 @@ class StepPlans:
         found = [waiting_share]
         found += [pickle.loads(transport.receive_object(peer, _PLAN, _WHAT)) for peer in transport.peers()]
         predicted = plan.idle_shares()
+        if not self.are_logged:
+            return
         logger.info(
             "Pipeline schedule, after %d steps: the stages wait %s of their time (predicted: %s)",
             runs,
