@@ -16,6 +16,7 @@ from torch import nn
 
 from bench.models import GPT, ConvPyramid, EncoderDecoder, GPTSize, image_batch, language_loss, token_batch
 from modelparallel.partitioning import Trace, find_units, make_plan, trace_step
+from modelparallel.pipeline.scheduling import step_predictor
 
 Homes = Mapping[str, int]
 
@@ -117,7 +118,14 @@ class Comparison:
 
 def compare(name: str, trace: Trace, model: nn.Module, num_stages: int, num_microbatches: int) -> Comparison:
     """Our split (for speed alone, ``memory_weight`` 0), equal layers, and the best of all contiguous splits."""
-    plan = make_plan(model, num_stages, trace=trace, memory_weight=0.0, num_microbatches=num_microbatches)
+    plan = make_plan(
+        model,
+        num_stages,
+        trace=trace,
+        memory_weight=0.0,
+        num_microbatches=num_microbatches,
+        step_time=step_predictor("interleaved", num_microbatches, num_stages + 2),
+    )
     ideal = sum(unit.compute for unit in trace.units) * num_microbatches / num_stages
 
     def rate(homes: Homes) -> float:

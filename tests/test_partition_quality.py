@@ -104,7 +104,7 @@ def gaps(num_instances, num_units=6, num_stages=2, num_microbatches=4, with_ties
 
 @pytest.mark.parametrize("with_ties", [False, True])
 def test_the_gap_of_models_with_branches_and_ties(with_ties):
-    """The solver does not simulate: it makes the dearest stage cheap. The bounds are those of docs/partitioning.md."""
+    """Without a prediction the solver makes the dearest stage cheap. The bounds are those of docs/partitioning.md."""
     to_order, to_all = zip(*gaps(20, with_ties=with_ties), strict=True)
     assert min(to_order) >= 1 - 1e-9
     assert sum(to_order) / len(to_order) <= 1.02

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from modelparallel.errors import PartitionError
 from modelparallel.partitioning import make_plan, microbatches_in_flight, solve
 from modelparallel.partitioning.costs import OPERATIONS_PER_SENT_BYTE
+from modelparallel.pipeline.scheduling import step_predictor
 from partition_models import chain, layers
 
 SCHEDULES = ["simple", "interleaved", "zero_bubble"]
@@ -256,3 +258,34 @@ def test_tied_modules_get_the_best_of_the_places_of_their_members(problem):
     assert len({homes[index] for index in tied}) == 1
     best = min(dearest(costs, homes, num_stages, weight, mean) for homes in tied_splits(costs, num_stages, tied, tied))
     assert math.isclose(dearest(costs, homes, num_stages, weight, mean), best, rel_tol=1e-9)
+
+
+@settings(max_examples=60, deadline=None)
+@given(problems(max_units=10))
+def test_a_prediction_shortens_the_step(problem):
+    """Never longer than without it, and for speed alone hardly longer than the best of all splits."""
+    costs, num_stages, _, schedule = problem
+    predict = step_predictor(schedule, 6, num_stages + 2)
+    if predict is None:
+        assert schedule == "zero_bubble"
+        return
+
+    def time_of(split):
+        return predict([(sum(flops for _, _, flops, _ in costs[start:end]), 0.0, 0.0) for start, end in split])
+
+    in_flight = microbatches_in_flight(num_stages, 6, num_stages + 2, schedule)
+    best = min(map(time_of, Everything(costs, num_stages, 0.0, in_flight).splits()))
+    plain, predicted = (
+        time_of(split_of(solve(chain(costs), num_stages, 0.0, 6, schedule=schedule, step_time=given), num_stages))
+        for given in (None, predict)
+    )
+    assert best <= predicted * (1 + 1e-9) and predicted <= plain * (1 + 1e-9)
+    assert predicted <= 1.1 * best
+
+
+def test_of_two_equally_dear_stages_the_first_one_is_the_better_place():
+    """The last stage would wait for the first one's forward, and the first for its backward."""
+    trace = chain([(4, 0, 2, 0), (4, 0, 2, 0), (4, 0, 1, 0), (4, 0, 2, 0), (4, 0, 2, 0)])
+    trace = replace(trace, units=tuple(replace(unit, needs_input_gradient=True) for unit in trace.units))
+    plan = solve(trace, 2, 0.0, 4, step_time=step_predictor("interleaved", 4, 4))
+    assert [stage for _, stage in plan.modules] == [0, 0, 0, 1, 1]

@@ -32,7 +32,8 @@ TRIALS = 3
 
 Homes = Mapping[str, int]
 Batch = tuple[torch.Tensor, torch.Tensor]
-BIG_HEAD, PLAIN = GPTSize(vocabulary=32768), GPTSize()
+#: GPT-2's vocabulary.
+BIG_HEAD, PLAIN = GPTSize(vocabulary=50257), GPTSize()
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def _source_and_target(batch: int) -> Batch:
 
 MODELS = {
     "big_head": Unbalanced(
-        "GPT of 8 layers x 512 with a vocabulary of 32768, whose head costs as much as all layers together",
+        "GPT of 8 layers x 512 with the vocabulary of GPT-2 (50257), whose head costs more than all layers together",
         lambda: GPT(BIG_HEAD),
         lambda model, ids, targets: language_loss(model(ids), targets),
         lambda batch: token_batch(BIG_HEAD, batch),

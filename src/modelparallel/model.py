@@ -25,6 +25,7 @@ from modelparallel.parameters import ParameterTable, stand_in
 from modelparallel.partitioning import Trace, find_units, log_plan, make_plan, trace_step, work_of_call
 from modelparallel.pipeline.pushes import push
 from modelparallel.pipeline.replicas import ReplicatedParameters
+from modelparallel.pipeline.scheduling import step_predictor
 from modelparallel.pipeline.stage_tensor import StageTensor
 from modelparallel.plan.partition import PartitionPlan
 from modelparallel.runtime import RunningStep
@@ -345,6 +346,7 @@ class DistributedModel(ModelParameters):
             schedule=config.pipeline,
             virtual_degree=config.virtual_pipeline_degree,
             memory_limit=config.memory_limit,
+            step_time=step_predictor(config.pipeline, config.microbatches, config.active_microbatches),
             tied_weights=config.tied_weights,
             is_automatic=config.auto_partition,
             marks=registry.partition_mark,
@@ -383,13 +385,11 @@ class DistributedModel(ModelParameters):
                     tensor.data = tensor.data.to(device)
                 else:
                     tensor.data = stand_in(tensor, device)
-        for name, _ in plan.tensors:
-            owner, _, attribute = name.rpartition(".")
+        for owner, attribute in (name.rpartition(".")[::2] for name, _ in plan.tensors):
             if attribute in self.module.get_submodule(owner)._buffers:
                 engine.place_buffer(self.module.get_submodule(owner), attribute)
         engine.place_model(self.module)
-        gradients = {name: (inputs, weights) for name, inputs, weights in plan.backward_costs}
-        engine.costs.update({name: (work, *gradients.get(name, (work, work))) for name, work in plan.costs})
+        engine.costs.update(plan.work)
         if not plan.costs and self._compiler is None and not any(map(has_own_compiled_call, self.module.modules())):
             engine.count_work = work_of_call
         units = set(self._units)

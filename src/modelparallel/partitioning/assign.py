@@ -14,6 +14,7 @@ from modelparallel.errors import PartitionError
 from modelparallel.partitioning.costs import Trace, microbatches_in_flight, sizes_only, untied
 from modelparallel.partitioning.manual import Mark, check_sharing, manual_plan
 from modelparallel.partitioning.solve import solve
+from modelparallel.partitioning.split import StepTime
 from modelparallel.partitioning.units import find_units
 from modelparallel.plan.partition import PartitionPlan
 
@@ -32,6 +33,7 @@ def make_plan(
     schedule: str = "interleaved",
     virtual_degree: int = 1,
     memory_limit: int | None = None,
+    step_time: StepTime | None = None,
     tied_weights: str = "colocate",
     is_automatic: bool = True,
     marks: Mark | None = None,
@@ -48,8 +50,8 @@ def make_plan(
         units: from ``find_units(root)``; found here when None.
         trace: from ``trace_step``. Ranks must use one and the same trace (that of one rank, broadcast), or their
             plans may differ.
-        memory_weight, num_microbatches, active_microbatches, schedule, virtual_degree, memory_limit: see
-            :func:`~modelparallel.partitioning.solve.solve`; the last two count only in the automatic partition.
+        memory_weight, num_microbatches, active_microbatches, schedule, virtual_degree, memory_limit, step_time:
+            see :func:`~modelparallel.partitioning.solve.solve`; the last three count only in the automatic partition.
         marks, overrides, default_partition: see :func:`~modelparallel.partitioning.manual.manual_plan`.
         load_from: the file of a plan saved with ``PartitionPlan.save``.
         tied_weights: "colocate" places modules that share a parameter on one stage; "replicate" places each where it
@@ -85,6 +87,7 @@ def make_plan(
             schedule=schedule,
             virtual_degree=virtual_degree,
             memory_limit=memory_limit,
+            step_time=step_time,
         )
         known = trace or sizes_only(root, units)
         plan = _with_ties(find, root, known, tied_weights) if known.ties else find(known)

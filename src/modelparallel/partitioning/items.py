@@ -22,6 +22,7 @@ _MOST_PLACES = 64
 class Item:
     """What is placed together. Bytes and work are of all members; activations of one microbatch.
 
+    ``work`` is ``compute`` in its parts: of the forward, of the input gradients, of the weight gradients.
     ``crossing_bytes`` would be sent over a cut after the item, which costs as much as the work ``crossing_cost``.
     """
 
@@ -29,6 +30,7 @@ class Item:
     state_bytes: float = 0.0
     activation_bytes: float = 0.0
     compute: float = 0.0
+    work: tuple[float, float, float] = (0.0, 0.0, 0.0)
     crossing_bytes: int = 0
     crossing_cost: float = 0.0
 
@@ -62,6 +64,8 @@ def _items(trace: Trace, order: Sequence[str], position: Mapping[str, int], plac
         item.state_bytes += unit.state_bytes
         item.activation_bytes += trace.activation_bytes(unit)
         item.compute += unit.compute
+        forward, inputs, weights = item.work
+        item.work = forward + unit.forward, inputs + unit.input_gradient, weights + unit.weight_gradient
     for tensor in trace.tensors:
         items[leader[tensor.name]].members.append(tensor.name)
         items[leader[tensor.name]].state_bytes += tensor.state_bytes

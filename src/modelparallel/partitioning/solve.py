@@ -9,7 +9,7 @@ from modelparallel.errors import PartitionError
 from modelparallel.partitioning.costs import Trace, microbatches_in_flight
 from modelparallel.partitioning.items import Item, arrangements
 from modelparallel.partitioning.limit import LimitedSearch, over_the_limit
-from modelparallel.partitioning.split import Bounds, Costs, Rating, best_split
+from modelparallel.partitioning.split import Bounds, Costs, Rating, StepTime, best_split, shortened
 from modelparallel.plan.partition import PartitionPlan, StageFigures
 
 
@@ -23,6 +23,7 @@ def solve(
     schedule: str = "interleaved",
     virtual_degree: int = 1,
     memory_limit: int | None = None,
+    step_time: StepTime | None = None,
 ) -> PartitionPlan:
     """The plan for ``num_stages`` stages.
 
@@ -35,6 +36,8 @@ def solve(
         schedule: see :func:`~modelparallel.partitioning.costs.microbatches_in_flight`.
         virtual_degree: pieces of the model on each stage.
         memory_limit: the bytes that a stage may hold; None: any number.
+        step_time: predicts the time of a step from the work of the stages (forward, input gradients, weight gradients
+            of one microbatch); with it, and one piece a stage, the waiting counts, too.
 
     Raises:
         PartitionError: fewer items than pieces; no split within the memory limit.
@@ -55,6 +58,9 @@ def solve(
         )
         raise over_the_limit(search)
     _, bounds, items = best
+    if step_time is not None and virtual_degree == 1 and any(item.compute for item in items):
+        costs = Costs(items, num_stages, memory_weight, in_flight, memory_limit)
+        bounds = shortened(costs, bounds, step_time, num_microbatches)
     pieces = {
         name: piece for piece, (start, end) in enumerate(bounds) for item in items[start:end] for name in item.members
     }

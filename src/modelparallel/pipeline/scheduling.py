@@ -20,12 +20,12 @@ stuck; it is then left out, and policies that choose freely are there, too.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from modelparallel.errors import ScheduleError
 from modelparallel.pipeline.timeline import BACKWARD, FORWARD, WEIGHT, Needs, simulate
-from modelparallel.plan.schedule import Action, ActionKind, Chain, Schedule, check_kind
+from modelparallel.plan.schedule import Action, ActionKind, Chain, Schedule, Visit, check_kind
 
 # Ends that differ by less than this share of a microbatch's whole cost are one moment: sums of floats in different
 # orders must not decide who comes first.
@@ -108,6 +108,25 @@ def make_schedule(chain: Chain, num_microbatches: int, kind: str, active_microba
     # First the interleaved order with every W part right behind its I part: so the result is never slower than that.
     known = _split(interleaved.schedule, chain)
     return _joined(_best_split(shape, list(_zero_bubble(chain, cap, interleaved)), known), chain)
+
+
+def step_predictor(
+    kind: str, num_microbatches: int, active_microbatches: int | None
+) -> Callable[[Sequence[tuple[float, float, float]]], float] | None:
+    """A function that predicts the time of a step on a straight chain, with messages that take no time, from the work
+    of its stages for one microbatch: of the forward, of the input gradients, of the weight gradients.
+
+    None for the kinds where a stage that waits has something else to do, or no backward.
+    """
+    if kind not in ("simple", "interleaved"):
+        return None
+
+    def predict(work: Sequence[tuple[float, float, float]]) -> float:
+        waits = [(stage - 1,) if stage else () for stage in range(len(work))]
+        chain = Chain(len(work), tuple(Visit(stage, *costs, waits[stage]) for stage, costs in enumerate(work)))
+        return simulate(make_schedule(chain, num_microbatches, kind, active_microbatches), chain).makespan
+
+    return predict
 
 
 def _groups(chain: Chain, shape: _Shape, cap: int) -> list[int]:

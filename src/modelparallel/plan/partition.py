@@ -97,6 +97,12 @@ class PartitionPlan:
     def _stage_of_tensor(self) -> Mapping[str, int]:
         return dict(self.tensors)
 
+    @property
+    def work(self) -> dict[str, tuple[float, float, float]]:
+        """For every unit the work of its forward, of the gradients of its inputs, and of those of its weights."""
+        gradients = {name: (inputs, weights) for name, inputs, weights in self.backward_costs}
+        return {name: (forward, *gradients.get(name, (forward, forward))) for name, forward in self.costs}
+
     def unit_of(self, name: str) -> str | None:
         """The unit that is the module ``name`` or contains it; None for a module above or outside all units."""
         for candidate in _enclosing(name):
