@@ -72,7 +72,26 @@ def own_parameter(model: Any, x: Tensor) -> Tensor:
 
 
 def input_with_grad(model: Any, x: Tensor) -> Tensor:
-    return finish(model, model(x.clone().requires_grad_()))
+    KEPT["x"] = x.clone().requires_grad_()
+    return finish(model, model(KEPT["x"]))
+
+
+def grad_of_input(model: Any, x: Tensor) -> Tensor:
+    x = x.clone().requires_grad_()
+    return finish(model, model(x)) + x.grad
+
+
+def hook_of_input(model: Any, x: Tensor) -> Tensor:
+    x = x.clone().requires_grad_()
+    loss = finish(model, model(x))
+    x.register_hook(print)
+    return loss
+
+
+def hook_before(model: Any, x: Tensor) -> Tensor:
+    x = x.clone().requires_grad_()
+    x.register_hook(print)
+    return finish(model, model(x))
 
 
 def not_from_model(model: Any, x: Tensor) -> Tensor:
@@ -148,6 +167,9 @@ ALIKE: dict[str, tuple[Callable[..., Any], Callable[[], nn.Module], str]] = {
     "criterion_with_weights": (*run(own_criterion), "belongs to no smp.DistributedModel"),
     "parameter_of_nobody": (*run(own_parameter), "belongs to no smp.DistributedModel"),
     "input_with_grad": (*run(input_with_grad), "belongs to no smp.DistributedModel"),
+    "grad_of_input": (*run(grad_of_input), "belongs to no smp.DistributedModel"),
+    "hook_of_input": (*run(hook_of_input), "belongs to no smp.DistributedModel"),
+    "hook_before": (*run(hook_before), "belongs to no smp.DistributedModel"),
     "not_from_model": (*run(not_from_model), "does not depend on the model's parameters"),
     "torch_save": (*run(trains, saves), "cannot be pickled or saved inside smp.step"),
     "loss_backward": (*run(loss_backward), r"use model.backward\(loss\)"),

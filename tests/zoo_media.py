@@ -27,7 +27,7 @@ _SPEECH = {
     "vocab_size": VOCABULARY,
 }  # fmt: skip
 _SPEECH_REMARK = (
-    "`model.freeze_feature_encoder()`: else it sets `requires_grad` on its input, which the engine refuses; "
+    "sets `requires_grad` on its own input; "
     "`mask_time_prob=0`: the masks of SpecAugment come from numpy's global generator"
 )
 
@@ -156,14 +156,7 @@ def _speech_to_text_loss(model: Any, spectra: Tensor, ids: Tensor) -> Tensor:
 
 
 def _audio(name: str, remarks: str = _SPEECH_REMARK, **config: Any) -> Entry:
-    build = make(name, **(_SPEECH | config))
-
-    def frozen() -> nn.Module:
-        model: Any = build()
-        model.freeze_feature_encoder()
-        return model
-
-    return Entry(name, "audio", frozen, _waves, _frame_loss, remarks)
+    return Entry(name, "audio", make(name, **(_SPEECH | config)), _waves, _frame_loss, remarks)
 
 
 _SPEECH_DECODER = {

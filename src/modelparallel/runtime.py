@@ -14,6 +14,7 @@ from torch import nn
 
 from modelparallel import session
 from modelparallel.comm.gloo_transport import GlooTransport
+from modelparallel.comm.pair_channels import PairChannels
 from modelparallel.errors import SMPConfigError
 from modelparallel.event_files import EventFile
 from modelparallel.pipeline.engine import PipelineEngine
@@ -53,6 +54,7 @@ class Runtime:
                 of.groups.pp.ranks,
                 of.groups.pipeline_process_group,
                 of.config.timeout_seconds,
+                self._pair_channels(of),
             )
             of.closers.append(transport.close)
         self.engine = PipelineEngine(
@@ -69,6 +71,14 @@ class Runtime:
         # one).
         # An optimizer that was built before wrapping holds the old ones; nothing else may keep them alive.
         self._replaced: dict[int, tuple[str, weakref.ref[nn.Parameter], nn.Parameter | None]] = {}
+
+    @staticmethod
+    def _pair_channels(of: session.Session) -> PairChannels | None:
+        """Where NCCL is in use, which wants a GPU of its own for every process."""
+        if "nccl" not in session.backend_for(of.config, of.device):
+            return None
+        pipeline = of.groups.pp
+        return PairChannels(pipeline.rank_in_group, pipeline.ranks, "nccl", of.device, of.config.timeout_seconds)
 
     def note_failure(self, error: BaseException) -> None:
         """A call of a step function has failed: write down what led to it, where that is asked for."""

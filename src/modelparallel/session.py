@@ -90,7 +90,7 @@ def initialize(parameters: Mapping[str, Any] | str | None = None, environ: Mappi
     identity = _identify(environ)
     config.check_world(identity.world_size)
     device = _choose_device(identity, environ)
-    backend = _backend(config, device)
+    backend = backend_for(config, device)
     has_default_group = not dist.is_initialized()
     if has_default_group:
         _initialize_torch_distributed(config, identity, environ, backend)
@@ -202,7 +202,7 @@ def _assemble(
     from modelparallel.comm.groups import build_groups
 
     topology = _topology(config, identity.world_size)
-    backend = _backend(config, device)
+    backend = backend_for(config, device)
     made = {} if made is None else made
     world = dist.group.WORLD
     if world is not None and _carries(backend):
@@ -270,7 +270,8 @@ def _choose_device(identity: ProcessIdentity, environ: Mapping[str, str]) -> tor
     return torch.device("cuda", identity.local_rank)
 
 
-def _backend(config: Config, device: torch.device) -> str:
+def backend_for(config: Config, device: torch.device) -> str:
+    """The backends of the process groups, as torch names them."""
     # CPU tensors always need gloo: objects and the messages between stages travel on the CPU.
     if device.type == "cuda" and config.ddp_dist_backend != "gloo" and dist.is_nccl_available():
         return "cpu:gloo,cuda:nccl"

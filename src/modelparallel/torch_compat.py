@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.utils.checkpoint
 from torch import nn
 from torch._C import (  # the torch-function mode stack: modes are suspended while a module runs at its home
@@ -31,6 +32,12 @@ from torch.utils.flop_counter import (
 
 # Disables the dispatch to tensor subclasses: metadata of a StageTensor is answered by its own wrapper tensor.
 DisableTorchFunctionSubclass = torch._C.DisableTorchFunctionSubclass
+
+
+def default_store() -> dist.Store:
+    """The store of the default process group, for communicators that are not process groups of torch's registry."""
+    store: dist.Store = dist.distributed_c10d._get_default_store()
+    return store
 
 
 def install_call(module: nn.Module, call: Callable[..., Any]) -> Callable[..., Any]:

@@ -14,16 +14,18 @@ import struct
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from modelparallel.comm.event_log import user_code_line
+from modelparallel.comm.pair_channels import PairChannels
 from modelparallel.comm.transport import Message, MessageKind, MessageName, StageTransport
 from modelparallel.errors import CommunicationError, WaitTimeoutError
 
@@ -34,6 +36,8 @@ _INLINE_BYTES = 4096 - _PAYLOAD_START
 _MOST_INLINE_BYTES = 1 << 20
 _MAX_PENDING_SENDS = 8  # for each peer: what was sent before has surely arrived, and is let go
 _TAG = 0
+#: Added to the kind of a message whose payload follows by a channel.
+_BY_CHANNEL = 1 << 8
 _FOREVER = timedelta(days=3650)  # an idle listener
 _GOODBYE_SECONDS = 5.0
 
@@ -44,6 +48,7 @@ class _PendingSend:
     tensors: list[torch.Tensor]  # they, and the works, must stay alive until the message has arrived
     description: str
     is_needed: bool  # the peer waits for it; nobody waits for what is only told
+    channel_work: dist.Work | None = None
 
 
 def _grown(inline_bytes: int, size: int) -> int:
@@ -68,15 +73,21 @@ def _memory_of(frame: torch.Tensor) -> Any:
 
 class GlooTransport(StageTransport):
     """Between processes. ``global_ranks[i]`` is the global rank of stage ``i``; ``process_group`` is a gloo group that
-    spans them and is used by nothing else.
+    spans them and is used by nothing else; tensors on a GPU go by the ``channels``, if there are any.
     """
 
     def __init__(
-        self, stage: int, global_ranks: Sequence[int], process_group: dist.ProcessGroup, timeout_seconds: float
+        self,
+        stage: int,
+        global_ranks: Sequence[int],
+        process_group: dist.ProcessGroup,
+        timeout_seconds: float,
+        channels: PairChannels | None = None,
     ) -> None:
         super().__init__(stage, len(global_ranks), timeout_seconds)
         self._global_ranks = tuple(global_ranks)
         self._process_group = process_group
+        self.channels = channels
         self._pending: dict[int, deque[_PendingSend]] = {peer: deque() for peer in self.peers()}
         # A listener answers while the main thread sends, and the parts of a message must follow each other.
         self._send_locks = {peer: threading.Lock() for peer in self.peers()}
@@ -100,8 +111,13 @@ class GlooTransport(StageTransport):
                 if kind == MessageKind.GOODBYE:
                     self.lose(peer, f"its process has ended, after call {step + 1} of a step function")
                     return
+                make_ready = None
                 is_inline = size <= inline_bytes
-                if not is_inline:
+                if kind & _BY_CHANNEL and self.channels is not None:
+                    kind, is_inline = kind ^ _BY_CHANNEL, False
+                    payload, wait = self.channels.receive(peer, size)
+                    make_ready = partial(self._make_ready, peer, wait)
+                elif not is_inline:
                     payload = torch.empty(size, dtype=torch.uint8)
                     self._process_group.recv([payload], global_rank, _TAG).wait(_FOREVER)
                     inline_bytes = _grown(inline_bytes, size)
@@ -112,7 +128,7 @@ class GlooTransport(StageTransport):
                 if frame.numel() < _PAYLOAD_START + inline_bytes or (is_inline and is_kept):
                     frame = torch.empty(_PAYLOAD_START + inline_bytes, dtype=torch.uint8)
                 name = MessageName(MessageKind(kind), microbatch, event, check)
-                self.deliver(peer, step, name, Message(presence, payload))
+                self.deliver(peer, step, name, Message(presence, payload, make_ready))
         except RuntimeError as error:
             if not self._is_closing:
                 self.lose(peer, str(error).splitlines()[0])
@@ -127,20 +143,32 @@ class GlooTransport(StageTransport):
         what: str,
         *,
         may_wait: bool = True,
+        by_channel: bool = False,
     ) -> None:
         size = payload.numel()
-        header = (name.kind, step, name.microbatch, name.event, name.check, presence, size)
+        kind = name.kind | _BY_CHANNEL if by_channel else name.kind
+        header = (kind, step, name.microbatch, name.event, name.check, presence, size)
         what = f"send {what or name} to pp_rank {peer}"
         pending = self._pending[peer]
         with self._send_locks[peer]:
-            tensors = _frames(header, payload, self._inline_bytes[peer])
-            self._inline_bytes[peer] = _grown(self._inline_bytes[peer], size)
+            if by_channel:
+                tensors = _frames(header, payload[:0].cpu(), self._inline_bytes[peer])
+            else:
+                tensors = _frames(header, payload, self._inline_bytes[peer])
+                self._inline_bytes[peer] = _grown(self._inline_bytes[peer], size)
             try:
                 works = [self._process_group.send([tensor], self._global_ranks[peer], _TAG) for tensor in tensors]
             except RuntimeError as error:
                 raise self._send_error(what, error) from error
-            pending.append(_PendingSend(works, tensors, what, name.kind is not MessageKind.STATUS))
+            channel_work = None
+            if by_channel and self.channels is not None:
+                channel_work = self.channels.send(peer, payload)
+                tensors.append(payload)
+            pending.append(_PendingSend(works, tensors, what, name.kind is not MessageKind.STATUS, channel_work))
         while may_wait and len(pending) > _MAX_PENDING_SENDS:
+            oldest = pending[0].channel_work
+            if oldest is not None and not oldest.is_completed():
+                break  # waiting for it would hold up the stream that computes
             self._finish(pending.popleft())
 
     def drain(self) -> None:
@@ -150,12 +178,23 @@ class GlooTransport(StageTransport):
 
     def _finish(self, send: _PendingSend) -> None:
         # The peer's listener takes every message as it comes, so this waits for the network only.
+        if send.channel_work is not None:
+            send.channel_work.wait()
         for work in send.works:
             try:
                 work.wait(timedelta(seconds=self.timeout_seconds))
             except RuntimeError as error:
                 if send.is_needed:
                     raise self._send_error(send.description, error) from error
+
+    def _make_ready(self, peer: int, wait: Callable[[], object]) -> None:
+        try:
+            wait()
+        except RuntimeError as error:
+            raise CommunicationError(
+                f"pp_rank {self.stage}: a message of pp_rank {peer} has been announced and not come "
+                f"({str(error).splitlines()[0]})"
+            ) from error
 
     def _send_error(self, what: str, error: RuntimeError) -> CommunicationError:
         text = f"pp_rank {self.stage}: waiting to {what} ({user_code_line()})"
@@ -190,3 +229,5 @@ class GlooTransport(StageTransport):
                 self._process_group.abort()
             for listener in self._listeners:
                 listener.join(1.0)
+        if self.channels is not None:
+            self.channels.close()

@@ -18,7 +18,7 @@ import logging
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from enum import IntEnum
@@ -27,6 +27,7 @@ import torch
 
 from modelparallel.comm.diagnosis import GroupCall, Situation, TellingWait, circle, divergence, place_of
 from modelparallel.comm.event_log import EventLog, line_of_work, user_code_line
+from modelparallel.comm.pair_channels import PairChannels
 from modelparallel.errors import CommunicationError, DivergenceError, WaitTimeoutError
 
 logger = logging.getLogger("modelparallel")
@@ -98,6 +99,8 @@ class Message:
 
     presence: int
     payload: torch.Tensor
+    #: Called before the payload is used; None: it is there.
+    make_ready: Callable[[], object] | None = None
 
     def to_bytes(self) -> bytes:
         """The payload of a message of :meth:`StageTransport.send_object`."""
@@ -147,6 +150,8 @@ class StageTransport(ABC):
         self.num_stages = num_stages
         self.timeout_seconds = timeout_seconds
         self.logs: Sequence[EventLog] = ()
+        #: By which tensors on a device go to the other stages, if there are any.
+        self.channels: PairChannels | None = None
         #: What the step waited for when it failed, and for how many seconds it had.
         self.failed_wait: tuple[tuple[TellingWait, ...], float] | None = None
         self._step = -1
@@ -184,21 +189,41 @@ class StageTransport(ABC):
         what: str,
         *,
         may_wait: bool = True,
+        by_channel: bool = False,
     ) -> None:
         """Send without waiting; ``payload`` is kept alive and must not change before :meth:`drain`.
 
-        ``may_wait``: for the network, if much is under way; not in a thread that listens.
+        ``may_wait``: for the network, if much is under way; not in a thread that listens. ``by_channel``: see
+        :meth:`send`.
         """
 
     def send(
-        self, peer: int, name: MessageName, payload: torch.Tensor, description: str = "", *, presence: int = 0
+        self,
+        peer: int,
+        name: MessageName,
+        payload: torch.Tensor,
+        description: str = "",
+        *,
+        presence: int = 0,
+        by_channel: bool = False,
     ) -> None:
-        """Post the bytes ``payload`` (one-dimensional, uint8, on the CPU) to stage ``peer``. Returns at once.
+        """Post the bytes ``payload`` (one-dimensional, uint8) to stage ``peer``. Returns at once.
 
-        Nobody may write to ``payload`` before the end of the step.
+        Nobody may write to ``payload`` before the end of the step. It is on the CPU, or, ``by_channel``, on the device
+        of the channel to that peer, and then it arrives on the peer's device.
         """
         self._num_sent[peer] += 1
-        self._post(peer, self._step, name, presence, payload, description)
+        self._post(peer, self._step, name, presence, payload, description, by_channel=by_channel)
+
+    def open_channels(self, pairs: Iterable[tuple[int, int]]) -> None:
+        """A plan moves values between these (source, destination): prepare for that. Collective over the pipeline."""
+        if self.channels is not None:
+            self.channels.open(pairs)
+
+    def channel_device(self, peer: int) -> torch.device | None:
+        """From where tensors go to stage ``peer`` without the host; None: all go through the host."""
+        channels = self.channels
+        return channels.device if channels is not None and channels.is_open_to(peer) else None
 
     def send_object(self, peer: int, name: MessageName, payload: bytes, description: str = "") -> None:
         """Post pickled bytes to stage ``peer``. Returns at once."""
@@ -538,6 +563,7 @@ class LocalTransport(StageTransport):
         what: str,
         *,
         may_wait: bool = True,
+        by_channel: bool = False,
     ) -> None:
         self._all[peer].deliver(self.stage, step, name, Message(presence, payload.clone()))
 

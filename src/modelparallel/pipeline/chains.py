@@ -215,6 +215,13 @@ class StepPlan:
         """What a program on ``stage`` comes through: the local waits of others are left out."""
         return tuple(entry for entry in self.entries if entry[0] != "L" or entry[1] == stage)
 
+    @property
+    def moves(self) -> frozenset[tuple[int, int]]:
+        """The (source, destination) between which values move, and their gradients the other way."""
+        forward = {(source, destination) for kind, source, destination in self.entries if kind == "M"}
+        is_forward_only = self.schedule.kind == "forward_only"
+        return frozenset(forward if is_forward_only else forward | {(source, target) for target, source in forward})
+
     def visits_of_points(self, stage: int) -> tuple[int, ...]:
         """The visit of ``stage`` in which each common point of the program lies."""
         found, visit = [], 0

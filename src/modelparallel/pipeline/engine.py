@@ -48,6 +48,10 @@ class PlacedTensor:
     stride: tuple[int, ...]
 
 
+#: Operations on a tensor that show its gradient.
+_LOOKS_AT_GRADIENT = ("grad", "register_hook", "register_post_accumulate_grad_hook")
+
+
 class _GlueMode(TorchFunctionMode):
     """Sees every operation outside the placed modules: those on parameters, on promoted tensors, and random ones."""
 
@@ -73,6 +77,8 @@ class _GlueMode(TorchFunctionMode):
                 "averages over the microbatches and "
                 "lets the gradients be reduced over the data-parallel ranks"
             )
+        if program is not None and traits.name in _LOOKS_AT_GRADIENT and args and program.is_leaf(args[0]):
+            program.refuse_leaf()
         if engine.frames is not None and traits.is_random:
             engine.frames.enter_glue_operation()
         result = func(*args, **kwargs)

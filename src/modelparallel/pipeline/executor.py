@@ -83,6 +83,8 @@ def run_step(
         raise
     finally:
         step.close()
+    for program in step.programs:
+        program.check_leaves()
     if not is_first:
         engine.plans.note_run(kind, has_left=any(program.tracker.has_left for program in step.programs))
     return results

@@ -16,10 +16,11 @@ order on every stage, also on those that take no part in them, so both ends of a
 
 from __future__ import annotations
 
+import gc
 import weakref
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
@@ -39,6 +40,11 @@ if TYPE_CHECKING:
     from modelparallel.pipeline.structures import Structure
 
 
+_OF_NOBODY = (
+    "a tensor that requires grad but belongs to no smp.DistributedModel meets the values of one inside smp.step: with "
+    "pipelining its gradient would exist on one stage only. Make it part of the model (a parameter, or a module of "
+    "it), or detach it"
+)
 _NO_GRADIENT = TensorSpec((0,), (1,), torch.float32, False, "cpu")
 
 
@@ -106,6 +112,7 @@ class Program:
         self.sightings = sightings
         self._count_work = count_work
         self._made: dict[int, weakref.ref[torch.Tensor]] = {}
+        self._leaves: list[weakref.ref[torch.Tensor]] = []
         #: Called before a message is taken; the interpreter sets it.
         self.on_wait: Callable[[Wait], None] = _go_on
         #: What happened so far, for the diagnosis of failures.
@@ -177,13 +184,36 @@ class Program:
         if (written := self.written.find(self, leaf)) is not None:
             return written
         if leaf.requires_grad and torch.is_grad_enabled():
-            raise StepUsageError(
-                "a tensor that requires grad but belongs to no smp.DistributedModel meets the values of one inside "
-                "smp.step: with pipelining its "
-                "gradient would exist on one stage only. Make it part of the model (a parameter, or a module of it), "
-                "or detach it"
-            )
+            self._note_leaf(leaf)
         return leaf
+
+    def _note_leaf(self, leaf: torch.Tensor) -> None:
+        """[Note: leaves] A model may switch ``requires_grad`` on for a tensor of its own, so that what is made of it
+        has a graph (checkpointing needs that), and never look at the gradient, which is there on one stage only. That
+        is fine as long as nobody can look: the tensor is gone when the step is over (:meth:`check_leaves`).
+        """
+        if not leaf.is_leaf or isinstance(leaf, torch.nn.Parameter) or leaf._backward_hooks:
+            self.refuse_leaf()
+        if not self.is_leaf(leaf):
+            self._leaves.append(weakref.ref(leaf))
+
+    def is_leaf(self, value: Any) -> bool:
+        """Whether it is an ordinary tensor whose gradient would be there on one stage only."""
+        return any(known() is value for known in self._leaves)
+
+    def check_leaves(self) -> None:
+        """The step is over, and so are its graphs: raises StepUsageError if somebody may still look at such a
+        gradient.
+        """
+        if not self.has_root or all(known() is None for known in self._leaves):
+            return
+        gc.collect()
+        if any(known() is not None for known in self._leaves):
+            self.refuse_leaf()
+
+    def refuse_leaf(self) -> NoReturn:
+        """Say that such a tensor cannot be in a step."""
+        raise StepUsageError(_OF_NOBODY)
 
     def returned(self, leaf: Any) -> Any:
         """A returned value as the engine sees it: a parameter, or a plain tensor that glue wrote into, has a home."""

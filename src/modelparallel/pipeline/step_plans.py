@@ -149,6 +149,7 @@ class StepPlans:
         schedule = make_schedule(chain, len(programs), schedule_kind, self._active_microbatches)
         check_schedule(schedule, chain, self._active_microbatches)
         plan = self._plans[kind] = StepPlan(entries, starts, chain, schedule)
+        transport.open_channels(plan.moves)
         if transport.stage == 0 and self.are_logged:
             logger.info("Pipeline schedule: %s", plan.description())
         return plan

@@ -32,21 +32,29 @@ def send_tensors(
     ``is_stable``: which tensors nobody writes to before the end of the step; the others are copied, since they leave
     later.
     """
-    presence, payload = pack(tensors, specs, is_stable)
-    transport.send(peer, name, payload, description, presence=presence)
+    device = transport.channel_device(peer)
+    by_channel = device is not None and all(tensor is None or tensor.device == device for tensor in tensors)
+    presence, payload = pack(tensors, specs, is_stable, by_channel=by_channel)
+    transport.send(peer, name, payload, description, presence=presence, by_channel=by_channel and presence != 0)
 
 
 def pack(
-    tensors: Sequence[torch.Tensor | None], specs: Sequence[TensorSpec], is_stable: Sequence[bool] | None = None
+    tensors: Sequence[torch.Tensor | None],
+    specs: Sequence[TensorSpec],
+    is_stable: Sequence[bool] | None = None,
+    *,
+    by_channel: bool = False,
 ) -> tuple[int, torch.Tensor]:
-    """(which tensors are there, their bytes one after another) for :meth:`StageTransport.send`."""
+    """(which tensors are there, their bytes one after another) for :meth:`StageTransport.send`: on the CPU, or where
+    they are if they go ``by_channel``.
+    """
     presence = 0
     parts: list[torch.Tensor] = []
     for index, (tensor, spec) in enumerate(zip(tensors, specs, strict=True)):
         if tensor is None:
             continue
         presence |= 1 << index
-        flat = _bytes_of(tensor, spec)
+        flat = _bytes_of(tensor, spec, by_channel=by_channel)
         if flat.numel() and flat.data_ptr() == tensor.data_ptr() and not (is_stable is not None and is_stable[index]):
             flat = flat.clone()
         parts.append(flat)
@@ -58,10 +66,12 @@ def pack(
 def receive_tensors(
     transport: StageTransport, source: int, name: MessageName, specs: Sequence[TensorSpec], description: str = ""
 ) -> list[torch.Tensor | None]:
-    """Wait for the tensors that :func:`send_tensors` sends, and return them on the CPU, absent ones as None. Each has
-    memory of its own.
+    """Wait for the tensors that :func:`send_tensors` sends, and return them, absent ones as None. Each has memory of
+    its own, on the CPU, or on this process's GPU if they have come by a channel.
     """
     message = transport.receive(source, name, description)
+    if message.make_ready is not None:
+        message.make_ready()
     present = [bool(message.presence >> index & 1) for index in range(len(specs))]
     expected = sum(spec.num_bytes for spec, is_there in zip(specs, present, strict=True) if is_there)
     size = message.payload.numel()
@@ -84,11 +94,13 @@ def receive_tensors(
     return result
 
 
-def _bytes_of(tensor: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
+def _bytes_of(tensor: torch.Tensor, spec: TensorSpec, *, by_channel: bool) -> torch.Tensor:
     tensor = tensor.detach()
     if is_dense(spec.shape, spec.stride) and not _is_in_order(spec.stride):
         tensor = tensor.permute(sorted(range(len(spec.shape)), key=lambda dim: -spec.stride[dim]))
-    return on_host(tensor).contiguous().view(-1).view(torch.uint8)
+    if not by_channel:
+        tensor = on_host(tensor)
+    return tensor.contiguous().view(-1).view(torch.uint8)
 
 
 def on_host(tensor: torch.Tensor) -> torch.Tensor:
@@ -110,6 +122,6 @@ def _typed(part: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
     dense).
     """
     stride = spec.stride if is_dense(spec.shape, spec.stride) else contiguous_stride(spec.shape)
-    result = torch.empty(0, dtype=spec.dtype)
+    result = torch.empty(0, dtype=spec.dtype, device=part.device)
     start = int(part.storage_offset()) // result.element_size()
     return result.set_(part.untyped_storage(), start, spec.shape, stride)
