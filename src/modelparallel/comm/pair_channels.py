@@ -22,7 +22,6 @@ from modelparallel.torch_compat import default_store
 
 _TAG = 0
 _SOURCE, _DESTINATION = 0, 1  # ranks in the communicator of a pair
-_num_made = 0  # sessions of one process share a store, and must not find each other's addresses there
 
 
 class PairChannels:
@@ -39,14 +38,12 @@ class PairChannels:
     def __init__(
         self, stage: int, global_ranks: Sequence[int], backend: str, device: torch.device, timeout_seconds: float
     ) -> None:
-        global _num_made
-        _num_made += 1
         self.device = device
         self._stage = stage
         self._backend = backend
         self._timeout = timedelta(seconds=timeout_seconds)
         pipeline = "-".join(map(str, global_ranks))
-        self._store = dist.PrefixStore(f"modelparallel/channels/{_num_made}/{pipeline}", default_store())
+        self._store = dist.PrefixStore(f"modelparallel/channels/{pipeline}", default_store())
         self._groups: dict[tuple[int, int], Any] = {}  # by (source, destination)
         self._opened: set[tuple[int, int]] = set()
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -67,8 +64,11 @@ class PairChannels:
                     group.recv([first], _SOURCE, _TAG).wait()
 
     def _make(self, pair: tuple[int, int]) -> Any:
-        store = dist.PrefixStore(f"{pair[0]}-{pair[1]}", self._store)
         rank = _SOURCE if self._stage == pair[0] else _DESTINATION
+        name = f"{pair[0]}-{pair[1]}"
+        # Sessions of one process share the store, and must not find each other's addresses in it.
+        number = self._store.add(f"{name}/made by {rank}", 1)
+        store = dist.PrefixStore(f"{name}/{number}", self._store)
         if self._backend == "nccl":
             options = dist.ProcessGroupNCCL.Options()
             options._timeout = self._timeout
