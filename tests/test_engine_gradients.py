@@ -40,6 +40,15 @@ def wants_grad(self: Any, x: Tensor) -> Tensor:
     return self.c(y * plain)
 
 
+def own_input_wants_grad(self: Any, x: Tensor) -> Tensor:
+    """As the feature encoders of speech models do, for checkpointing; nobody looks at the gradient."""
+    x = x[:, :]
+    x.requires_grad = True
+    scaled = (x * 2).exp() * 0.1
+    first = self.a(x) + self.b(scaled)
+    return self.c(first + scaled) * x + self.d(scaled)
+
+
 def hooked(self: Any, x: Tensor) -> Tensor:
     x = self.a(x)
     x.register_hook(lambda gradient: gradient * 2)
@@ -331,6 +340,7 @@ class Translator(nn.Module):
 CASES = {
     "detached": Case(held(detached), vectors, square),
     "wants_grad": Case(held(wants_grad), vectors, square),
+    "own_input_wants_grad": Case(held(own_input_wants_grad), vectors, square),
     "hooked": Case(held(hooked), vectors, square),
     "asks_parameters": Case(AsksParameters, vectors, square),
     "frozen_first": Case(lambda: freeze(held(chain)(), "a"), vectors, square),

@@ -243,6 +243,21 @@ def is_function_node(node: Any) -> bool:
     return isinstance(node, torch.autograd.function.BackwardCFunction)
 
 
+def leaves_of_graph(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """The tensors that a backward from ``tensor`` would give gradients to; the tensor itself if it is one."""
+    if tensor.grad_fn is None:
+        return [tensor]
+    seen, pending, leaves = {tensor.grad_fn}, [tensor.grad_fn], []
+    while pending:
+        node = pending.pop()
+        if (leaf := getattr(node, "variable", None)) is not None:
+            leaves.append(leaf)
+        fresh = {following for following, _ in node.next_functions if following is not None} - seen
+        seen |= fresh
+        pending.extend(fresh)
+    return leaves
+
+
 def is_compiled_node(node: Any) -> bool:
     """Whether a node of the autograd graph is the backward of a graph that ``torch.compile`` has compiled as a whole.
 

@@ -31,6 +31,7 @@ from modelparallel.pipeline.splitting import SplitBackward
 from modelparallel.pipeline.stage_tensor import AliasGroup, StageTensor, TensorSpec
 from modelparallel.pipeline.wire import TENSORS_PER_MESSAGE, receive_tensors, send_tensors
 from modelparallel.pipeline.written import WrittenTensors
+from modelparallel.torch_compat import leaves_of_graph
 
 if TYPE_CHECKING:
     from modelparallel.pipeline.chains import ChainTracker
@@ -113,6 +114,7 @@ class Program:
         self._count_work = count_work
         self._made: dict[int, weakref.ref[torch.Tensor]] = {}
         self._leaves: list[weakref.ref[torch.Tensor]] = []
+        self._without_graphs: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         #: Called before a message is taken; the interpreter sets it.
         self.on_wait: Callable[[Wait], None] = _go_on
         #: What happened so far, for the diagnosis of failures.
@@ -184,18 +186,26 @@ class Program:
         if (written := self.written.find(self, leaf)) is not None:
             return written
         if leaf.requires_grad and torch.is_grad_enabled():
-            self._note_leaf(leaf)
+            return self._without_graph(leaf)
         return leaf
 
-    def _note_leaf(self, leaf: torch.Tensor) -> None:
+    def _without_graph(self, tensor: torch.Tensor) -> torch.Tensor:
         """[Note: leaves] A model may switch ``requires_grad`` on for a tensor of its own, so that what is made of it
         has a graph (checkpointing needs that), and never look at the gradient, which is there on one stage only. That
-        is fine as long as nobody can look: the tensor is gone when the step is over (:meth:`check_leaves`).
+        is fine as long as nobody can look: the tensor is gone when the step is over (:meth:`check_leaves`). What was
+        made of it before it met a value of the pipeline goes on without that part of the graph, which would have to
+        be walked once for each piece of the backward.
         """
-        if not leaf.is_leaf or isinstance(leaf, torch.nn.Parameter) or leaf._backward_hooks:
+        leaves = leaves_of_graph(tensor)
+        if any(isinstance(leaf, torch.nn.Parameter) or leaf._backward_hooks for leaf in leaves):
             self.refuse_leaf()
-        if not self.is_leaf(leaf):
-            self._leaves.append(weakref.ref(leaf))
+        self._leaves.extend(weakref.ref(leaf) for leaf in leaves if not self.is_leaf(leaf))
+        if tensor.is_leaf:
+            return tensor
+        known = self._without_graphs.get(id(tensor))
+        if known is None or known[0] is not tensor:
+            known = self._without_graphs[id(tensor)] = (tensor, tensor.detach().requires_grad_())
+        return known[1]
 
     def is_leaf(self, value: Any) -> bool:
         """Whether it is an ordinary tensor whose gradient would be there on one stage only."""
@@ -530,6 +540,7 @@ class Program:
         self.written.clear()
         self._live.clear()
         self._made.clear()
+        self._without_graphs.clear()
 
     def glue(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Run an operation between modules where its data is; see glue.py."""
