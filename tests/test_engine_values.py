@@ -164,6 +164,18 @@ class InPlaceUnits(nn.Module):
         return x
 
 
+def writes_to_itself_and_to_another(self: Any, x: Tensor) -> Tensor:
+    """The same operation on equal shapes, once with two values that share memory."""
+    y = self.a(x) * 1
+    y += y.detach()
+    z = self.a(x + 1) * 1
+    z += y.detach()
+    w = self.b(z) * 1
+    w += z.detach()
+    w += w.detach()
+    return self.c(w) + y
+
+
 def into_plain(self: Any, x: Tensor) -> Tensor:
     first, second = self.a(x), self.b(x)
     collected = torch.zeros(x.shape[0], 2, WIDTH, dtype=x.dtype)
@@ -434,6 +446,7 @@ CASES = {
         held(lambda self, x: (self.b(self.a(x)).square().mean(), {"norm": self.c(x).norm()})), vectors, loss_from_model
     ),
     "residual_in_place": Case(held(residual_in_place), vectors, square),
+    "writes_to_itself_and_to_another": Case(held(writes_to_itself_and_to_another), vectors, square),
     "in_place_first": Case(lambda: InPlaceUnits(reads_input_again=False), vectors, square),
     "in_place_first_read_again": Case(lambda: InPlaceUnits(reads_input_again=True), vectors, square),
     "into_plain": Case(held(into_plain), vectors, square),

@@ -74,6 +74,8 @@ def run(engine: PipelineEngine, program: Program, func: Callable[..., Any], args
         and all(_is_known_everywhere(value) for value in inputs)
     )
     key = None if is_value_shaped(traits, arguments) else operation_key(traits, arguments)
+    if key is not None and written is not None:
+        key = (key, _written_with(arguments.values, written))
     program.tracker.note_work(home, "")
     compute = program.counted(func, home)
     result = execute(program, traits.description, key, arguments, home, compute, written=written, is_known=is_known)
@@ -344,6 +346,19 @@ def _choose_home(
         return sum(tensor.spec.num_bytes for tensor in inputs if stage not in tensor.places)
 
     return min(candidates, key=lambda stage: (moved_bytes(stage), -stage))
+
+
+def _written_with(values: Sequence[Any], written: int) -> tuple[int, ...]:
+    """The arguments that are written to when the one at ``written`` is, since they share its memory."""
+    target = values[written]
+    return tuple(
+        [
+            index
+            for index, value in enumerate(values)
+            if isinstance(value, StageTensor)
+            and (value is target or (value.home == target.home and value.aliases is target.aliases))
+        ]
+    )
 
 
 def _written_index(traits: FunctionTraits, args: Any, kwargs: Any, leaves: Sequence[Any]) -> int | None:
