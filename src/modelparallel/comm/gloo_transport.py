@@ -151,11 +151,9 @@ class GlooTransport(StageTransport):
         what = f"send {what or name} to pp_rank {peer}"
         pending = self._pending[peer]
         with self._send_locks[peer]:
-            if by_channel:
-                tensors = _frames(header, payload[:0].cpu(), self._inline_bytes[peer])
-            else:
-                tensors = _frames(header, payload, self._inline_bytes[peer])
-                self._inline_bytes[peer] = _grown(self._inline_bytes[peer], size)
+            carried = payload[:0].cpu() if by_channel else payload
+            tensors = _frames(header, carried, self._inline_bytes[peer])
+            self._inline_bytes[peer] = _grown(self._inline_bytes[peer], carried.numel())
             try:
                 works = [self._process_group.send([tensor], self._global_ranks[peer], _TAG) for tensor in tensors]
             except RuntimeError as error:

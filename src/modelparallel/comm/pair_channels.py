@@ -45,15 +45,13 @@ class PairChannels:
         pipeline = "-".join(map(str, global_ranks))
         self._store = dist.PrefixStore(f"modelparallel/channels/{pipeline}", default_store())
         self._groups: dict[tuple[int, int], Any] = {}  # by (source, destination)
-        self._opened: set[tuple[int, int]] = set()
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def open(self, pairs: Iterable[tuple[int, int]]) -> None:
         """Make the communicators of these (source, destination) that there are not yet. Collective over the pipeline:
         each stage makes its own, and all go through the pairs in one order, so nobody waits for ever.
         """
-        for pair in sorted(set(pairs) - self._opened):
-            self._opened.add(pair)
+        for pair in sorted(set(pairs) - self._groups.keys()):
             if self._stage in pair:
                 group = self._groups[pair] = self._make(pair)
                 # The backend connects the two at the first use; later that would hold up a step.

@@ -22,17 +22,21 @@ _MOST_PLACES = 64
 class Item:
     """What is placed together. Bytes and work are of all members; activations of one microbatch.
 
-    ``work`` is ``compute`` in its parts: of the forward, of the input gradients, of the weight gradients.
+    ``work`` is that of the forward, of the input gradients, and of the weight gradients.
     ``crossing_bytes`` would be sent over a cut after the item, which costs as much as the work ``crossing_cost``.
     """
 
     members: list[str]
     state_bytes: float = 0.0
     activation_bytes: float = 0.0
-    compute: float = 0.0
     work: tuple[float, float, float] = (0.0, 0.0, 0.0)
     crossing_bytes: int = 0
     crossing_cost: float = 0.0
+
+    @property
+    def compute(self) -> float:
+        """All of the work."""
+        return sum(self.work)
 
     @property
     def name(self) -> str:
@@ -63,7 +67,6 @@ def _items(trace: Trace, order: Sequence[str], position: Mapping[str, int], plac
             item.members.append(unit.name)
         item.state_bytes += unit.state_bytes
         item.activation_bytes += trace.activation_bytes(unit)
-        item.compute += unit.compute
         forward, inputs, weights = item.work
         item.work = forward + unit.forward, inputs + unit.input_gradient, weights + unit.weight_gradient
     for tensor in trace.tensors:

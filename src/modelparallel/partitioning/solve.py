@@ -44,22 +44,21 @@ def solve(
     """
     active = num_stages + 2 if active_microbatches is None else active_microbatches
     in_flight = microbatches_in_flight(num_stages, num_microbatches, active, schedule, virtual_degree)
-    best: tuple[Rating, Bounds, list[Item]] | None = None
+    best: tuple[Rating, Bounds, list[Item], Costs] | None = None
     for items in arrangements(trace):
         if len(items) < len(in_flight):
             raise _too_few_items(trace, items, num_stages, virtual_degree)
         costs = Costs(items, num_stages, memory_weight, in_flight, memory_limit)
         bounds = best_split(costs)
         if bounds is not None and (best is None or costs.rate(bounds) < best[0]):
-            best = costs.rate(bounds), bounds, items
+            best = costs.rate(bounds), bounds, items, costs
     if best is None:
         search = LimitedSearch(
             trace, num_stages, num_microbatches, active, schedule, virtual_degree, int(memory_limit or 0)
         )
         raise over_the_limit(search)
-    _, bounds, items = best
+    _, bounds, items, costs = best
     if step_time is not None and virtual_degree == 1 and any(item.compute for item in items):
-        costs = Costs(items, num_stages, memory_weight, in_flight, memory_limit)
         bounds = shortened(costs, bounds, step_time, num_microbatches)
     pieces = {
         name: piece for piece, (start, end) in enumerate(bounds) for item in items[start:end] for name in item.members

@@ -172,9 +172,9 @@ class StepPlans:
             return
         found = [waiting_share]
         found += [pickle.loads(transport.receive_object(peer, _PLAN, _WHAT)) for peer in transport.peers()]
-        predicted = plan.idle_shares()
         if not self.are_logged:
             return
+        predicted = plan.idle_shares()
         logger.info(
             "Pipeline schedule, after %d steps: the stages wait %s of their time (predicted: %s)",
             runs,
