@@ -110,6 +110,17 @@ def dies(model: Any, x: Tensor) -> Tensor:
     return finish(model, y)
 
 
+def dies_before_it_is_sent_to(model: Any, x: Tensor) -> Tensor:
+    """pp_rank 1 dies while pp_rank 0 computes what it will send to it."""
+    if is_apart():
+        model.module.d.register_forward_pre_hook(lambda *_: time.sleep(1.5))
+    y = model(x)
+    if is_apart(1):
+        time.sleep(0.3)
+        os.kill(os.getpid(), signal.SIGKILL)
+    return finish(model, y)
+
+
 def wrapped(layout: str) -> Any:
     """``straight``: each stage is visited once; ``turns``: neighbours on different stages, so each is visited twice."""
     import modelparallel as smp
@@ -201,6 +212,13 @@ def test_exception_and_death_of_one_stage_reach_all(layout: str) -> None:
         [(error, seconds)] = ranks[rank]
         assert seconds < SOON and "the connection is gone" in error, error
         assert f"pp_rank {rank}, microbatch" in error and f"on pp_rank {rank}:\n  event 1: " in error, error
+
+
+def test_send_to_a_stage_that_has_died_names_it_and_the_last_events() -> None:
+    ranks = run([dies_before_it_is_sent_to], 3, "turns", 2, return_failures=True)
+    [(error, seconds)] = ranks[0]
+    assert seconds < SOON and "waiting to send" in error and "to pp_rank 1 (" in error, error
+    assert "pp_rank 0, microbatch" in error and "on pp_rank 0:\n  event 1: " in error, error
 
 
 # One rank does not call the step function

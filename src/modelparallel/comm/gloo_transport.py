@@ -24,6 +24,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from modelparallel.comm.diagnosis import place_of
 from modelparallel.comm.event_log import user_code_line
 from modelparallel.comm.pair_channels import PairChannels
 from modelparallel.comm.transport import Message, MessageKind, MessageName, StageTransport
@@ -46,6 +47,7 @@ _GOODBYE_SECONDS = 5.0
 class _PendingSend:
     works: list[dist.Work]
     tensors: list[torch.Tensor]  # they, and the works, must stay alive until the message has arrived
+    microbatch: int
     description: str
     is_needed: bool  # the peer waits for it; nobody waits for what is only told
     channel_work: dist.Work | None = None
@@ -157,12 +159,13 @@ class GlooTransport(StageTransport):
             try:
                 works = [self._process_group.send([tensor], self._global_ranks[peer], _TAG) for tensor in tensors]
             except RuntimeError as error:
-                raise self._send_error(what, error) from error
+                raise self._send_error(name.microbatch, what, error) from error
             channel_work = None
             if by_channel and self.channels is not None:
                 channel_work = self.channels.send(peer, payload)
                 tensors.append(payload)
-            pending.append(_PendingSend(works, tensors, what, name.kind is not MessageKind.STATUS, channel_work))
+            is_needed = name.kind is not MessageKind.STATUS
+            pending.append(_PendingSend(works, tensors, name.microbatch, what, is_needed, channel_work))
         while may_wait and len(pending) > _MAX_PENDING_SENDS:
             oldest = pending[0].channel_work
             if oldest is not None and not oldest.is_completed():
@@ -183,7 +186,7 @@ class GlooTransport(StageTransport):
                 work.wait(timedelta(seconds=self.timeout_seconds))
             except RuntimeError as error:
                 if send.is_needed:
-                    raise self._send_error(send.description, error) from error
+                    raise self._send_error(send.microbatch, send.description, error) from error
 
     def _make_ready(self, peer: int, wait: Callable[[], object]) -> None:
         try:
@@ -194,13 +197,14 @@ class GlooTransport(StageTransport):
                 f"({str(error).splitlines()[0]})"
             ) from error
 
-    def _send_error(self, what: str, error: RuntimeError) -> CommunicationError:
-        text = f"pp_rank {self.stage}: waiting to {what} ({user_code_line()})"
+    def _send_error(self, microbatch: int, what: str, error: RuntimeError) -> CommunicationError:
+        text = f"pp_rank {self.stage}, {place_of(microbatch)}: waiting to {what} ({user_code_line()})"
+        history = self._history(microbatch)
         if "imed out" in str(error) or "imeout" in str(error):
-            return WaitTimeoutError(f"{text}: not taken within timeout_seconds={self.timeout_seconds:g}")
+            return WaitTimeoutError(f"{text}: not taken within timeout_seconds={self.timeout_seconds:g}\n{history}")
         return CommunicationError(
             f"{text}: the connection is gone ({str(error).splitlines()[0]}); the peer has probably failed, see its "
-            "message."
+            f"message.\n{history}"
         )
 
     def close(self) -> None:

@@ -346,21 +346,21 @@ class StageTransport(ABC):
 
     def _check_can_come(self, waiting: _Waiting) -> None:
         if self._divergence is not None and self._divergence[0] == self._step:
-            raise DivergenceError(f"{self._divergence[1]}\n{self._history(waiting.awaited[0])}")
+            raise DivergenceError(f"{self._divergence[1]}\n{self._history(waiting.awaited[0].name.microbatch)}")
         for awaited in waiting.awaited:
             failure = self._failures.get((awaited.source, self._step))
             if failure is not None:
                 kind = DivergenceError if failure.startswith("DivergenceError") else CommunicationError
                 raise kind(
                     f"{self._situation(awaited)}: the connection is gone, since the step of pp_rank "
-                    f"{awaited.source} has failed: {failure}\n{self._history(awaited)}"
+                    f"{awaited.source} has failed: {failure}\n{self._history(awaited.name.microbatch)}"
                 )
             self._check_not_left_out(waiting, awaited)
             reason = self._gone.get(awaited.source)
             if reason is not None:
                 raise CommunicationError(
                     f"{self._situation(awaited)}: the connection is gone ({reason}); the peer has probably failed, see "
-                    f"its message.\n{self._history(awaited)}"
+                    f"its message.\n{self._history(awaited.name.microbatch)}"
                 )
 
     def _check_not_left_out(self, waiting: _Waiting, awaited: Awaited) -> None:
@@ -376,7 +376,7 @@ class StageTransport(ABC):
             raise DivergenceError(
                 f"pp_rank {self.stage} at {self._line(awaited)} expected {awaited.name} ({awaited.description}) from "
                 f"pp_rank {source}, which sent {name}: the stages did not run the same program. Does the step function "
-                f"branch on the rank, on time or on unseeded randomness?\n{self._history(awaited)}"
+                f"branch on the rank, on time or on unseeded randomness?\n{self._history(awaited.name.microbatch)}"
             )
 
     def _timeout(self, waiting: _Waiting) -> WaitTimeoutError:
@@ -388,7 +388,7 @@ class StageTransport(ABC):
         return WaitTimeoutError(
             f"{self._situation(awaited)}: no answer within timeout_seconds={self.timeout_seconds:g}{others}\n"
             + "\n".join(lines)
-            + f"\n{self._history(awaited)}"
+            + f"\n{self._history(awaited.name.microbatch)}"
         )
 
     def words_of_peers(self) -> dict[int, str]:
@@ -412,19 +412,18 @@ class StageTransport(ABC):
         )
 
     def _line(self, awaited: Awaited) -> str:
-        log = self._log_of(awaited)
+        log = self._log_of(awaited.name.microbatch)
         if awaited.name.kind is MessageKind.GRADIENTS and log is not None:
             event = log.report().event(awaited.name.event)
             if event is not None:
                 return f"in the backward of {event.line}"
         return awaited.line or user_code_line()
 
-    def _log_of(self, awaited: Awaited) -> EventLog | None:
-        index = awaited.name.microbatch
-        return self.logs[index] if 0 <= index < len(self.logs) else None
+    def _log_of(self, microbatch: int) -> EventLog | None:
+        return self.logs[microbatch] if 0 <= microbatch < len(self.logs) else None
 
-    def _history(self, awaited: Awaited) -> str:
-        log = self._log_of(awaited)
+    def _history(self, microbatch: int) -> str:
+        log = self._log_of(microbatch)
         return "no events yet in this step" if log is None else log.last(self.stage)
 
     # Telling: see the note at the top
