@@ -70,7 +70,7 @@ def _joined(row: ParameterRow | None, by_tp_rank: Mapping[int, Any]) -> Any:
         return values[0]
     if values[0].shape == torch.Size(row.full_shape):
         return values[0]
-    return torch.cat(values, dim=row.split.dim)
+    return row.split.join(values)
 
 
 def load_state_dict(
@@ -135,8 +135,7 @@ def _local_part(model: DistributedModel, name: str, value: Any) -> Any:
     if value.shape == model.table.tensor(row.name).shape != torch.Size(row.full_shape):
         return value  # already the local slice
     tp = model._runtime.session.groups.tp
-    part = row.split.local_slice(tp.rank_in_group, tp.size)
-    return value.narrow(row.split.dim, part.start, part.stop - part.start)
+    return row.split.slice_of(value, tp.rank_in_group, tp.size)
 
 
 def gather_whole(model: DistributedModel) -> None:

@@ -289,9 +289,10 @@ class DistributedOptimizer(torch.optim.Optimizer):
             split = found[1].split if found is not None else None
             merged = dict(by_rank[0])
             if split is not None:
+                shape = torch.Size(split.local_shape(0, groups.tp.size))  # of rank 0, whose values these are
                 for key, value in merged.items():
-                    if isinstance(value, torch.Tensor) and value.shape == parameters[index].shape:
-                        merged[key] = torch.cat([values[key] for values in by_rank], dim=split.dim)
+                    if isinstance(value, torch.Tensor) and value.shape == shape:
+                        merged[key] = split.join([values[key] for values in by_rank])
             result[index] = merged
         return result
 
@@ -307,8 +308,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
         if value.shape != torch.Size(split.full_shape) or value.shape == parameter.shape:
             return value
         tp = self._runtime.session.groups.tp
-        part = split.local_slice(tp.rank_in_group, tp.size)
-        return value.narrow(split.dim, part.start, part.stop - part.start).clone()
+        return split.slice_of(value, tp.rank_in_group, tp.size).clone()
 
 
 def _cpu(value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,17 +10,54 @@ import torch
 
 @dataclass(frozen=True)
 class SplitSpec:
-    """How a tensor is cut over the tensor-parallel ranks: ``dim`` is the cut dimension, ``full_shape`` the shape before
-    the cut.
+    """How a tensor is cut over the tensor-parallel ranks, and all the arithmetic of it.
+
+    ``dim`` is the cut dimension (not negative), ``full_shape`` the shape before the cut. ``parts`` are the lengths of
+    blocks that lie one after another along ``dim`` (queries, keys and values in one weight; gate and up), each of which
+    is cut for itself; empty means one block. A block whose length does not divide is cut as ``torch.chunk`` does it,
+    into slices of the rounded-up length of which the last ones are shorter, or empty.
     """
 
     dim: int
     full_shape: tuple[int, ...]
+    parts: tuple[int, ...] = ()
 
-    def local_slice(self, tp_rank: int, tp_size: int) -> slice:
-        """The index range of ``dim`` that ``tp_rank`` holds."""
-        length = self.full_shape[self.dim] // tp_size
-        return slice(tp_rank * length, (tp_rank + 1) * length)
+    def ranges(self, tp_rank: int, tp_size: int) -> tuple[slice, ...]:
+        """The index ranges of ``dim`` that ``tp_rank`` holds, one for each block."""
+        result = []
+        start = 0
+        for length in self._blocks():
+            width = -(-length // tp_size)
+            low, high = min(tp_rank * width, length), min((tp_rank + 1) * width, length)
+            result.append(slice(start + low, start + high))
+            start += length
+        return tuple(result)
+
+    def local_length(self, tp_rank: int, tp_size: int) -> int:
+        """The length along ``dim`` of the slice of ``tp_rank``."""
+        return sum(part.stop - part.start for part in self.ranges(tp_rank, tp_size))
+
+    def local_shape(self, tp_rank: int, tp_size: int) -> tuple[int, ...]:
+        """The shape of the slice of ``tp_rank``."""
+        return (*self.full_shape[: self.dim], self.local_length(tp_rank, tp_size), *self.full_shape[self.dim + 1 :])
+
+    def slice_of(self, full: torch.Tensor, tp_rank: int, tp_size: int) -> torch.Tensor:
+        """The slice of ``tp_rank``; a view of ``full`` if it is one range."""
+        parts = [full.narrow(self.dim, part.start, part.stop - part.start) for part in self.ranges(tp_rank, tp_size)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, self.dim)
+
+    def join(self, slices: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The full tensor from the slices of all ranks, in the order of tp_rank."""
+        if len(self._blocks()) == 1:
+            return torch.cat(list(slices), self.dim)
+        lengths = [
+            [part.stop - part.start for part in self.ranges(tp_rank, len(slices))] for tp_rank in range(len(slices))
+        ]
+        blocks = [part.split(own, self.dim) for part, own in zip(slices, lengths, strict=True)]
+        return torch.cat([part for block in zip(*blocks, strict=True) for part in block], self.dim)
+
+    def _blocks(self) -> tuple[int, ...]:
+        return self.parts or (self.full_shape[self.dim],)
 
 
 @dataclass(frozen=True)

@@ -35,8 +35,7 @@ def slice_of(full: torch.Tensor, spec: SplitSpec, tp_rank: int, tp_size: int) ->
         )
     if tp_size == 1:
         return full
-    part = spec.local_slice(tp_rank, tp_size)
-    return full.narrow(spec.dim, part.start, part.stop - part.start).clone(memory_format=torch.contiguous_format)
+    return spec.slice_of(full, tp_rank, tp_size).clone(memory_format=torch.contiguous_format)
 
 
 def is_plain_parameter(tensor: torch.Tensor) -> TypeGuard[nn.Parameter]:
