@@ -11,10 +11,6 @@ The rows of all ranks stand in the order of rank_in_group. ``counts`` says how m
 different numbers (`gather_counts` finds them out). None means equal numbers everywhere, which the caller must know:
 ranks that disagree crash in gloo and hang in NCCL.
 
-[Note: all-to-all on gloo] Its reduce_scatter is an all_reduce in disguise, and its all_gather takes longer than an
-all-to-all of the same bytes, so on CPU tensors both are made of one all-to-all (measured with 2 and 4 processes: 2 to 6
-times faster for reduce_scatter).
-
 Every function here is collective over ``group``; ranks must call them in the same order.
 """
 
@@ -24,10 +20,16 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch.autograd import Function
 
-from modelparallel.errors import CommunicationError, TensorParallelError
+from modelparallel.comm.exchange import (
+    exchange_integers,
+    start_gather_rows,
+    start_merge_features,
+    start_reduce_rows,
+    start_split_features,
+)
+from modelparallel.errors import TensorParallelError
 
 if TYPE_CHECKING:
     from modelparallel.comm.groups import Group
@@ -41,10 +43,7 @@ def gather_counts(count: int, group: Group, like: torch.Tensor | None = None) ->
     """
     if group.size == 1 or (like is not None and like.is_meta):
         return (count,) * group.size
-    device = torch.device("cpu") if _has_cpu_backend(group) else torch.device("cuda", torch.cuda.current_device())
-    received = torch.empty(group.size, dtype=torch.int64, device=device)
-    _exchange(received, torch.full((group.size,), count, dtype=torch.int64, device=device), None, None, group)
-    return tuple(received.tolist())
+    return tuple(values[0] for values in exchange_integers((count,), group))
 
 
 def all_gather(tensor: torch.Tensor, group: Group, dim: int = 0, counts: Sequence[int] | None = None) -> torch.Tensor:
@@ -98,7 +97,7 @@ class _GatherRows(Function):
     @staticmethod
     def forward(ctx: Any, rows: torch.Tensor, group: Group, counts: tuple[int, ...]) -> torch.Tensor:
         ctx.group, ctx.counts = group, counts
-        return _gather_rows(rows, group, counts)
+        return start_gather_rows(rows, group, counts).wait()
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -109,7 +108,7 @@ class _ReduceRows(Function):
     @staticmethod
     def forward(ctx: Any, rows: torch.Tensor, group: Group, counts: tuple[int, ...]) -> torch.Tensor:
         ctx.group, ctx.counts = group, counts
-        return _reduce_rows(rows, group, counts)
+        return start_reduce_rows(rows, group, counts).wait()
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -120,7 +119,7 @@ class _SplitFeatures(Function):
     @staticmethod
     def forward(ctx: Any, matrix: torch.Tensor, group: Group, counts: tuple[int, ...]) -> torch.Tensor:
         ctx.group, ctx.counts = group, counts
-        return _split_features(matrix, group, counts)
+        return start_split_features(matrix, group, counts).wait()
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -131,82 +130,11 @@ class _MergeFeatures(Function):
     @staticmethod
     def forward(ctx: Any, matrix: torch.Tensor, group: Group, counts: tuple[int, ...]) -> torch.Tensor:
         ctx.group, ctx.counts = group, counts
-        return _merge_features(matrix, group, counts)
+        return start_merge_features(matrix, group, counts).wait()
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         return _SplitFeatures.apply(grads[0], ctx.group, ctx.counts), None, None
-
-
-def _gather_rows(rows: torch.Tensor, group: Group, counts: tuple[int, ...]) -> torch.Tensor:
-    gathered = rows.new_empty((sum(counts), *rows.shape[1:]))
-    if rows.is_cuda and len(set(counts)) == 1:
-        _all_gather_single(gathered, rows.contiguous(), group=group.process_group)
-        return gathered
-    copies = rows.expand(group.size, *rows.shape).contiguous().view(-1, *rows.shape[1:])
-    _exchange(gathered, copies, counts, (rows.shape[0],) * group.size, group)
-    return gathered
-
-
-def _reduce_rows(rows: torch.Tensor, group: Group, counts: tuple[int, ...]) -> torch.Tensor:
-    own = counts[group.rank_in_group]
-    if rows.is_cuda and len(set(counts)) == 1:
-        reduced = rows.new_empty((own, *rows.shape[1:]))
-        _reduce_scatter_single(reduced, rows.contiguous(), group=group.process_group)
-        return reduced
-    parts = rows.new_empty((group.size, own, *rows.shape[1:]))
-    _exchange(parts.view(-1, *rows.shape[1:]), rows.contiguous(), (own,) * group.size, counts, group)
-    if group.size == 2:
-        return torch.add(parts[0], parts[1], out=parts[0])
-    return parts.sum(0)
-
-
-def _split_features(matrix: torch.Tensor, group: Group, counts: tuple[int, ...]) -> torch.Tensor:
-    num_rows, num_features = matrix.shape
-    width = num_features // group.size
-    slices = matrix.reshape(num_rows, group.size, width).transpose(0, 1).reshape(-1, width).contiguous()
-    received = matrix.new_empty((sum(counts), width))
-    _exchange(received, slices, counts, (num_rows,) * group.size, group)
-    return received
-
-
-def _merge_features(matrix: torch.Tensor, group: Group, counts: tuple[int, ...]) -> torch.Tensor:
-    own, width = counts[group.rank_in_group], matrix.shape[1]
-    slices = matrix.new_empty((group.size, own, width))
-    _exchange(slices.view(-1, width), matrix.contiguous(), (own,) * group.size, counts, group)
-    return slices.transpose(0, 1).reshape(own, group.size * width)
-
-
-def _exchange(
-    received: torch.Tensor,
-    sent: torch.Tensor,
-    received_counts: Sequence[int] | None,
-    sent_counts: Sequence[int] | None,
-    group: Group,
-) -> None:
-    """All-to-all of blocks of rows: block i of ``sent`` goes to rank i, whose block comes to place i of
-    ``received``.
-    """
-    if received_counts is not None and sent_counts is not None and not sum(received_counts) and not sum(sent_counts):
-        # Then nobody has anything for this rank, nor it for others; the others see zero counts for it as well.
-        return
-    if received.is_meta:
-        return
-    try:
-        dist.all_to_all_single(
-            received,
-            sent,
-            None if received_counts is None else list(received_counts),
-            None if sent_counts is None else list(sent_counts),
-            group=group.process_group,
-        )
-    except RuntimeError as error:
-        raise CommunicationError(
-            f"all-to-all of {tuple(sent.shape)} -> {tuple(received.shape)} ({sent.dtype}) over the {group.kind} group "
-            f"of global ranks "
-            f"{list(group.ranks)} failed: {str(error).splitlines()[0]}. A process of the group has probably failed, or "
-            f"runs another program"
-        ) from error
 
 
 def _checked_counts(what: str, rows: torch.Tensor, counts: Sequence[int] | None, group: Group) -> tuple[int, ...]:
@@ -233,12 +161,3 @@ def _checked_parts(what: str, rows: torch.Tensor, counts: Sequence[int] | None, 
             f"{what}: counts {tuple(counts)} do not cut a tensor of shape {tuple(rows.shape)} into {group.size} parts"
         )
     return tuple(counts)
-
-
-def _has_cpu_backend(group: Group) -> bool:
-    return "cpu:" in dist.get_backend_config(group.process_group)
-
-
-# torch 2.13 renamed the two; 2.11 has only the old names.
-_all_gather_single: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_scatter_single: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor

@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,17 +22,39 @@ if TYPE_CHECKING:
     from modelparallel.comm.groups import Group
     from modelparallel.registry import Hook
 
-_group_override: ContextVar[Group | None] = ContextVar("smp_tp_group", default=None)
+
+@dataclass(frozen=True)
+class TensorParallelSettings:
+    """What a distributed module works on: the configuration's ``optimize`` and ``prescaled_batch``, and the group."""
+
+    group: Group
+    is_memory: bool = False
+    is_prescaled: bool = False
+
+
+_override: ContextVar[TensorParallelSettings | None] = ContextVar("smp_tensor_parallel_settings", default=None)
 
 
 @contextmanager
-def using_tp_group(group: Group) -> Iterator[None]:
-    """Modules constructed inside work on ``group`` instead of the session's TP_GROUP (and cannot be deep-copied)."""
-    token = _group_override.set(group)
+def using_tp_group(group: Group, *, is_memory: bool = False, is_prescaled: bool = False) -> Iterator[None]:
+    """Modules constructed inside work on ``group`` and with these settings instead of those of the session (and cannot
+    be deep-copied).
+    """
+    token = _override.set(TensorParallelSettings(group, is_memory, is_prescaled))
     try:
         yield
     finally:
-        _group_override.reset(token)
+        _override.reset(token)
+
+
+def current_settings() -> TensorParallelSettings:
+    """What a module constructed now works with."""
+    override = _override.get()
+    if override is not None:
+        return override
+    active = session.current()
+    config = active.config
+    return TensorParallelSettings(active.groups.tp, config.optimize == "memory", config.prescaled_batch)
 
 
 def is_session_group(tp_group: Group) -> bool:
@@ -48,9 +71,9 @@ class DistributedModule(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        override = _group_override.get()
+        override = _override.get()
         if override is not None:
-            self.__dict__["_tp_group"] = override
+            self.__dict__["_tp_group"] = override.group
 
     @property
     def tp_group(self) -> Group:
