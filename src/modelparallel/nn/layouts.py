@@ -10,9 +10,9 @@ With ``prescaled_batch=True`` the ranks feed the same batch, which then is the o
 gathered on the way in, and everybody gets all of it on the way out.
 
 [Note: whose gradient] Inside, gradients are those of the *sum* of the ranks' losses: each rank's loss is its own, so
-the gradients of all rows come together on the way in, backwards. With a prescaled batch the ranks' losses are t times the
-same one; that is why the gradient is multiplied by t where it enters, and divided where it leaves. So in both cases a
-parameter inside has a gradient that is summed over RDP_GROUP and divided by dp (smp-api section 8).
+the gradients of all rows come together on the way in, backwards. With a prescaled batch the ranks' losses are t times
+the same one; that is why the gradient is multiplied by t where it enters, and divided where it leaves. So in both cases
+a parameter inside has a gradient that is summed over RDP_GROUP and divided by dp (smp-api section 8).
 """
 
 from __future__ import annotations
