@@ -279,7 +279,12 @@ def test_features_that_do_not_exist_yet_stop(entry: str) -> None:
 
 
 def test_a_built_feature_needs_only_its_line_deleted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(config_module.NOT_BUILT, "prescaled_batch")
+    monkeypatch.delitem(config_module.NOT_BUILT, "offload_activations")
+    config = load({"offload_activations": 1})
+    assert config.offload_activations is True
+
+
+def test_prescaled_batch_without_tensor_parallelism_is_noticed() -> None:
     config = load({"prescaled_batch": 1})
     assert config.prescaled_batch is True
     assert config.notices == ("prescaled_batch: no effect with tensor_parallel_degree=1",)

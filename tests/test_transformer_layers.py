@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import plain_transformer as plain
-from modelparallel.errors import TensorParallelError
 from modelparallel.nn import (
     DistributedAttentionLayer,
     DistributedLayerNorm,
