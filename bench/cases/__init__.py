@@ -12,6 +12,7 @@ from bench.cases import (
     pipeline,
     schedules,
     tensor_parallel,
+    transformer_block,
 )
 from bench.cases.case import Case
 
@@ -24,6 +25,7 @@ _MODULES = (
     engine_overhead,
     data_parallel,
     tensor_parallel,
+    transformer_block,
     memory,
 )
 CASES: dict[str, Case] = {case.name: case for module in _MODULES for case in module.CASES}
