@@ -384,8 +384,6 @@ def _notices(config: Config, environ: Mapping[str, str]) -> Iterable[str]:
     idle = [key for key in _AUTOMATIC_KEYS if key in given]
     if idle and not config.auto_partition:
         yield f"{', '.join(idle)}: no effect with auto_partition=False"
-    if "optimize" in given and config.tensor_parallel_degree > 1:
-        yield "optimize: picks memory_weight only; the transformer layers whose layout it chooses are not built yet"
     for name, meaning in ENVIRONMENT_WITHOUT_EFFECT.items():
         if name in environ:
             yield f"environment variable {name} ({meaning}) has no effect"
