@@ -100,7 +100,7 @@ def test_defaults() -> None:
         "sdp_max_live_parameters": 1_000_000_000, "sdp_hierarchical_allgather": True, "sdp_gradient_clipping": 1.0,
         "partition_file": None, "fp16": False, "_match_weights": False, "uneven_microbatches": "exact",
         "virtual_pipeline_degree": 1, "memory_limit": None, "tied_weights": "colocate",
-        "seed": None, "timeout_seconds": 600.0, "push_limit_bytes": 65536,
+        "seed": None, "debug": False, "timeout_seconds": 600.0, "push_limit_bytes": 65536,
     }  # fmt: skip
     assert {key: getattr(config, key) for key in expected} == expected
     assert set(config.sources.values()) == {"default"}

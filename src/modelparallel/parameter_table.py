@@ -274,10 +274,16 @@ class Config(BaseModel):
     bf16: Flag = _flag("Train in bf16. Excludes `fp16`.")
     delayed_parameter_initialization: Flag = _flag("Default of `smp.model_creation`: create parameters when placed.")
     checkpoint_attentions: Flag = _flag("Checkpoint the attention inside the distributed layers.")
-    match_weights: Flag = _flag("Replaced modules keep their weights; they always do here.", alias="_match_weights")
+    match_weights: Flag = _flag(
+        "Modules replaced through a registration take the weights of the originals.", alias="_match_weights"
+    )
     fp32_grad_accumulation: Flag = _flag("Accumulate gradients in fp32.", alias="_fp32_grad_accumulation")
 
     # The run.
+    debug: Flag = _flag(
+        "Check at each call what the ranks of a TP group must give alike (a prescaled batch), which costs messages. "
+        "Extension."
+    )
     seed: OptionalWhole = _parameter(
         None, "Seed of the random streams.", kind="int", default_text="torch.initial_seed() of pp_rank 0"
     )

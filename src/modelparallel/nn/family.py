@@ -28,12 +28,13 @@ class FamilyModule(DistributedModule):
         settings = current_settings()
         self.is_memory = settings.is_memory
         self.is_prescaled = settings.is_prescaled
+        self.is_debug = settings.is_debug
         self.is_inner = False
 
     @property
     def layout(self) -> Layout:
         """The layout of the hidden state inside."""
-        return Layout(self.tp_group, self.is_memory, self.is_prescaled)
+        return Layout(self.tp_group, self.is_memory, self.is_prescaled, self.is_debug)
 
     def scaled_batch_tensors(self) -> set[str]:
         """All parameters owned directly."""

@@ -17,6 +17,7 @@ a parameter inside has a gradient that is summed over RDP_GROUP and divided by d
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -32,7 +33,7 @@ from modelparallel.comm.replicated import (
     take_features,
     take_rows,
 )
-from modelparallel.errors import TensorParallelError
+from modelparallel.errors import DivergenceError, TensorParallelError
 
 if TYPE_CHECKING:
     from modelparallel.comm.groups import Group
@@ -45,6 +46,7 @@ class Layout:
     group: Group
     is_memory: bool
     is_prescaled: bool
+    is_debug: bool = False
 
     def local_width(self, width: int) -> int:
         """How many of the ``width`` features of the hidden state a rank holds."""
@@ -53,10 +55,13 @@ class Layout:
     def scaled_rows(self, who: str, tensors: Sequence[torch.Tensor | None]) -> tuple[int, ...]:
         """How many rows (dim 0) each rank has; checks that the other dims of all ``tensors`` agree. Collective.
 
-        One tiny message a call, and none for a prescaled batch. ``who`` asks, for error messages.
+        One tiny message a call, and none for a prescaled batch (with ``is_debug`` one, to see that it is the same
+        everywhere). ``who`` asks, for error messages.
         """
         first = tensors[0]
         assert first is not None
+        if self.group.size > 1 and self.is_prescaled and self.is_debug:
+            self._check_equal(who, tensors)
         if self.group.size == 1 or self.is_prescaled:
             return (first.shape[0],) * self.group.size
         described = [first.shape[0]]
@@ -68,11 +73,23 @@ class Layout:
             if theirs[1:] != found[0][1:]:
                 shapes = ", ".join("None" if tensor is None else str(tuple(tensor.shape)) for tensor in tensors)
                 raise TensorParallelError(
-                    f"{who}: the tensor-parallel ranks gave tensors that agree in number and in all dims but the first "
-                    f"neither: this rank has {shapes}; ranks 0 and {rank} of the group differ. Pad the batches of one "
+                    f"{who}: the inputs of the tensor-parallel ranks must agree in number, and in all dims but the "
+                    f"first. This rank has {shapes}; ranks 0 and {rank} of the group differ. Pad the batches of one "
                     "step to equal lengths"
                 )
         return tuple(theirs[0] for theirs in found)
+
+    def _check_equal(self, who: str, tensors: Sequence[torch.Tensor | None]) -> None:
+        sums = [0 if tensor is None else _checksum(tensor) for tensor in tensors]
+        for rank, theirs in enumerate(exchange_integers(sums, self.group)):
+            differing = [index for index, (own, other) in enumerate(zip(sums, theirs, strict=True)) if own != other]
+            if differing:
+                raise DivergenceError(
+                    f"{who}: with prescaled_batch=True all ranks of a tensor-parallel group must feed the same batch, "
+                    f"but input {differing[0]} (of {len(sums)}) of rank {rank} of the group is not that of rank "
+                    f"{self.group.rank_in_group}: shard the data by smp.rdp_rank() and smp.rdp_size(), or use "
+                    "prescaled_batch=False"
+                )
 
     def gather_rows(self, tensor: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
         """Something without a gradient (ids, masks) of all ranks: [N, ...] -> [n, ...]."""
@@ -107,3 +124,8 @@ class Layout:
         length = inner.numel()
         merged = merge_features(hidden.reshape(-1, hidden.shape[-1]), group, [count * length for count in counts])
         return merged.view(counts[group.rank_in_group], *inner, merged.shape[-1])
+
+
+def _checksum(tensor: torch.Tensor) -> int:
+    content = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+    return zlib.crc32(repr(tuple(tensor.shape)).encode(), zlib.crc32(content.numpy()))

@@ -25,22 +25,27 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TensorParallelSettings:
-    """What a distributed module works on: the configuration's ``optimize`` and ``prescaled_batch``, and the group."""
+    """What a distributed module works on: the configuration's ``optimize``, ``prescaled_batch`` and ``debug``, and the
+    group.
+    """
 
     group: Group
     is_memory: bool = False
     is_prescaled: bool = False
+    is_debug: bool = False
 
 
 _override: ContextVar[TensorParallelSettings | None] = ContextVar("smp_tensor_parallel_settings", default=None)
 
 
 @contextmanager
-def using_tp_group(group: Group, *, is_memory: bool = False, is_prescaled: bool = False) -> Iterator[None]:
+def using_tp_group(
+    group: Group, *, is_memory: bool = False, is_prescaled: bool = False, is_debug: bool = False
+) -> Iterator[None]:
     """Modules constructed inside work on ``group`` and with these settings instead of those of the session (and cannot
     be deep-copied).
     """
-    token = _override.set(TensorParallelSettings(group, is_memory, is_prescaled))
+    token = _override.set(TensorParallelSettings(group, is_memory, is_prescaled, is_debug))
     try:
         yield
     finally:
@@ -54,7 +59,7 @@ def current_settings() -> TensorParallelSettings:
         return override
     active = session.current()
     config = active.config
-    return TensorParallelSettings(active.groups.tp, config.optimize == "memory", config.prescaled_batch)
+    return TensorParallelSettings(active.groups.tp, config.optimize == "memory", config.prescaled_batch, config.debug)
 
 
 def is_session_group(tp_group: Group) -> bool:
