@@ -176,7 +176,7 @@ def test_keys_of_the_mpi_dictionary():
 def test_every_configuration_parameter_is_in_the_table():
     listed = {path for _, path, _, _ in rows_of("config")}
     ours = {"uneven_microbatches", "seed", "timeout_seconds", "message_timeout_seconds", "push_limit_bytes"}
-    ours |= {"virtual_pipeline_degree", "memory_limit", "tied_weights"}
+    ours |= {"virtual_pipeline_degree", "memory_limit", "tied_weights", "debug"}
     assert listed - {"partitions"} <= set(PARAMETER_KEYS)
     assert set(PARAMETER_KEYS) - listed <= ours, "missing in docs/compatibility.md"
 

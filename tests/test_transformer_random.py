@@ -162,8 +162,8 @@ def build_with(tp: int, cls: Any, **arguments: Any) -> nn.Module:
         (
             DistributedTransformerLayer,
             {"num_attention_heads": 6},
-            "num_attention_heads of a DistributedAttentionLayer is 6, not divisible by tensor_parallel_degree=4: use one "
-            "of the degrees 1, 2, 3, 6",
+            "num_attention_heads of a DistributedAttentionLayer is 6, not divisible by tensor_parallel_degree=4: use "
+            "one of the degrees 1, 2, 3, 6",
         ),
         (DistributedTransformerLayer, {"hidden_size": 30}, "hidden_size of a .* is 30, not divisible"),
         (DistributedTransformerLayer, {"intermediate_size": 10}, "intermediate_size of a .* is 10, not divisible"),

@@ -128,4 +128,4 @@ class Layout:
 
 def _checksum(tensor: torch.Tensor) -> int:
     content = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
-    return zlib.crc32(repr(tuple(tensor.shape)).encode(), zlib.crc32(content.numpy()))
+    return zlib.crc32(repr(tuple(tensor.shape)).encode(), zlib.crc32(content.numpy().tobytes()))
