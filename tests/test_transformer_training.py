@@ -125,6 +125,7 @@ CASES = [
     ("gptj", 4, settings(2, pp=2, microbatches=3, prescaled_batch=True)),
     ("gptj", 2, settings(2, optimize="memory", microbatches=2)),
     ("bert", 2, settings(1, pp=2, microbatches=2)),
+    ("gpt", 4, settings(2, pp=2, microbatches=4, pipeline="zero_bubble", tied_weights="replicate")),
 ]
 
 
