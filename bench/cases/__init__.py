@@ -6,6 +6,7 @@ from bench.cases import (
     data_parallel,
     engine_overhead,
     growth,
+    language_models,
     memory,
     overhead,
     partition,
@@ -26,6 +27,7 @@ _MODULES = (
     data_parallel,
     tensor_parallel,
     transformer_block,
+    language_models,
     memory,
 )
 CASES: dict[str, Case] = {case.name: case for module in _MODULES for case in module.CASES}
