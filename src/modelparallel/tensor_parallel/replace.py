@@ -20,6 +20,7 @@ import warnings
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from modelparallel import registry
@@ -75,7 +76,7 @@ def replace_marked_modules(root: nn.Module, tp_group: Group, match_weights: bool
             continue
         _dress_as(module, replacement, name, registration)
         if match_weights:
-            replacement.copy_weights_from(module)
+            _copy_weights(module, replacement, registration)
         root = _put_in_place(root, module, replacement)
     registry.note_wrapped(root)
     return root
@@ -225,7 +226,11 @@ def _known_arguments(
 
 def _dress_as(original: nn.Module, replacement: DistributedModule, name: str, registration: Registration) -> None:
     """Give the replacement the calling convention, module hooks, mode, dtype and device of the original."""
-    replacement.install_call_hooks(name, registration.forward_hook, registration.return_hook)
+    if registration.family is None:
+        replacement.install_call_hooks(name, registration.forward_hook, registration.return_hook)
+    else:
+        replacement.install_answer(registration.family.answer_of(original))
+        registry.note_family(replacement, registration.family)
     for table in _CALL_HOOK_TABLES:
         # The same table objects: handles that the user holds go on working.
         if original.__dict__.get(table):
@@ -238,6 +243,17 @@ def _dress_as(original: nn.Module, replacement: DistributedModule, name: str, re
         dtype, device = placements.pop()
         if any(parameter.dtype != dtype or parameter.device != device for parameter in replacement.parameters()):
             replacement.to(device=device, dtype=dtype)
+
+
+def _copy_weights(original: nn.Module, replacement: DistributedModule, registration: Registration) -> None:
+    if registration.family is None:
+        replacement.copy_weights_from(original)
+        return
+    _, to_distributed = registration.family.translations_at("")
+    # With gradients, so that what is made of trained parameters is seen to be trained.
+    with torch.enable_grad():
+        state = to_distributed(original.state_dict(keep_vars=True))
+    replacement.copy_state(state, type(original).__name__)
 
 
 def _put_in_place(root: nn.Module, original: nn.Module, replacement: nn.Module) -> nn.Module:
