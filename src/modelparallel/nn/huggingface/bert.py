@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from modelparallel.nn.huggingface import translation
+from modelparallel.nn.huggingface import options, translation
 from modelparallel.nn.huggingface.translation import Layout, StateDict, apart, linear
 
 # RobertaEncoder has the same names.
@@ -71,3 +71,30 @@ def translate_hf_state_dict_to_smdistributed_bert(
     ``translation``).
     """
     return encoders_to_smp(state_dict)
+
+
+def encoder_arguments(config: Any, layer_idx: int | None = None) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The init hook of BertEncoder and RobertaEncoder: the configuration as arguments of DistributedTransformer."""
+    options.check_outputs(config)
+    kind = getattr(config, "position_embedding_type", None) or "absolute"
+    if kind != "absolute":
+        options.refuse(config, "position_embedding_type", "position embeddings inside the layers are not")
+    arguments = {
+        "num_layers": config.num_hidden_layers,
+        "num_attention_heads": config.num_attention_heads,
+        "attention_head_size": options.head_size(config, config.num_attention_heads),
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "attention_dropout_prob": config.attention_probs_dropout_prob,
+        "hidden_dropout_prob": config.hidden_dropout_prob,
+        "activation": options.activation(config, "hidden_act"),
+        "layernorm_epsilon": config.layer_norm_eps,
+        "initializer_range": config.initializer_range,
+        "use_normal_initialization": True,
+        # transformers leaves a mask out that is only causal, and then relies on the layer to be so.
+        "causal_mask_size": config.max_position_embeddings if config.is_decoder else None,
+        "add_cross_attention": bool(config.is_decoder and config.add_cross_attention),
+        "pre_layernorm": False,
+        "post_layernorm": True,
+    }
+    return (), arguments

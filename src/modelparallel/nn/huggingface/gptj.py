@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from modelparallel.nn.huggingface import translation
+from modelparallel.nn.huggingface import options, translation
 from modelparallel.nn.huggingface.translation import Layout, StateDict, apart, linear
 
 
@@ -70,3 +70,46 @@ def translate_hf_gptj_state_dict_to_smdistributed_gptj(
 
 translate_hf_gptj_state_dict_to_smdistributed = translate_hf_gptj_state_dict_to_smdistributed_gptj
 translate_hf_state_dict_to_smdistributed_gptj = translate_hf_gptj_state_dict_to_smdistributed_gptj
+
+
+def model_arguments(config: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The init hook of GPTJForCausalLM: its configuration as arguments of DistributedTransformerLMHead.
+
+    The scores, which transformers computes in fp32, stay in the dtype of the model: the kernels of
+    scaled_dot_product_attention keep them in fp32 themselves (``attention_in_fp32=True`` of the context overrides it).
+    """
+    options.check_outputs(config)
+    head_size = options.head_size(config, config.num_attention_heads)
+    arguments = {
+        "num_layers": config.num_hidden_layers,
+        "num_attention_heads": config.num_attention_heads,
+        "attention_head_size": head_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.n_inner if config.n_inner is not None else 4 * config.hidden_size,
+        "vocab_size": config.vocab_size,
+        "num_positions": 0,
+        "attention_dropout_prob": config.attn_pdrop,
+        "hidden_dropout_prob": config.resid_pdrop,
+        "embedding_dropout_prob": config.embd_pdrop,
+        "activation": options.activation(config, "activation_function"),
+        "layernorm_epsilon": config.layer_norm_epsilon,
+        "initializer_range": config.initializer_range,
+        "use_normal_initialization": True,
+        "causal_mask_size": config.max_position_embeddings,
+        "pre_layernorm": True,
+        "post_layernorm": False,
+        "output_layernorm": True,
+        "parallel_attn_output": True,
+        "rotary_dim": config.rotary_dim if config.rotary_dim is not None else head_size,
+        "qkv_bias": False,
+        "attention_dense_bias": False,
+        "tie_word_embeddings": bool(config.tie_word_embeddings),
+        "lm_head_bias": True,
+    }
+    return (), arguments
+
+
+def body_arguments(config: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The init hook of GPTJModel."""
+    positional, keyword = model_arguments(config)
+    return positional, {**keyword, "add_lm_head": False, "lm_head_bias": False}

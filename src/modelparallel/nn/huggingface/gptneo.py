@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from modelparallel.nn.huggingface import translation
+from modelparallel.nn.huggingface import options, translation
 from modelparallel.nn.huggingface.translation import Layout, StateDict, apart, linear
 
 LAYOUT = Layout(
@@ -86,3 +86,43 @@ def translate_hf_state_dict_to_smdistributed_gptneo(
 
 
 translate_hf_gptneo_state_dict_to_smdistributed = translate_hf_state_dict_to_smdistributed_gptneo
+
+
+def model_arguments(config: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The init hook of GPTNeoForCausalLM: its configuration as arguments of DistributedTransformerLMHead.
+
+    Scores are not scaled. As for GPT-J they stay in the dtype of the model.
+    """
+    options.check_outputs(config)
+    windows = [None if kind == "global" else config.window_size for kind in config.attention_layers]
+    arguments = {
+        "num_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "attention_head_size": options.head_size(config, config.num_heads),
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size or 4 * config.hidden_size,
+        "vocab_size": config.vocab_size,
+        "num_positions": config.max_position_embeddings,
+        "attention_dropout_prob": float(config.attention_dropout),
+        "hidden_dropout_prob": float(config.resid_dropout),
+        "embedding_dropout_prob": float(config.embed_dropout),
+        "activation": options.activation(config, "activation_function"),
+        "layernorm_epsilon": config.layer_norm_epsilon,
+        "initializer_range": config.initializer_range,
+        "use_normal_initialization": True,
+        "causal_mask_size": config.max_position_embeddings,
+        "pre_layernorm": True,
+        "post_layernorm": False,
+        "output_layernorm": True,
+        "window_size": windows,
+        "scale_attention_scores": False,
+        "qkv_bias": False,
+        "tie_word_embeddings": bool(config.tie_word_embeddings),
+    }
+    return (), arguments
+
+
+def body_arguments(config: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The init hook of GPTNeoModel."""
+    positional, keyword = model_arguments(config)
+    return positional, {**keyword, "add_lm_head": False}
