@@ -7,7 +7,6 @@ counts only where its classes have been imported, since there can be no instance
 from __future__ import annotations
 
 import functools
-import importlib
 import sys
 import warnings
 from collections.abc import Callable, Mapping
@@ -20,6 +19,8 @@ from torch import nn
 from modelparallel import registry
 from modelparallel.nn.huggingface import answers, bert, gpt2, gptj, gptneo, options, roberta, translation
 from modelparallel.nn.huggingface.translation import Layout, Place, StateDict, Translate
+from modelparallel.nn.lm_head import DistributedTransformerLMHead
+from modelparallel.nn.transformer import DistributedTransformer
 from modelparallel.registry import ConstructorArguments, Family, Registration
 
 _OLDEST, _TOO_NEW = Version("4.57"), Version("6.dev0")
@@ -158,13 +159,11 @@ def register_families() -> None:
             stacklevel=4,
         )
         return
-    distributed = importlib.import_module("modelparallel.nn")
     for module_class, family in new:
-        name = "DistributedTransformer" if isinstance(family, Encoder) else "DistributedTransformerLMHead"
         registry.register(
             Registration(
                 module_class,
-                getattr(distributed, name),
+                DistributedTransformer if isinstance(family, Encoder) else DistributedTransformerLMHead,
                 init_hook=family.init_hook,
                 family=Family(family.arguments_of, family.answer_of, family.translations_at),
             )

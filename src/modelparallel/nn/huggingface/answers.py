@@ -40,9 +40,10 @@ class Signature:
         return {**given, **kwargs}
 
     def refuse_rest(self, given: Mapping[str, Any]) -> None:
-        """Raise TensorParallelError if an argument asks for something; None, False and 0 do not."""
+        """Raise TensorParallelError if an argument asks for something; None, False, 0 and lists of None do not."""
         for name, value in given.items():
-            if value is None or (isinstance(value, bool | int) and not value):
+            is_empty = isinstance(value, list | tuple) and all(entry is None for entry in value)
+            if value is None or is_empty or (isinstance(value, bool | int) and not value):
                 continue
             raise TensorParallelError(
                 f"{self.class_name}: the argument {name}={type(value).__name__} is not supported by the distributed "
