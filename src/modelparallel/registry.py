@@ -59,11 +59,15 @@ class Family:
         ``answer(replacement, args, kwargs)``; it can be copied and pickled.
     translations_at: ``translations_at(prefix)`` gives the pair (from the names of the distributed class to those of
         the original, and back) for the state dict of a whole model in which the module's names begin with ``prefix``.
+    origin_of: where an instance's weights were loaded from, "" if from nowhere: a warning says that they are lost.
+    attributes: names of plain attributes that the replacement gets, since callers read them.
     """
 
     arguments_of: Callable[[nn.Module], ConstructorArguments]
     answer_of: Callable[[nn.Module], Callable[..., Any]]
     translations_at: Callable[[str], tuple[Callable[..., Any], Callable[..., Any]]]
+    origin_of: Callable[[nn.Module], str]
+    attributes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -77,6 +77,13 @@ def replace_marked_modules(root: nn.Module, tp_group: Group, match_weights: bool
         _dress_as(module, replacement, name, registration)
         if match_weights:
             _copy_weights(module, replacement, registration)
+        elif registration.family is not None and (origin := registration.family.origin_of(module)):
+            warnings.warn(
+                f"tensor parallelism: module {name or 'the root module'!r} ({type(module).__name__}) was loaded from "
+                f"{origin!r}; what replaces it has new weights: load a state dict into the wrapped model, or keep them "
+                "with _match_weights: True",
+                stacklevel=3,
+            )
         root = _put_in_place(root, module, replacement)
     registry.note_wrapped(root)
     return root
@@ -230,6 +237,7 @@ def _dress_as(original: nn.Module, replacement: DistributedModule, name: str, re
         replacement.install_call_hooks(name, registration.forward_hook, registration.return_hook)
     else:
         replacement.install_answer(registration.family.answer_of(original))
+        replacement.__dict__.update({name: getattr(original, name) for name in registration.family.attributes})
         registry.note_family(replacement, registration.family)
     for table in _CALL_HOOK_TABLES:
         # The same table objects: handles that the user holds go on working.

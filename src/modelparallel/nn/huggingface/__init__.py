@@ -165,7 +165,9 @@ def register_families() -> None:
                 module_class,
                 DistributedTransformer if isinstance(family, Encoder) else DistributedTransformerLMHead,
                 init_hook=family.init_hook,
-                family=Family(family.arguments_of, family.answer_of, family.translations_at),
+                family=Family(
+                    family.arguments_of, family.answer_of, family.translations_at, options.origin_of, ("config",)
+                ),
             )
         )
 

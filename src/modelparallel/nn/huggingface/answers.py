@@ -47,8 +47,7 @@ class Signature:
                 continue
             raise TensorParallelError(
                 f"{self.class_name}: the argument {name}={type(value).__name__} is not supported by the distributed "
-                f"module that replaces it: leave it out"
-                + (f" or give {name}=False" if isinstance(value, bool) else "")
+                f"module that replaces it: leave it out" + (f" or give {name}=False" if isinstance(value, bool) else "")
             )
 
 
@@ -90,8 +89,8 @@ class LanguageModelAnswer:
     def __call__(self, module: DistributedModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call ``module`` with the original's arguments; the original's result.
 
-        With labels and gradients on, the result has no logits (they are never put together) unless ``return_logits=True``
-        is given, which is ours.
+        With labels and gradients on, the result has no logits (they are never put together) unless
+        ``return_logits=True``, an argument of ours, is given.
         """
         given = self.signature.bind(args, kwargs)
         is_dict = _wants_dict(given, self.config)

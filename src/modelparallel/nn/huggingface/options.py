@@ -81,3 +81,9 @@ def arguments_of(module: nn.Module, place: Place) -> ConstructorArguments:
     if words is not None and words.shape[0] != config.vocab_size:
         refuse(config, "vocab_size", f"the embedding has {words.shape[0]} rows")
     return ConstructorArguments((config,), {})
+
+
+def origin_of(module: nn.Module) -> str:
+    """What ``from_pretrained`` was given; "" for a model that was built from a configuration."""
+    # The configuration may come from a file by itself; from_pretrained leaves models in evaluation mode.
+    return "" if module.training else str(getattr(module.config, "_name_or_path", "") or "")
