@@ -1,9 +1,8 @@
-"""T5 with its feed-forward layers, two thirds of its weights, split over the tensor-parallel ranks by a module of one's
-own.
+"""T5 with its feed-forward layers, more than half of the weights of its layers, split by a module of one's own.
 
 DistributedTransformer does not fit T5, which normalises by RMSNorm and adds a bias of relative positions to its scores.
-But parts can be split alone: T5DenseActDense and T5DenseGatedActDense become `SplitFeedForward`. Its parameters have the
-same names and full shapes as the originals, so state dicts need no translation. Attention stays whole on each rank.
+But parts can be split alone: T5DenseActDense and T5DenseGatedActDense become `SplitFeedForward`. Its parameters have
+the same names and full shapes as the originals, so state dicts need no translation. Attention stays whole on each rank.
 
     modelparallel run --nproc 2 examples/huggingface/t5.py
 """
