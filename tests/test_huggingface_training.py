@@ -9,6 +9,7 @@ import torch
 
 import modelparallel as smp
 from huggingface_models import F64, KINDS, in_float64
+from modelparallel.errors import SMPConfigError
 from parity import assert_parity, reference_run
 from pool import run_ranks
 
@@ -45,19 +46,20 @@ def whole_gradients(model):
     return to_hf(merged)
 
 
-def train(kinds, num_samples):
+def train(kinds, num_samples, is_optimizer_first=False):
     """Three steps on this rank's share: (losses, gradients of the first step, final weights) of each kind."""
     results = {}
     for name in kinds:
         kind = KINDS[name]
         model = kind.make()
         smp.set_tensor_parallelism(model)
+        optimizer = make_sgd(model.parameters()) if is_optimizer_first else None
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # BERT's tied embedding stays whole, as it says
             model = smp.DistributedModel(model)
         replaced = [part for part, module in model.module.named_modules() if hasattr(module, "seq_layers")]
         assert [part.removesuffix("transformer").removesuffix(".") for part in replaced] == list(kind.replaced)
-        optimizer = smp.DistributedOptimizer(make_sgd(model.parameters()))
+        optimizer = smp.DistributedOptimizer(optimizer or make_sgd(model.parameters()))
 
         @smp.step
         def train_step(model, kind, *batch):
@@ -76,8 +78,8 @@ def train(kinds, num_samples):
     return results
 
 
-def check(num_ranks, parameters, kinds=tuple(KINDS), num_samples=4):
-    results = run_ranks(train, num_ranks, kinds, num_samples, parameters=parameters, timeout=120)
+def check(num_ranks, parameters, kinds=tuple(KINDS), num_samples=4, **more):
+    results = run_ranks(train, num_ranks, kinds, num_samples, parameters=parameters, timeout=120, **more)
     num_replicas = num_ranks // parameters["pipeline_parallel_degree"]
     for name in kinds:
         kind = KINDS[name]
@@ -101,6 +103,36 @@ def check(num_ranks, parameters, kinds=tuple(KINDS), num_samples=4):
 
 def test_c082_training_equals_that_of_the_plain_model():
     check(2, settings(2, optimize="speed"))
+
+
+def test_an_optimizer_of_the_plain_model_trains_what_has_replaced_it():
+    check(2, settings(2), ("gpt2", "gptj", "bert"), is_optimizer_first=True)
+
+
+def check_groups():
+    model = KINDS["gptj"].make()
+    smp.set_tensor_parallelism(model)
+    named = dict(model.named_parameters())
+    query = named.pop("transformer.h.1.attn.q_proj.weight")
+    norms = {name: named.pop(name) for name in list(named) if "ln_" in name}
+    optimizer = torch.optim.SGD([{"params": named.values()}, {"params": norms.values(), "weight_decay": 1.0}], lr=0.1)
+    wrong = torch.optim.SGD([{"params": list(named.values())}, {"params": [query], "lr": 1.0}], lr=0.1)
+    wrapped = smp.DistributedModel(model)
+    groups = smp.DistributedOptimizer(optimizer).param_groups
+    names = {id(parameter): name for name, parameter in wrapped.named_parameters()}
+    assert {names[id(parameter)] for parameter in groups[1]["params"]} == {
+        n for n in names.values() if "layernorm" in n
+    }
+    assert len(groups[0]["params"]) + len(groups[1]["params"]) == len(names)
+    message = (
+        r"'transformer\.h\.1\.attn\.k_proj\.weight' and 'transformer\.h\.1\.attn\.q_proj\.weight', which .* as one"
+    )
+    with pytest.raises(SMPConfigError, match=message):
+        smp.DistributedOptimizer(wrong)
+
+
+def test_groups_of_such_an_optimizer_keep_their_parameters():
+    run_ranks(check_groups, 2, parameters=settings(2))
 
 
 def test_c082_training_on_a_pipeline_equals_that_of_the_plain_model():

@@ -120,7 +120,7 @@ class DistributedModel(ModelParameters):
         register_families()
         before = dict(module.named_parameters(remove_duplicate=False))
         module = replace_marked_modules(module, active.groups.tp, match_weights=active.config.match_weights)
-        runtime.note_replaced(before, dict(module.named_parameters(remove_duplicate=False)))
+        runtime.note_replaced(before, module)
         for optimizer in runtime.live_optimizers():
             optimizer.replace_parameters()
         self.module = module

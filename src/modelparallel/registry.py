@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import ContextDecorator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -59,6 +59,8 @@ class Family:
         ``answer(replacement, args, kwargs)``; it can be copied and pickled.
     translations_at: ``translations_at(prefix)`` gives the pair (from the names of the distributed class to those of
         the original, and back) for the state dict of a whole model in which the module's names begin with ``prefix``.
+    new_names_at: ``new_names_at(prefix, names)`` says, for the names of such a whole model as it was built, which of
+        the distributed class's parameters each has become, or become a part of.
     origin_of: where an instance's weights were loaded from, "" if from nowhere: a warning says that they are lost.
     attributes: names of plain attributes that the replacement gets, since callers read them.
     """
@@ -66,6 +68,7 @@ class Family:
     arguments_of: Callable[[nn.Module], ConstructorArguments]
     answer_of: Callable[[nn.Module], Callable[..., Any]]
     translations_at: Callable[[str], tuple[Callable[..., Any], Callable[..., Any]]]
+    new_names_at: Callable[[str, Collection[str]], dict[str, str]]
     origin_of: Callable[[nn.Module], str]
     attributes: tuple[str, ...] = ()
 

@@ -164,7 +164,10 @@ def _build(
     name: str, module: nn.Module, registration: Registration, mark: TensorParallelMark, tp_group: Group
 ) -> DistributedModule:
     """The distributed module for ``module``; raises NotSplittableError if ``module`` must stay."""
-    recorded = registry.constructor_arguments(module)
+    try:
+        recorded = registry.constructor_arguments(module)
+    except TensorParallelError as error:
+        raise TensorParallelError(f"tensor parallelism, module {name or 'the root module'!r}: {error}") from error
     if recorded is None:
         raise NotSplittableError(
             "it was created before its class was registered, so its arguments are unknown; register the class first"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +40,7 @@ class LanguageModel:
 
     def arguments_of(self, module: nn.Module) -> ConstructorArguments:
         """See `registry.Family`."""
+        self.init_hook(module.config)  # what is wrong with an option is said before what comes of it
         return options.arguments_of(module, Place(self.layout, has_head=self.has_head))
 
     def answer_of(self, module: nn.Module) -> answers.LanguageModelAnswer:
@@ -57,6 +58,10 @@ class LanguageModel:
         """See `registry.Family`; the documented functions for the whole model."""
         return self.documented if self.has_head and not prefix else _pair(Place(self.layout, prefix, self.has_head))
 
+    def new_names_at(self, prefix: str, names: Collection[str]) -> dict[str, str]:
+        """See `registry.Family`."""
+        return translation.new_names(names, Place(self.layout, prefix, self.has_head))
+
 
 @dataclass(frozen=True)
 class Encoder:
@@ -68,6 +73,7 @@ class Encoder:
 
     def arguments_of(self, module: nn.Module) -> ConstructorArguments:
         """See `registry.Family`."""
+        self.init_hook(module.config)
         return options.arguments_of(module, Place(self.layout))
 
     def answer_of(self, module: nn.Module) -> answers.EncoderAnswer:
@@ -79,6 +85,10 @@ class Encoder:
     def translations_at(self, prefix: str) -> tuple[Translate, Translate]:
         """See `registry.Family`."""
         return _pair(Place(self.layout, prefix))
+
+    def new_names_at(self, prefix: str, names: Collection[str]) -> dict[str, str]:
+        """See `registry.Family`."""
+        return translation.new_names(names, Place(self.layout, prefix))
 
 
 def _pair(place: Place) -> tuple[Translate, Translate]:
@@ -166,7 +176,12 @@ def register_families() -> None:
                 DistributedTransformer if isinstance(family, Encoder) else DistributedTransformerLMHead,
                 init_hook=family.init_hook,
                 family=Family(
-                    family.arguments_of, family.answer_of, family.translations_at, options.origin_of, ("config",)
+                    family.arguments_of,
+                    family.answer_of,
+                    family.translations_at,
+                    family.new_names_at,
+                    options.origin_of,
+                    ("config",),
                 ),
             )
         )
@@ -179,3 +194,13 @@ def translations_of(model: nn.Module) -> list[tuple[Translate, Translate]]:
         for name, module in model.named_modules()
         if (family := registry.family_of(module)) is not None
     ]
+
+
+def new_names_of(model: nn.Module, names: Collection[str]) -> dict[str, str]:
+    """What the parameters of the model as it was built, by name, have become where families were replaced in it."""
+    found: dict[str, str] = {}
+    for name, module in model.named_modules():
+        family = registry.family_of(module)
+        if family is not None:
+            found.update(family.new_names_at(f"{name}." if name else "", names))
+    return found

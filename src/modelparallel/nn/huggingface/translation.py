@@ -13,7 +13,7 @@ its values and the memory of the old ones is free as soon as nobody else holds t
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -278,6 +278,13 @@ def places_found(state: Mapping[str, Any], layout: Layout, *markers: str, is_lay
     pattern = re.compile(rf"((?:.*\.)?)(?:{'|'.join(markers)})")
     prefixes = [match[1] for name in state if (match := pattern.fullmatch(name))]
     return [Place(layout, prefix, is_layer=is_layer) for prefix in dict.fromkeys(prefixes)]
+
+
+def new_names(names: Collection[str], place: Place) -> dict[str, str]:
+    """What each of the names of transformers, from ``place`` on, is called here."""
+    parts = place.parts(dict.fromkeys(names))
+    found = {name: entry.smp for part in parts for entry in part.entries for name in entry.hf}
+    return {name: found[name] for name in names if name in found}
 
 
 def unknown_names(state: Mapping[str, Any], place: Place) -> list[str]:
