@@ -262,7 +262,7 @@ def model_to_smp(state: Mapping[str, Any], layout: Layout) -> StateDict:
     completed = with_tied_head(state, place)
     translated = to_smp(completed, [place])
     if isinstance(state, MutableMapping):
-        state.update((name, completed[name]) for name in state)  # what was stacked, see the note at the top
+        state.update([(name, completed[name]) for name in state])  # what was stacked, see the note at the top
     return translated
 
 
