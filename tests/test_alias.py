@@ -13,6 +13,8 @@ import modelparallel
 SAME = {
     "smdistributed.modelparallel.torch": "modelparallel",
     "smdistributed.modelparallel.torch.nn": "modelparallel.nn",
+    "smdistributed.modelparallel.torch.nn.huggingface": "modelparallel.nn.huggingface",
+    "smdistributed.modelparallel.torch.nn.huggingface.gpt2": "modelparallel.nn.huggingface.gpt2",
     "smdistributed.modelparallel.torch.model": "modelparallel.model",
     "smdistributed.modelparallel.torch.state_mod": "modelparallel.state_mod",
     "smdistributed.modelparallel.torch.utils": "modelparallel.utils",
@@ -24,8 +26,6 @@ NOT_BUILT = [
     "optimizers",
     "patches",
     "patches.checkpoint",
-    "nn.huggingface",
-    *(f"nn.huggingface.{family}" for family in ("gpt2", "gptj", "gptneo", "bert", "roberta")),
     "sharded_data_parallel_checkpoint",
 ]
 

@@ -21,6 +21,7 @@ from modelparallel.errors import NotBuiltError, PartitionError, SMPConfigError, 
 from modelparallel.model_arguments import check_arguments
 from modelparallel.model_parameters import ModelParameters
 from modelparallel.module_view import alias_inherited_forwards, attach_module_attribute
+from modelparallel.nn.huggingface import register_families
 from modelparallel.parameters import ParameterTable, stand_in
 from modelparallel.partitioning import Trace, find_units, log_plan, make_plan, trace_step, work_of_call
 from modelparallel.pipeline.pushes import push
@@ -116,9 +117,10 @@ class DistributedModel(ModelParameters):
         self.has_run_post_partition_hooks = False
         self._has_run_post_step_hooks = False
 
+        register_families()
         before = dict(module.named_parameters(remove_duplicate=False))
         module = replace_marked_modules(module, active.groups.tp, match_weights=active.config.match_weights)
-        runtime.note_replaced(before, dict(module.named_parameters(remove_duplicate=False)))
+        runtime.note_replaced(before, module)
         for optimizer in runtime.live_optimizers():
             optimizer.replace_parameters()
         self.module = module
@@ -486,9 +488,7 @@ class DistributedModel(ModelParameters):
     # Hooks
 
     def register_post_partition_hook(self, hook: Hook) -> RemovableHandle:
-        """Call ``hook(model, optimizer)`` once, after the partition and before the first forward. Returns a removable
-        handle.
-        """
+        """Call ``hook(model, optimizer)`` once, after the partition, before the first forward; a removable handle."""
         return _register(self._post_partition_hooks, hook)
 
     def register_post_step_hook(self, hook: Hook) -> RemovableHandle:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from modelparallel.errors import SMPError
+from modelparallel.nn.huggingface import translations_of
 from modelparallel.plan.parameters import ParameterRow
 from modelparallel.ranks_and_messages import allgather
 from modelparallel.topology import CommGroup
@@ -77,7 +78,7 @@ def load_state_dict(
     model: DistributedModel, state: Mapping[str, Any], strict: bool, same_partition_load: bool
 ) -> torch.nn.modules.module._IncompatibleKeys:
     """Load a full dict, or a partial one of this partition; returns torch's record of missing and unexpected names."""
-    entries = dict(state)
+    entries = dict(state) if PARTIAL_KEY in state else _translated(model, state)
     is_partial = bool(entries.pop(PARTIAL_KEY, False))
     groups = model._runtime.session.groups
     if is_partial and not same_partition_load and groups.mp.size > 1:
@@ -101,6 +102,24 @@ def load_state_dict(
     model.module.load_state_dict(sliced, strict=False)
     model.early_names = set(sliced) if is_early and strict else None
     return torch.nn.modules.module._IncompatibleKeys(missing, unexpected)
+
+
+def _translated(model: DistributedModel, state: Mapping[str, Any]) -> dict[str, Any]:
+    """A plain dict, with the names of transformers of the families that were replaced in the model translated.
+
+    A dict that is under the model's own names already comes back as it is.
+    """
+    entries = dict(state)
+    for _, to_smp in translations_of(model.module):
+        entries = to_smp(entries)
+    if entries.keys() == state.keys():
+        return entries
+    for row, _ in model.table.parameters():  # files of transformers hold one of the names of a tied tensor
+        held = [name for name in (row.name, *row.aliases) if name in entries]
+        if held:
+            entries.update({name: entries[held[0]] for name in row.aliases if name not in entries})
+            entries.setdefault(row.name, entries[held[0]])
+    return entries
 
 
 def check_early_part(model: DistributedModel) -> None:

@@ -82,14 +82,31 @@ class DistributedOptimizer(torch.optim.Optimizer):
         self._keep_local_parameters_of_all()
 
     def replace_parameters(self) -> None:
-        """Take the new parameters for those that tensor parallelism has replaced since the optimizer was built."""
+        """Take the new parameters for those that tensor parallelism has replaced since the optimizer was built.
+
+        Several may have become one (queries, keys and values): those must be in one group.
+        """
         self._note_new_groups()
-        for parameters in (*(group["params"] for group in self.optimizer.param_groups), *self._all):
-            for index, parameter in enumerate(parameters):
-                replacement = self._runtime.replacement_of(parameter)
-                if replacement is not None:
-                    parameters[index] = replacement
+        for groups in ([group["params"] for group in self.optimizer.param_groups], self._all):
+            first: dict[int, tuple[int, str]] = {}
+            for number, parameters in enumerate(groups):
+                kept = []
+                for parameter in parameters:
+                    replacement = self._runtime.replacement_of(parameter)
+                    if replacement is None:
+                        kept.append(parameter)
+                        continue
                     self.optimizer.state.pop(parameter, None)
+                    name = self._runtime.name_before(parameter)
+                    if id(replacement) not in first:
+                        kept.append(replacement)
+                    there, other = first.setdefault(id(replacement), (number, name))
+                    if there != number:
+                        raise SMPConfigError(
+                            f"parameters '{other}' and '{name}', which the wrapped model has as one, are in different "
+                            "groups of the optimizer: put them in one, or build the optimizer after wrapping"
+                        )
+                parameters[:] = kept
 
     def _note_new_groups(self) -> None:
         """Remember the parameters of groups that were added since, perhaps to the inner optimizer."""

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import ContextDecorator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -28,6 +28,7 @@ _PARTITION = "_smp_partition"
 _TENSOR_PARALLEL = "_smp_tensor_parallel"
 _ARGUMENTS = "_smp_constructor_arguments"
 _WRAPPED = "_smp_wrapped"
+_FAMILY = "_smp_family"
 
 Hook = Callable[..., Any]
 
@@ -49,11 +50,36 @@ class ConstructorArguments:
 
 
 @dataclass(frozen=True)
+class Family:
+    """What the library knows of a class of another one beyond hooks, so that its models are replaced out of the box.
+
+    arguments_of: the arguments that an instance was built with, read off the instance: it may be older than its
+        registration. Raises an error if the instance is not what its class builds.
+    answer_of: ``answer_of(original)`` makes the function that answers calls in its place,
+        ``answer(replacement, args, kwargs)``; it can be copied and pickled.
+    translations_at: ``translations_at(prefix)`` gives the pair (from the names of the distributed class to those of
+        the original, and back) for the state dict of a whole model in which the module's names begin with ``prefix``.
+    new_names_at: ``new_names_at(prefix, names)`` says, for the names of such a whole model as it was built, which of
+        the distributed class's parameters each has become, or become a part of.
+    origin_of: where an instance's weights were loaded from, "" if from nowhere: a warning says that they are lost.
+    attributes: names of plain attributes that the replacement gets, since callers read them.
+    """
+
+    arguments_of: Callable[[nn.Module], ConstructorArguments]
+    answer_of: Callable[[nn.Module], Callable[..., Any]]
+    translations_at: Callable[[str], tuple[Callable[..., Any], Callable[..., Any]]]
+    new_names_at: Callable[[str, Collection[str]], dict[str, str]]
+    origin_of: Callable[[nn.Module], str]
+    attributes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Registration:
     """``distributed_class`` takes the place of ``module_class``; a missing hook passes arguments or results on as they
     are.
 
     ``is_builtin``: the distributed class turns an instance of the original into itself and keeps its weights.
+    ``family``: in place of the forward and return hooks, and of recording constructor arguments.
     """
 
     module_class: type[nn.Module]
@@ -62,6 +88,7 @@ class Registration:
     forward_hook: Hook | None = None
     return_hook: Hook | None = None
     is_builtin: bool = False
+    family: Family | None = None
 
 
 class _Registry:
@@ -167,7 +194,8 @@ def is_wrapped(module: nn.Module) -> bool:
 
 def register(registration: Registration) -> None:
     """Add a registration; a later one for the same class replaces the earlier."""
-    if not registration.is_builtin and registration.module_class not in _DERIVED_ARGUMENTS:
+    is_derived = registration.family is not None or registration.module_class in _DERIVED_ARGUMENTS
+    if not registration.is_builtin and not is_derived:
         _record_arguments(registration.module_class)
     _registry.registrations[registration.module_class] = registration
 
@@ -179,8 +207,26 @@ def registration_for(module: nn.Module) -> Registration | None:
     return _registry.registrations.get(type(module))
 
 
+def is_registered(module_class: type) -> bool:
+    """Whether something takes the place of ``module_class``."""
+    return module_class in _registry.registrations
+
+
+def note_family(module: nn.Module, family: Family) -> None:
+    """Remember that ``module`` stands for one of ``family``."""
+    module.__dict__[_FAMILY] = family
+
+
+def family_of(module: nn.Module) -> Family | None:
+    """The family that `note_family` said of ``module``."""
+    return module.__dict__.get(_FAMILY)
+
+
 def constructor_arguments(module: nn.Module) -> ConstructorArguments | None:
     """The arguments that ``module`` was built with, None if it was built before its class was registered."""
+    registration = registration_for(module)
+    if registration is not None and registration.family is not None:
+        return registration.family.arguments_of(module)
     derive = _DERIVED_ARGUMENTS.get(type(module))
     if derive is not None:
         return derive(module)

@@ -17,6 +17,7 @@ from modelparallel.comm.gloo_transport import GlooTransport
 from modelparallel.comm.pair_channels import PairChannels
 from modelparallel.errors import SMPConfigError
 from modelparallel.event_files import EventFile
+from modelparallel.nn.huggingface import new_names_of
 from modelparallel.pipeline.engine import PipelineEngine
 
 if TYPE_CHECKING:
@@ -94,12 +95,18 @@ class Runtime:
             global_rank, pipeline = self.session.identity.global_rank, self.session.groups.pp.ranks
             self._event_file.write(global_rank, pipeline, self.num_steps, self._transport, error)
 
-    def note_replaced(self, before: Mapping[str, nn.Parameter], after: Mapping[str, nn.Parameter]) -> None:
+    def note_replaced(self, before: Mapping[str, nn.Parameter], model: nn.Module) -> None:
         """Compare the parameters of a model, by name, before and after modules were replaced."""
+        after = dict(model.named_parameters(remove_duplicate=False))
         kept = {id(parameter) for parameter in after.values()}
+        renamed = new_names_of(model, before)
         for name, parameter in before.items():
             if id(parameter) not in kept:
-                self._replaced[id(parameter)] = (name, weakref.ref(parameter), after.get(name))
+                self._replaced[id(parameter)] = (name, weakref.ref(parameter), after.get(renamed.get(name, name)))
+
+    def name_before(self, parameter: nn.Parameter) -> str:
+        """The name of a replaced parameter in the model as it was built."""
+        return self._replaced[id(parameter)][0]
 
     def replacement_of(self, parameter: nn.Parameter) -> nn.Parameter | None:
         """The parameter that stands for ``parameter`` in the wrapped model; None if it was not replaced.

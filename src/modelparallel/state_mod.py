@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from modelparallel import session
+from modelparallel.nn.huggingface import translations_of
 
 if TYPE_CHECKING:
     from modelparallel.parameter_table import Config
@@ -19,8 +20,14 @@ class ModuleManager:
 
     @property
     def translate_functions(self) -> list[tuple[Callable[..., Any], Callable[..., Any]]]:
-        """Pairs ``(smp_to_hf, hf_to_smp)`` of the model families that were replaced as a whole: none is built yet."""
-        return []
+        """Pairs ``(smp_to_hf, hf_to_smp)`` of the families of transformers that were replaced in the current model: of
+        several wrapped ones the last that has any.
+
+        Each translates the state dict of the whole model and leaves what it does not know as it is; ``max_seq_len`` is
+        their second argument. Empty if nothing of transformers was replaced.
+        """
+        models = session.current().models if session.is_initialized() else []
+        return next((pairs for model in reversed(models) if (pairs := translations_of(model.module))), [])
 
 
 class State:

@@ -3,6 +3,7 @@
 from torch import nn as _torch_nn
 
 from modelparallel import registry as _registry
+from modelparallel.nn import huggingface as huggingface
 from modelparallel.nn.attention import DistributedAttentionLayer as DistributedAttentionLayer
 from modelparallel.nn.attention import FlashAttentionLayer as FlashAttentionLayer
 from modelparallel.nn.embedding import DistributedEmbedding as DistributedEmbedding
@@ -27,6 +28,7 @@ __all__ = [
     "DistributedTransformerOutputLayer",
     "FlashAttentionLayer",
     "FusedLayerNorm",
+    "huggingface",
 ]
 
 _registry.register(_registry.Registration(_torch_nn.Linear, DistributedLinear, is_builtin=True))

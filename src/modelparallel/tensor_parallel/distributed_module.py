@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -123,7 +123,11 @@ class DistributedModule(nn.Module):
 
         Goes by the names of parameters and buffers; a class whose names differ from the original's overrides it.
         """
-        source = module.state_dict(keep_vars=True)
+        self.copy_state(module.state_dict(keep_vars=True), type(module).__name__)
+
+    @torch.no_grad()
+    def copy_state(self, source: Mapping[str, torch.Tensor], origin: str) -> None:
+        """Copy full tensors by name, each rank its slices, and whether they are trained; ``origin`` is for messages."""
         wanted = self.state_dict(keep_vars=True)
         splits = {
             f"{prefix}.{name}" if prefix else name: spec
@@ -143,7 +147,7 @@ class DistributedModule(nn.Module):
         extra = [f"{name} {tuple(tensor.shape)}" for name, tensor in source.items() if name not in wanted]
         if missing or extra:
             raise TensorParallelError(
-                f"_match_weights: {type(self).__name__} and the {type(module).__name__} that it replaces do not name "
+                f"_match_weights: {type(self).__name__} and the {origin} that it replaces do not name "
                 f"their weights alike "
                 f"(only here, or of another shape: {', '.join(missing) or 'none'}; only there: "
                 f"{', '.join(extra) or 'none'}): "
@@ -154,6 +158,18 @@ class DistributedModule(nn.Module):
             part = slice_of(full, splits[name], group.rank_in_group, group.size) if name in splits else full
             tensor.copy_(part)
             tensor.requires_grad_(full.requires_grad)
+
+    def install_answer(self, answer: Callable[..., Any]) -> None:
+        """Answer calls by ``answer(self, args, kwargs)``, which calls `own_forward`."""
+        self.__dict__["_smp_answer"] = answer
+        self.__dict__["forward"] = self._forward_by_answer
+
+    def _forward_by_answer(self, *args: Any, **kwargs: Any) -> Any:
+        return self.__dict__["_smp_answer"](self, args, kwargs)
+
+    def own_forward(self, *args: Any, **kwargs: Any) -> Any:
+        """``forward`` of the class, whatever the calling convention of the module that this one replaced."""
+        return type(self).forward(self, *args, **kwargs)
 
     def install_call_hooks(self, name: str, forward_hook: Hook | None, return_hook: Hook | None) -> None:
         """Answer calls with the signature of the replaced module, called ``name`` in error messages.

@@ -20,6 +20,7 @@ import warnings
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from modelparallel import registry
@@ -75,7 +76,14 @@ def replace_marked_modules(root: nn.Module, tp_group: Group, match_weights: bool
             continue
         _dress_as(module, replacement, name, registration)
         if match_weights:
-            replacement.copy_weights_from(module)
+            _copy_weights(module, replacement, registration)
+        elif registration.family is not None and (origin := registration.family.origin_of(module)):
+            warnings.warn(
+                f"tensor parallelism: module {name or 'the root module'!r} ({type(module).__name__}) was loaded from "
+                f"{origin!r}; what replaces it has new weights: load a state dict into the wrapped model, or keep them "
+                "with _match_weights: True",
+                stacklevel=3,
+            )
         root = _put_in_place(root, module, replacement)
     registry.note_wrapped(root)
     return root
@@ -156,7 +164,10 @@ def _build(
     name: str, module: nn.Module, registration: Registration, mark: TensorParallelMark, tp_group: Group
 ) -> DistributedModule:
     """The distributed module for ``module``; raises NotSplittableError if ``module`` must stay."""
-    recorded = registry.constructor_arguments(module)
+    try:
+        recorded = registry.constructor_arguments(module)
+    except TensorParallelError as error:
+        raise TensorParallelError(f"tensor parallelism, module {name or 'the root module'!r}: {error}") from error
     if recorded is None:
         raise NotSplittableError(
             "it was created before its class was registered, so its arguments are unknown; register the class first"
@@ -225,7 +236,12 @@ def _known_arguments(
 
 def _dress_as(original: nn.Module, replacement: DistributedModule, name: str, registration: Registration) -> None:
     """Give the replacement the calling convention, module hooks, mode, dtype and device of the original."""
-    replacement.install_call_hooks(name, registration.forward_hook, registration.return_hook)
+    if registration.family is None:
+        replacement.install_call_hooks(name, registration.forward_hook, registration.return_hook)
+    else:
+        replacement.install_answer(registration.family.answer_of(original))
+        replacement.__dict__.update({name: getattr(original, name) for name in registration.family.attributes})
+        registry.note_family(replacement, registration.family)
     for table in _CALL_HOOK_TABLES:
         # The same table objects: handles that the user holds go on working.
         if original.__dict__.get(table):
@@ -238,6 +254,17 @@ def _dress_as(original: nn.Module, replacement: DistributedModule, name: str, re
         dtype, device = placements.pop()
         if any(parameter.dtype != dtype or parameter.device != device for parameter in replacement.parameters()):
             replacement.to(device=device, dtype=dtype)
+
+
+def _copy_weights(original: nn.Module, replacement: DistributedModule, registration: Registration) -> None:
+    if registration.family is None:
+        replacement.copy_weights_from(original)
+        return
+    _, to_distributed = registration.family.translations_at("")
+    # With gradients, so that what is made of trained parameters is seen to be trained.
+    with torch.enable_grad():
+        state = to_distributed(original.state_dict(keep_vars=True))
+    replacement.copy_state(state, type(original).__name__)
 
 
 def _put_in_place(root: nn.Module, original: nn.Module, replacement: nn.Module) -> nn.Module:

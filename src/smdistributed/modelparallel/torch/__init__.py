@@ -24,7 +24,6 @@ NOT_BUILT = (
     "amp",
     "optimizers",
     "patches",
-    "nn.huggingface",
     "sharded_data_parallel_checkpoint",
 )
 

@@ -1,0 +1,206 @@
+"""Models of transformers that are split out of the box, and the translators of their state dicts (smp-api section 10).
+
+`register_families` is called when a model is wrapped. Nothing here imports transformers before the user has: a family
+counts only where its classes have been imported, since there can be no instance before.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import warnings
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from packaging.version import Version
+from torch import nn
+
+from modelparallel import registry
+from modelparallel.nn.huggingface import answers, bert, gpt2, gptj, gptneo, options, roberta, translation
+from modelparallel.nn.huggingface.translation import Layout, Place, StateDict, Translate
+from modelparallel.nn.lm_head import DistributedTransformerLMHead
+from modelparallel.nn.transformer import DistributedTransformer
+from modelparallel.registry import ConstructorArguments, Family, Registration
+
+_OLDEST, _TOO_NEW = Version("4.57"), Version("6.dev0")
+
+InitHook = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """A causal language model (``has_head``), or its body, that a DistributedTransformerLMHead replaces."""
+
+    layout: Layout
+    init_hook: InitHook
+    has_head: bool
+    result: str
+    documented: tuple[Translate, Translate]
+
+    def arguments_of(self, module: nn.Module) -> ConstructorArguments:
+        """See `registry.Family`."""
+        self.init_hook(module.config)  # what is wrong with an option is said before what comes of it
+        return options.arguments_of(module, Place(self.layout, has_head=self.has_head))
+
+    def answer_of(self, module: nn.Module) -> answers.LanguageModelAnswer:
+        """See `registry.Family`."""
+        config: Any = module.config
+        return answers.LanguageModelAnswer(
+            answers.Signature.of(type(module)),
+            config,
+            self.has_head,
+            bool(getattr(config, "add_cross_attention", False)) and self.layout is gpt2.LAYOUT,
+            self.result,
+        )
+
+    def translations_at(self, prefix: str) -> tuple[Translate, Translate]:
+        """See `registry.Family`; the documented functions for the whole model."""
+        return self.documented if self.has_head and not prefix else _pair(Place(self.layout, prefix, self.has_head))
+
+    def new_names_at(self, prefix: str, names: Collection[str]) -> dict[str, str]:
+        """See `registry.Family`."""
+        return translation.new_names(names, Place(self.layout, prefix, self.has_head))
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """An encoder that a DistributedTransformer replaces."""
+
+    layout: Layout
+    init_hook: InitHook = bert.encoder_arguments
+    result: str = "BaseModelOutputWithPastAndCrossAttentions"
+
+    def arguments_of(self, module: nn.Module) -> ConstructorArguments:
+        """See `registry.Family`."""
+        self.init_hook(module.config)
+        return options.arguments_of(module, Place(self.layout))
+
+    def answer_of(self, module: nn.Module) -> answers.EncoderAnswer:
+        """See `registry.Family`."""
+        config: Any = module.config
+        has_cross_attention = bool(config.is_decoder and config.add_cross_attention)
+        return answers.EncoderAnswer(answers.Signature.of(type(module)), config, has_cross_attention, self.result)
+
+    def translations_at(self, prefix: str) -> tuple[Translate, Translate]:
+        """See `registry.Family`."""
+        return _pair(Place(self.layout, prefix))
+
+    def new_names_at(self, prefix: str, names: Collection[str]) -> dict[str, str]:
+        """See `registry.Family`."""
+        return translation.new_names(names, Place(self.layout, prefix))
+
+
+def _pair(place: Place) -> tuple[Translate, Translate]:
+    return functools.partial(_to_hf_at, place), functools.partial(_to_smp_at, place)
+
+
+def _to_hf_at(place: Place, state_dict: Mapping[str, Any], max_seq_len: int | None = None) -> StateDict:
+    return translation.to_hf(state_dict, [place], max_seq_len)
+
+
+def _to_smp_at(place: Place, state_dict: Mapping[str, Any], max_seq_len: int | None = None) -> StateDict:
+    return translation.to_smp(state_dict, [place])
+
+
+def _language_models(module: Any, names: tuple[str, str], results: tuple[str, str], documented: Any) -> Any:
+    return (
+        (names[0], LanguageModel(module.LAYOUT, module.model_arguments, True, results[0], documented)),
+        (names[1], LanguageModel(module.LAYOUT, module.body_arguments, False, results[1], documented)),
+    )
+
+
+# Below transformers.models: (module, [(class, what replaces it)]).
+_FAMILIES: tuple[tuple[str, tuple[tuple[str, LanguageModel | Encoder], ...]], ...] = (
+    (
+        "gpt2.modeling_gpt2",
+        _language_models(
+            gpt2,
+            ("GPT2LMHeadModel", "GPT2Model"),
+            ("CausalLMOutputWithCrossAttentions", "BaseModelOutputWithPastAndCrossAttentions"),
+            (gpt2.translate_state_dict_to_hf_gpt2, gpt2.translate_hf_state_dict_to_smdistributed_gpt2),
+        ),
+    ),
+    (
+        "gptj.modeling_gptj",
+        _language_models(
+            gptj,
+            ("GPTJForCausalLM", "GPTJModel"),
+            ("CausalLMOutputWithPast", "BaseModelOutputWithPast"),
+            (gptj.translate_state_dict_to_hf_gptj, gptj.translate_hf_gptj_state_dict_to_smdistributed_gptj),
+        ),
+    ),
+    (
+        "gpt_neo.modeling_gpt_neo",
+        _language_models(
+            gptneo,
+            ("GPTNeoForCausalLM", "GPTNeoModel"),
+            ("CausalLMOutputWithPast", "BaseModelOutputWithPast"),
+            (gptneo.translate_state_dict_to_hf_gptneo, gptneo.translate_hf_state_dict_to_smdistributed_gptneo),
+        ),
+    ),
+    ("bert.modeling_bert", (("BertEncoder", Encoder(bert.LAYOUT)),)),
+    ("roberta.modeling_roberta", (("RobertaEncoder", Encoder(roberta.LAYOUT)),)),
+)
+
+
+def register_families() -> None:
+    """Register the classes of transformers that the user has imported, except those that the user has registered.
+
+    With a version of transformers that is not supported, warns and registers nothing.
+    """
+    transformers = sys.modules.get("transformers")
+    if transformers is None:
+        return
+    found = [
+        (getattr(module, class_name), family)
+        for path, classes in _FAMILIES
+        if (module := sys.modules.get(f"transformers.models.{path}")) is not None
+        for class_name, family in classes
+    ]
+    new = [(module_class, family) for module_class, family in found if not registry.is_registered(module_class)]
+    if not new:
+        return
+    version = Version(transformers.__version__)
+    if not _OLDEST <= version < _TOO_NEW:
+        warnings.warn(
+            f"transformers {version} is not supported by tensor parallelism (4.57 to 5.x are): models of transformers "
+            "are not replaced; register classes with smp.tp_register_with_module",
+            stacklevel=4,
+        )
+        return
+    for module_class, family in new:
+        registry.register(
+            Registration(
+                module_class,
+                DistributedTransformer if isinstance(family, Encoder) else DistributedTransformerLMHead,
+                init_hook=family.init_hook,
+                family=Family(
+                    family.arguments_of,
+                    family.answer_of,
+                    family.translations_at,
+                    family.new_names_at,
+                    options.origin_of,
+                    ("config",),
+                ),
+            )
+        )
+
+
+def translations_of(model: nn.Module) -> list[tuple[Translate, Translate]]:
+    """The pairs (smp to transformers, transformers to smp) of the families that were replaced in ``model``."""
+    return [
+        family.translations_at(f"{name}." if name else "")
+        for name, module in model.named_modules()
+        if (family := registry.family_of(module)) is not None
+    ]
+
+
+def new_names_of(model: nn.Module, names: Collection[str]) -> dict[str, str]:
+    """What the parameters of the model as it was built, by name, have become where families were replaced in it."""
+    found: dict[str, str] = {}
+    for name, module in model.named_modules():
+        family = registry.family_of(module)
+        if family is not None:
+            found.update(family.new_names_at(f"{name}." if name else "", names))
+    return found

@@ -1,0 +1,89 @@
+"""What configurations of transformers mean for ``smp.nn``, and which of their options it does not have.
+
+An option that cannot be honoured stops the wrapping, by its name: a model that was asked to be split and silently is
+not would cost more than the error.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+from torch import nn
+
+from modelparallel.errors import TensorParallelError
+from modelparallel.nn.huggingface.translation import Place, unknown_names
+from modelparallel.registry import ConstructorArguments
+
+_ACTIVATIONS = {
+    "gelu": "gelu",
+    "gelu_python": "gelu",
+    "gelu_new": "gelu_new",
+    "gelu_pytorch_tanh": "gelu_pytorch_tanh",
+    "gelu_python_tanh": "gelu_pytorch_tanh",
+    "relu": "relu",
+    "silu": "silu",
+    "swish": "silu",
+}
+
+
+def refuse(config: Any, option: str, why: str = "") -> NoReturn:
+    """Raise TensorParallelError for an option of a configuration."""
+    raise TensorParallelError(
+        f"{type(config).__name__}.{option}={getattr(config, option)!r} is not supported by tensor parallelism"
+        f"{': ' + why if why else ''}. Change it, or leave this module as it is with "
+        "smp.set_tensor_parallelism(module, False)"
+    )
+
+
+def activation(config: Any, option: str) -> str:
+    """The name in ``smp.nn`` of the activation function that ``option`` names."""
+    value = getattr(config, option)
+    if not isinstance(value, str) or value not in _ACTIVATIONS:
+        refuse(config, option, f"the activation functions are {', '.join(_ACTIVATIONS)}")
+    return _ACTIVATIONS[value]
+
+
+def check_outputs(config: Any) -> None:
+    """No inner results are collected."""
+    for option in ("output_attentions", "output_hidden_states"):
+        if getattr(config, option, False):
+            refuse(config, option, "the layers keep no inner results")
+
+
+def head_size(config: Any, num_heads: int) -> int:
+    """The width of a head."""
+    if config.hidden_size % num_heads:
+        refuse(config, "hidden_size", f"it is not divisible by the number of heads, {num_heads}")
+    return int(config.hidden_size // num_heads)
+
+
+def arguments_of(module: nn.Module, place: Place) -> ConstructorArguments:
+    """The configuration of ``module``, after a look at whether the module is what that builds.
+
+    Raises TensorParallelError if its parameters have other names or sizes: adapters, pruned heads, embeddings that were
+    resized behind the configuration's back, weights that are tied or not against it.
+    """
+    config: Any = module.config
+    state = module.state_dict(keep_vars=True)
+    unknown = unknown_names(state, place)
+    if unknown:
+        raise TensorParallelError(
+            f"this {type(module).__name__} has parameters that are not those of its class: {', '.join(unknown[:4])}"
+            f"{', ...' if len(unknown) > 4 else ''}; remove what was added to it (adapters, for example)"
+        )
+    if getattr(config, "pruned_heads", None):
+        refuse(config, "pruned_heads")
+    if place.has_head:
+        head, embedding = (state[name] for name in place.layout.tied)
+        if (head is embedding) != bool(config.tie_word_embeddings):
+            refuse(config, "tie_word_embeddings", f"the head's weight {'is' if head is embedding else 'is not'} tied")
+    words = next((value for name, value in state.items() if name.endswith("wte.weight")), None)
+    if words is not None and words.shape[0] != config.vocab_size:
+        refuse(config, "vocab_size", f"the embedding has {words.shape[0]} rows")
+    return ConstructorArguments((config,), {})
+
+
+def origin_of(module: nn.Module) -> str:
+    """What ``from_pretrained`` was given; "" for a model that was built from a configuration."""
+    # The configuration may come from a file by itself; from_pretrained leaves models in evaluation mode.
+    return "" if module.training else str(getattr(module.config, "_name_or_path", "") or "")
