@@ -12,10 +12,10 @@ PIP := PIP_CONSTRAINT=$(abspath $(VENV))/constraints.txt PIP_DISABLE_PIP_VERSION
 DATA ?= data
 MAKEFLAGS += --no-print-directory
 
-.PHONY: setup demo test test-all fuzz lint bench help
+.PHONY: setup demo test test-all test-transformers fuzz lint bench help
 
 help:
-	@echo "make setup | demo | test | test-all | fuzz [CASES=500] [SEED=1] | lint | bench [ONLY=name] [QUICK=1]"
+	@echo "make setup | demo | test | test-all | test-transformers | fuzz [CASES=500] [SEED=1] | lint | bench [ONLY=name] [QUICK=1]"
 
 setup: $(VENV)/.stamp-test
 
@@ -60,6 +60,17 @@ test: $(VENV)/.stamp-test
 
 test-all: $(VENV)/.stamp-dev $(DATA)/MNIST/.stamp
 	@$(BIN)/python -m pytest -q $(ARGS)
+
+# What has to do with transformers, once more with its next major version (which lies beside the environment's own).
+NEXT_TRANSFORMERS ?= transformers>=5,<6
+$(VENV)/transformers-next/.stamp: $(VENV)/.stamp-test
+	@echo "setup: $(NEXT_TRANSFORMERS)"
+	@$(PIP) install --upgrade --target $(@D) '$(NEXT_TRANSFORMERS)'
+	@touch $@
+
+test-transformers: $(VENV)/transformers-next/.stamp
+	@PYTHONPATH=$(abspath $(VENV))/transformers-next $(BIN)/python -m pytest -q \
+	  tests/test_huggingface.py tests/test_huggingface_training.py tests/test_huggingface_examples.py $(ARGS)
 
 # Random programs on random pipelines, compared with one process. A failing one is made small and printed.
 CASES ?= 500

@@ -208,7 +208,8 @@ def compare_gpt2(num_pairs: int) -> tuple[list[float], list[float]]:
             logits = theirs(ids)[:, :-1]
             loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
             loss.backward()
-        return float(loss.full_tensor() if hasattr(loss, "full_tensor") else loss)
+        whole: Any = loss.detach()
+        return float(whole.full_tensor() if hasattr(whole, "full_tensor") else whole)
 
     check_losses(float(our_loss().detach()), their_train())
     return measure_pairs(trainer(ours, our_loss), their_train, num_pairs)
