@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from modelparallel.errors import TensorParallelError
+from modelparallel.tensor_parallel.placements import slice_length
 
 ModuleClass = TypeVar("ModuleClass", bound=type[nn.Module])
 
@@ -132,8 +133,6 @@ def activation_function(who: str, name: str) -> Callable[[torch.Tensor], torch.T
 
 def check_sizes(who: str, tp_size: int, **sizes: int) -> None:
     """Raise NotSplittableError unless each size is divisible by the tensor parallel degree."""
-    from modelparallel.tensor_parallel.placements import slice_length
-
     for name, size in sizes.items():
         if size < 1:
             raise TensorParallelError(f"{who}: {name}={size} must be at least 1")
