@@ -103,8 +103,9 @@ def split_by_plan(
 
 
 def _key(entry: Entry) -> tuple[str, str]:
-    """What stays whole together: the region, or the layer by itself."""
-    return ("layer", entry.module) if entry.region is None else ("region", entry.region)
+    """What stays whole together: the region, or a layer that takes and gives all features."""
+    is_by_itself = entry.layout in (Layout.GATHERED, Layout.SCATTERED, Layout.VOCABULARY)
+    return ("layer", entry.module) if entry.region is None or is_by_itself else ("region", entry.region)
 
 
 def _possible_cuts(
