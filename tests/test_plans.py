@@ -14,19 +14,19 @@ from torch import nn
 
 import modelparallel as smp
 from modelparallel.errors import TensorParallelError
+from modelparallel.parameters import ParameterTable
 from modelparallel.plan.parameters import SplitSpec
 from modelparallel.tensor_parallel.plans import carried_plan, user_plan
 from modelparallel.tensor_parallel.replace import replace_marked_modules
+from modelparallel.utils import get_distribution_axis
 from parity import assert_parity, reference_run
 from plan_models import (
     ATTENTION,
     EXPERTS,
     F64,
-    FUSED,
     MLP,
     OUT,
     TOWERS,
-    VOCABULARY,
     Expert,
     Tower,
     make_tower,
@@ -104,7 +104,9 @@ def train(name: str, kind: str):
     for stage in smp.allgather(gradients, smp.PP_GROUP):
         gradients.update(stage)
     weights = model.state_dict()
-    check_states(make, model, weights, lambda: evaluate(model, *mine).reduce_mean(), lambda plain: loss_of(plain, *mine))
+    check_states(
+        make, model, weights, lambda: evaluate(model, *mine).reduce_mean(), lambda plain: loss_of(plain, *mine)
+    )
     return losses, gradients, weights
 
 
@@ -169,3 +171,496 @@ def test_models_with_a_users_plan_train_as_in_one_process():
 )
 def test_models_with_a_users_plan_train_as_in_one_process_on_more_ranks(num_ranks, parameters, kind):
     check_training(list(TOWERS), num_ranks, parameters, kind)
+
+
+FAST_FAMILIES = ["llama", "mixtral"]
+FAMILY_NAMES = [
+    "llama", "llama-tied", "llama-eager", "mistral", "qwen2", "qwen3", "gemma", "mixtral", "gpt_neox", "phi3",
+]  # fmt: skip
+
+
+def import_families():
+    pytest.importorskip("transformers")
+    import plan_families
+
+    assert set(FAMILY_NAMES) == set(plan_families.FAMILIES)
+    for name in FAMILY_NAMES:
+        plan_families.make_family(name)  # imports the family, for the ranks too
+    preload()
+
+
+def test_hugging_face_models_train_as_in_one_process():
+    import_families()
+    check_training(FAST_FAMILIES, 2, settings(2, microbatches=2), "sgd")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("num_ranks", "parameters", "kind"),
+    [
+        (2, settings(2), "adam"),
+        (4, settings(4), "sgd"),
+        (4, settings(2, pipeline_parallel_degree=2, microbatches=2), "adam"),
+    ],
+    ids=["tp2", "tp4", "tp2 pp2"],
+)
+def test_all_families_train_as_in_one_process(num_ranks, parameters, kind):
+    import_families()
+    check_training(FAMILY_NAMES, num_ranks, parameters, kind)
+
+
+# Calls with batches of different length, and what else is seen without training
+
+
+def own_rows(counts):
+    counts = counts[: smp.tp_size()]
+    start = sum(counts[: smp.tp_rank()])
+    return slice(start, start + counts[smp.tp_rank()]), sum(counts)
+
+
+def check_uneven(name, counts):
+    """Outputs and gradients of calls with ``counts`` samples on the ranks; the second call takes the cheap layout."""
+    make, plan, batch_of, loss_of = setup_of(name)
+    model, plain = make(), make()
+    smp.set_tensor_parallelism(model, plan=plan)
+    model = smp.DistributedModel(model)
+    own, total = own_rows(counts)
+    for step in range(2):
+        batch = batch_of(step, total)
+        model.zero_grad()
+        plain.zero_grad()
+        if own.start < own.stop:
+            loss = loss_of(model, *[part[own] for part in batch]) * (own.stop - own.start)
+        else:
+            loss = model(batch[0][own]).sum()  # takes part with no sample
+        loss.backward()
+        (loss_of(plain, *batch) * total).backward()
+        for parameter_name, parameter in model.named_parameters():
+            row = model.table.row_of(parameter)
+            expected = dict(plain.named_parameters())[parameter_name].grad
+            if expected is None:
+                assert parameter.grad is None or not parameter.grad.any()
+                continue
+            if row.split is not None:
+                expected = row.split.slice_of(expected, smp.tp_rank(), smp.tp_size())
+            torch.testing.assert_close(parameter.grad, expected / smp.tp_size())
+
+
+@on(TP2, TP4)
+def test_the_ranks_may_have_batches_of_different_length():
+    check_uneven("separate", (1, 3, 2, 2))
+    check_uneven("fused", (3, 1, 1, 2))
+    check_uneven("mixture", (1, 1, 4, 1))
+    check_uneven("tied", (2, 1, 1, 1))
+
+
+@on(TP2)
+def test_a_rank_may_have_no_samples():
+    check_uneven("separate", (0, 3))
+
+
+def planned(module, plan, **more):
+    smp.set_tensor_parallelism(module, plan=plan)
+    return smp.DistributedModel(module, **more)
+
+
+@on(TP2)
+def test_other_modules_and_hooks_see_the_own_batch_and_classes_stay():
+    model = make_tower("separate")
+    attention_class, mlp_class = type(model.layers[0].attn), type(model.layers[0].mlp)
+    parameter = model.layers[0].attn.q.weight
+    wrapped = planned(model, TOWERS["separate"][1])
+    assert wrapped.module is model and model.layers[0].attn.q.weight is parameter and parameter.shape == (16, 16)
+    assert isinstance(model.layers[0].attn, attention_class) and isinstance(model.layers[0].mlp, mlp_class)
+    assert isinstance(model.layers[0].attn.q, nn.Linear) and type(model.layers[0].attn).__name__ == "Attention"
+    seen = []
+    for name in ("layers.0.attn", "layers.0.norm2", "layers.0", "norm"):
+        part = model.get_submodule(name)
+        part.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[0]))
+        part.register_forward_hook(lambda module, args, output: seen.append(output.shape[0]))
+    rows = 2 + smp.tp_rank()
+    for _ in range(2):
+        wrapped(tower_batch(0, rows)[0])
+    assert set(seen) == {rows}
+    assert [name for name, _ in wrapped.named_parameters()] == [
+        name for name, _ in make_tower("separate").named_parameters()
+    ]
+    assert wrapped.is_distributed_parameter(parameter) and wrapped.is_scaled_batch_parameter(parameter)
+    assert not wrapped.is_distributed_parameter(model.layers[0].attn.q_norm.weight)
+    assert get_distribution_axis(parameter) == 0
+
+
+@on(TP2)
+def test_copies_and_pickles_compute_the_same():
+    for name in ("separate", "mixture", "fused"):
+        model = planned(make_tower(name), TOWERS[name][1])
+        ids = tower_batch(smp.tp_rank(), 2)[0]
+        expected = model(ids)
+        stored = io.BytesIO()
+        torch.save(model.module, stored)
+        stored.seek(0)
+        clones = [
+            copy.deepcopy(model.module),
+            pickle.loads(pickle.dumps(model.module)),
+            torch.load(stored, weights_only=False),
+        ]
+        for clone in clones:
+            assert [type(part) for part in clone.modules()] == [type(part) for part in model.module.modules()]
+            assert torch.equal(clone(ids), expected) and torch.equal(clone(ids), model(ids))
+
+
+@on(TP2)
+def test_half_precision_and_autocast_come_close():
+    plain = make_tower("separate").float()
+    ids, _ = tower_batch(0, 4)
+    own, _ = own_rows((2, 2))
+    expected = plain(ids)[own].detach()
+    for dtype in (torch.bfloat16, torch.float16):
+        model = planned(make_tower("separate").to(dtype), TOWERS["separate"][1])
+        for _ in range(2):
+            output = model(ids[own])
+            output.float().sum().backward()
+            assert output.dtype == dtype
+            torch.testing.assert_close(output.float(), expected, atol=0.1, rtol=0.1)
+    model = planned(make_tower("separate").float(), TOWERS["separate"][1])
+    with torch.autocast("cpu", torch.bfloat16):
+        for _ in range(2):
+            output = model(ids[own])
+            output.float().sum().backward()
+            torch.testing.assert_close(output.float(), expected, atol=0.1, rtol=0.1)
+
+
+@on(TP2)
+def test_replicated_values_drop_alike_and_the_stream_outside_goes_its_own_way():
+    class Dropping(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x):
+            x = F.dropout(x, 0.5, self.training)  # replicated: the ranks must agree
+            self.seen = x.detach()
+            return self.down(self.up(x))
+
+    torch.manual_seed(3)
+    model = planned(nn.Sequential(Dropping(), nn.Dropout(0.5)).double(), {"0.up": "colwise", "0.down": "rowwise"})
+    torch.manual_seed(100 + smp.tp_rank())
+    model(torch.ones(2, 8, dtype=F64))
+    first, second = smp.allgather(model.module[0].seen, smp.TP_GROUP)
+    assert torch.equal(first, second) and 0 < int((first == 0).sum()) < first.numel()
+    draws = smp.allgather(float(torch.rand(())), smp.TP_GROUP)
+    assert draws[0] != draws[1]
+
+
+@on(TP2)
+def test_prescaled_batches_are_neither_gathered_nor_sliced():
+    for name in ("separate", "fused", "mixture", "tied", "vocabulary"):
+        model, plain = make_tower(name), make_tower(name)
+        smp.set_tensor_parallelism(model, plan=TOWERS[name][1])
+        group = smp.session.current().groups.tp
+        replace_marked_modules(model, group, prescaled_batch=True)
+        splits = ParameterTable(model)
+        for step in range(2):
+            batch = tower_batch(step, 3)
+            model.zero_grad()
+            plain.zero_grad()
+            torch.testing.assert_close(model(batch[0]), plain(batch[0]))
+            tower_loss(model, *batch).backward()
+            tower_loss(plain, *batch).backward()
+            for (parameter_name, parameter), other in zip(model.named_parameters(), plain.parameters(), strict=True):
+                if other.grad is None:
+                    continue
+                split = splits.row_of(parameter).split
+                if split is not None:  # the batch counts once for each rank
+                    expected = split.slice_of(other.grad, group.rank_in_group, 2) * 2
+                    torch.testing.assert_close(parameter.grad, expected)
+                else:  # the mean over the ranks
+                    mean = sum(smp.allgather(parameter.grad, smp.TP_GROUP)) / 2
+                    torch.testing.assert_close(mean, other.grad, msg=lambda text, at=parameter_name: f"{at}: {text}")
+
+
+@on(TP2)
+def test_arguments_that_are_no_batches():
+    class Region(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down = nn.Linear(4, 4), nn.Linear(4, 4)
+            self.shapes = []
+
+        def forward(self, x, *others, **more):
+            self.shapes.append([tuple(other.shape) for other in [*others, *more.values()]])
+            self.values = others
+            return self.down(self.up(x))
+
+    model = planned(nn.Sequential(Region()).double(), {"*.up": "colwise", "*.down": "rowwise"})
+    region, rank = model.module[0], smp.tp_rank()
+    x = torch.randn(2, 3, 4, dtype=F64)
+    table, own_table = torch.zeros(1, 3), torch.full((1, 3), float(rank))
+    for _ in range(2):
+        region(x, torch.zeros(3), torch.zeros(()), table, own_table, mask=torch.zeros(2, 1))
+        assert region.shapes[-1] == [(3,), (), (1, 3), (4, 3), (4, 1)]
+        assert region.values[3][:, 0].tolist() == [0, 0, 1, 1], "each rank's rows have that rank's table"
+    uneven = torch.randn(1 + rank, 3, 4, dtype=F64)
+    region(uneven, torch.full((1, 3), float(rank)))
+    assert region.values[0].shape == (3, 3) and region.values[0][:, 0].tolist() == [0, 1, 1]
+    positions = torch.arange(3)
+    region(torch.randn(3, 3, 4, dtype=F64), positions, torch.full((3,), rank))
+    assert region.shapes[-1] == [(3,), (6,)], "as many positions as rows: equal on all ranks, they are positions"
+    with pytest.raises(TensorParallelError, match=r"region '0': argument 1 has shape \(3,\) .* must be equal on all"):
+        region(x, torch.full((3,), float(rank)))
+    with pytest.raises(TensorParallelError, match="different kinds of arguments") as caught:
+        region(x, None if rank else torch.zeros(2, 1))
+    assert "tp_rank 1" in str(caught.value) and "NoneType" in str(caught.value)
+    with pytest.raises(TensorParallelError, match="different kinds of arguments"):
+        region(torch.randn(2, 3 + rank, 4, dtype=F64))
+    with pytest.raises(TensorParallelError, match="no argument is a tensor with a batch dim"):
+        region(None)
+    with pytest.raises(TensorParallelError, match=r"'0.up' holds a slice .* called outside its region"):
+        region.up(x)
+    region(x)
+
+
+@on(TP2)
+def test_a_mask_is_gathered_once_for_all_layers():
+    from modelparallel.tensor_parallel import regions
+
+    model = planned(make_tower("separate"), TOWERS["separate"][1])
+    ids = tower_batch(0, 2)[0]
+    sent = []
+    original = regions.all_gather
+    regions.all_gather = lambda tensor, *args, **more: sent.append(tensor.dtype) or original(tensor, *args, **more)
+    try:
+        model(ids)
+        model(ids)
+    finally:
+        regions.all_gather = original
+    assert sent.count(torch.bool) == 2, "one mask for each call"
+    memo = model.module.layers[0].attn.planned.memo
+    assert not memo._entries, "the masks are gone, and what was gathered of them too"
+
+
+@on(TP2)
+def test_attention_weights_of_own_heads_are_refused_when_used_and_a_wrong_plan_when_called():
+    class Weights(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            inner = self.up(x)
+            return self.down(inner), inner
+
+    torch.manual_seed(0)
+    model = planned(nn.Sequential(Weights()).double(), {"*.up": "colwise", "*.down": "rowwise"})
+    x = torch.randn(2, 4, dtype=F64)
+    for _ in range(2):
+        output, weights = model(x)
+        assert output.shape == (2, 4) and weights.shape == (2, 2)
+        with pytest.raises(TensorParallelError, match="output 1 of '0' is this rank's slice"):
+            weights.sum()
+
+    class Wrong(Weights):
+        def forward(self, x):
+            return self.up(x), self.down(self.up(x))
+
+    model = planned(nn.Sequential(Wrong()).double(), {"*.up": "colwise", "*.down": "rowwise"})
+    with pytest.raises(TensorParallelError, match="region '0': its first output is not equal on the tensor-parallel"):
+        model(x)
+
+
+@on(TP2)
+def test_a_region_that_ends_otherwise_than_in_its_first_call_is_an_error():
+    class Changing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down = nn.Linear(4, 4), nn.Linear(4, 4)
+            self.factor = None
+
+        def forward(self, x):
+            y = self.down(self.up(x))
+            return y if self.factor is None else y * self.factor
+
+    model = planned(nn.Sequential(Changing()).double(), {"*.up": "colwise", "*.down": "rowwise"})
+    x = torch.randn(2, 4, dtype=F64)
+    model(x)
+    model.module[0].factor = 2.0
+    with pytest.raises(TensorParallelError, match="made what it returned in its first call"):
+        model(x)
+
+
+@on(TP4)
+def test_heads_that_do_not_divide_are_refused_by_name():
+    model = Tower()
+    for layer in model.layers:
+        layer.attn = type(layer.attn)(16, 4, 2, 8, False)
+    smp.set_tensor_parallelism(model, plan={**ATTENTION, **OUT})
+    with pytest.raises(TensorParallelError) as caught:
+        smp.DistributedModel(model)
+    assert "the number of heads (of 8 features) in out_features of module 'layers.0.attn.k' (Linear) is 2" in str(
+        caught.value
+    )
+    assert "use one of the degrees 1, 2" in str(caught.value)
+    assert model.layers[0].attn.q.weight.shape == (32, 16), "nothing has been cut"
+    fused = Tower(is_fused=True)
+    fused.layers = nn.ModuleList([type(layer)(16, True, False) for layer in fused.layers])
+    smp.set_tensor_parallelism(fused, plan={"layers.*.mlp.gate_up": ("colwise", {"parts": (6, 10)}), **{
+        "layers.*.mlp.down": "rowwise"}})  # fmt: skip
+    with pytest.raises(
+        TensorParallelError, match="out_features of module 'layers.0.mlp.gate_up' .* is 6, not divisible"
+    ):
+        smp.DistributedModel(fused)
+
+
+# Without processes: reading, checking and converting
+
+
+@pytest.mark.parametrize(
+    ("plan", "text"),
+    [
+        ({"layers.*.attn.query": "colwise"}, "matches nothing in Tower; 'layers.0.attn' has q, k, v, q_norm, out"),
+        ({"layer.*.attn.q": "colwise"}, "matches nothing in Tower; the module has table, layers, norm, head"),
+        ({"layers.0*.attn": "colwise"}, "'*' stands for one whole component"),
+        ({"layers.*.attn.q": "columnwise"}, "is not a style; the styles are colwise, rowwise, vocab"),
+        ({"layers.*.attn.q": None}, "is not a style"),
+        ({"norm": "colwise"}, "'norm', matched by 'norm', is a LayerNorm: this style is for an nn.Linear"),
+        ({"layers.*": "rowwise"}, "'layers.0', matched by 'layers.*', is a Block: this style is for an nn.Linear"),
+        ({"norm": "vocab"}, "is a LayerNorm"),
+        ({"head": "rowwise"}, "'': each group of colwise layers needs a rowwise layer"),
+        (ATTENTION, "'layers.0.attn', 'layers.1.attn': each group of colwise layers needs a rowwise layer"),
+        ({"layers.*.attn.q": ("colwise", {"parts": 3})}, "has 32 features, which are not the parts 3"),
+        ({"layers.*.attn.q": ("colwise", {"parts": (8, 8)})}, "has 32 features, which are not the parts (8, 8)"),
+        ({"layers.*.attn.q": ("colwise", {"part": 2})}, "only colwise takes options"),
+        ({"layers.*.attn.q": ("rowwise", {"parts": 2})}, "only colwise takes options"),
+        ({"layers.*.attn.q": ("colwise", {"parts": 0})}, "parts and head_dim must be positive ints"),
+        ({"layers.*.attn.sizes": "divide"}, "only an int is divided"),
+        ({"layers.*.attn.heads": "divide"}, "matches nothing"),
+        ({"layers.*.attn.q": "colwise", "layers.0.attn.q": "rowwise"}, "is matched by 'layers.*.attn.q' and by"),
+        ({}, "plan must be a dict of name patterns"),
+        ("colwise", "plan must be a dict of name patterns"),
+    ],
+)
+def test_what_is_wrong_with_a_plan_is_said_before_wrapping(plan, text):
+    with pytest.raises(TensorParallelError) as caught:
+        smp.set_tensor_parallelism(Tower(), plan=plan)
+    assert text in str(caught.value)
+
+
+def test_a_plan_with_enabled_false_and_a_table_that_cannot_be_cut_are_refused():
+    with pytest.raises(TensorParallelError, match="says nothing"):
+        smp.set_tensor_parallelism(Tower(), False, plan=MLP)
+    net = nn.ModuleDict({"table": nn.Embedding(8, 4, max_norm=1.0)})
+    with pytest.raises(TensorParallelError, match="max_norm is not supported"):
+        smp.set_tensor_parallelism(net, plan={"table": "vocab"})
+
+
+def test_regions_are_found():
+    assert user_plan(Tower(), {**ATTENTION, **OUT, **MLP}).regions == (
+        "layers.0.attn", "layers.0.mlp", "layers.1.attn", "layers.1.mlp",
+    )  # fmt: skip
+    assert user_plan(Tower(is_mixture=True), EXPERTS).regions == ("layers.0.mlp", "layers.1.mlp")
+    mixture = Tower(is_mixture=True).layers[0].mlp
+    assert user_plan(mixture, {"experts.*.up": "colwise", "experts.*.down": "rowwise"}).regions == ("",)
+    stack = nn.Sequential(Expert(4, 8), Expert(4, 8))
+    assert user_plan(stack, {"*.up": "colwise", "*.down": "rowwise"}).regions == ("0", "1")
+    assert user_plan(stack, {"*.up": "colwise", "1.down": "rowwise"}).regions == ("",)
+    assert user_plan(Tower(), {**ATTENTION, **OUT, "layers.*": "region"}).regions == ("layers.0", "layers.1")
+    assert user_plan(Tower(), {"layers.*.attn.q": "colwise", "layers.*.mlp.down": "rowwise"}).regions == (
+        "layers.0", "layers.1",
+    )  # fmt: skip
+
+
+def test_without_the_mark_and_with_one_rank_nothing_is_split():
+    for size in (1, 2):
+        model = make_tower("separate")
+        smp.set_tensor_parallelism(model, plan=TOWERS["separate"][1])
+        if size == 2:
+            smp.set_tensor_parallelism(model, False)
+        replace_marked_modules(model, imaginary(size))
+        assert model.layers[0].attn.q.weight.shape == (32, 16)
+        assert not any(hasattr(part, "split_tensors") for part in model.modules())
+
+
+def test_the_plan_alone_decides_but_for_registered_modules_and_inner_plans():
+    model = make_tower("separate")
+    smp.set_tensor_parallelism(model, plan={**ATTENTION, **OUT, **MLP})
+    smp.set_tensor_parallelism(model.layers[0].attn, False)
+    smp.set_tensor_parallelism(model.layers[1].mlp, plan={"gate": "vocab", "up": "vocab"})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        replace_marked_modules(model, imaginary(2, 1))
+    split = {f"{name}.{own}" for name, part in model.named_modules() if hasattr(part, "split_tensors")
+             for own in part.split_tensors()}  # fmt: skip
+    names = ("gate", "up")
+    assert split == {
+        *(f"layers.1.attn.{part}.{own}" for part in ("q", "k", "v") for own in ("weight", "bias")),
+        "layers.1.attn.out.weight",
+        *(f"layers.{index}.mlp.{part}.{own}" for index in (0, 1) for part in names for own in ("weight", "bias")),
+        "layers.0.mlp.down.weight",
+    }
+
+
+def test_packed_and_uneven_layouts_are_declared_and_identity_is_kept():
+    model = make_tower("fused")
+    weight, table = model.layers[0].attn.qkv.weight, model.table.weight
+    full, full_table = weight.detach().clone(), table.detach().clone()
+    smp.set_tensor_parallelism(model, plan=TOWERS["fused"][1])
+    replace_marked_modules(model, imaginary(2, 1))
+    attention = model.layers[0].attn
+    assert attention.qkv.weight is weight and (attention.num_heads, attention.num_kv_heads) == (4, 2)
+    assert attention.qkv.split_tensors() == {
+        "weight": SplitSpec(0, (64, 16), (32, 16, 16)), "bias": SplitSpec(0, (64,), (32, 16, 16)),
+    }  # fmt: skip
+    assert torch.equal(weight, torch.cat([full[16:32], full[40:48], full[56:64]]))
+    assert model.table.weight is table and table.shape == (6, 16) and torch.equal(table, full_table[7:])
+    assert model.table.padding_idx is None and model.head.weight.shape == (6, 16)
+
+
+def test_a_tie_that_is_not_cut_alike_is_refused_in_a_users_plan():
+    model = make_tower("tied")
+    smp.set_tensor_parallelism(model, plan={"head": "vocab"})
+    with pytest.raises(TensorParallelError, match=r"'head.weight' is shared with 'table.weight', which is whole"):
+        replace_marked_modules(model, imaginary(2))
+
+
+def carrying(plan, **more):
+    model = Tower(**more)
+    model._tp_plan = plan
+    smp.set_tensor_parallelism(model)
+    return model
+
+
+def test_a_carried_plan_is_used_without_registration_and_says_what_stays_whole():
+    hf = {"layers.*.attn.q": "colwise", "layers.*.attn.k": "colwise", "layers.*.attn.v": "colwise",
+          "layers.*.attn.out": "rowwise", "layers.*.attn.q_norm": "replicated_with_grad_allreduce",
+          "layers.*.mlp.gate": "local_colwise", "layers.*.mlp.up": "local_colwise",
+          "layers.*.mlp.down": "local_rowwise", "layers.*.mlp": "gather", "norm.weight": "sequence_parallel",
+          "head": "colwise_rep", "not.there": "colwise"}  # fmt: skip
+    model = carrying(hf)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        replace_marked_modules(model, imaginary(2))
+    assert model.layers[1].mlp.down.weight.shape == (16, 4) and model.head.weight.shape == (7, 16)
+    assert type(model.table) is nn.Embedding and type(model.norm) is nn.LayerNorm
+    model = carrying(hf)
+    with pytest.warns(UserWarning, match=r"region 'layers.\d.attn' stays whole: the number of heads") as caught:
+        replace_marked_modules(model, imaginary(8))
+    assert len(caught) == 2 and model.layers[0].mlp.down.weight.shape == (16, 1)
+    with pytest.warns(UserWarning, match="'layers.0.attn', 'layers.1.attn' stay whole"):
+        replace_marked_modules(carrying(ATTENTION), imaginary(2))
+    with pytest.raises(TensorParallelError, match="carries a tensor-parallel plan with the style 'diagonal'"):
+        replace_marked_modules(carrying({"layers.*.attn.q": "diagonal"}), imaginary(2))
+    assert carried_plan(Tower()) is None
+
+
+def test_a_registration_of_the_class_goes_before_a_carried_plan():
+    class Registered(smp.nn.DistributedModule):
+        def __init__(self, *args, **kwargs):
+            super().__init__()
+
+    class Carrying(Tower):
+        _tp_plan = {"head": "colwise_rep"}
+
+    smp.tp_register_with_module(Carrying, Registered)
+    with smp.tensor_parallelism():
+        model = Carrying()
+    assert type(replace_marked_modules(model, imaginary(2))) is Registered

@@ -131,7 +131,7 @@ class ColumnLinear(PlannedModule):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """The own features, for the rows of all ranks."""
-        active_call(self.planned.name)
+        active_call(f"'{self.planned.name}'")
         result: torch.Tensor = self._own_forward(input)
         return result
 
@@ -147,7 +147,7 @@ class RowLinear(PlannedModule):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """All features: of the rows of all ranks, or of the own rows where the region returns them as they are."""
-        call = active_call(self.planned.name)
+        call = active_call(f"'{self.planned.name}'")
         assert call is not None
         return call.note(_with_bias(call.reduce(F.linear(input, self.weight)), self.bias))
 
