@@ -212,6 +212,61 @@ def test_all_families_train_as_in_one_process(num_ranks, parameters, kind):
     check_training(FAMILY_NAMES, num_ranks, parameters, kind)
 
 
+def call_family(what):
+    """What users do with a Hugging Face model beside training, on each rank with its own rows."""
+    from plan_families import family_batch, family_loss, make_family
+
+    name = {"attentions": "llama-eager", "checkpoint": "qwen3"}.get(what, "llama")
+    model, plain = make_family(name), make_family(name)
+    smp.set_tensor_parallelism(model)
+    model = smp.DistributedModel(model)
+    own, _ = own_rows((2, 2))
+    ids, mask = family_batch(0, 4)
+    if what == "padding of one rank":  # the other one gets no mask at all
+        mask[:2] = 1
+    if what == "attentions":
+        output = model(input_ids=ids[own], output_attentions=True, output_hidden_states=True)
+        expected = plain(input_ids=ids, output_hidden_states=True).hidden_states
+        torch.testing.assert_close(output.hidden_states[1], expected[1][own])
+        with pytest.raises(TensorParallelError, match="output 1 of 'model.layers.0.self_attn' is this rank's slice"):
+            output.attentions[0].sum()
+    elif what == "generation":
+        more = {"max_new_tokens": 4, "do_sample": False, "use_cache": True}
+        mine = model.module.eval().generate(ids[own], attention_mask=torch.ones_like(ids[own]), **more)
+        expected = plain.eval().generate(ids, attention_mask=torch.ones_like(ids), **more)
+        assert torch.equal(mine, expected[own])
+    elif what == "positions":
+        positions = torch.arange(6) + 3 * torch.arange(4)[:, None]
+        for rows in (1, 2):
+            own = slice(rows * smp.tp_rank(), rows * (smp.tp_rank() + 1))
+            mine = model(input_ids=ids[own], position_ids=positions[own]).logits
+            torch.testing.assert_close(mine, plain(input_ids=ids, position_ids=positions).logits[own])
+        mine = model(input_ids=ids[own], position_ids=positions[smp.tp_rank()][None]).logits
+        torch.testing.assert_close(mine, plain(input_ids=ids, position_ids=positions[[0, 0, 1, 1]]).logits[own])
+    else:
+        for reentrant in (True, False) if what == "checkpoint" else (None, None):
+            if reentrant is not None:
+                model.module.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            model.zero_grad()
+            plain.zero_grad()
+            family_loss(model, ids[own], mask[own]).backward()
+            family_loss(plain, ids, mask).backward()
+            for (at, parameter), other in zip(model.named_parameters(), plain.parameters(), strict=True):
+                split, expected = model.table.row_of(parameter).split, other.grad
+                if split is not None:
+                    expected = split.slice_of(expected, smp.tp_rank(), smp.tp_size())
+                torch.testing.assert_close(parameter.grad, expected, msg=lambda text, at=at: f"{at}: {text}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "what", ["padding of one rank", "no padding", "attentions", "generation", "positions", "checkpoint"]
+)
+def test_what_users_do_with_hugging_face_models(what):
+    import_families()
+    run_ranks(call_family, 2, what, parameters=settings(2))
+
+
 # Calls with batches of different length, and what else is seen without training
 
 
@@ -411,11 +466,11 @@ def test_arguments_that_are_no_batches():
     assert region.shapes[-1] == [(3,), (6,)], "as many positions as rows: equal on all ranks, they are positions"
     with pytest.raises(TensorParallelError, match=r"region '0': argument 1 has shape \(3,\) .* must be equal on all"):
         region(x, torch.full((3,), float(rank)))
-    with pytest.raises(TensorParallelError, match="different kinds of arguments") as caught:
-        region(x, None if rank else torch.zeros(2, 1))
-    assert "tp_rank 1" in str(caught.value) and "NoneType" in str(caught.value)
-    with pytest.raises(TensorParallelError, match="different kinds of arguments"):
-        region(torch.randn(2, 3 + rank, 4, dtype=F64))
+    with pytest.raises(TensorParallelError, match="called it with different arguments") as caught:
+        region(x, **({"mask": None} if rank else {"scale": None}))
+    assert "tp_rank 1" in str(caught.value) and "mask" in str(caught.value)
+    with pytest.raises(TensorParallelError, match="called it with different arguments"):
+        region(x, torch.ones(2) if rank else 1.5)
     with pytest.raises(TensorParallelError, match="no argument is a tensor with a batch dim"):
         region(None)
     with pytest.raises(TensorParallelError, match=r"'0.up' holds a slice .* called outside its region"):
@@ -423,23 +478,86 @@ def test_arguments_that_are_no_batches():
     region(x)
 
 
+class Mixer(nn.Module):
+    """What a call gets decides what it computes, for each row by itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down, self.norm = nn.Linear(4, 8), nn.Linear(8, 4), nn.LayerNorm(4)
+
+    def forward(self, x, mask=None, *, is_double=False, bias=None, scale=None):
+        hidden = self.up(self.norm(x)).tanh()
+        if mask is not None:
+            hidden = hidden * mask + hidden.mean(1, keepdim=True)
+        if bias is not None:
+            hidden = hidden + bias.sum()
+        if scale is not None:
+            hidden = hidden * scale
+        hidden = self.down(hidden)
+        return hidden * 2 if is_double else hidden
+
+
+@on(TP2, TP4)
+def test_ranks_with_other_kinds_of_arguments_share_the_work_in_passes():
+    torch.manual_seed(9)
+    plain = nn.Sequential(Mixer(), Mixer()).double()
+    model = planned(copy.deepcopy(plain), {"*.up": "colwise", "*.down": "rowwise"})
+    sizes = [(2, 3), (1, 5), (2, 3), (3, 2)]
+    generator = torch.Generator().manual_seed(1)
+    inputs = [torch.randn(rows, width, 4, dtype=F64, generator=generator) for rows, width in sizes]
+    bias = nn.Parameter(torch.randn(7, dtype=F64, generator=generator))
+
+    def arguments(rank):
+        rows, width = sizes[rank]
+        return {
+            "mask": None if rank % 2 else torch.linspace(0, 1, rows * width, dtype=F64).view(rows, width, 1),
+            "is_double": rank == 3,
+            "bias": bias if rank != 1 else None,
+            "scale": torch.tensor(1.5 + rank, dtype=F64) if rank in (0, 3) else None,
+        }
+
+    def run(net, rank):
+        return net[1](net[0](inputs[rank], **arguments(rank)), **arguments(rank))
+
+    for _ in range(3):  # what is found out of each kind is used from the second call on
+        expected = [run(plain, rank) for rank in range(smp.tp_size())]
+        own = run(model.module, smp.tp_rank())
+        torch.testing.assert_close(own, expected[smp.tp_rank()])
+        for net in (plain, model.module):
+            net.zero_grad()
+        bias.grad = None
+        sum(output.square().sum() for output in expected).backward()
+        expected_bias = bias.grad
+        bias.grad = None
+        own.square().sum().backward()
+        sums = smp.allgather(torch.zeros_like(bias) if bias.grad is None else bias.grad, smp.TP_GROUP)
+        torch.testing.assert_close(sum(sums), expected_bias)
+        for (name, parameter), other in zip(model.module.named_parameters(), plain.parameters(), strict=True):
+            split, wanted = model.table.row_of(parameter).split, other.grad / smp.tp_size()
+            if split is not None:
+                wanted = split.slice_of(wanted, smp.tp_rank(), smp.tp_size())
+            torch.testing.assert_close(parameter.grad, wanted, msg=lambda text, at=name: f"{at}: {text}")
+
+
 @on(TP2)
 def test_a_mask_is_gathered_once_for_all_layers():
-    from modelparallel.tensor_parallel import regions
+    from modelparallel.tensor_parallel import region_arguments
 
     model = planned(make_tower("separate"), TOWERS["separate"][1])
     ids = tower_batch(0, 2)[0]
     sent = []
-    original = regions.all_gather
-    regions.all_gather = lambda tensor, *args, **more: sent.append(tensor.dtype) or original(tensor, *args, **more)
+    original = region_arguments.all_gather
+    region_arguments.all_gather = lambda tensor, *args, **more: (
+        sent.append(tensor.dtype) or original(tensor, *args, **more)
+    )
     try:
         model(ids)
         model(ids)
     finally:
-        regions.all_gather = original
+        region_arguments.all_gather = original
     assert sent.count(torch.bool) == 2, "one mask for each call"
     memo = model.module.layers[0].attn.planned.memo
-    assert not memo._entries, "the masks are gone, and what was gathered of them too"
+    assert not len(memo), "the masks are gone, and what was gathered of them too"
 
 
 @on(TP2)

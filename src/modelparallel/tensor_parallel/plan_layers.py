@@ -26,7 +26,8 @@ from modelparallel.comm.collectives import (
 from modelparallel.errors import TensorParallelError
 from modelparallel.plan.parameters import SplitSpec
 from modelparallel.tensor_parallel.distributed_module import DistributedModule
-from modelparallel.tensor_parallel.regions import GatherMemo, active_call, run_region
+from modelparallel.tensor_parallel.region_arguments import GatherMemo
+from modelparallel.tensor_parallel.regions import active_call, run_region
 
 if TYPE_CHECKING:
     from modelparallel.comm.groups import Group

@@ -39,7 +39,7 @@ from modelparallel.tensor_parallel.plans import (
     is_plain_linear,
     reason_against_table,
 )
-from modelparallel.tensor_parallel.regions import GatherMemo
+from modelparallel.tensor_parallel.region_arguments import GatherMemo
 
 if TYPE_CHECKING:
     from modelparallel.comm.groups import Group
