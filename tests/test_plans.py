@@ -228,7 +228,7 @@ def call_family(what):
         output = model(input_ids=ids[own], output_attentions=True, output_hidden_states=True)
         expected = plain(input_ids=ids, output_hidden_states=True).hidden_states
         torch.testing.assert_close(output.hidden_states[1], expected[1][own])
-        with pytest.raises(TensorParallelError, match="output 1 of 'model.layers.0.self_attn' is this rank's slice"):
+        with pytest.raises(TensorParallelError, match=r"output 1 of 'model.layers.0.self_attn' is this rank's slice"):
             output.attentions[0].sum()
     elif what == "generation":
         more = {"max_new_tokens": 4, "do_sample": False, "use_cache": True}
