@@ -141,7 +141,7 @@ def agree(
     text = own.kind.encode()
     header = [seed, zlib.crc32(text), states(own.kind), hidden.shape[0], len(text), *dims]
     if hidden.is_meta:
-        return 0, [_pass_of(own, [header + [0] * _MAX_TENSORS] * group.size, tuple(range(group.size)))]
+        return 0, [_pass_of(own, [[*header, *[0] * _MAX_TENSORS]] * group.size, tuple(range(group.size)))]
     serials = [memo.serial_of(tensor) if memo is not None else 0 for tensor in own.tensors] + padding
     if memo is not None:
         memo.serial += 1
@@ -163,7 +163,7 @@ def agree(
     return rows[0][_SEED], passes
 
 
-def _pass_of(arguments: Arguments, rows: list[list[int]], members: tuple[int, ...]) -> Arguments:
+def _pass_of(arguments: Arguments, rows: Sequence[Sequence[int]], members: tuple[int, ...]) -> Arguments:
     number = len(arguments.tensors)
     arguments.members = members
     arguments.counts = tuple(row[_ROWS] if rank in members else 0 for rank, row in enumerate(rows))
