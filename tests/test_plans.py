@@ -470,7 +470,7 @@ def test_arguments_that_are_no_batches():
         region(x, **({"mask": None} if rank else {"scale": None}))
     assert "tp_rank 1" in str(caught.value) and "mask" in str(caught.value)
     with pytest.raises(TensorParallelError, match="called it with different arguments"):
-        region(x, torch.ones(2) if rank else 1.5)
+        region(x, torch.ones(2) if rank else 1j)
     with pytest.raises(TensorParallelError, match="no argument is a tensor with a batch dim"):
         region(None)
     with pytest.raises(TensorParallelError, match=r"'0.up' holds a slice .* called outside its region"):
@@ -513,7 +513,7 @@ def test_ranks_with_other_kinds_of_arguments_share_the_work_in_passes():
             "mask": None if rank % 2 else torch.linspace(0, 1, rows * width, dtype=F64).view(rows, width, 1),
             "is_double": rank == 3,
             "bias": bias if rank != 1 else None,
-            "scale": torch.tensor(1.5 + rank, dtype=F64) if rank in (0, 3) else None,
+            "scale": torch.tensor(1.5 + rank, dtype=F64) if rank in (0, 3) else 0.5,
         }
 
     def run(net, rank):
@@ -537,6 +537,65 @@ def test_ranks_with_other_kinds_of_arguments_share_the_work_in_passes():
             if split is not None:
                 wanted = split.slice_of(wanted, smp.tp_rank(), smp.tp_size())
             torch.testing.assert_close(parameter.grad, wanted, msg=lambda text, at=name: f"{at}: {text}")
+
+
+class FusedExperts(nn.Module):
+    """All weights of an expert in one tensor; ``is_by_expert``: the rows come in the order of the experts."""
+
+    def __init__(self, is_by_expert: bool):
+        super().__init__()
+        self.is_by_expert = is_by_expert
+        self.up, self.down = nn.Parameter(torch.randn(3, 8, 4)), nn.Parameter(torch.randn(3, 4, 4))
+
+    def forward(self, rows, chosen=None):
+        if self.is_by_expert:
+            rows = rows.view(3, -1, 4)
+            gate, up = (rows @ self.up.transpose(1, 2)).chunk(2, -1)
+            return ((gate.tanh() * up) @ self.down.transpose(1, 2)).view(-1, 4)
+        gate, up = torch.einsum("ni,noi->no", rows, self.up[chosen]).chunk(2, -1)
+        return torch.einsum("ni,noi->no", gate.tanh() * up, self.down[chosen])
+
+
+class FusedMixture(nn.Module):
+    _tp_plan = {"experts.up": "packed_colwise", "experts.down": "rowwise", "experts": "moe_tp_experts"}
+
+    def __init__(self, is_by_expert: bool):
+        super().__init__()
+        self.router, self.experts = nn.Linear(4, 3), FusedExperts(is_by_expert)
+
+    def forward(self, x):
+        rows, weights = x.flatten(0, 1), self.router(x.flatten(0, 1)).softmax(-1)
+        if self.experts.is_by_expert:
+            outputs = self.experts(rows.repeat(3, 1)).view(3, -1, 4)
+            return torch.einsum("end,ne->nd", outputs, weights).view_as(x)
+        best = weights.argmax(-1)
+        return (self.experts(rows, best) * weights.gather(1, best[:, None])).view_as(x)
+
+
+@on(TP2)
+def test_fused_experts_keep_their_rows_apart_where_these_have_an_order():
+    for is_by_expert in (False, True):
+        torch.manual_seed(4)
+        plain = FusedMixture(is_by_expert).double()
+        model = copy.deepcopy(plain)
+        smp.set_tensor_parallelism(model)
+        model = smp.DistributedModel(model)
+        assert model.module.experts.up.shape == (3, 4, 4) and model.module.experts.down.shape == (3, 4, 2)
+        own, total = own_rows((1, 2))
+        for step in range(3):
+            x = torch.randn(total, 5, 4, dtype=F64, generator=torch.Generator().manual_seed(step))
+            model.zero_grad()
+            plain.zero_grad()
+            output, expected = model(x[own]), plain(x)
+            torch.testing.assert_close(output, expected[own])
+            output.square().sum().backward()
+            expected.square().sum().backward()
+            for parameter, other in zip(model.parameters(), plain.parameters(), strict=True):
+                split, wanted = model.table.row_of(parameter).split, other.grad / 2
+                wanted = wanted if split is None else split.slice_of(wanted, smp.tp_rank(), 2)
+                torch.testing.assert_close(parameter.grad, wanted)
+        (outputs,) = model.module.experts.planned.known.values()
+        assert outputs.is_separate == is_by_expert
 
 
 @on(TP2)

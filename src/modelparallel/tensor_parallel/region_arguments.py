@@ -1,16 +1,18 @@
 """The arguments of a region's call: what the ranks tell each other of them, and how their rows come together.
 
 [Note: Kinds of arguments] Rows can be joined where the ranks' arguments are of one kind: the same tree, tensors of the
-same dtype and shape but for the first dim, and equal flags. Where they are not (a rank whose batch has no padding gets
-no mask from some attention implementations; batches of different width), the region makes one *pass* for each kind, on
-the rows of the ranks that have it, in one order on all ranks. A rank whose own arguments are of another kind takes
-part with no rows: it has its slice of the features to compute.
+same dtype and shape but for the first dim, and equal numbers, texts and flags. Where they are not (a rank whose batch
+has no padding gets no mask from some attention implementations; batches of different width), the region makes one
+*pass* for each kind, on the rows of the ranks that have it, in one order on all ranks. A rank whose own arguments are
+of another kind takes part with no rows: it has its slice of the features to compute.
 """
 
 from __future__ import annotations
 
 import ast
+import copy
 import json
+import math
 import weakref
 import zlib
 from collections.abc import Sequence
@@ -27,6 +29,7 @@ from modelparallel.errors import TensorParallelError
 if TYPE_CHECKING:
     from modelparallel.comm.groups import Group
 
+SEPARATE = 3
 _MAX_TENSORS = 28
 _SEED, _CHECK, _STATE, _ROWS, _LENGTH, _FIRST = range(6)  # the places of a header; then first dims, then serials
 
@@ -73,8 +76,9 @@ class GatherMemo:
 class Arguments:
     """The arguments of one pass: ``counts`` are the rows of each rank, 0 where it takes no part with rows.
 
-    ``kind`` describes them as text; ``dims`` and ``serials`` have a row for each rank: the first dims of the tensors,
-    and the calls that gathered them.
+    ``kind`` describes them as text, ``signature`` without what may change from call to call: sizes and numbers.
+    ``dims`` and ``serials`` have a row for each rank: the first dims of the tensors, and the calls that gathered them.
+    ``state``: what is known of the signature. ``is_own``: whether this rank takes part with rows.
     """
 
     args: tuple[Any, ...]
@@ -82,6 +86,7 @@ class Arguments:
     tensors: list[torch.Tensor]
     names: list[str]
     kind: str
+    signature: str
     counts: tuple[int, ...] = ()
     members: tuple[int, ...] = ()
     dims: tuple[tuple[int, ...], ...] = ()
@@ -114,11 +119,12 @@ def describe(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Argume
                 f"region '{name}': argument {where} is a BlockMask, whose rows cannot be joined with those of other "
                 "ranks: use another attention implementation, for example 'sdpa'"
             )
-        leaves.append([where, repr(leaf) if leaf is None or isinstance(leaf, (bool, str)) else type(leaf).__name__])
+        is_literal = leaf is None or type(leaf) in (bool, str, int) or (type(leaf) is float and math.isfinite(leaf))
+        leaves.append([where, type(leaf).__name__, *([repr(leaf)] if is_literal else [])])
         return leaf
 
     trees.map_leaves_with_path(look, (args, kwargs))
-    found = Arguments(args, kwargs, tensors, names, json.dumps(leaves))
+    found = Arguments(args, kwargs, tensors, names, json.dumps(leaves), _signature(leaves))
     if found.hidden is None:
         raise TensorParallelError(f"region '{name}': no argument is a tensor with a batch dim, its rows are not known")
     if len(tensors) > _MAX_TENSORS:
@@ -126,41 +132,72 @@ def describe(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Argume
     return found
 
 
+def _signature(leaves: list[list[Any]]) -> str:
+    # A tensor has five entries, a number, text or flag three, any other object two.
+    return json.dumps(
+        [
+            (*leaf[:3], leaf[4]) if len(leaf) == 5 else leaf[:2] if leaf[1] in ("int", "float") else leaf
+            for leaf in leaves
+        ]
+    )
+
+
 def agree(
     name: str, group: Group, own: Arguments, *, seed: int, states: Any, memo: GatherMemo | None
 ) -> tuple[int, list[Arguments]]:
     """(a common seed, the passes): one small message, and two more if the ranks' arguments are of different kinds.
 
-    ``states``: what is known of a kind, a number; of each pass the least of the ranks' is taken. Without a ``memo`` the
-    ranks have equal rows, of one kind.
+    ``states``: what is known of a signature, a number; of each pass the least of the ranks' is taken. `SEPARATE` says
+    that rows must not be joined: then each rank's make a pass. Without a ``memo`` the ranks have equal rows.
     """
     hidden = own.hidden
     assert hidden is not None
     padding = [0] * (_MAX_TENSORS - len(own.tensors))
     dims = [tensor.shape[0] if tensor.ndim else 0 for tensor in own.tensors] + padding
     text = own.kind.encode()
-    header = [seed, zlib.crc32(text), states(own.kind), hidden.shape[0], len(text), *dims]
+    header = [seed, zlib.crc32(text), states(own.signature), hidden.shape[0], len(text), *dims]
     if hidden.is_meta:
         return 0, [_pass_of(own, [[*header, *[0] * _MAX_TENSORS]] * group.size, tuple(range(group.size)))]
     serials = [memo.serial_of(tensor) if memo is not None else 0 for tensor in own.tensors] + padding
     if memo is not None:
         memo.serial += 1
     rows = exchange_integers([*header, *serials], group)
+    everybody = tuple(range(group.size))
     if len({row[_CHECK] for row in rows}) == 1:
-        return rows[0][_SEED], [_pass_of(own, rows, tuple(range(group.size)))]
+        if min(row[_STATE] for row in rows) != SEPARATE:
+            return rows[0][_SEED], [_pass_of(own, rows, everybody)]
+        return rows[0][_SEED], [_part(own, own.kind, rows, (rank,), group, SEPARATE) for rank in everybody]
     length = max(row[_LENGTH] for row in rows)
     texts = exchange_integers([*text, *[32] * (length - len(text))], group)
     kinds = [bytes(encoded).decode().rstrip() for encoded in texts]
     _check_kinds(name, kinds, is_prescaled=memo is None)
+    distinct = list(dict.fromkeys(kinds))
+    known = exchange_integers([states(_signature(json.loads(kind))) for kind in distinct], group)
     passes = []
-    for kind in dict.fromkeys(kinds):
-        members = tuple(rank for rank, other in enumerate(kinds) if other == kind)
-        passes.append(_pass_of(own if kind == own.kind else _stand_in(own, kind), rows, members))
-    known = exchange_integers([states(part.kind) for part in passes], group)
-    for index, part in enumerate(passes):
-        part.state = min(row[index] for row in known)
-        part.is_own = group.rank_in_group in part.members
+    for index, kind in enumerate(distinct):
+        members = tuple(rank for rank in everybody if kinds[rank] == kind)
+        state = min(row[index] for row in known)
+        for some in [(rank,) for rank in members] if state == SEPARATE else [members]:
+            passes.append(_part(own, kind, rows, some, group, state))
     return rows[0][_SEED], passes
+
+
+def separately(own: Arguments, group: Group) -> list[Arguments]:
+    """A pass for each rank, of arguments that are of one kind and go together by `agree`."""
+    return [
+        _part(own, own.kind, [[0, 0, 0, count, 0, *dims] for count, dims in zip(own.counts, own.dims, strict=True)],
+              (rank,), group, SEPARATE)
+        for rank in range(group.size)
+    ]  # fmt: skip
+
+
+def _part(
+    own: Arguments, kind: str, rows: Sequence[Sequence[int]], members: tuple[int, ...], group: Group, state: int
+) -> Arguments:
+    is_own = group.rank_in_group in members
+    part = _pass_of(copy.copy(own) if is_own else _stand_in(own, kind), rows, members)
+    part.is_own, part.state = is_own, state
+    return part
 
 
 def _pass_of(arguments: Arguments, rows: Sequence[Sequence[int]], members: tuple[int, ...]) -> Arguments:
@@ -188,7 +225,7 @@ def _check_kinds(name: str, kinds: list[str], is_prescaled: bool) -> None:
         not is_prescaled
         and len(names) == 1
         and all(
-            all(len(leaf) > 2 or _is_flag(leaf[1]) for leaf in found) or len({str(leaf) for leaf in found}) == 1
+            all(len(leaf) > 2 for leaf in found) or len({str(leaf) for leaf in found}) == 1
             for found in zip(*described, strict=True)
         )
     ):
@@ -211,20 +248,16 @@ def _stand_in(own: Arguments, kind: str) -> Arguments:
 
     def make(_: trees.Path, leaf: Any) -> Any:
         wanted = next(remaining)
-        if len(wanted) > 2:
+        if len(wanted) == 5:
             _, dtype, ndim, shape, requires_grad = wanted
             made = torch.zeros((0, *shape) if ndim else (), dtype=getattr(torch, dtype), device=device)
             tensors.append(made.requires_grad_(requires_grad and torch.is_grad_enabled()))
             return tensors[-1]
-        return ast.literal_eval(wanted[1]) if _is_flag(wanted[1]) else leaf
+        return ast.literal_eval(wanted[2]) if len(wanted) == 3 else leaf
 
     args, kwargs = trees.map_leaves_with_path(make, (own.args, own.kwargs))
-    names = [leaf[0] for leaf in leaves if len(leaf) > 2]
-    return Arguments(args, kwargs, tensors, names, kind)
-
-
-def _is_flag(text: str) -> bool:
-    return text in ("None", "True", "False") or text[:1] in "'\""
+    names = [leaf[0] for leaf in leaves if len(leaf) == 5]
+    return Arguments(args, kwargs, tensors, names, kind, _signature(leaves))
 
 
 def joined(name: str, group: Group, arguments: Arguments, memo: GatherMemo) -> tuple[tuple[Any, ...], dict[str, Any]]:

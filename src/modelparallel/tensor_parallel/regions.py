@@ -35,8 +35,18 @@ from torch.autograd import Function
 from modelparallel import trees
 from modelparallel.comm.agreed_random import default_generator_at
 from modelparallel.comm.collectives import all_gather, all_reduce, average_gradient, reduce_scatter
+from modelparallel.comm.exchange import exchange_integers
 from modelparallel.errors import TensorParallelError
-from modelparallel.tensor_parallel.region_arguments import GatherMemo, agree, describe, joined, substituted
+from modelparallel.tensor_parallel.region_arguments import (
+    SEPARATE,
+    Arguments,
+    GatherMemo,
+    agree,
+    describe,
+    joined,
+    separately,
+    substituted,
+)
 
 if TYPE_CHECKING:
     from modelparallel.comm.groups import Group
@@ -61,10 +71,14 @@ def active_call(what: str | None = None) -> RegionCall | None:
 
 @dataclass(frozen=True)
 class Outputs:
-    """What the first call of a region found: which output the row-wise layer makes, and which are slices."""
+    """What the first call of a region found: which output the row-wise layer makes, and which are slices.
+
+    ``is_separate``: the rows of the ranks must not be joined.
+    """
 
     tail: int | None
     is_slice: tuple[bool, ...]
+    is_separate: bool = False
 
 
 class RegionCall:
@@ -134,23 +148,19 @@ def run_region(
     has_grad = torch.is_grad_enabled()
     seed = 1 + int(torch.empty((), dtype=torch.int64).random_(2**62)) if is_training and not is_meta else 0
 
-    def state_of(kind: str) -> int:
-        outputs = known.get((kind, has_grad))
-        return _UNKNOWN if outputs is None else _GENERAL if outputs.tail is None else _CHEAP
+    def state_of(signature: str) -> int:
+        outputs = known.get((signature, has_grad))
+        if outputs is None:
+            return _UNKNOWN
+        return SEPARATE if outputs.is_separate else _GENERAL if outputs.tail is None else _CHEAP
 
-    seed, passes = agree(name, group, own, seed=seed, states=state_of, memo=None if is_prescaled else memo)
-    results: dict[bool, Any] = {}
-    others: list[torch.Tensor] = []
-    for part in passes:
+    def run(part: Arguments) -> Any:
         if is_prescaled:
             inputs = substituted(part, [average_gradient(t, group) if t.requires_grad else t for t in part.tensors])
         else:
             inputs = joined(name, group, part, memo)
-        call = RegionCall(
-            name, group, part.counts, is_prescaled=is_prescaled, is_cheap=is_partial or part.state == _CHEAP
-        )
-        # Unless all ranks know a kind of arguments, all find out, together.
-        outputs = known.get((part.kind, has_grad)) if part.state != _UNKNOWN else None
+        is_cheap = is_partial or part.state == _CHEAP
+        call = RegionCall(name, group, part.counts, is_prescaled=is_prescaled, is_cheap=is_cheap)
         token = _active.set(call)
         try:
             with default_generator_at(seed, own.tensors[0].device) if seed else nullcontext():
@@ -160,16 +170,41 @@ def run_region(
         if is_partial:
             if not isinstance(result, torch.Tensor):
                 raise TensorParallelError(f"'{name}' returns a partial sum, which must be a tensor, not {type(result)}")
-            result = call.reduce(result)
-        else:
-            if outputs is None and not is_meta:
-                outputs = known[part.kind, has_grad] = _look_at(call, result)
-            result = _own_part(call, result, outputs)
-        if part.is_own:
-            results[True] = result
-        else:
-            others += [leaf for leaf in trees.leaves(result) if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
-    return _with_passes(results[True], others) if others else results[True]
+            return call.reduce(result)
+        # Unless all ranks know a kind of arguments, all find out, together.
+        outputs = known.get((part.signature, has_grad)) if part.state != _UNKNOWN else None
+        if outputs is None and not is_meta:
+            outputs = known[part.signature, has_grad] = _look_at(call, result)
+        return _own_part(call, result, outputs)
+
+    seed, passes = agree(name, group, own, seed=seed, states=state_of, memo=None if is_prescaled else memo)
+    results = [(part, run(part)) for part in passes]
+    first, own_result = passes[0], next(result for part, result in results if part.is_own)
+    if is_partial and first.state == _UNKNOWN and len(passes) == 1 and not (is_meta or is_prescaled):
+        with torch.no_grad():
+            alone = [(part, run(part)) for part in separately(first, group)]
+        is_separate = _differs_somewhere(own_result, next(result for part, result in alone if part.is_own), group)
+        known[own.signature, has_grad] = Outputs(0, (), is_separate)
+        if is_separate:
+            results = [(part, run(part)) for part in separately(first, group)]
+            own_result = next(result for part, result in results if part.is_own)
+    others = [
+        leaf
+        for part, result in results
+        if not part.is_own
+        for leaf in trees.leaves(result)
+        if isinstance(leaf, torch.Tensor) and leaf.requires_grad
+    ]
+    return _with_passes(own_result, others) if others else own_result
+
+
+def _differs_somewhere(joined_result: torch.Tensor, own_result: torch.Tensor, group: Group) -> bool:
+    """Whether some rank's rows came out otherwise together with those of others: a module of fused experts may be given
+    rows in the order of the experts, which is lost when the ranks' rows are put one after another.
+    """
+    own = own_result.double()
+    is_other = bool((joined_result.detach().double() - own).norm() > 0.05 * own.norm())
+    return any(row[0] for row in exchange_integers([int(is_other)], group))
 
 
 class _Depend(Function):
