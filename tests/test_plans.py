@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import modelparallel as smp
+from communication_bytes import CountSentBytes
 from modelparallel.errors import TensorParallelError
 from modelparallel.parameters import ParameterTable
 from modelparallel.plan.parameters import SplitSpec
@@ -346,6 +347,58 @@ def test_other_modules_and_hooks_see_the_own_batch_and_classes_stay():
     assert wrapped.is_distributed_parameter(parameter) and wrapped.is_scaled_batch_parameter(parameter)
     assert not wrapped.is_distributed_parameter(model.layers[0].attn.q_norm.weight)
     assert get_distribution_axis(parameter) == 0
+
+
+class Pair(nn.Module):
+    def __init__(self, is_scaled: bool):
+        super().__init__()
+        self.is_scaled = is_scaled
+        self.up, self.down = nn.Linear(32, 32), nn.Linear(32, 32)
+
+    def forward(self, x, mask=None):
+        y = self.down(self.up(x).tanh())
+        return y * 2 if self.is_scaled else y
+
+
+@on(TP2, TP4)
+def test_a_region_sends_the_bytes_that_the_documents_say():
+    size, rows = smp.tp_size(), 8 * 5
+    others, own = size - 1, rows * 32 * 8
+
+    def bytes_of(module, *inputs):
+        """(forward, backward) of the second call, without the headers."""
+        for _ in range(2):
+            with CountSentBytes(ignored_bytes=600) as forward:
+                output = module(*inputs)
+            with CountSentBytes(ignored_bytes=600) as backward:
+                torch.autograd.grad(output.sum(), module.parameters(), allow_unused=True)
+        return forward.total, backward.total
+
+    x = torch.randn(8, 5, 32, dtype=F64, requires_grad=True)
+    plan = {"up": "colwise", "down": "rowwise"}
+    group = smp.session.current().groups.tp
+
+    def split(module, plan, prescaled_batch=False):
+        smp.set_tensor_parallelism(module, plan=plan)
+        replace_marked_modules(module, group, prescaled_batch=prescaled_batch)
+        return module
+
+    # The gradient of the input is not asked for below; its message is part of the backward of a model, so it is here.
+    def with_input(module):
+        return nn.Sequential(nn.Linear(32, 32).double(), module)
+
+    assert bytes_of(with_input(split(Pair(False).double(), plan)), x) == (2 * others * own, 2 * others * own)
+    all_reduce = 2 * others * own  # of the rows of all ranks, 40 KiB or more
+    assert bytes_of(with_input(split(Pair(True).double(), plan)), x) == (others * own + all_reduce,) * 2
+    own_all_reduce = others * own  # of 10 KiB: everybody sends all
+    assert bytes_of(with_input(split(Pair(False).double(), plan, True)), x) == (own_all_reduce, own_all_reduce)
+    head = split(nn.ModuleDict({"head": nn.Linear(32, 64)}).double(), {"head": "vocab"})
+    logits = rows * 64 * 8 // size
+    assert bytes_of(with_input(head["head"]), x) == (others * (own + logits),) * 2
+    table = split(nn.ModuleDict({"table": nn.Embedding(64, 32)}).double(), {"table": "vocab"})
+    ids = torch.randint(0, 64, (8, 20))
+    looked_up = 8 * 20 * 32 * 8
+    assert bytes_of(table["table"], ids) == (others * (ids.numel() * 8 + looked_up), others * looked_up)
 
 
 @on(TP2)
