@@ -25,6 +25,12 @@ FAMILIES = {
     "llama": ("LlamaForCausalLM", "LlamaConfig", GROUPED),
     "llama-tied": ("LlamaForCausalLM", "LlamaConfig", GROUPED | {"tie_word_embeddings": True, "attention_bias": True}),
     "llama-eager": ("LlamaForCausalLM", "LlamaConfig", GROUPED | {"attn_implementation": "eager"}),
+    # Its only layer is opened by the partitioner, so that regions are units of their own.
+    "llama-single": (
+        "LlamaForCausalLM",
+        "LlamaConfig",
+        GROUPED | {"attn_implementation": "eager", "num_hidden_layers": 1},
+    ),
     "mistral": ("MistralForCausalLM", "MistralConfig", GROUPED | {"sliding_window": 4}),
     "qwen2": ("Qwen2ForCausalLM", "Qwen2Config", GROUPED),
     "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", GROUPED | {"head_dim": 8}),

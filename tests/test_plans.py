@@ -29,6 +29,7 @@ from plan_models import (
     OUT,
     TOWERS,
     Expert,
+    GatedMlp,
     Tower,
     make_tower,
     tower_batch,
@@ -90,9 +91,11 @@ def train(name: str, kind: str):
         return loss_of(model, *batch)
 
     losses, gradients = [], {}
+    is_prescaled = smp.session.current().config.prescaled_batch
+    replica, num_replicas = (smp.rdp_rank(), smp.rdp_size()) if is_prescaled else (smp.dp_rank(), smp.dp_size())
+    own = slice(replica * NUM_SAMPLES, (replica + 1) * NUM_SAMPLES)
     for step in range(3):
-        batch = batch_of(step, NUM_SAMPLES * smp.dp_size())
-        own = slice(smp.dp_rank() * NUM_SAMPLES, (smp.dp_rank() + 1) * NUM_SAMPLES)
+        batch = batch_of(step, NUM_SAMPLES * num_replicas)
         mine = [part[own] for part in batch]
         optimizer.zero_grad()
         losses.append(float(train_step(model, *mine).reduce_mean()))
@@ -139,6 +142,8 @@ def train_all(names, kind):
 def check_training(names, num_ranks, parameters, kind):
     ranks = run_ranks(train_all, num_ranks, names, kind, parameters=parameters, timeout=170)
     num_replicas = num_ranks // parameters.get("pipeline_parallel_degree", 1)
+    if parameters.get("prescaled_batch"):
+        num_replicas //= parameters["tensor_parallel_degree"]
     for name in names:
         make, _, batch_of, loss_of = setup_of(name)
         expected = reference_run(
@@ -164,6 +169,12 @@ def test_models_with_a_users_plan_train_as_in_one_process():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("more", [{}, {"pipeline_parallel_degree": 2, "microbatches": 2}], ids=["rdp2", "pp2"])
+def test_prescaled_batches_train_as_in_one_process(more):
+    check_training(list(TOWERS), 4, settings(2, prescaled_batch=True, **more), "adam")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("num_ranks", "parameters", "kind"),
     [
@@ -179,7 +190,7 @@ def test_models_with_a_users_plan_train_as_in_one_process_on_more_ranks(num_rank
 
 FAST_FAMILIES = ["llama", "mixtral"]
 FAMILY_NAMES = [
-    "llama", "llama-tied", "llama-eager", "mistral", "qwen2", "qwen3", "gemma", "mixtral", "gpt_neox", "phi3",
+    "llama", "llama-tied", "llama-eager", "llama-single", "mistral", "qwen2", "qwen3", "gemma", "mixtral", "gpt_neox", "phi3",
 ]  # fmt: skip
 
 
@@ -830,6 +841,23 @@ def test_the_plan_alone_decides_but_for_registered_modules_and_inner_plans():
         *(f"layers.{index}.mlp.{part}.{own}" for index in (0, 1) for part in names for own in ("weight", "bias")),
         "layers.0.mlp.down.weight",
     }
+
+
+def test_a_registered_class_inside_is_replaced_and_not_split():
+    class Own(smp.nn.DistributedModule):
+        def __init__(self, *args):
+            super().__init__()
+
+    class OwnMlp(GatedMlp):
+        pass
+
+    smp.tp_register_with_module(OwnMlp, Own)
+    model = make_tower("separate")
+    model.layers[0].mlp = OwnMlp(16, 8, False)
+    smp.set_tensor_parallelism(model, plan={**ATTENTION, **OUT, **MLP})
+    replace_marked_modules(model, imaginary(2))
+    assert type(model.layers[0].mlp) is Own and model.layers[1].mlp.down.weight.shape == (16, 4)
+    assert model.layers[0].attn.q.weight.shape == (16, 16)
 
 
 def test_packed_and_uneven_layouts_are_declared_and_identity_is_kept():

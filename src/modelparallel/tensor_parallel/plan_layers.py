@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from modelparallel import session
 from modelparallel.comm.collectives import (
     all_gather,
     all_reduce,
@@ -109,6 +110,7 @@ class Region(PlannedModule):
         return run_region(
             planned.name, self.tp_group, self._own_forward, args, kwargs,
             memo=planned.memo, known=planned.known, is_prescaled=planned.is_prescaled, is_training=self.training,
+            is_pipelined=session.is_initialized() and session.current().config.pipeline_parallel_degree > 1,
             is_partial=self._returns_partial_sum,
         )  # fmt: skip
 

@@ -47,6 +47,7 @@ from modelparallel.tensor_parallel.region_arguments import (
     separately,
     substituted,
 )
+from modelparallel.torch_compat import DisableTorchFunctionSubclass
 
 if TYPE_CHECKING:
     from modelparallel.comm.groups import Group
@@ -136,12 +137,14 @@ def run_region(
     known: dict[tuple[str, bool], Outputs],
     is_prescaled: bool,
     is_training: bool,
+    is_pipelined: bool = False,
     is_partial: bool = False,
 ) -> Any:
     """Run ``forward``, of the region ``name``, for the rows of all ranks; returns the own rows of what it returns.
 
     ``known``: what earlier calls found out, by kind of arguments; kept with the region. ``is_partial``: what it returns
-    is a partial sum, and is reduced here.
+    is a partial sum, and is reduced here. ``is_pipelined``: an output that is a slice becomes None, since the pipeline
+    would use it.
     """
     own = describe(name, args, kwargs)
     is_meta = own.tensors[0].is_meta
@@ -175,7 +178,7 @@ def run_region(
         outputs = known.get((part.signature, has_grad)) if part.state != _UNKNOWN else None
         if outputs is None and not is_meta:
             outputs = known[part.signature, has_grad] = _look_at(call, result)
-        return _own_part(call, result, outputs)
+        return _own_part(call, result, outputs, is_pipelined)
 
     seed, passes = agree(name, group, own, seed=seed, states=state_of, memo=None if is_prescaled else memo)
     results = [(part, run(part)) for part in passes]
@@ -262,7 +265,7 @@ def _look_at(call: RegionCall, result: Any) -> Outputs:
     return Outputs(tail, is_slice)
 
 
-def _own_part(call: RegionCall, result: Any, outputs: Outputs | None) -> Any:
+def _own_part(call: RegionCall, result: Any, outputs: Outputs | None, is_pipelined: bool) -> Any:
     index = -1
 
     def own(leaf: Any) -> Any:
@@ -279,6 +282,8 @@ def _own_part(call: RegionCall, result: Any, outputs: Outputs | None) -> Any:
                 )
             return leaf
         if outputs is not None and index < len(outputs.is_slice) and outputs.is_slice[index]:
+            if is_pipelined:
+                return None
             return _slice_of_rank(call.own_rows(leaf, f"output {index}"), call.name, index)
         return call.own_rows(leaf, f"output {index}")
 
@@ -301,7 +306,7 @@ class RankSlice(torch.Tensor):
         cls, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func in _METADATA:
-            with torch._C.DisableTorchFunctionSubclass():
+            with DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
         origin = next((value._smp_origin for value in trees.leaves((args, kwargs)) if isinstance(value, RankSlice)), "")
         raise TensorParallelError(
