@@ -190,7 +190,8 @@ def test_models_with_a_users_plan_train_as_in_one_process_on_more_ranks(num_rank
 
 FAST_FAMILIES = ["llama", "mixtral"]
 FAMILY_NAMES = [
-    "llama", "llama-tied", "llama-eager", "llama-single", "mistral", "qwen2", "qwen3", "gemma", "mixtral", "gpt_neox", "phi3",
+    "llama", "llama-tied", "llama-eager", "llama-single", "mistral", "qwen2", "qwen3", "gemma", "mixtral", "gpt_neox",
+    "phi3",
 ]  # fmt: skip
 
 
