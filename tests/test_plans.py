@@ -207,6 +207,7 @@ def test_a_carried_plan_is_used_without_registration_and_says_what_stays_whole()
         replace_marked_modules(carrying(ATTENTION), imaginary(2))
     with pytest.raises(TensorParallelError, match="carries a tensor-parallel plan with the style 'diagonal'"):
         replace_marked_modules(carrying({"layers.*.attn.q": "diagonal"}), imaginary(2))
+    replace_marked_modules(carrying({"layers.*.attn.q": "diagonal"}), imaginary(1))
     assert carried_plan(Tower()) is None
 
 

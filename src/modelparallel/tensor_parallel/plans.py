@@ -154,10 +154,7 @@ def user_plan(module: nn.Module, table: Any) -> SplitPlan:
 
 def carried_plan(module: nn.Module) -> SplitPlan | None:
     """The plan that ``module`` carries itself, None if it has none. Patterns that match nothing are passed over."""
-    table: dict[str, Any] = {}
-    for source in (getattr(type(module), "_tp_plan", None), getattr(module, "_tp_plan", None)):
-        if isinstance(source, Mapping):
-            table.update(source)
+    table = _carried_table(module)
     if not table:
         return None
     entries: dict[tuple[str, str], Entry] = {}
@@ -182,6 +179,20 @@ def carried_plan(module: nn.Module) -> SplitPlan | None:
             owner, _, own_name = name.rpartition(".")
             entries[owner, own_name] = Entry(owner, own_name, layout, pattern, parts)
     return _with_regions(module, _with_partial_owners(module, list(entries.values())))
+
+
+def carries_plan(module: nn.Module) -> bool:
+    """Whether ``module`` carries a plan, be it good or not."""
+    return bool(_carried_table(module))
+
+
+def _carried_table(module: nn.Module) -> dict[str, Any]:
+    # The instance's table holds those of its parts; transformers 4 leaves out in it what the class itself says.
+    table: dict[str, Any] = {}
+    for source in (getattr(type(module), "_tp_plan", None), getattr(module, "_tp_plan", None)):
+        if isinstance(source, Mapping):
+            table.update(source)
+    return table
 
 
 def without(module: nn.Module, plan: SplitPlan, is_excluded: Any) -> SplitPlan:

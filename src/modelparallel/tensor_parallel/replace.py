@@ -38,7 +38,7 @@ from modelparallel.tensor_parallel.distributed_module import (
 )
 from modelparallel.tensor_parallel.placements import NotSplittableError
 from modelparallel.tensor_parallel.planned_split import split_by_plan
-from modelparallel.tensor_parallel.plans import carried_plan, user_plan, without
+from modelparallel.tensor_parallel.plans import carried_plan, carries_plan, user_plan, without
 
 if TYPE_CHECKING:
     from modelparallel.comm.groups import Group
@@ -120,7 +120,7 @@ def _outermost_marked(root: nn.Module) -> list[_Marked]:
             elif registration is not None and not (is_planned and registration.is_builtin):
                 found.append((name, module, mark, registration))
                 return
-            elif not is_planned and carried_plan(module) is not None:
+            elif not is_planned and carries_plan(module):
                 found.append((name, module, mark, None))
                 is_planned = True
         for child_name, child in module.named_children():
@@ -134,8 +134,10 @@ def _split_by_plan(
     name: str, module: nn.Module, mark: TensorParallelMark, tp_group: Group, owners: _Owners, prescaled_batch: bool
 ) -> None:
     """Split a module that was marked with a plan, or carries one, but for what is decided inside it otherwise."""
+    if tp_group.size == 1:
+        return
     plan = user_plan(module, mark.plan) if mark.plan is not None else carried_plan(module)
-    if plan is None or tp_group.size == 1:
+    if plan is None:
         return
 
     def is_excluded(inner: str) -> bool:
