@@ -44,10 +44,50 @@ FAMILIES = {
     "phi3": ("Phi3ForCausalLM", "Phi3Config", GROUPED),
 }
 
+EXPERTS = {
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 16,
+    "n_routed_experts": 4,
+    "n_group": 1,
+    "topk_group": 1,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "experts_implementation": "eager",
+}
+LATENT = {"q_lora_rank": 16, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8}
+HEADS = GROUPED | {"head_dim": 4}
+LLAMA4 = HEADS | EXPERTS | {"intermediate_size_mlp": 48, "interleave_moe_layer_step": 1}
+# Called once, not trained. Some are in one of the two versions only, or can be split in one only.
+MORE: dict[str, tuple[str, str, dict]] = {
+    **{
+        name: (f"{name}ForCausalLM", f"{name}Config", HEADS)
+        for name in (
+            "Olmo", "Olmo2", "Olmo3", "Cohere", "Cohere2", "Gemma2", "Glm", "Glm4", "Granite", "Starcoder2", "Phi",
+            "SmolLM3", "Helium", "Ernie4_5", "Exaone4", "SeedOss", "Apertus", "Arcee",
+        )
+    },
+    **{
+        name: (f"{name}ForCausalLM", f"{name}Config", HEADS | EXPERTS)
+        for name in (
+            "Qwen3Moe", "Olmoe", "GraniteMoe", "GptOss", "MiniMax", "FlexOlmo", "Glm4Moe", "Dots1", "MiniMaxM2",
+        )
+    },
+    "Gemma3": ("Gemma3ForCausalLM", "Gemma3TextConfig", HEADS),
+    "Llama4": ("Llama4ForCausalLM", "Llama4TextConfig", LLAMA4),
+    "DeepseekV3": (
+        "DeepseekV3ForCausalLM",
+        "DeepseekV3Config",
+        EXPERTS | LATENT | {"head_dim": 4, "num_key_value_heads": 8},
+    ),
+}  # fmt: skip
+
 
 def make_family(name: str) -> nn.Module:
     """The model in float64, seeded; every bias and norm weight random, so that no gradient is right by chance."""
-    model_class, config_class, more = FAMILIES[name]
+    model_class, config_class, more = (FAMILIES | MORE)[name]
     sizes = SIZES | more
     implementations = {key: sizes.pop(key) for key in ("attn_implementation", "experts_implementation") if key in sizes}
     config = getattr(transformers, config_class)(**sizes)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 
 import modelparallel as smp
 from modelparallel.errors import TensorParallelError
+from parity import assert_parity
 from plan_training import check_training, own_rows, settings
 from pool import preload, run_ranks
 
@@ -91,6 +94,60 @@ def call_family(what):
                 if split is not None:
                     expected = split.slice_of(expected, smp.tp_rank(), smp.tp_size())
                 torch.testing.assert_close(parameter.grad, expected, msg=lambda text, at=at: f"{at}: {text}")
+
+
+def check_more(names):
+    """Outputs and gradients of calls with one and two samples; which names were split, and why others were not."""
+    import transformers
+
+    from plan_families import MORE, family_batch, family_loss, make_family
+
+    results = {}
+    for name in names:
+        if not hasattr(transformers, MORE[name][0]):
+            continue
+        model, plain = make_family(name).eval(), make_family(name).eval()  # some drop by default
+        own, total = own_rows((1, 2))
+        ids, mask = family_batch(0, total)
+        try:
+            (family_loss(plain, ids, mask) * total).backward()
+        except RuntimeError as error:
+            results[name] = f"does not run in float64: {error}"
+            continue
+        smp.set_tensor_parallelism(model)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = smp.DistributedModel(model)
+        for _ in range(2):
+            model.zero_grad()
+            (family_loss(model, ids[own], mask[own]) * (own.stop - own.start)).backward()
+            actual, expected = {}, {}
+            for (at, parameter), other in zip(model.named_parameters(), plain.parameters(), strict=True):
+                split, gradient = model.table.row_of(parameter).split, other.grad
+                gradient = torch.zeros_like(other) if gradient is None else gradient / 2
+                expected[at] = gradient if split is None else split.slice_of(gradient, smp.tp_rank(), 2)
+                actual[at] = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            try:  # some routers, rotary tables and norms are in single precision
+                assert_parity(actual, expected, dtype=torch.float32)
+            except AssertionError as error:
+                raise AssertionError(f"{name}: {error}") from error
+        results[name] = sum(row.split is not None for row in model.table.rows())
+    return results
+
+
+@pytest.mark.slow
+def test_many_families_give_the_gradients_of_one_process():
+    transformers = pytest.importorskip("transformers")
+    from plan_families import MORE, make_family
+
+    for name in MORE:
+        if hasattr(transformers, MORE[name][0]):
+            make_family(name)
+    preload()
+    found, other = run_ranks(check_more, 2, list(MORE), parameters=settings(2), timeout=170)
+    print(found)
+    assert found == other and len(found) > 25
+    assert sum(isinstance(result, int) and result > 0 for result in found.values()) > 22
 
 
 @pytest.mark.slow

@@ -248,6 +248,27 @@ def test_prescaled_batches_are_neither_gathered_nor_sliced():
 
 
 @on(TP2)
+def test_prescaled_batches_of_different_length_are_an_error():
+    model = nn.Sequential(Pair(False)).double()
+    smp.set_tensor_parallelism(model, plan={"*.up": "colwise", "*.down": "rowwise"})
+    replace_marked_modules(model, smp.session.current().groups.tp, prescaled_batch=True)
+    with pytest.raises(TensorParallelError, match=r"have batches of \[1, 2\] rows"):
+        model(torch.randn(1 + smp.tp_rank(), 32, dtype=F64))
+
+
+@on(TP2)
+def test_a_loss_inside_a_region_is_an_error():
+    class Lossy(Pair):
+        def forward(self, x):
+            y = super().forward(x)
+            return y, y.mean()
+
+    model = planned(nn.Sequential(Lossy(False)).double(), {"*.up": "colwise", "*.down": "rowwise"})
+    with pytest.raises(TensorParallelError, match="region '0': output 1 has shape .* losses belong outside"):
+        model(torch.randn(2, 32, dtype=F64))
+
+
+@on(TP2)
 def test_arguments_that_are_no_batches():
     class Region(nn.Module):
         def __init__(self):

@@ -181,6 +181,11 @@ def run_region(
         return _own_part(call, result, outputs, is_pipelined)
 
     seed, passes = agree(name, group, own, seed=seed, states=state_of, memo=None if is_prescaled else memo)
+    if is_prescaled and len(set(passes[0].counts)) > 1:
+        raise TensorParallelError(
+            f"region '{name}': prescaled_batch is set, but the ranks of the tensor-parallel group have batches of "
+            f"{list(passes[0].counts)} rows: feed them the same batch (shard data by rdp_rank)"
+        )
     results = [(part, run(part)) for part in passes]
     first, own_result = passes[0], next(result for part, result in results if part.is_own)
     if is_partial and first.state == _UNKNOWN and len(passes) == 1 and not (is_meta or is_prescaled):
