@@ -102,11 +102,15 @@ class Block(nn.Module):
 class Tower(nn.Module):
     """A small decoder: vocabulary of 13, blocks, tied or untied head."""
 
-    def __init__(self, is_fused: bool = False, is_mixture: bool = False, is_tied: bool = False, num_layers: int = 2):
+    def __init__(
+        self, is_fused: bool = False, is_mixture: bool = False, is_tied: bool = False, is_shared: bool = False
+    ):
         super().__init__()
         self.table = nn.Embedding(13, 16, padding_idx=1)
         self.positions = nn.Parameter(0.1 * torch.randn(1, 5, 16))
-        self.layers = nn.ModuleList([Block(16, is_fused, is_mixture) for _ in range(num_layers)])
+        self.layers = nn.ModuleList([Block(16, is_fused, is_mixture) for _ in range(2)])
+        if is_shared:
+            self.layers[1] = self.layers[0]
         self.norm = nn.LayerNorm(16)
         self.head = nn.Linear(16, 13, bias=not is_tied)
         if is_tied:
@@ -139,6 +143,7 @@ TOWERS = {
     "separate": ({}, {**ATTENTION, **OUT, **MLP}),
     "fused": ({"is_fused": True}, {**FUSED, **OUT, **VOCABULARY}),
     "mixture": ({"is_mixture": True}, {**ATTENTION, **OUT, **EXPERTS}),
+    "shared": ({"is_fused": True, "is_shared": True}, {**FUSED, **OUT}),
     "tied": ({"is_tied": True}, {**MLP, **VOCABULARY}),
     "vocabulary": ({}, VOCABULARY),
 }

@@ -264,7 +264,7 @@ def test_a_loss_inside_a_region_is_an_error():
             return y, y.mean()
 
     model = planned(nn.Sequential(Lossy(False)).double(), {"*.up": "colwise", "*.down": "rowwise"})
-    with pytest.raises(TensorParallelError, match="region '0': output 1 has shape .* losses belong outside"):
+    with pytest.raises(TensorParallelError, match=r"region '0': output 1 has shape .* losses belong outside"):
         model(torch.randn(2, 32, dtype=F64))
 
 

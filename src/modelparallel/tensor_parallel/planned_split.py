@@ -228,6 +228,7 @@ def _apply(
     splits: dict[str, Specs] = {}
     layouts: dict[str, type[PlannedModule]] = {}
     slices: dict[int, nn.Parameter] = {}
+    numbers: set[tuple[int, str]] = set()
     for cut in cuts:
         module, entry = root.get_submodule(cut.entry.module), cut.entry
         for name, spec in cut.specs.items():
@@ -240,7 +241,9 @@ def _apply(
             module._parameters[own_name] = slices[id(parameter)]
             splits.setdefault(owner, {})[own_name] = spec
         if entry.layout is Layout.NUMBER:
-            module.__dict__[entry.parameter] //= tp_group.size
+            if (id(module), entry.parameter) not in numbers:
+                module.__dict__[entry.parameter] //= tp_group.size
+                numbers.add((id(module), entry.parameter))
         elif not entry.parameter and entry.layout in _CLASSES:
             layouts[entry.module] = _CLASSES[entry.layout]
         elif entry.parameter:
@@ -251,6 +254,8 @@ def _apply(
             layouts[region] = Region
     for name, layer_class in layouts.items():
         module = root.get_submodule(name)
+        if isinstance(module, PlannedModule):
+            continue  # one module with two names
         if layer_class is VocabularyEmbedding:
             _localise_padding(module, splits[name]["weight"], tp_group)
         full_name = (prefix + name).rstrip(".") or "the root module"
