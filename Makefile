@@ -70,7 +70,8 @@ $(VENV)/transformers-next/.stamp: $(VENV)/.stamp-test
 
 test-transformers: $(VENV)/transformers-next/.stamp
 	@PYTHONPATH=$(abspath $(VENV))/transformers-next $(BIN)/python -m pytest -q \
-	  tests/test_huggingface.py tests/test_huggingface_training.py tests/test_huggingface_examples.py $(ARGS)
+	  tests/test_huggingface.py tests/test_huggingface_training.py tests/test_huggingface_examples.py \
+	  tests/test_plan_families.py $(ARGS)
 
 # Random programs on random pipelines, compared with one process. A failing one is made small and printed.
 CASES ?= 500

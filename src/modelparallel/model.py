@@ -118,8 +118,8 @@ class DistributedModel(ModelParameters):
         self._has_run_post_step_hooks = False
 
         register_families()
-        before = dict(module.named_parameters(remove_duplicate=False))
-        module = replace_marked_modules(module, active.groups.tp, match_weights=active.config.match_weights)
+        before, config = dict(module.named_parameters(remove_duplicate=False)), active.config
+        module = replace_marked_modules(module, active.groups.tp, config.match_weights, config.prescaled_batch)
         runtime.note_replaced(before, module)
         for optimizer in runtime.live_optimizers():
             optimizer.replace_parameters()

@@ -35,10 +35,14 @@ Hook = Callable[..., Any]
 
 @dataclass(frozen=True)
 class TensorParallelMark:
-    """Whether a module was marked for tensor parallelism, and the keyword arguments that came with the mark."""
+    """Whether a module was marked for tensor parallelism, and the keyword arguments that came with the mark.
+
+    ``plan``: the table of names and styles that was given for this very module and what is in it.
+    """
 
     enabled: bool
     kwargs: Mapping[str, Any] = field(default_factory=dict)
+    plan: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -174,10 +178,14 @@ def tensor_parallel_mark(module: nn.Module) -> TensorParallelMark | None:
     return None if stamp is None else TensorParallelMark(*stamp)
 
 
-def set_tensor_parallel_mark(module: nn.Module, enabled: bool, kwargs: Mapping[str, Any]) -> None:
-    """Mark ``module`` and its whole subtree, over any earlier mark."""
+def set_tensor_parallel_mark(
+    module: nn.Module, enabled: bool, kwargs: Mapping[str, Any], plan: Mapping[str, Any] | None = None
+) -> None:
+    """Mark ``module`` and its whole subtree, over any earlier mark; ``plan`` is a mark of ``module`` alone."""
     for part in module.modules():
         part.__dict__[_TENSOR_PARALLEL] = (enabled, dict(kwargs))
+    if plan is not None:
+        module.__dict__[_TENSOR_PARALLEL] = (enabled, dict(kwargs), dict(plan))
 
 
 def note_wrapped(root: nn.Module) -> None:

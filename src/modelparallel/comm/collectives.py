@@ -24,6 +24,7 @@ from torch.autograd import Function
 
 from modelparallel.comm.exchange import (
     exchange_integers,
+    start_all_reduce,
     start_gather_rows,
     start_merge_features,
     start_reduce_rows,
@@ -91,6 +92,48 @@ def merge_features(matrix: torch.Tensor, group: Group, counts: Sequence[int] | N
     if matrix.dim() != 2:
         raise TensorParallelError(f"merge_features: a tensor of shape {tuple(matrix.shape)} does not have 2 dims")
     return _MergeFeatures.apply(matrix, group, _checked_parts("merge_features", matrix, counts, group))
+
+
+def all_reduce(tensor: torch.Tensor, group: Group, *, has_equal_gradients: bool = False) -> torch.Tensor:
+    """The sum of ``tensor`` over all ranks, on each of them. Backward: the sum of all ranks' gradients.
+
+    That is right where each rank's gradient is that of its own share of the loss, so that the true one is their sum.
+    ``has_equal_gradients``: the ranks' gradients are known to be equal, so that the sum needs no message.
+    """
+    if group.size == 1:
+        return tensor
+    return _AllReduce.apply(tensor, group, has_equal_gradients)
+
+
+def average_gradient(tensor: torch.Tensor, group: Group) -> torch.Tensor:
+    """``tensor`` itself, equal on all ranks. Backward: the mean of all ranks' gradients."""
+    if group.size == 1:
+        return tensor
+    return _AverageGradient.apply(tensor, group)
+
+
+class _AllReduce(Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor, group: Group, has_equal_gradients: bool) -> torch.Tensor:
+        ctx.group, ctx.has_equal_gradients = group, has_equal_gradients
+        return start_all_reduce(tensor, group).wait()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        if ctx.has_equal_gradients:
+            return grads[0] * ctx.group.size, None, None
+        return _AllReduce.apply(grads[0], ctx.group, False), None, None
+
+
+class _AverageGradient(Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor, group: Group) -> torch.Tensor:
+        ctx.group = group
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return _AllReduce.apply(grads[0], ctx.group, False) / ctx.group.size, None
 
 
 class _GatherRows(Function):

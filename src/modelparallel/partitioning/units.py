@@ -69,7 +69,8 @@ def has_weights(module: nn.Module) -> bool:
 def is_whole(module: nn.Module) -> bool:
     """Whether ``module`` must be placed whole: its forward may read its children's weights without calling them."""
     if _is_distributed(module):
-        return not any(True for _ in _repeated_lists(module))
+        # What a plan split is one piece, also a mixture of experts; a distributed transformer is not.
+        return getattr(module, "is_indivisible", False) or not any(True for _ in _repeated_lists(module))
     for cls in type(module).__mro__:
         if cls in _CONTAINERS or cls in _TENSOR_LISTS or cls in _STACKS:
             return False

@@ -41,10 +41,14 @@ class SplitSpec:
         """The shape of the slice of ``tp_rank``."""
         return (*self.full_shape[: self.dim], self.local_length(tp_rank, tp_size), *self.full_shape[self.dim + 1 :])
 
-    def slice_of(self, full: torch.Tensor, tp_rank: int, tp_size: int) -> torch.Tensor:
-        """The slice of ``tp_rank``; a view of ``full`` if it is one range."""
-        parts = [full.narrow(self.dim, part.start, part.stop - part.start) for part in self.ranges(tp_rank, tp_size)]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, self.dim)
+    def slice_of(self, full: torch.Tensor, tp_rank: int, tp_size: int, dim: int | None = None) -> torch.Tensor:
+        """The slice of ``tp_rank``; a view of ``full`` if it is one range.
+
+        ``dim``: the dim to cut, of a tensor in which another one has that length.
+        """
+        dim = self.dim if dim is None else dim
+        parts = [full.narrow(dim, part.start, part.stop - part.start) for part in self.ranges(tp_rank, tp_size)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
     def join(self, slices: Sequence[torch.Tensor]) -> torch.Tensor:
         """The full tensor from the slices of all ranks, in the order of tp_rank."""

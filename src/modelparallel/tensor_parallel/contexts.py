@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from torch import nn
@@ -12,6 +12,7 @@ from modelparallel import registry, session
 from modelparallel.errors import PartitionError, TensorParallelError
 from modelparallel.registry import Hook, Registration, StampingContext
 from modelparallel.tensor_parallel.distributed_module import DistributedModule
+from modelparallel.tensor_parallel.plans import user_plan
 
 ModuleClass = TypeVar("ModuleClass", bound=type[nn.Module])
 
@@ -45,11 +46,18 @@ def tensor_parallelism(enabled: bool = True, **kwargs: Any) -> StampingContext:
     return registry.tensor_parallel_context(_checked_switch("smp.tensor_parallelism", enabled), kwargs)
 
 
-def set_tensor_parallelism(module: nn.Module, enabled: bool = True, **kwargs: Any) -> None:
+def set_tensor_parallelism(
+    module: nn.Module, enabled: bool = True, *, plan: Mapping[str, Any] | None = None, **kwargs: Any
+) -> None:
     """Mark, or with ``enabled=False`` unmark, ``module`` and everything in it (smp-api section 8).
 
     Call it before ``smp.DistributedModel(...)``, with the same arguments on every rank. A later call overrides earlier
     ones, and the contexts, for the modules that it names. ``module`` may be a container such as ``nn.ModuleList``.
+
+    ``plan``: ours, not the original's: how to split ``module``, a table from name patterns, relative to it, to styles:
+    ``{"layers.*.attn.q": "colwise", "layers.*.attn.out": "rowwise"}``; see docs/plans.md. It alone decides in
+    ``module``. Raises TensorParallelError for a pattern that matches nothing, an unknown style, or one that does not
+    fit a module.
     """
     if not isinstance(module, nn.Module):
         raise TensorParallelError(f"smp.set_tensor_parallelism: expected an nn.Module, got {type(module).__name__}")
@@ -61,7 +69,12 @@ def set_tensor_parallelism(module: nn.Module, enabled: bool = True, **kwargs: An
             "smp.set_tensor_parallelism(net.fc1)\n"
             "  right: smp.set_tensor_parallelism(net.fc1); model = smp.DistributedModel(net)"
         )
-    registry.set_tensor_parallel_mark(module, _checked_switch("smp.set_tensor_parallelism", enabled), kwargs)
+    switch = _checked_switch("smp.set_tensor_parallelism", enabled)
+    if plan is not None:
+        if not switch:
+            raise TensorParallelError("smp.set_tensor_parallelism: a plan together with enabled=False says nothing")
+        user_plan(module, plan)
+    registry.set_tensor_parallel_mark(module, switch, kwargs, plan)
 
 
 def tp_register_with_module(

@@ -1,12 +1,15 @@
 """Put distributed modules in the places of the marked ones, when the model is wrapped (smp-api section 8).
 
-Two kinds of replacement:
+Three kinds of replacement:
 
 - *built-in* (nn.Linear, nn.Embedding): the module is converted where it stands. It is the same object with another
   class, and its parameters are the same objects, now slices: every parent, optimizer, hook and reference of the user
   goes on holding them.
 - *registered*: a new module is built from the constructor arguments of the original, through the hooks, and put in each
   of its places.
+- *by a plan* (plans.py), which the user gave for the module, or which it carries: parts of it are converted where they
+  stand, and nothing else in it is touched, but for registered modules and modules with a plan of their own. A plan of
+  the user's goes before a registration, a registration before a plan that the module carries.
 
 [Note: tensor_parallel_degree=1] Marks are harmless there: built-in modules stay what they are. Registered ones are
 replaced all the same, because their parameters have other names, and scripts and checkpoints must not depend on the
@@ -34,6 +37,8 @@ from modelparallel.tensor_parallel.distributed_module import (
     using_tp_group,
 )
 from modelparallel.tensor_parallel.placements import NotSplittableError
+from modelparallel.tensor_parallel.planned_split import split_by_plan
+from modelparallel.tensor_parallel.plans import carried_plan, carries_plan, user_plan, without
 
 if TYPE_CHECKING:
     from modelparallel.comm.groups import Group
@@ -50,16 +55,22 @@ _CALL_HOOK_TABLES = (
 )
 
 
-def replace_marked_modules(root: nn.Module, tp_group: Group, match_weights: bool = False) -> nn.Module:
+def replace_marked_modules(
+    root: nn.Module, tp_group: Group, match_weights: bool = False, prescaled_batch: bool = False
+) -> nn.Module:
     """Distribute the outermost supported marked modules of ``root`` over ``tp_group``; returns the root, a new one if
     it was replaced.
 
     Every rank of the group must call it with the same model. ``match_weights``: registered modules get the weights of
-    the originals (built-in ones keep theirs anyway). Modules that cannot be distributed stay as they are, with a
-    warning: sizes that do not divide, parameters shared with a module outside, instances older than their registration.
+    the originals (built-in ones keep theirs anyway). ``prescaled_batch``: the ranks of the group are fed one batch.
+    Modules that cannot be distributed stay as they are, with a warning: sizes that do not divide, parameters shared
+    with a module outside, instances older than their registration.
     """
     owners = _Owners(root)
     for name, module, mark, registration in _outermost_marked(root):
+        if registration is None:
+            _split_by_plan(name, module, mark, tp_group, owners, prescaled_batch)
+            continue
         if registration.is_builtin and tp_group.size == 1:
             continue
         shared = owners.shared_with_outside(module)
@@ -89,23 +100,62 @@ def replace_marked_modules(root: nn.Module, tp_group: Group, match_weights: bool
     return root
 
 
-def _outermost_marked(root: nn.Module) -> list[tuple[str, nn.Module, TensorParallelMark, Registration]]:
-    found: list[tuple[str, nn.Module, TensorParallelMark, Registration]] = []
+_Marked = tuple[str, nn.Module, TensorParallelMark, Registration | None]
+
+
+def _outermost_marked(root: nn.Module) -> list[_Marked]:
+    """The modules to replace; without a registration: to split by a plan."""
+    found: list[_Marked] = []
     seen: set[int] = set()
 
-    def visit(name: str, module: nn.Module) -> None:
+    def visit(name: str, module: nn.Module, is_planned: bool) -> None:
         if id(module) in seen or isinstance(module, DistributedModule):
             return
         seen.add(id(module))
         mark, registration = registry.tensor_parallel_mark(module), registry.registration_for(module)
-        if mark is not None and mark.enabled and registration is not None:
-            found.append((name, module, mark, registration))
-            return
+        if mark is not None and mark.enabled:
+            if mark.plan is not None:
+                found.append((name, module, mark, None))
+                is_planned = True
+            elif registration is not None and not (is_planned and registration.is_builtin):
+                found.append((name, module, mark, registration))
+                return
+            elif not is_planned and carries_plan(module):
+                found.append((name, module, mark, None))
+                is_planned = True
         for child_name, child in module.named_children():
-            visit(f"{name}.{child_name}" if name else child_name, child)
+            visit(f"{name}.{child_name}" if name else child_name, child, is_planned)
 
-    visit("", root)
+    visit("", root, False)
     return found
+
+
+def _split_by_plan(
+    name: str, module: nn.Module, mark: TensorParallelMark, tp_group: Group, owners: _Owners, prescaled_batch: bool
+) -> None:
+    """Split a module that was marked with a plan, or carries one, but for what is decided inside it otherwise."""
+    if tp_group.size == 1:
+        return
+    plan = user_plan(module, mark.plan) if mark.plan is not None else carried_plan(module)
+    if plan is None:
+        return
+
+    def is_excluded(inner: str) -> bool:
+        part = module
+        for component in inner.split(".") if inner else ():
+            part = getattr(part, component)
+            own = registry.tensor_parallel_mark(part)
+            if own is None or not own.enabled or own.plan is not None:
+                return True
+            registration = registry.registration_for(part)
+            if isinstance(part, DistributedModule) or (registration is not None and not registration.is_builtin):
+                return True
+        return False
+
+    split_by_plan(
+        module, name, without(module, plan, is_excluded), tp_group, owners.names_of,
+        is_users=mark.plan is not None, is_prescaled=prescaled_batch,
+    )  # fmt: skip
 
 
 class _Owners:
@@ -121,6 +171,10 @@ class _Owners:
             for child in module._modules.values():
                 if child is not None:
                     self.of_module.setdefault(id(child), []).append((name, module))
+
+    def names_of(self, parameter: nn.Parameter) -> list[str]:
+        """All names of a parameter."""
+        return [name for name, _ in self.of_parameter.get(id(parameter), ())]
 
     def shared_with_outside(self, module: nn.Module) -> str | None:
         """How a parameter of ``module`` is reachable without passing through it, in words, or None."""
