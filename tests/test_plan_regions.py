@@ -199,7 +199,7 @@ def test_half_precision_and_autocast_come_close():
 
 
 @on(TP2)
-def test_replicated_values_drop_alike_and_the_stream_outside_goes_its_own_way():
+def test_replicated_values_drop_alike_slices_do_not_and_the_stream_outside_goes_its_own_way():
     class Dropping(nn.Module):
         def __init__(self):
             super().__init__()
@@ -207,15 +207,19 @@ def test_replicated_values_drop_alike_and_the_stream_outside_goes_its_own_way():
 
         def forward(self, x):
             x = F.dropout(x, 0.5, self.training)  # replicated: the ranks must agree
-            self.seen = x.detach()
-            return self.down(self.up(x))
+            inner = F.dropout(torch.ones_like(self.up(x)), 0.5, self.training)  # a slice: each rank for itself
+            after = F.dropout(self.down(inner), 0.5, self.training)
+            self.seen = x.detach(), inner.detach(), after.detach()
+            return after
 
     torch.manual_seed(3)
     model = planned(nn.Sequential(Dropping(), nn.Dropout(0.5)).double(), {"0.up": "colwise", "0.down": "rowwise"})
     torch.manual_seed(100 + smp.tp_rank())
     model(torch.ones(2, 8, dtype=F64))
-    first, second = smp.allgather(model.module[0].seen, smp.TP_GROUP)
+    (first, inner, after), (second, other_inner, other_after) = smp.allgather(model.module[0].seen, smp.TP_GROUP)
     assert torch.equal(first, second) and 0 < int((first == 0).sum()) < first.numel()
+    assert inner.shape == other_inner.shape and not torch.equal(inner, other_inner)
+    assert torch.equal(after == 0, other_after == 0) and 0 < int((after == 0).sum()) < after.numel()
     draws = smp.allgather(float(torch.rand(())), smp.TP_GROUP)
     assert draws[0] != draws[1]
 

@@ -37,10 +37,15 @@ def generator_of(seed: int, device: torch.device) -> torch.Generator:
     return torch.Generator(device=device).manual_seed(seed)
 
 
+def default_generator(device: torch.device) -> torch.Generator:
+    """The generator that random operations on ``device`` draw from."""
+    return torch.cuda.default_generators[device.index or 0] if device.type == "cuda" else torch.default_generator
+
+
 @contextmanager
 def default_generator_at(seed: int, device: torch.device) -> Iterator[None]:
     """Inside, the default generator of ``device`` starts at ``seed``; afterwards it is where it was."""
-    generator = torch.cuda.default_generators[device.index or 0] if device.type == "cuda" else torch.default_generator
+    generator = default_generator(device)
     before = generator.get_state()
     generator.manual_seed(seed)
     try:

@@ -134,9 +134,9 @@ class ColumnLinear(PlannedModule):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """The own features, for the rows of all ranks."""
-        active_call(f"'{self.planned.name}'")
-        result: torch.Tensor = self._own_forward(input)
-        return result
+        call = active_call(f"'{self.planned.name}'")
+        assert call is not None
+        return call.enter_slices(self._own_forward(input))
 
 
 class RowLinear(PlannedModule):

@@ -17,6 +17,10 @@ that out: its first call, for each kind of arguments, is general, and looks. It 
 replicated: what differs from rank to rank there is a slice (attention weights of a rank's own heads) and is handed
 out as a tensor that says so when it is used. All ranks run the same program, and say so to each other at each entry.
 
+[Note: Dropout] Random operations on replicated tensors must draw the same on all ranks, those on slices something else
+on each. What comes between a column-wise layer and the next sum works on slices, so there the default generator is one
+of the rank's own; elsewhere in the region it is one that all ranks share.
+
 With ``prescaled_batch`` all ranks have the same rows, and the group's batch counts t times: nothing is gathered or
 sliced, and gradients that go out of the region are the mean of the ranks' (their sum is t times the true one).
 """
@@ -33,7 +37,7 @@ import torch
 from torch.autograd import Function
 
 from modelparallel import trees
-from modelparallel.comm.agreed_random import default_generator_at
+from modelparallel.comm.agreed_random import default_generator, default_generator_at, derived_seed
 from modelparallel.comm.collectives import all_gather, all_reduce, average_gradient, reduce_scatter
 from modelparallel.comm.exchange import exchange_integers
 from modelparallel.errors import TensorParallelError
@@ -92,9 +96,28 @@ class RegionCall:
         self.is_prescaled = is_prescaled
         self.is_cheap = is_cheap
         self.sums: list[torch.Tensor] = []
+        #: Of the numbers that all ranks draw alike in this call; 0 if nothing is drawn.
+        self.seed = 0
+        self._shared_state: torch.Tensor | None = None
+        self._num_stretches = 0
+
+    def enter_slices(self, output: torch.Tensor) -> torch.Tensor:
+        """``output`` is what a column-wise layer returns: from here on this rank draws numbers of its own."""
+        if self.seed and self._shared_state is None:
+            generator = default_generator(output.device)
+            self._shared_state = generator.get_state()
+            self._num_stretches += 1
+            generator.manual_seed(derived_seed(self.seed, self._num_stretches, self.group.rank_in_group))
+        return output
+
+    def _leave_slices(self, device: torch.device) -> None:
+        if self._shared_state is not None:
+            default_generator(device).set_state(self._shared_state)
+            self._shared_state = None
 
     def reduce(self, partial: torch.Tensor) -> torch.Tensor:
         """The sum of the ranks' partial outputs: of the own rows in the cheap layout, else of all."""
+        self._leave_slices(partial.device)
         if self.is_prescaled:
             return all_reduce(partial, self.group, has_equal_gradients=self.is_cheap)
         if not self.is_cheap:
@@ -164,6 +187,7 @@ def run_region(
             inputs = joined(name, group, part, memo)
         is_cheap = is_partial or part.state == _CHEAP
         call = RegionCall(name, group, part.counts, is_prescaled=is_prescaled, is_cheap=is_cheap)
+        call.seed = seed
         token = _active.set(call)
         try:
             with default_generator_at(seed, own.tensors[0].device) if seed else nullcontext():
