@@ -13,7 +13,7 @@ class CountSentBytes(TorchDispatchMode):
     (the tiny ones that agree on row counts and seeds).
     """
 
-    def __init__(self, ignored_bytes: int = 256) -> None:
+    def __init__(self, ignored_bytes: int = 600) -> None:
         super().__init__()
         self.by_operation: Counter[str] = Counter()
         self.num_tiny = 0

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from modelparallel import registry
-from modelparallel.errors import TensorParallelError
+from modelparallel.errors import DivergenceError, TensorParallelError
 from modelparallel.nn import DistributedEmbedding, DistributedLinear, DistributedModule
 from modelparallel.plan.parameters import SplitSpec
 from modelparallel.tensor_parallel.contexts import (
@@ -408,3 +408,30 @@ def test_match_weights_names_what_has_no_counterpart():
         net = nn.Sequential(Doubled(4))
     with pytest.raises(TensorParallelError, match=r"only here.*inner.weight \(4, 4\).*only there: .*scale \(\)"):
         replace_marked_modules(net, imaginary(2), match_weights=True)
+
+
+def check_layers_called_by_data():
+    """Experts that the ranks call in another order, or not at all."""
+    import modelparallel as smp
+
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.experts = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+
+        def forward(self, x, chosen):
+            for index in chosen:
+                x = self.experts[index](x)
+            return x
+
+    with smp.tensor_parallelism():
+        plain = Experts()
+    model = smp.DistributedModel(plain)
+    x = torch.ones(2, 4)
+    model(x, [0, 2])
+    with pytest.raises(DivergenceError, match=r"DistributedLinear 'experts\.\d': the ranks of the .* called different"):
+        model(x, [0, 1 + smp.tp_rank()])
+
+
+def test_split_layers_that_are_called_by_data_are_told():
+    run_ranks(check_layers_called_by_data, 2, parameters={"tensor_parallel_degree": 2, "ddp": True})

@@ -24,7 +24,7 @@ _MASK = (1 << 62) - 1
 def agreed_seed(group: Group) -> int:
     """A fresh number from the default CPU generator of the group's first rank; every rank draws one. Collective."""
     seed = int(torch.randint(_MASK, ()))
-    return exchange_integers((seed,), group)[0][0]
+    return exchange_integers((seed,), group, "a random seed")[0][0]
 
 
 def derived_seed(seed: int, *what: int) -> int:

@@ -36,15 +36,15 @@ if TYPE_CHECKING:
     from modelparallel.comm.groups import Group
 
 
-def gather_counts(count: int, group: Group, like: torch.Tensor | None = None) -> tuple[int, ...]:
-    """The ``count`` of every rank of the group, in the order of rank_in_group.
+def gather_counts(count: int, group: Group, like: torch.Tensor | None = None, who: str = "") -> tuple[int, ...]:
+    """The ``count`` of every rank of the group, in the order of rank_in_group. ``who``: see `exchange_integers`.
 
     One tiny message per call, deliberately: no cache on one rank can know that another rank's batch changed.
     If ``like`` is a meta tensor, shapes are being propagated: nobody communicates, and equal batches are assumed.
     """
     if group.size == 1 or (like is not None and like.is_meta):
         return (count,) * group.size
-    return tuple(values[0] for values in exchange_integers((count,), group))
+    return tuple(values[0] for values in exchange_integers((count,), group, who))
 
 
 def all_gather(tensor: torch.Tensor, group: Group, dim: int = 0, counts: Sequence[int] | None = None) -> torch.Tensor:

@@ -14,13 +14,14 @@ of an unexpected length ends the process in gloo, and hangs in NCCL.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
-from modelparallel.errors import CommunicationError
+from modelparallel.errors import CommunicationError, DivergenceError
 
 if TYPE_CHECKING:
     from modelparallel.comm.groups import Group
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 _TAG = 5221
 #: Up to this many bytes everybody gets everything and adds it up: one round of messages in place of two.
 _SMALL_BYTES = 32768
+#: Integers in the first message of `exchange_integers`, 512 bytes whoever asks: what is as long can be compared.
+_FRAME = 63
 
 
 class Pending:
@@ -152,16 +155,36 @@ def start_merge_features(matrix: torch.Tensor, group: Group, counts: Sequence[in
     return Pending(works, lambda: torch.cat(received, 1), group, [matrix])
 
 
-def exchange_integers(values: Sequence[int], group: Group) -> tuple[tuple[int, ...], ...]:
-    """The ``values`` of every rank, in the order of rank_in_group: one tiny message to each. Every rank must give
-    equally many.
+def exchange_integers(values: Sequence[int], group: Group, who: str) -> tuple[tuple[int, ...], ...]:
+    """The ``values`` of every rank, in the order of rank_in_group: a small message to each, and another one for more
+    than 63. Every rank must give equally many.
+
+    ``who`` asks (a layer, by its full name if it has one). Raises DivergenceError on all ranks, before anything else is
+    sent, if they do not all ask the same: ranks that call different layers, as a mixture of experts does whose routing
+    differs from rank to rank, would take each other's tensors for their own.
     """
     if group.size == 1:
         return (tuple(values),)
+    identity = zlib.crc32(f"{who} {len(values)}".encode())
+    rows = _exchange_frames([identity, *values[:_FRAME]], 1 + _FRAME, group)
+    differing = [rank for rank, row in enumerate(rows) if row[0] != identity]
+    if differing:
+        raise DivergenceError(
+            f"{who}: the ranks of the {group.kind} group {list(group.ranks)} called different layers; this is rank "
+            f"{group.rank_in_group} of the group, and rank {differing[0]} called another one. Layers that are split "
+            "must be called in the same order on all of them: switch tensor parallelism off for layers that are called "
+            "depending on the data (experts), smp.set_tensor_parallelism(module, False), or split the model by a plan"
+        )
+    rest = list(values[_FRAME:])
+    more = _exchange_frames(rest, len(rest), group) if rest else [[]] * group.size
+    return tuple((*row[1 : 1 + min(len(values), _FRAME)], *extra) for row, extra in zip(rows, more, strict=True))
+
+
+def _exchange_frames(values: list[int], length: int, group: Group) -> list[list[int]]:
     device = torch.device("cpu") if _has_cpu_backend(group) else torch.device("cuda", torch.cuda.current_device())
-    own = torch.tensor([list(values)], dtype=torch.int64, device=device)
-    gathered = start_gather_rows(own, group, (1,) * group.size).wait().tolist()
-    return tuple(tuple(row) for row in gathered)
+    own = torch.tensor([values + [0] * (length - len(values))], dtype=torch.int64, device=device)
+    rows: list[list[int]] = start_gather_rows(own, group, (1,) * group.size).wait().tolist()
+    return rows
 
 
 def _buffers(own: torch.Tensor, group: Group) -> list[torch.Tensor]:

@@ -152,7 +152,7 @@ class DistributedEmbedding(DistributedModule):
             own_shape = (input.shape[0] // group.size, *input.shape[1:])
             counts = (ids.numel() // group.size,) * group.size
         else:
-            counts = gather_counts(ids.numel(), group, input)
+            counts = gather_counts(ids.numel(), group, input, self.described)
             ids = all_gather(ids, group, counts=counts)
         slices = self._look_up(ids, counts)
         if self._skip_scatter_and_merge:

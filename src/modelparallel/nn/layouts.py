@@ -68,7 +68,7 @@ class Layout:
         for tensor in tensors:
             dims = () if tensor is None else tuple(tensor.shape)
             described.append(hash((tensor is None, dims[1:])))
-        found = exchange_integers(described, self.group)
+        found = exchange_integers(described, self.group, who)
         for rank, theirs in enumerate(found):
             if theirs[1:] != found[0][1:]:
                 shapes = ", ".join("None" if tensor is None else str(tuple(tensor.shape)) for tensor in tensors)
@@ -81,7 +81,7 @@ class Layout:
 
     def _check_equal(self, who: str, tensors: Sequence[torch.Tensor | None]) -> None:
         sums = [0 if tensor is None else _checksum(tensor) for tensor in tensors]
-        for rank, theirs in enumerate(exchange_integers(sums, self.group)):
+        for rank, theirs in enumerate(exchange_integers(sums, self.group, who)):
             differing = [index for index, (own, other) in enumerate(zip(sums, theirs, strict=True)) if own != other]
             if differing:
                 raise DivergenceError(

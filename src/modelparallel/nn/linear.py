@@ -113,7 +113,7 @@ class DistributedLinear(DistributedModule):
             raise TensorParallelError(
                 f"DistributedLinear: the input is {rows.dtype}, the weight {self.weight.dtype}: convert one of them"
             )
-        counts = gather_counts(rows.shape[0], group, rows)
+        counts = gather_counts(rows.shape[0], group, rows, self.described)
         features = split_features(rows, group, counts)
         output = reduce_scatter(F.linear(features, self.weight), group, counts=counts)
         if self.bias is not None:

@@ -35,6 +35,7 @@ class TensorParallelSettings:
     is_debug: bool = False
 
 
+_NAME = "_smp_name"
 _override: ContextVar[TensorParallelSettings | None] = ContextVar("smp_tensor_parallel_settings", default=None)
 
 
@@ -87,6 +88,16 @@ class DistributedModule(nn.Module):
         if group is not None:
             return group
         return session.current().groups.tp
+
+    @property
+    def described(self) -> str:
+        """The class, and the full name of the module that it replaced, for messages."""
+        name = self.__dict__.get(_NAME)
+        return type(self).__name__ if name is None else f"{type(self).__name__} '{name}'"
+
+    def note_name(self, name: str) -> None:
+        """``name`` is the full name of the module in the user's model."""
+        self.__dict__[_NAME] = name
 
     def split_tensors(self) -> dict[str, SplitSpec]:
         """The parameters and buffers owned directly by this module (not by its children) that are slices, by name."""

@@ -173,7 +173,7 @@ class ScatteredRowLinear(PlannedModule):
             partial = F.linear(self._own_features(average_gradient(input, group)), weight)
             return _with_bias(all_reduce(partial, group, has_equal_gradients=True), self.bias)
         rows = input.reshape(-1, input.shape[-1])
-        counts = gather_counts(rows.shape[0], group, rows)
+        counts = gather_counts(rows.shape[0], group, rows, self.planned.name)
         output = reduce_scatter(F.linear(split_features(rows, group, counts), weight), group, counts=counts)
         return _with_bias(output, self.bias).view(*input.shape[:-1], weight.shape[0])
 
@@ -193,7 +193,7 @@ class GatheredColumnLinear(PlannedModule):
             here = average_gradient(input, group) if call is None else input
             return all_gather(self._padded(here), group, dim=-1)[..., :num_features]
         rows = input.reshape(-1, input.shape[-1])
-        counts = gather_counts(rows.shape[0], group, rows)
+        counts = gather_counts(rows.shape[0], group, rows, self.planned.name)
         merged = merge_features(self._padded(all_gather(rows, group, counts=counts)), group, counts)
         return merged[:, :num_features].view(*input.shape[:-1], num_features)
 
@@ -224,7 +224,7 @@ class VocabularyEmbedding(PlannedModule):
         if self.planned.is_prescaled:
             return all_reduce(self._look_up(input), group, has_equal_gradients=True)
         ids = input.reshape(-1)
-        counts = gather_counts(ids.numel(), group, input)
+        counts = gather_counts(ids.numel(), group, input, self.planned.name)
         found = reduce_scatter(self._look_up(all_gather(ids, group, counts=counts)), group, counts=counts)
         return found.view(*input.shape, found.shape[-1])
 

@@ -161,18 +161,18 @@ def agree(
     serials = [memo.serial_of(tensor) if memo is not None else 0 for tensor in own.tensors] + padding
     if memo is not None:
         memo.serial += 1
-    rows = exchange_integers([*header, *serials], group)
+    rows = exchange_integers([*header, *serials], group, name)
     everybody = tuple(range(group.size))
     if len({row[_CHECK] for row in rows}) == 1:
         if min(row[_STATE] for row in rows) != SEPARATE:
             return rows[0][_SEED], [_pass_of(own, rows, everybody)]
         return rows[0][_SEED], [_part(own, own.kind, rows, (rank,), group, SEPARATE) for rank in everybody]
     length = max(row[_LENGTH] for row in rows)
-    texts = exchange_integers([*text, *[32] * (length - len(text))], group)
+    texts = exchange_integers([*text, *[32] * (length - len(text))], group, name)
     kinds = [bytes(encoded).decode().rstrip() for encoded in texts]
     _check_kinds(name, kinds, is_prescaled=memo is None)
     distinct = list(dict.fromkeys(kinds))
-    known = exchange_integers([states(_signature(json.loads(kind))) for kind in distinct], group)
+    known = exchange_integers([states(_signature(json.loads(kind))) for kind in distinct], group, name)
     passes = []
     for index, kind in enumerate(distinct):
         members = tuple(rank for rank in everybody if kinds[rank] == kind)

@@ -236,7 +236,7 @@ def _differs_somewhere(joined_result: torch.Tensor, own_result: torch.Tensor, gr
     """
     own = own_result.double()
     is_other = bool((joined_result.detach().double() - own).norm() > 0.05 * own.norm())
-    return any(row[0] for row in exchange_integers([int(is_other)], group))
+    return any(row[0] for row in exchange_integers([int(is_other)], group, "a region"))
 
 
 class _Depend(Function):

@@ -79,7 +79,7 @@ def replace_marked_modules(
             continue
         try:
             if registration.is_builtin:
-                _convert(module, registration, tp_group)
+                _convert(name, module, registration, tp_group)
                 continue
             replacement = _build(name, module, registration, mark, tp_group)
         except NotSplittableError as error:
@@ -203,7 +203,7 @@ def _keep(name: str, module: nn.Module, reason: str) -> None:
     )
 
 
-def _convert(module: nn.Module, registration: Registration, tp_group: Group) -> None:
+def _convert(name: str, module: nn.Module, registration: Registration, tp_group: Group) -> None:
     if "forward" in module.__dict__:
         raise NotSplittableError("its instance has a forward of its own")
     distributed_class = registration.distributed_class
@@ -212,6 +212,8 @@ def _convert(module: nn.Module, registration: Registration, tp_group: Group) -> 
             f"{distributed_class.__name__} is registered as built-in and is not a DistributedModule"
         )
     distributed_class.convert(module, tp_group)
+    assert isinstance(module, DistributedModule)
+    module.note_name(name)
 
 
 def _build(
