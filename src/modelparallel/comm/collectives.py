@@ -25,8 +25,10 @@ from torch.autograd import Function
 from modelparallel.comm.exchange import (
     exchange_integers,
     start_all_reduce,
+    start_gather_blocks,
     start_gather_rows,
     start_merge_features,
+    start_reduce_blocks,
     start_reduce_rows,
     start_split_features,
 )
@@ -55,6 +57,11 @@ def all_gather(tensor: torch.Tensor, group: Group, dim: int = 0, counts: Sequenc
         return tensor
     rows = tensor.movedim(dim, 0)
     return _GatherRows.apply(rows, group, _checked_counts("all_gather", rows, counts, group)).movedim(0, dim)
+
+
+def gather_features(tensor: torch.Tensor, group: Group) -> torch.Tensor:
+    """[.., F/t] of all ranks side by side, [.., F]. Backward: the sum of all ranks' gradients of the own slice."""
+    return tensor if group.size == 1 else _GatherFeatures.apply(tensor, group)
 
 
 def reduce_scatter(
@@ -145,6 +152,17 @@ class _GatherRows(Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         return _ReduceRows.apply(grads[0], ctx.group, ctx.counts), None, None
+
+
+class _GatherFeatures(Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor, group: Group) -> torch.Tensor:
+        ctx.group = group
+        return start_gather_blocks(tensor, group).wait()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return start_reduce_blocks(grads[0].chunk(ctx.group.size, -1), ctx.group).wait(), None
 
 
 class _ReduceRows(Function):

@@ -20,10 +20,12 @@ from modelparallel.comm.collectives import (
     all_reduce,
     average_gradient,
     gather_counts,
+    gather_features,
     merge_features,
     reduce_scatter,
     split_features,
 )
+from modelparallel.comm.replicated import gather_whole_features, scale_gradient
 from modelparallel.errors import TensorParallelError
 from modelparallel.plan.parameters import SplitSpec
 from modelparallel.tensor_parallel.distributed_module import DistributedModule
@@ -189,9 +191,11 @@ class GatheredColumnLinear(PlannedModule):
         """All features; of the own rows if the layer stands by itself."""
         group, call = self.tp_group, active_call()
         num_features = self.planned.splits["weight"].full_shape[0]
-        if call is not None or self.planned.is_prescaled:
-            here = average_gradient(input, group) if call is None else input
-            return all_gather(self._padded(here), group, dim=-1)[..., :num_features]
+        if call is not None:
+            return gather_features(self._padded(input), group)[..., :num_features]
+        if self.planned.is_prescaled:  # the gradients of all features are equal, and count once for each rank
+            merged = gather_whole_features(self._padded(average_gradient(input, group)), group)
+            return scale_gradient(merged, float(group.size))[..., :num_features]
         rows = input.reshape(-1, input.shape[-1])
         counts = gather_counts(rows.shape[0], group, rows, self.planned.name)
         merged = merge_features(self._padded(all_gather(rows, group, counts=counts)), group, counts)
