@@ -55,9 +55,7 @@ def row_linear(
     """
     if group.size == 1:
         return F.linear(input, weight, bias)
-    input, weight, bias = _autocast(input, weight, bias)
-    output = _RowLinear.apply(input, weight, group, is_memory)
-    return output if bias is None else output + bias
+    return _RowLinear.apply(*_autocast(input, weight, bias), group, is_memory)
 
 
 def _autocast(
@@ -112,13 +110,22 @@ class _ColumnLinear(Function):
 
 class _RowLinear(Function):
     @staticmethod
-    def forward(ctx: Any, input: torch.Tensor, weight: torch.Tensor, group: Group, is_memory: bool) -> torch.Tensor:
+    def forward(
+        ctx: Any,
+        input: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        group: Group,
+        is_memory: bool,
+    ) -> torch.Tensor:
         ctx.save_for_backward(input, weight)
         ctx.group, ctx.is_memory = group, is_memory
         partial = F.linear(input, weight)
         if is_memory:
-            return start_reduce_blocks(partial.chunk(group.size, -1), group).wait()
-        return start_all_reduce(partial, group).wait()
+            output = start_reduce_blocks(partial.chunk(group.size, -1), group).wait()
+        else:
+            output = start_all_reduce(partial, group).wait()
+        return output if bias is None else output.add_(bias)
 
     @staticmethod
     @once_differentiable
@@ -127,7 +134,8 @@ class _RowLinear(Function):
         grad = start_gather_blocks(grads[0], ctx.group).wait() if ctx.is_memory else grads[0]
         input_grad = grad @ weight if ctx.needs_input_grad[0] else None
         weight_grad = _rows(grad).t() @ _rows(input) if ctx.needs_input_grad[1] else None
-        return input_grad, weight_grad, None, None
+        bias_grad = _rows(grads[0]).sum(0) if ctx.needs_input_grad[2] else None
+        return input_grad, weight_grad, bias_grad, None, None
 
 
 def _rows(tensor: torch.Tensor) -> torch.Tensor:
