@@ -86,5 +86,7 @@ lint: $(VENV)/.stamp-dev
 	@$(BIN)/ruff format --check src tests examples bench
 	@$(BIN)/mypy
 
+# The peer of one benchmark, transformers' own tensor parallelism, needs accelerate.
 bench: $(VENV)/.stamp-test
+	@$(PIP) install -e '.[bench]'
 	@$(BIN)/python -m bench $(ARGS)
