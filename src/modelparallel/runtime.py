@@ -61,6 +61,8 @@ class Runtime:
         self.engine = PipelineEngine(
             of.device, transport, of.config.push_limit_bytes, of.config.pipeline, of.config.active_microbatches
         )
+        if of.groups.tp.size > 1:
+            self.engine.plans.lockstep_group = of.groups.tp
         self.engine.plans.are_logged = of.groups.world.rank_in_group == 0  # not by every replica of the first stage
         self._transport = transport
         if self._event_file is not None and self._event_file.is_written_at_exit:

@@ -17,6 +17,7 @@ from modelparallel.model import DistributedModel
 from modelparallel.model_partition import partition_models
 from modelparallel.pipeline.executor import MicrobatchRun, run_locally, run_step
 from modelparallel.pipeline.inputs import share_inputs
+from modelparallel.pipeline.lockstep import check_microbatches
 from modelparallel.pipeline.microbatches import Microbatches, slice_objects, split
 from modelparallel.pipeline.randomness import RandomFrames, SavedGenerators
 from modelparallel.runtime import RunningStep, Runtime
@@ -223,6 +224,7 @@ class StepFunction:
         ]
         kind: Hashable = (self, torch.is_grad_enabled(), *(model.training for model in runtime.session.models))
         try:
+            _check_microbatches(runtime, microbatches)
             if not runtime.is_pipelined:
                 outputs = run_locally(engine, runs, kind)
                 if self._detach_outputs:
@@ -237,6 +239,20 @@ class StepFunction:
             )
         finally:
             saved.restore()
+
+
+def _check_microbatches(runtime: Runtime, microbatches: Microbatches) -> None:
+    """Split layers are called once for each microbatch, by all ranks of a TP_GROUP. Collective over it."""
+    active = runtime.session
+    if active.groups.tp.size == 1 or not any(
+        row.split is not None for model in active.models for row in model.table.rows()
+    ):
+        return
+    lengths = []
+    for arguments in microbatches.arguments:
+        tensors = [leaf for leaf in trees.leaves(dict(arguments)) if isinstance(leaf, torch.Tensor) and leaf.ndim]
+        lengths.append(tensors[0].shape[0] if tensors else 0)
+    check_microbatches(active.groups.tp, len(lengths), lengths, active.config.microbatches)
 
 
 def _normal(leaf: Any) -> Any:

@@ -179,6 +179,7 @@ class _StepRun:
             state=self._state,
             outside=engine.outside,
             before_last_backward=before_last_backward,
+            is_lockstep=engine.plans.lockstep_group is not None,
         )
         start, waited = time.perf_counter(), engine.transport.seconds_waited
         with engine.intercepting():

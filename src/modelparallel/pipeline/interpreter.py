@@ -33,6 +33,7 @@ class Interpreter:
     backward_first: a backward may run before the last forward. active_microbatches: how many may be under way (what the
     actions say is not looked at). state: torch's state outside the bodies. outside: a
     context in which no program runs. before_last_backward: called once, when only one microbatch's backward is left.
+    is_lockstep: other pipelines run the same, see lockstep.py.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class Interpreter:
         state: ThreadState,
         outside: Callable[[], AbstractContextManager[None]],
         before_last_backward: Callable[[], None],
+        is_lockstep: bool = False,
     ) -> None:
         self._transport = transport
         self._bodies = bodies
@@ -57,6 +59,7 @@ class Interpreter:
         self._state = state
         self._outside = outside
         self._before_last_backward = before_last_backward
+        self._is_lockstep = is_lockstep
         self._is_armed = False
         #: Whether this stage does not follow its plan any more.
         self.has_left = False
@@ -139,7 +142,7 @@ class Interpreter:
         """A body that runs in one go needs a message."""
         awaited = wait.awaited
         self.has_left |= any(body.program.tracker.has_left for body in self._bodies)
-        if (wait.is_planned and not self.has_left) or not self._backward_first:
+        if (wait.is_planned and not self.has_left) or not self._backward_first or self._is_lockstep:
             self._transport.wait_any([awaited])
             return
         with self._outside(), self._state.active():

@@ -8,8 +8,10 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from modelparallel.comm.groups import Group
 from modelparallel.comm.transport import MessageKind, MessageName, StageTransport
 from modelparallel.pipeline.chains import Recorder, StepPlan, Work, build_chain, with_local_waits
+from modelparallel.pipeline.lockstep import IN_TURN, is_same_on_all
 from modelparallel.pipeline.schedule_checks import check_schedule
 from modelparallel.pipeline.scheduling import make_schedule
 
@@ -63,6 +65,8 @@ class StepPlans:
         self._plans: dict[Hashable, StepPlan | None] = {}  # None: discovery order
         self._num_misses: dict[Hashable, int] = {}
         self._num_runs: dict[Hashable, int] = {}
+        #: The ranks of this stage in all pipelines that run in lockstep, see lockstep.py; None: there is one.
+        self.lockstep_group: Group | None = None
         #: Whether the first stage writes what is planned and measured to the log.
         self.are_logged = True
         #: How the steps so far have run; equal on all stages.
@@ -115,7 +119,7 @@ class StepPlans:
         else:
             self.counts = replace(self.counts, left=self.counts.left + 1)
             misses = self._num_misses[kind] = self._num_misses.get(kind, 0) + 1
-            if misses >= _MAX_MISSES:
+            if misses >= _MAX_MISSES and self.lockstep_group is None:  # the other pipelines may have had fewer
                 self._plans[kind] = None
 
     def note_discovery(
@@ -132,27 +136,48 @@ class StepPlans:
             transport.send_object(peer, _PLAN, pickle.dumps(own), _WHAT)
         told = {peer: pickle.loads(transport.receive_object(peer, _PLAN, _WHAT)) for peer in transport.peers()}
         told[transport.stage] = own
+        counted = {position: work for found in told.values() for position, work in found.costs.items()}
+        plan = self._made(programs, recorders, told, costs, counted, transport.num_stages)
+        if self.lockstep_group is not None and not is_same_on_all(self.lockstep_group, _described(plan)):
+            plan = self._made(programs, recorders, told, {}, {}, transport.num_stages)
+            if not is_same_on_all(self.lockstep_group, _described(plan)):
+                plan = None
+        if self.lockstep_group is not None and plan is not None and not plan.chain.is_straight:
+            plan = None
+            if transport.stage == 0 and self.are_logged:
+                logger.warning(IN_TURN)
+        self._plans[kind] = plan
+        if plan is None:
+            return None
+        transport.open_channels(plan.moves)
+        if transport.stage == 0 and self.are_logged:
+            logger.info("Pipeline schedule: %s", plan.description())
+        return plan
+
+    def _made(
+        self,
+        programs: Sequence[Program],
+        recorders: Sequence[Recorder],
+        told: Mapping[int, _Findings],
+        costs: Mapping[str, Work],
+        counted: Mapping[int, Work],
+        num_stages: int,
+    ) -> StepPlan | None:
+        """The plan; None where the microbatches do not go one way, or cannot take turns."""
         ways = [tuple(entry for entry in recorder.common() if entry[0] != "C") for recorder in recorders]
         if any(way != ways[0] for way in ways):
-            self._plans[kind] = None
             return None
         recorded = with_local_waits(recorders[-1].common(), {stage: found.waits for stage, found in told.items()})
-        counted = {position: work for found in told.values() for position, work in found.costs.items()}
-        chain, starts, entries = build_chain(recorded, transport.num_stages, costs, counted)
+        chain, starts, entries = build_chain(recorded, num_stages, costs, counted)
         if any(found.carries_state for found in told.values()) and not chain.is_straight:
             # A microbatch leaves something behind that the next one finds, so they cannot take turns.
-            self._plans[kind] = None
             return None
         schedule_kind = self._schedule_kind
         if not self.has_backward or not any(program.has_root for program in programs):
             schedule_kind = "forward_only"
         schedule = make_schedule(chain, len(programs), schedule_kind, self._active_microbatches)
         check_schedule(schedule, chain, self._active_microbatches)
-        plan = self._plans[kind] = StepPlan(entries, starts, chain, schedule)
-        transport.open_channels(plan.moves)
-        if transport.stage == 0 and self.are_logged:
-            logger.info("Pipeline schedule: %s", plan.description())
-        return plan
+        return StepPlan(entries, starts, chain, schedule)
 
     def compare(
         self, kind: Hashable, programs: Sequence[Program], waiting_share: float, transport: StageTransport
@@ -181,3 +206,7 @@ class StepPlans:
             ", ".join(f"{share:.0%}" for share in found),
             ", ".join(f"{share:.0%}" for share in predicted),
         )
+
+
+def _described(plan: StepPlan | None) -> str:
+    return "" if plan is None else str(plan.schedule.actions)
