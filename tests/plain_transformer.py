@@ -28,7 +28,8 @@ def layer_norm(params: Params, name: str, x: Tensor, eps: float = 1e-5) -> Tenso
 def linear(params: Params, name: str, x: Tensor, index: int | None = None) -> Tensor:
     weight, bias = params[f"{name}.weight"], params.get(f"{name}.bias")
     if index is not None:
-        weight, bias = weight[index], None if bias is None else bias[index]
+        num_maps = 3 if name.endswith("qkv") else 2
+        weight, bias = weight.chunk(num_maps)[index], None if bias is None else bias.chunk(num_maps)[index]
     return x @ weight.t() + (0 if bias is None else bias)
 
 

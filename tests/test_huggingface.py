@@ -71,7 +71,7 @@ def test_c082_the_round_trip_is_exact(name):
     is_language_model = "lm_head.weight" in ours
     assert is_language_model == (KINDS[name].replaced == ("",))
     layer = ("transformer." if is_language_model else f"{KINDS[name].replaced[0]}.") + "seq_layers.1."
-    assert ours[layer + "attention.qkv.weight"].shape == (3, 16, 16)
+    assert ours[layer + "attention.qkv.weight"].shape == (48, 16)
     back = to_transformers(ours)
     assert_same(back, expected)
     assert_same(to_ours(back), ours)

@@ -73,9 +73,10 @@ def check_attention_masks_differ_over_the_ranks() -> None:
     layer = make(lambda: DistributedAttentionLayer(**SIZES, attention_dropout_prob=0.5, hidden_dropout_prob=0.5))
     with torch.no_grad():  # all heads compute the same, but for dropout
         width = H // HEADS
-        head = layer.qkv.weight[:, :width].clone()
+        maps = layer.qkv.weight.unflatten(0, (3, -1))
+        head = maps[:, :width].clone()
         dist.broadcast(head, 0)
-        layer.qkv.weight.copy_(head.repeat(1, layer.qkv.weight.shape[1] // width, 1))
+        maps.copy_(head.repeat(1, maps.shape[1] // width, 1))
         layer.qkv.bias.zero_()
     seen: list[Tensor] = []
     layer.dense.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))

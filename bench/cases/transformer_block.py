@@ -100,8 +100,8 @@ def our_block(hidden: int) -> nn.Module:
     layer.is_inner = True
     maps = [plain.attention.query, plain.attention.key, plain.attention.value]
     whole = {
-        "attention.qkv.weight": torch.stack([one.weight for one in maps]),
-        "attention.qkv.bias": torch.stack([one.bias for one in maps]),
+        "attention.qkv.weight": torch.cat([one.weight for one in maps]),
+        "attention.qkv.bias": torch.cat([one.bias for one in maps]),
     }
     names = {
         "attention.dense": plain.attention.dense, "attention.pre_layernorm": plain.norm1,

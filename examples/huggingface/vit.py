@@ -35,7 +35,7 @@ def weights_of_stack(encoder):
             weights.update({f"seq_layers.{index}.{name}.{kind}": value for kind, value in part.named_parameters()})
         for kind in ("weight", "bias") if attention.query.bias is not None else ("weight",):
             parts = [getattr(part, kind) for part in (attention.query, attention.key, attention.value)]
-            weights[f"seq_layers.{index}.attention.qkv.{kind}"] = torch.stack(parts)
+            weights[f"seq_layers.{index}.attention.qkv.{kind}"] = torch.cat(parts)
     return weights
 
 

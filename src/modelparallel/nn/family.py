@@ -40,21 +40,24 @@ class FamilyModule(DistributedModule):
         """All parameters owned directly."""
         return set(self._parameters)
 
-    def slice_parameter(self, full: torch.Tensor, dim: int | None) -> nn.Parameter:
-        """A parameter that holds this rank's slice of ``full`` along ``dim``; None: all of it."""
+    def slice_parameter(self, full: torch.Tensor, dim: int | None, num_parts: int = 1) -> nn.Parameter:
+        """A parameter that holds this rank's slice of ``full`` along ``dim``, of each of ``num_parts`` equal blocks;
+        None: all of it.
+        """
         group = self.tp_group
         if dim is None or group.size == 1:
             return nn.Parameter(full)
-        return nn.Parameter(slice_of(full, SplitSpec(dim, tuple(full.shape)), group.rank_in_group, group.size))
+        spec = spec_of(tuple(full.shape), dim, num_parts)
+        return nn.Parameter(slice_of(full, spec, group.rank_in_group, group.size))
 
 
 class SplitLinear(FamilyModule):
     """A linear map, or several of equal shapes beside each other, split over the ranks.
 
-    ``weight`` is [out, in], or [num_maps, out, in] for ``num_maps`` maps that read the same input (queries, keys and
-    values); ``bias`` [out] or [num_maps, out]. ``is_column``: cut along the output features; else along the input
-    features. Initialised as ``nn.Linear`` is, or from N(0, ``std``) with a bias of zeros; the full tensors are drawn,
-    so for one seed they do not depend on the tensor parallel degree.
+    ``weight`` is [num_maps * out, in], the blocks of ``num_maps`` maps that read the same input (queries, keys and
+    values) one after another; ``bias`` [num_maps * out]. ``is_column``: cut along the output features; else along the
+    input features. Initialised as ``nn.Linear`` is, or from N(0, ``std``) with a bias of zeros; the full tensors are
+    drawn, so for one seed they do not depend on the tensor parallel degree.
     """
 
     weight: nn.Parameter
@@ -67,7 +70,7 @@ class SplitLinear(FamilyModule):
         *,
         is_column: bool,
         bias: bool = True,
-        num_maps: int = 0,
+        num_maps: int = 1,
         std: float | None = None,
     ) -> None:
         super().__init__()
@@ -75,20 +78,18 @@ class SplitLinear(FamilyModule):
         self.is_column, self.num_maps, self.std = is_column, num_maps, std
         weight, offset = self._initial(bias)
         specs = self._specs()
-        self.weight = self.slice_parameter(weight, specs["weight"].dim)
+        self.weight = self.slice_parameter(weight, specs["weight"].dim, num_maps)
         self.bias = None
         if offset is not None:
             spec = specs.get("bias")
-            self.bias = self.slice_parameter(offset, None if spec is None else spec.dim)
+            self.bias = self.slice_parameter(offset, None if spec is None else spec.dim, num_maps)
 
     def _initial(self, has_bias: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
-        lead = (self.num_maps,) if self.num_maps else ()
-        weight = torch.empty(*lead, self.out_features, self.in_features)
-        bias = torch.empty(*lead, self.out_features) if has_bias else None
+        weight = torch.empty(self.num_maps * self.out_features, self.in_features)
+        bias = torch.empty(self.num_maps * self.out_features) if has_bias else None
         with torch.no_grad():
-            for index in range(max(1, self.num_maps)):
-                own = weight[index] if self.num_maps else weight
-                own_bias = None if bias is None else (bias[index] if self.num_maps else bias)
+            for index, own in enumerate(weight.chunk(self.num_maps)):
+                own_bias = None if bias is None else bias.chunk(self.num_maps)[index]
                 if self.std is not None:
                     own.normal_(0.0, self.std)
                     if own_bias is not None:
@@ -100,11 +101,10 @@ class SplitLinear(FamilyModule):
         return weight, bias
 
     def _specs(self) -> dict[str, SplitSpec]:
-        lead: tuple[int, ...] = (self.num_maps,) if self.num_maps else ()
-        dim = len(lead) + (0 if self.is_column else 1)
-        specs = {"weight": SplitSpec(dim, (*lead, self.out_features, self.in_features))}
+        num_outputs = self.num_maps * self.out_features
+        specs = {"weight": spec_of((num_outputs, self.in_features), 0 if self.is_column else 1, self.num_maps)}
         if self.is_column or self.is_memory:  # a row-parallel map gives slices of the hidden state in that layout
-            specs["bias"] = SplitSpec(len(lead), (*lead, self.out_features))
+            specs["bias"] = spec_of((num_outputs,), 0, self.num_maps)
         return specs
 
     def split_tensors(self) -> dict[str, SplitSpec]:
@@ -114,13 +114,8 @@ class SplitLinear(FamilyModule):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """In the layout inside: see comm/linears.py. Several maps give [..., num_maps * local out]."""
-        weight: torch.Tensor = self.weight
-        bias: torch.Tensor | None = self.bias
-        if self.num_maps:
-            weight = weight.flatten(0, 1)
-            bias = None if bias is None else bias.flatten()
         linear = column_linear if self.is_column else row_linear
-        return linear(input, weight, bias, self.tp_group, is_memory=self.is_memory)
+        return linear(input, self.weight, self.bias, self.tp_group, is_memory=self.is_memory)
 
     def extra_repr(self) -> str:
         """The global sizes and the local slice."""
@@ -128,6 +123,12 @@ class SplitLinear(FamilyModule):
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"{'column' if self.is_column else 'row'}-parallel, local_weight={tuple(self.weight.shape)}"
         )
+
+
+def spec_of(full_shape: tuple[int, ...], dim: int, num_parts: int = 1) -> SplitSpec:
+    """A cut along ``dim``, of each of ``num_parts`` equal blocks."""
+    parts = (full_shape[dim] // num_parts,) * num_parts if num_parts > 1 else ()
+    return SplitSpec(dim, full_shape, parts)
 
 
 def as_tuple(value: Any) -> tuple[Any, ...]:

@@ -67,7 +67,7 @@ def translate_hf_state_dict_to_smdistributed_bert(
 ) -> StateDict:
     """The state dict of a BERT model as the model with a replaced BertEncoder names it.
 
-    Query, key and value are stacked into one new tensor; the given dict then holds views of it (see the note in
+    Query, key and value are joined in one new tensor; the given dict then holds views of it (see the note in
     ``translation``).
     """
     return encoders_to_smp(state_dict)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from modelparallel.nn.huggingface import answers, options, translation
-from modelparallel.nn.huggingface.translation import Layout, StateDict, conv1d, fused_conv1d, linear
+from modelparallel.nn.huggingface.translation import Layout, StateDict, conv1d, linear
 
 
 def _causal_masks(index: int, max_seq_len: int) -> list[tuple[str, torch.Tensor]]:
@@ -25,11 +25,11 @@ LAYOUT = Layout(
     ),
     layer=(
         linear("ln_1", "attention.pre_layernorm"),
-        fused_conv1d("attn.c_attn", "attention.qkv", 3),
+        conv1d("attn.c_attn", "attention.qkv"),
         conv1d("attn.c_proj", "attention.dense"),
         linear("ln_cross_attn", "cross_attention.pre_layernorm"),
         conv1d("crossattention.q_attn", "cross_attention.query"),
-        fused_conv1d("crossattention.c_attn", "cross_attention.key_value", 2),
+        conv1d("crossattention.c_attn", "cross_attention.key_value"),
         conv1d("crossattention.c_proj", "cross_attention.dense"),
         linear("ln_2", "output.pre_layernorm"),
         conv1d("mlp.c_fc", "output.dense1"),

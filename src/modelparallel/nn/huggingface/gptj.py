@@ -63,7 +63,7 @@ def translate_hf_gptj_state_dict_to_smdistributed_gptj(
     """The state dict of GPTJForCausalLM or GPTJModel as the distributed module that replaces it names it.
 
     ``max_seq_len`` is accepted for older scripts: causal-mask buffers are left out anyway. Query, key and value are
-    stacked into one new tensor; the given dict then holds views of it (see the note in ``translation``).
+    joined in one new tensor; the given dict then holds views of it (see the note in ``translation``).
     """
     return translation.model_to_smp(state_dict, LAYOUT)
 

@@ -6,7 +6,7 @@ the order of the other side, at the place of its first entry.
 
 [Note: one copy of the weights] Renamed, reshaped and transposed tensors are views of those given, so nothing is copied
 on the way back to transformers, nor for GPT-2 in either direction. Where a family keeps query, key and value apart,
-stacking them needs a new tensor; the three entries of the *given* dict then become views of it, so that the dict keeps
+joining them needs a new tensor; the three entries of the *given* dict then become views of it, so that the dict keeps
 its values and the memory of the old ones is free as soon as nobody else holds them.
 """
 
@@ -38,29 +38,24 @@ _SMP_ORDER = tuple(
 
 
 class Form(Enum):
-    """How transformers stores what ``smp.nn`` stores as a linear layer, or as stacked ones."""
+    """How transformers stores what ``smp.nn`` stores as a linear layer, or as several in one."""
 
     SAME = "same"
     # Conv1D: the weight is transposed.
     CONV1D = "transposed"
-    # A Conv1D of which the outputs are several layers side by side.
-    FUSED_CONV1D = "transposed and stacked"
     # Linear layers of their own.
-    APART = "stacked"
+    APART = "apart"
 
 
 @dataclass(frozen=True)
 class Rule:
     """The layer (or layers) called ``hf`` in transformers is the one called ``smp`` here; both have a weight and,
     perhaps, a bias.
-
-    ``stack``: the number of layers stacked along the first dim here; 0 if it is an ordinary one.
     """
 
     hf: tuple[str, ...]
     smp: str
     form: Form = Form.SAME
-    stack: int = 0
 
     def entries(self, hf_prefix: str, smp_prefix: str) -> Iterator[Entry]:
         """Its weight, and its bias."""
@@ -88,22 +83,20 @@ class Entry:
             )
         tensors = [state[name] for name in self.hf]
         if self.rule.form is Form.APART:
-            stacked = torch.stack(tensors)
+            joined = torch.cat(tensors)
             if isinstance(state, MutableMapping):  # see the note above
-                state.update(zip(self.hf, stacked, strict=True))
-            return stacked
+                state.update(zip(self.hf, joined.chunk(len(tensors)), strict=True))
+            return joined
         tensor = tensors[0]
         if self.rule.form is not Form.SAME and self.kind == "weight":
             tensor = tensor.t()
-        return tensor.unflatten(0, (self.rule.stack, -1)) if self.rule.form is Form.FUSED_CONV1D else tensor
+        return tensor
 
     def to_hf(self, state: Mapping[str, Any]) -> Sequence[Any]:
         """The tensors of transformers, from a dict of ours."""
         tensor = state[self.smp]
         if self.rule.form is Form.APART:
-            return tuple(tensor)
-        if self.rule.form is Form.FUSED_CONV1D:
-            tensor = tensor.flatten(0, 1)
+            return tensor.chunk(len(self.hf))
         return (tensor.t() if self.rule.form is not Form.SAME and self.kind == "weight" else tensor,)
 
 
@@ -117,14 +110,9 @@ def conv1d(hf: str, smp: str) -> Rule:
     return Rule((hf,), smp, Form.CONV1D)
 
 
-def fused_conv1d(hf: str, smp: str, stack: int) -> Rule:
-    """A ``Conv1D`` with the outputs of ``stack`` layers side by side."""
-    return Rule((hf,), smp, Form.FUSED_CONV1D, stack)
-
-
 def apart(*hf: str, smp: str) -> Rule:
-    """Several linear layers; here they are stacked in this order."""
-    return Rule(hf, smp, Form.APART, len(hf))
+    """Several linear layers; here they are one, with their outputs in this order."""
+    return Rule(hf, smp, Form.APART)
 
 
 # Makes the buffers of layer ``index``, which hold no weights, for sequences of a length: (name in the layer, value).
@@ -262,7 +250,7 @@ def model_to_smp(state: Mapping[str, Any], layout: Layout) -> StateDict:
     completed = with_tied_head(state, place)
     translated = to_smp(completed, [place])
     if isinstance(state, MutableMapping):
-        state.update([(name, completed[name]) for name in state])  # what was stacked, see the note at the top
+        state.update([(name, completed[name]) for name in state])  # what was joined, see the note at the top
     return translated
 
 
