@@ -24,7 +24,6 @@ from torch.autograd import Function
 
 from modelparallel.comm.exchange import (
     exchange_integers,
-    start_all_reduce,
     start_gather_blocks,
     start_gather_rows,
     start_merge_features,
@@ -32,6 +31,7 @@ from modelparallel.comm.exchange import (
     start_reduce_rows,
     start_split_features,
 )
+from modelparallel.comm.replicated import scale_gradient, share, sum_parts
 from modelparallel.errors import TensorParallelError
 
 if TYPE_CHECKING:
@@ -107,40 +107,13 @@ def all_reduce(tensor: torch.Tensor, group: Group, *, has_equal_gradients: bool 
     That is right where each rank's gradient is that of its own share of the loss, so that the true one is their sum.
     ``has_equal_gradients``: the ranks' gradients are known to be equal, so that the sum needs no message.
     """
-    if group.size == 1:
-        return tensor
-    return _AllReduce.apply(tensor, group, has_equal_gradients)
+    total = sum_parts(tensor, group)
+    return scale_gradient(total, float(group.size)) if has_equal_gradients else share(total, group)
 
 
 def average_gradient(tensor: torch.Tensor, group: Group) -> torch.Tensor:
     """``tensor`` itself, equal on all ranks. Backward: the mean of all ranks' gradients."""
-    if group.size == 1:
-        return tensor
-    return _AverageGradient.apply(tensor, group)
-
-
-class _AllReduce(Function):
-    @staticmethod
-    def forward(ctx: Any, tensor: torch.Tensor, group: Group, has_equal_gradients: bool) -> torch.Tensor:
-        ctx.group, ctx.has_equal_gradients = group, has_equal_gradients
-        return start_all_reduce(tensor, group).wait()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        if ctx.has_equal_gradients:
-            return grads[0] * ctx.group.size, None, None
-        return _AllReduce.apply(grads[0], ctx.group, False), None, None
-
-
-class _AverageGradient(Function):
-    @staticmethod
-    def forward(ctx: Any, tensor: torch.Tensor, group: Group) -> torch.Tensor:
-        ctx.group = group
-        return tensor.view_as(tensor)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return _AllReduce.apply(grads[0], ctx.group, False) / ctx.group.size, None
+    return share(scale_gradient(tensor, 1.0 / group.size), group)
 
 
 class _GatherRows(Function):

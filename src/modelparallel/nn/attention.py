@@ -206,7 +206,7 @@ class DistributedAttentionLayer(FamilyModule):
         else:
             (query,) = self._heads(self.query(source), 1)
             key, value = self._heads(self.key_value(states), 2)
-        self._check_length(query, mask)
+        self._check_length(query)
         context = self._attend(query, key, value, mask, positions, seed)
         output = self.dense(context.transpose(1, 2).flatten(2))
         return hidden_dropout(output, self.hidden_dropout_prob, seed, self.layout)
@@ -281,7 +281,7 @@ class DistributedAttentionLayer(FamilyModule):
             expected = (
                 "(hidden_states, cross_states, attention_mask)"
                 if self.is_cross_attention
-                else ("(hidden_states, attention_mask)")
+                else "(hidden_states, attention_mask)"
             )
             raise TensorParallelError(
                 f"{type(self).__name__}: got {len(entries)} entries, expected one tuple {expected}"
@@ -291,7 +291,7 @@ class DistributedAttentionLayer(FamilyModule):
         mask, positions = padded[needed], padded[needed + 1]
         return entries[0], states, mask, positions
 
-    def _check_length(self, query: torch.Tensor, mask: torch.Tensor | None) -> None:
+    def _check_length(self, query: torch.Tensor) -> None:
         length = query.shape[2]
         if self.causal_mask_size is not None and length > self.causal_mask_size and not self.is_cross_attention:
             raise TensorParallelError(

@@ -89,7 +89,7 @@ class TransformerOptions:
 
     def for_layer(self, index: int) -> dict[str, Any]:
         """As keyword arguments of layer ``index`` of a stack."""
-        own = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        own = self.as_arguments()
         own["layer_idx"] = index
         if isinstance(self.window_size, Sequence):
             own["window_size"] = self.window_size[index]

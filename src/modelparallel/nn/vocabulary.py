@@ -170,10 +170,7 @@ class VocabularyHead(FamilyModule):
         return losses.sum() / (own != IGNORED).sum(), None
 
     def _own_rows(self, labels: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
-        if self.is_prescaled:
-            return labels
-        rank = self.tp_group.rank_in_group
-        return labels.narrow(0, sum(counts[:rank]), counts[rank])
+        return labels if self.is_prescaled else take_rows(labels, self.tp_group, counts)
 
     def _whole_on_each_rank(self, hidden: torch.Tensor) -> torch.Tensor:
         return gather_whole_features(hidden, self.tp_group) if self.is_memory else hidden
