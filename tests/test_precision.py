@@ -408,3 +408,16 @@ def test_fp16_params_are_those_of_distributed_modules():
     parameters = {"tensor_parallel_degree": 2, "ddp": True, "fp16_params": True}
     dtypes = run_ranks(distributed_parameters, 2, parameters=parameters)[0]
     assert dtypes["first.weight"] == torch.float16 and dtypes["blocks.0.norm.weight"] == torch.float32
+
+
+@on(FP16_PP2)
+def test_gradients_are_clipped_by_value_without_the_scale():
+    model = smp.DistributedModel(make_net())
+    optimizer = smp.DistributedOptimizer(sgd(model.parameters()), static_loss_scale=1024.0)
+    train_step(model, *make_batches(1)[0])
+    optimizer.update_master_grads()
+    expected = [master.grad.clamp(-0.01, 0.01) for group in optimizer.fp32_from_fp16_groups for master in group]
+    torch.nn.utils.clip_grad_value_(model.parameters(), 0.01)
+    masters = [master for group in optimizer.fp32_from_fp16_groups for master in group]
+    assert all(torch.equal(master.grad, value) for master, value in zip(masters, expected, strict=True))
+    assert max(float(value.abs().max()) for value in expected) == pytest.approx(0.01)

@@ -174,7 +174,7 @@ def reference(precision: str, num_replicas: int) -> tuple[list[float], list[floa
 
 
 #: Relative difference of each loss, of each norm, and of each weight, norm by norm. In half precision other orders of
-#: the same sums round differently, by 2^-11 and 2^-8, and ten steps carry that on: most into biases, which start at zero.
+#: the same sums round differently, by 2^-11 and 2^-8, and ten steps carry that on: most into biases, which start at 0.
 TOLERANCES = {"fp32": (1e-5, 1e-5, 1e-5), "fp16": (1e-3, 1e-2, 3e-3), "bf16": (8e-3, 5e-2, 2e-2)}
 
 

@@ -24,7 +24,7 @@ from modelparallel import runtime as runtime_module
 from modelparallel.data_parallel.waits import wait_for
 from modelparallel.errors import SMPConfigError, SMPError
 from modelparallel.model_parameters import ModelParameters
-from modelparallel.torch_compat import intercept_clip_grad_norm
+from modelparallel.torch_compat import intercept_clip_grad_norm, intercept_clip_grad_value
 
 if TYPE_CHECKING:
     from modelparallel.comm.groups import Group
@@ -200,7 +200,8 @@ def check_finite(norm: torch.Tensor) -> None:
 
 
 def intercept_clipping(runtime: Runtime) -> None:
-    """Let ``torch.nn.utils.clip_grad_norm_`` give this norm from now on, and undo it when the session ends.
+    """Let ``torch.nn.utils.clip_grad_norm_`` give this norm from now on, and ``clip_grad_value_`` reach masters and
+    shards, until the session ends.
 
     Nothing changes for parameters of models that are not wrapped, and for jobs in which every rank holds all.
     """
@@ -234,7 +235,16 @@ def intercept_clipping(runtime: Runtime) -> None:
         clip_parts(parts_of(runtime, parameters), max_norm, norm)
         return True
 
+    def clip_value(parameters: Sequence[torch.Tensor], value: float) -> bool:
+        if not are_ours(parameters):
+            return False
+        with torch.no_grad():
+            for part in parts_of(runtime, parameters):
+                _local(part.gradient).clamp_(-value, value)
+        return True
+
     runtime.session.closers.append(intercept_clip_grad_norm(norm_of, clip))
+    runtime.session.closers.append(intercept_clip_grad_value(clip_value))
 
 
 def _local(tensor: Any) -> torch.Tensor:

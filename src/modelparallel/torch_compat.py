@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -255,6 +256,26 @@ def intercept_clip_grad_norm(
         module._get_total_norm, module._clip_grads_with_norm_ = get_total_norm, clip_with_norm
 
     return take_back
+
+
+def intercept_clip_grad_value(clip: Callable[[Sequence[torch.Tensor], float], bool]) -> Callable[[], None]:
+    """Let ``torch.nn.utils.clip_grad_value_`` ask ``clip(parameters, clip_value)`` first, and do nothing if that says
+    True. Returns what takes it back. It is public, but nothing in it can be replaced for those who have imported it.
+    """
+    module: Any = torch.nn.utils.clip_grad
+    original = module.clip_grad_value_
+
+    @functools.wraps(original)
+    def clip_grad_value_(parameters: Any, clip_value: float, foreach: bool | None = None) -> None:
+        parameters = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
+        if not clip(parameters, float(clip_value)):
+            original(parameters, clip_value, foreach)
+
+    def put(function: Any) -> None:
+        module.clip_grad_value_ = torch.nn.utils.clip_grad_value_ = function
+
+    put(clip_grad_value_)
+    return lambda: put(original)
 
 
 def intercept_unscaling(
