@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -15,6 +16,8 @@ from modelparallel import runtime as runtime_module
 from modelparallel.errors import SMPConfigError
 from modelparallel.optimizer_targets import Targets
 from modelparallel.precision import LossScaler
+
+logger = logging.getLogger("modelparallel")
 
 
 class DistributedOptimizer(torch.optim.Optimizer):
@@ -75,6 +78,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
         self.targets = Targets(optimizer, self._runtime)
         #: Whether a gradient of the last update was not finite; the same on all ranks.
         self.overflow = False
+        self._has_checked_parameters = False
         # Whether some gradient here is not finite, once the gradients are collected.
         self._found: torch.Tensor | None = None
         self.replace_parameters()
@@ -146,6 +150,8 @@ class DistributedOptimizer(torch.optim.Optimizer):
         sharded data parallelism the gradient is clipped first (``sdp_gradient_clipping``). Collective over MP_GROUP
         then, and over the world where parameters are shared out among ranks.
         """
+        if not self._has_checked_parameters:
+            self._check_parameters()
         config = self._runtime.session.config
         clips = config.sharded_data_parallel_degree > 1
         if self.targets.are_trivial and not clips and not config.fp16:
@@ -193,6 +199,32 @@ class DistributedOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> Any:
         return self.__dict__
+
+    def _check_parameters(self) -> None:
+        """At the first update: the parameters should be those of wrapped models."""
+        self._has_checked_parameters = True
+        models = self._runtime.session.models
+        parameters = list(self.all_parameters())
+        foreign = [
+            parameter for parameter in parameters if all(model.table.row_of(parameter) is None for model in models)
+        ]
+        if not models or not foreign:
+            return
+        shapes = ", ".join(str(tuple(parameter.shape)) for parameter in foreign[:3]) + ("..." if foreign[3:] else "")
+        remedy = (
+            "\n  wrong: optimizer = SGD(other_model.parameters())\n"
+            "  right: model = smp.DistributedModel(model); optimizer = SGD(model.parameters())"
+        )
+        if len(foreign) == len(parameters):
+            raise SMPConfigError(
+                f"smp.DistributedOptimizer: none of its {len(parameters)} parameters (of shape {shapes}) belongs to a "
+                f"wrapped model, so that it would train nothing of it{remedy}"
+            )
+        logger.warning(
+            "%d of %d parameters of a smp.DistributedOptimizer (of shape %s) belong to no wrapped model: their "
+            "gradients are not reduced over the data-parallel ranks; make them part of the model",
+            len(foreign), len(parameters), shapes,
+        )  # fmt: skip
 
     # Precision
 
