@@ -79,6 +79,7 @@ class ModelGradients:
             divisor=groups.dp.size,
             bucket_cap_mb=self._bucket_cap_mb,
             overlap=self._overlaps,
+            as_views=self._gradient_as_bucket_view,
             timeout_seconds=session.config.timeout_seconds,
         )
 
