@@ -41,7 +41,6 @@ NOT_BUILT: dict[str, str] = {
     "fp16": "fp16 training with master weights",
     "bf16": "bf16 training",
     "fp16_params": "creating distributed layers in fp16",
-    "shard_optimizer_state": "sharding the optimizer state",
     "sharded_data_parallel_degree": "sharded data parallelism",
     "offload_activations": "offloading activations to host memory",
     "delayed_parameter_initialization": "delayed parameter initialization",

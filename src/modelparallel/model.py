@@ -281,6 +281,12 @@ class DistributedModel(ModelParameters):
         with self.gradients.no_sync():
             yield
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients; those of sharded optimizer states too."""
+        super().zero_grad(set_to_none)
+        if self.gradients.shards is not None:
+            self.gradients.shards.forget_gradients()
+
     # Partition
 
     @property

@@ -165,7 +165,21 @@ class Bucket:
         """Fill the bucket from the local gradients, scaled, and remember which they were."""
         if self._flat is None:
             self._allocate()
-        assert self._flat is not None and self._has_flags is not None and self._changed_flags is not None
+        gradients = self._pack_gradients()
+        assert self._has_flags is not None and self._changed_flags is not None
+        if all(gradient is not None for gradient in gradients):
+            self._has_flags.fill_(1)
+        else:
+            self._has_flags.copy_(torch.tensor([gradient is not None for gradient in gradients]))
+        if self.carried:
+            flags = [bucket.has_changed() for bucket in self.carried]
+            if any(flags):
+                self._changed_flags.copy_(torch.tensor(flags))
+            else:
+                self._changed_flags.zero_()
+
+    def _pack_gradients(self) -> list[torch.Tensor | None]:
+        """Fill the views of the slots; returns the local gradients, and remembers them."""
         gradients: list[torch.Tensor | None] = []
         present: list[tuple[Slot, torch.Tensor]] = []
         for slot in self.slots:
@@ -177,21 +191,9 @@ class Bucket:
             else:
                 present.append((slot, gradient.to_dense() if gradient.is_sparse else gradient))
         self._fill(present)
-        if len(present) == len(self.slots):
-            self._has_flags.fill_(1)
-        else:
-            self._has_flags.copy_(torch.tensor([gradient is not None for gradient in gradients]))
-        if self.carried:
-            flags = [bucket.has_changed() for bucket in self.carried]
-            if any(flags):
-                self._changed_flags.copy_(torch.tensor(flags))
-            else:
-                self._changed_flags.zero_()
-        self._note_launched(gradients)
-
-    def _note_launched(self, gradients: list[torch.Tensor | None]) -> None:
         self._launched_gradients = gradients
         self._launched_versions = [-1 if gradient is None else gradient._version for gradient in gradients]
+        return gradients
 
     def _fill(self, present: Sequence[tuple[Slot, torch.Tensor]]) -> None:
         if self.device.type == "cpu":
