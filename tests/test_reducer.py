@@ -16,6 +16,8 @@ from pool import RankError, run_ranks
 
 SMALL_CAP = 1e-4  # MiB: about 26 floats, so that a test model has many buckets
 CAPS = (1e-6, SMALL_CAP, 25)
+# Of every reducer that is made here; other tests run these bodies with other options.
+OPTIONS = {}
 
 
 def world():
@@ -51,7 +53,8 @@ def make_input(step=0, dtype=torch.float64):
 def reducer_of(model, group=None, **options):
     group = group or world()
     entries = [ReducedParameter(name, parameter, group) for name, parameter in model.named_parameters()]
-    return GradientReducer(entries, **({"divisor": dist.get_world_size(), "bucket_cap_mb": SMALL_CAP} | options))
+    defaults = {"divisor": dist.get_world_size(), "bucket_cap_mb": SMALL_CAP}
+    return GradientReducer(entries, **(defaults | OPTIONS | options))
 
 
 def local_gradients(model, backward):
@@ -393,7 +396,7 @@ def split_over_tp():
     for overlap in (True, False):
         for cap in CAPS:
             model = Branches()
-            reducer = GradientReducer(entries(model), divisor=4, bucket_cap_mb=cap, overlap=overlap)
+            reducer = GradientReducer(entries(model), divisor=4, bucket_cap_mb=cap, overlap=overlap, **OPTIONS)
             total = {name: None for name, _ in model.named_parameters()}
             for _number, (first, last) in enumerate(
                 [
@@ -435,7 +438,7 @@ def random_steps(seed, cap, overlap):
     names = [name for name, _ in model.named_parameters()]
     group_of = {name: rdp if int(name.split(".")[1]) % 2 else dp for name in names}
     entries = [ReducedParameter(name, parameter, group_of[name]) for name, parameter in model.named_parameters()]
-    reducer = GradientReducer(entries, divisor=4, bucket_cap_mb=cap, overlap=overlap)
+    reducer = GradientReducer(entries, divisor=4, bucket_cap_mb=cap, overlap=overlap, **OPTIONS)
     final = dict.fromkeys(names)
     pending = Branches()  # accumulates what is not reduced yet
     for _ in range(12):

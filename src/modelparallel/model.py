@@ -62,8 +62,9 @@ class DistributedModel(ModelParameters):
         average_grads_across_microbatches: gradients are the mean over the microbatches; False: their sum.
         bucket_cap_mb: size of the reduction buckets in MB.
         broadcast_buffers: make persistent buffers equal to those of the first data-parallel rank at each training step.
-        gradient_as_bucket_view, find_unused_parameters: accepted; gradients are never views of buckets, and unused
-            parameters always work.
+        gradient_as_bucket_view: final gradients are views of the reduction buckets, which then take no memory of their
+            own; do not keep ``p.grad`` beyond a ``zero_grad`` to save memory.
+        find_unused_parameters: accepted; unused parameters always work.
         compile: ours, not the original's: True, or a dict of options of ``torch.compile``: compile the calls of the
             modules that this process runs (see docs/engine.md). Default: False.
 
@@ -299,6 +300,12 @@ class DistributedModel(ModelParameters):
         """Inside, gradients are accumulated on each rank; the first backward outside reduces them too, as in DDP."""
         with self.gradients.no_sync():
             yield
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients; those of sharded optimizer states too."""
+        super().zero_grad(set_to_none)
+        if self.gradients.shards is not None:
+            self.gradients.shards.forget_gradients()
 
     # Partition
 

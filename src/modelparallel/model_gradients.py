@@ -6,14 +6,24 @@ end. It puts the parts of ``data_parallel`` and the replicas of the pipeline in 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
-from modelparallel.data_parallel import BroadcastTensor, GradientReducer, ReducedParameter, broadcast_parameters
+from modelparallel.data_parallel import (
+    BroadcastTensor,
+    GradientReducer,
+    OptimizerShards,
+    ReducedParameter,
+    SharedParameter,
+    broadcast_parameters,
+    shareable,
+)
 from modelparallel.pipeline.replicas import ReplicatedParameters
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from modelparallel.comm.groups import Group
     from modelparallel.parameters import ParameterTable
     from modelparallel.plan.parameters import ParameterRow
@@ -70,15 +80,39 @@ class ModelGradients:
         broadcast_parameters(tensors, timeout_seconds=session.config.timeout_seconds)
         if groups.dp.size == 1:
             return
+        local = [(row, parameter) for row, parameter in self._table.parameters() if self._table.is_local(row, stage)]
+        shards = self._share_out(local) if session.config.shard_optimizer_state else None
+        self.shards = shards
         self._reducer = GradientReducer(
-            [
-                ReducedParameter(row.name, parameter, self._group_of(row))
-                for row, parameter in self._table.parameters()
-                if self._table.is_local(row, stage)
-            ],
+            [ReducedParameter(row.name, parameter, self._group_of(row)) for row, parameter in local],
             divisor=groups.dp.size,
             bucket_cap_mb=self._bucket_cap_mb,
             overlap=self._overlaps,
+            as_views=self._gradient_as_bucket_view,
+            shards=shards,
+            timeout_seconds=session.config.timeout_seconds,
+        )
+
+    def _share_out(self, local: Sequence[tuple[ParameterRow, nn.Parameter]]) -> OptimizerShards | None:
+        """Sharding of the optimizer state; copies on several stages stay whole, since their gradients are added up."""
+        session, groups = self._runtime.session, self._runtime.session.groups
+        possible = shareable(parameter for _, parameter in local)
+        shared = [
+            SharedParameter(
+                row.name,
+                parameter,
+                self._group_of(row),
+                is_counted=row.split is not None or row.reducer_axis == "dp" or groups.tp.rank_in_group == 0,
+            )
+            for row, parameter in local
+            if id(parameter) in possible and not row.replicas and self._group_of(row).size > 1
+        ]
+        if not shared:
+            return None
+        return OptimizerShards(
+            shared,
+            divisor=groups.dp.size,
+            bucket_cap_mb=self._bucket_cap_mb,
             timeout_seconds=session.config.timeout_seconds,
         )
 

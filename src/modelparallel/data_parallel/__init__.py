@@ -4,6 +4,15 @@ parameter.
 
 from modelparallel.data_parallel.broadcast import BroadcastTensor, broadcast_parameters
 from modelparallel.data_parallel.buckets import ReducedParameter
+from modelparallel.data_parallel.optimizer_shards import OptimizerShards, SharedParameter, shareable
 from modelparallel.data_parallel.reducer import GradientReducer
 
-__all__ = ["BroadcastTensor", "GradientReducer", "ReducedParameter", "broadcast_parameters"]
+__all__ = [
+    "BroadcastTensor",
+    "GradientReducer",
+    "OptimizerShards",
+    "ReducedParameter",
+    "SharedParameter",
+    "broadcast_parameters",
+    "shareable",
+]

@@ -7,6 +7,13 @@ Note: Bucket contents
     dtype of the bucket: a sum over ranks is only compared with zero. ``p.grad`` keeps the local gradient, untouched,
     until the reduction is over, so that a bucket can be packed again.
 
+Note: Gradients as views
+    A bucket keeps its flat tensor for the next reduction, unless gradients are to be views (``as_views``): then
+    ``p.grad`` becomes a part of the flat tensor, the local gradient is let go, and the bucket forgets its flat tensor,
+    which lives as long as one of its gradients does. The next reduction packs into a new one, since what is added to
+    the gradients meanwhile is local and must stay intact like any local gradient. Without overlap the buckets are
+    packed and taken over one by one, so that beside the gradients there is one flat tensor at a time.
+
 Note: Scale
     The final gradient is the sum over the group of the local gradients, divided by ``divisor`` (the number of dp
     ranks, also where the group is only the rdp group). Local gradients are multiplied by 1 / divisor while they are
@@ -26,6 +33,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from modelparallel.data_parallel.waits import wait_for
+
 if TYPE_CHECKING:
     from modelparallel.comm.groups import Group
 
@@ -40,6 +49,12 @@ class ReducedParameter:
     parameter: nn.Parameter
     group: Group
     divisor: int | None = None
+
+
+def gradient_dtype(parameter: torch.Tensor) -> torch.dtype:
+    """The dtype in which autograd accumulates the gradient: the parameter's, unless ``grad_dtype`` says otherwise."""
+    # torch 2.11 has no such attribute; None stands for "any".
+    return getattr(parameter, "grad_dtype", None) or parameter.dtype
 
 
 class Slot:
@@ -83,15 +98,27 @@ class Bucket:
     of the group.
     """
 
+    # Whether unpacking gives up the local gradients, so that it is worth while to do that bucket by bucket.
+    takes_over = False
+    # Whether the flags do not travel in the bucket itself.
+    needs_flag_bucket = False
+
     def __init__(
-        self, index: int, slots: Sequence[Slot], group: Group, device: torch.device, dtype: torch.dtype
+        self,
+        slots: Sequence[Slot],
+        group: Group,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        as_views: bool = False,
     ) -> None:
-        self.index = index
+        self.index = 0
         self.slots = tuple(slots)
         self.group = group
         self.device = device
         self.dtype = dtype
-        self.num_waiting = len(self.slots)
+        self.takes_over = as_views
+        self.num_waiting = 0
         # Launched only when the step is over, since its gradients were once found to change after the launch.
         self.is_late = False
         # The last bucket of its group; launched when the step is over, since it tells which others had changed.
@@ -99,6 +126,8 @@ class Bucket:
         # Buckets of the same group whose "changed" flags this one carries; empty in all buckets but the last of a
         # group.
         self.carried: tuple[Bucket, ...] = ()
+        # For each parameter whether any rank has a gradient, where a FlagBucket tells that.
+        self.has_anywhere: tuple[bool, ...] = ()
         self.work: dist.Work | None = None
         self._flat: torch.Tensor | None = None
         self._has_flags: torch.Tensor | None = None
@@ -110,6 +139,7 @@ class Bucket:
 
     @property
     def is_launched(self) -> bool:
+        """Whether a reduction was started and not forgotten."""
         return self.work is not None
 
     @property
@@ -118,24 +148,38 @@ class Bucket:
         return f"gradient bucket {self.index} ({names})"
 
     def start_waiting(self) -> None:
-        """Wait for a gradient of every parameter."""
-        self.num_waiting = len(self.slots)
+        """Wait for a gradient of every parameter that is not frozen."""
+        self.num_waiting = sum(slot.parameter.requires_grad for slot in self.slots)
         for slot in self.slots:
             slot.is_fired = False
 
     def _allocate(self) -> None:
         sizes = [slot.parameter.numel() for slot in self.slots]
-        self._flat = torch.zeros(sum(sizes) + len(sizes) + len(self.carried), dtype=self.dtype, device=self.device)
+        self._flat = torch.empty(sum(sizes) + len(sizes) + len(self.carried), dtype=self.dtype, device=self.device)
         *pieces, self._has_flags, self._changed_flags = self._flat.split([*sizes, len(sizes), len(self.carried)])
         for slot, piece in zip(self.slots, pieces, strict=True):
-            slot.view = piece.view(slot.parameter.shape)
+            slot.view = flat_view(piece, slot.parameter) if self.takes_over else piece.view(slot.parameter.shape)
 
     @torch.no_grad()
     def pack(self) -> None:
         """Fill the bucket from the local gradients, scaled, and remember which they were."""
         if self._flat is None:
             self._allocate()
-        assert self._flat is not None and self._has_flags is not None and self._changed_flags is not None
+        gradients = self._pack_gradients()
+        assert self._has_flags is not None and self._changed_flags is not None
+        if all(gradient is not None for gradient in gradients):
+            self._has_flags.fill_(1)
+        else:
+            self._has_flags.copy_(torch.tensor([gradient is not None for gradient in gradients]))
+        if self.carried:
+            flags = [bucket.has_changed() for bucket in self.carried]
+            if any(flags):
+                self._changed_flags.copy_(torch.tensor(flags))
+            else:
+                self._changed_flags.zero_()
+
+    def _pack_gradients(self) -> list[torch.Tensor | None]:
+        """Fill the views of the slots; returns the local gradients, and remembers them."""
         gradients: list[torch.Tensor | None] = []
         present: list[tuple[Slot, torch.Tensor]] = []
         for slot in self.slots:
@@ -147,18 +191,9 @@ class Bucket:
             else:
                 present.append((slot, gradient.to_dense() if gradient.is_sparse else gradient))
         self._fill(present)
-        if len(present) == len(self.slots):
-            self._has_flags.fill_(1)
-        else:
-            self._has_flags.copy_(torch.tensor([gradient is not None for gradient in gradients]))
-        if self.carried:
-            flags = [bucket.has_changed() for bucket in self.carried]
-            if any(flags):
-                self._changed_flags.copy_(torch.tensor(flags))
-            else:
-                self._changed_flags.zero_()
         self._launched_gradients = gradients
         self._launched_versions = [-1 if gradient is None else gradient._version for gradient in gradients]
+        return gradients
 
     def _fill(self, present: Sequence[tuple[Slot, torch.Tensor]]) -> None:
         if self.device.type == "cpu":
@@ -177,13 +212,18 @@ class Bucket:
         assert self._flat is not None
         self.work = dist.all_reduce(self._flat, group=self.group.process_group, async_op=True)
 
+    def wait(self, timeout_seconds: float) -> None:
+        """Wait for the reduction; again is cheap."""
+        assert self.work is not None
+        wait_for(self.work, timeout_seconds, f"the reduction of {self.title}", self.group, self.device)
+
     def has_changed(self) -> bool:
         """Whether the local gradients are others than those that were launched.
 
         The version of the tensor is compared and not only what the hooks saw: hooks do not fire for every way to
         accumulate a gradient, and a script may change gradients itself.
         """
-        if self.work is None:
+        if not self.is_launched:
             return False
         for slot, gradient, version in zip(self.slots, self._launched_gradients, self._launched_versions, strict=True):
             now = slot.parameter.grad
@@ -200,6 +240,14 @@ class Bucket:
     def unpack(self) -> None:
         """Write the reduced gradients to ``p.grad``; where no rank had one it stays None."""
         assert self._has_flags is not None
+        if self.takes_over:
+            for slot, has_gradient in zip(self.slots, self._has_flags.tolist(), strict=True):
+                slot.is_final = True
+                if has_gradient.real > 0:
+                    assert slot.view is not None
+                    # `data`: each gradient counts its own versions, so that has_changed() can tell them apart.
+                    slot.parameter.grad = slot.view.data
+            return
         targets: list[torch.Tensor] = []
         values: list[torch.Tensor] = []
         has_anywhere: list[complex] | None = None
@@ -214,7 +262,7 @@ class Bucket:
             if has_anywhere is None:
                 has_anywhere = self._has_flags.tolist()
             if has_anywhere[position].real > 0:
-                slot.parameter.grad = torch.empty_like(slot.parameter.detach()).copy_(slot.view)
+                slot.parameter.grad = torch.empty_like(slot.parameter.detach(), dtype=self.dtype).copy_(slot.view)
         if targets:
             torch._foreach_copy_(targets, values)
 
@@ -223,10 +271,68 @@ class Bucket:
         self.work = None
         self._launched_gradients = []
         self._launched_versions = []
+        if self.takes_over:
+            self._flat = self._has_flags = self._changed_flags = None
+            for slot in self.slots:
+                slot.view = None
 
 
-def plan_buckets(entries: Sequence[ReducedParameter], slots: Sequence[Slot], bucket_cap_mb: float) -> list[Bucket]:
-    """Put the slots into buckets, in the order in which they are to be launched.
+class FlagBucket(Bucket):
+    """The carrier of a group whose flags do not fit into its buckets: which of them changed, and which parameters have
+    a gradient on any rank (``Bucket.has_anywhere``). Holds no gradients.
+    """
+
+    def __init__(self, group: Group, device: torch.device) -> None:
+        super().__init__((), group, device, torch.uint8)
+
+    @property
+    def title(self) -> str:
+        return f"the flags of the gradient buckets before bucket {self.index}"
+
+    def pack(self) -> None:
+        """Look at the local gradients."""
+        flags: list[bool] = []
+        for bucket in self.carried:
+            flags.append(bucket.has_changed())
+            flags.extend(slot.parameter.grad is not None for slot in bucket.slots)
+        self._flat = torch.tensor(flags, dtype=self.dtype).to(self.device)
+
+    def launch(self) -> None:
+        """Send them to all ranks."""
+        assert self._flat is not None
+        self.work = dist.all_reduce(self._flat, dist.ReduceOp.MAX, group=self.group.process_group, async_op=True)
+
+    def changed_anywhere(self) -> tuple[bool, ...]:
+        """As of any carrier; also tells the buckets which of their parameters have a gradient."""
+        assert self._flat is not None
+        flags, position, changed = self._flat.tolist(), 0, []
+        for bucket in self.carried:
+            stop = position + 1 + len(bucket.slots)
+            changed.append(flags[position] > 0)
+            bucket.has_anywhere = tuple(flag > 0 for flag in flags[position + 1 : stop])
+            position = stop
+        return tuple(changed)
+
+    def unpack(self) -> None:
+        """Tell the buckets, where nothing could change."""
+        self.changed_anywhere()
+
+
+def flat_view(piece: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """The flat ``piece`` in the shape of the parameter, and in its strides where these leave no holes."""
+    expected = 1
+    for stride, size in sorted(zip(parameter.stride(), parameter.shape, strict=True)):
+        if size != 1 and stride != expected:
+            return piece.view(parameter.shape)
+        expected *= size
+    return piece.as_strided(parameter.shape, parameter.stride(), piece.storage_offset())
+
+
+def fill_buckets(
+    entries: Sequence[ReducedParameter], slots: Sequence[Slot], bucket_cap_mb: float
+) -> list[tuple[list[Slot], Group]]:
+    """Put the slots into buckets, in the order in which they are to be launched; those of a bucket have one group,
+    divisor, dtype and device.
 
     Backward makes the gradients in about the reverse of the order of the parameters, so the buckets are filled from
     the last parameter. A bucket takes its place in the launch order when it is full. All ranks of a group hold the
@@ -238,22 +344,30 @@ def plan_buckets(entries: Sequence[ReducedParameter], slots: Sequence[Slot], buc
     full: list[tuple[list[Slot], Group]] = []
     for entry, slot in zip(reversed(entries), reversed(slots), strict=True):
         parameter = entry.parameter
-        key = (entry.group.ranks, slot.divisor, parameter.dtype, parameter.device)
+        dtype = gradient_dtype(parameter)
+        key = (entry.group.ranks, slot.divisor, parameter.dtype, dtype, parameter.device)
         filling.setdefault(key, ([], entry.group))[0].append(slot)
-        sizes[key] = sizes.get(key, 0) + parameter.numel() * parameter.element_size()
+        sizes[key] = sizes.get(key, 0) + parameter.numel() * dtype.itemsize
         if sizes[key] >= cap_bytes:
             full.append(filling.pop(key))
             del sizes[key]
     full.extend(filling.values())
-    buckets = [
-        Bucket(index, members, group, members[0].parameter.device, members[0].parameter.dtype)
-        for index, (members, group) in enumerate(full)
-    ]
+    return full
+
+
+def with_carriers(buckets: Sequence[Bucket]) -> tuple[Bucket, ...]:
+    """Number the buckets, and let the last of each group, or one added for that, carry the flags of the others."""
     by_group: dict[tuple[int, ...], list[Bucket]] = {}
     for bucket in buckets:
+        bucket.is_carrier, bucket.carried = False, ()
         by_group.setdefault(bucket.group.ranks, []).append(bucket)
-    for members_of_group in by_group.values():
-        *others, carrier = members_of_group
+    for members in by_group.values():
+        if any(bucket.needs_flag_bucket for bucket in members):
+            members.append(FlagBucket(members[0].group, members[0].device))
+        *others, carrier = members
         carrier.carried = tuple(others)
         carrier.is_carrier = True
-    return buckets
+    added = [members[-1] for members in by_group.values() if not members[-1].slots]
+    for index, bucket in enumerate((*buckets, *added)):
+        bucket.index = index
+    return (*buckets, *added)

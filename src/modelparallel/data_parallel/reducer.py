@@ -24,14 +24,33 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import Enum
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch.utils.hooks import RemovableHandle
 
-from modelparallel.data_parallel.buckets import Bucket, ReducedParameter, Slot, plan_buckets
-from modelparallel.data_parallel.waits import check_agreement, wait_for
+from modelparallel.data_parallel.buckets import (
+    Bucket,
+    ReducedParameter,
+    Slot,
+    fill_buckets,
+    gradient_dtype,
+    with_carriers,
+)
+from modelparallel.data_parallel.waits import check_agreement
 from modelparallel.errors import SMPConfigError, StepUsageError
 from modelparallel.torch_compat import current_backward_id, queue_backward_callback
+
+if TYPE_CHECKING:
+    from modelparallel.comm.groups import Group
+
+
+class SharedOut(Protocol):
+    """What is shared out: a new sequence of buckets when it is laid out anew."""
+
+    @property
+    def buckets(self) -> Sequence[Bucket]:
+        """In the order in which their gradients come."""
 
 
 class _Mode(Enum):
@@ -54,7 +73,8 @@ class GradientReducer:
         and must be the same on all ranks of the group.
     divisor: number of ranks whose losses are averaged, usually the dp size, also where a parameter is summed over the
     rdp group only. bucket_cap_mb: size of a bucket in MiB. overlap: reduce while backward still runs. False gives the
-    same gradients. timeout_seconds: how long a wait for another rank may last.
+    same gradients. as_views: final gradients are views of the buckets' memory (buckets.py). shards: what is reduced to
+    the owners of shards alone, in buckets of its own. timeout_seconds: how long a wait for another rank may last.
 
     Outside a step, every backward pass that gives a gradient to one of the parameters ends with final gradients.
     Inside a step the engine calls ``begin_step``, ``arm`` before the backward of the last microbatch, and
@@ -73,6 +93,8 @@ class GradientReducer:
         divisor: int,
         bucket_cap_mb: float = 25,
         overlap: bool = True,
+        as_views: bool = False,
+        shards: SharedOut | None = None,
         timeout_seconds: float = 600.0,
     ) -> None:
         if bucket_cap_mb <= 0:
@@ -84,6 +106,7 @@ class GradientReducer:
                 f"divisor={divisor} must be at least 1: it is the number of ranks whose gradients are averaged"
             )
         self.overlap = overlap
+        self.as_views = as_views
         self.timeout_seconds = timeout_seconds
         #: Collectives launched so far, for tests and reports.
         self.num_launches = 0
@@ -101,7 +124,9 @@ class GradientReducer:
         # CUDA runs hooks in threads of the autograd engine, one per device.
         self._lock = threading.RLock()
         self._handles: list[RemovableHandle] = []
-        self._layout: tuple[bool, ...] = ()
+        self._layout: list[torch.dtype | None] = []
+        self._shards = shards
+        self._shared_buckets: Sequence[Bucket] = ()
         self._slots: dict[int, Slot] = {}
         self.buckets: tuple[Bucket, ...] = ()
         self._scaled_only: tuple[Slot, ...] = ()
@@ -119,27 +144,39 @@ class GradientReducer:
         """Look whether parameters were frozen or unfrozen, and plan anew if so. Called before a forward outside a
         step.
         """
-        if self._layout != tuple([entry.parameter.requires_grad for entry in self._entries]):
+        if self._layout != self._current_layout() or (
+            self._shards is not None and self._shards.buckets is not self._shared_buckets
+        ):
             self._plan()
+
+    def _current_layout(self) -> list[torch.dtype | None]:
+        """The dtype of the gradient of each parameter, None for one that is frozen."""
+        parameters = [entry.parameter for entry in self._entries]
+        return [gradient_dtype(parameter) if parameter.requires_grad else None for parameter in parameters]
 
     def _plan(self) -> None:
         self._remove_hooks()
         for bucket in self._launch_order:
-            if bucket.work is not None:
+            if bucket.is_launched:
                 self._wait(bucket)
                 bucket.forget()
-        self._layout = tuple([entry.parameter.requires_grad for entry in self._entries])
-        known = self._slots
-        entries = [entry for entry, is_trained in zip(self._entries, self._layout, strict=True) if is_trained]
+        self._layout = self._current_layout()
+        entries = [entry for entry, dtype in zip(self._entries, self._layout, strict=True) if dtype is not None]
+        shared = self._take_shared_buckets({id(entry.parameter) for entry in entries})
+        shared_slots = {id(slot.parameter): slot for bucket in shared for slot in bucket.slots}
+        known = self._slots | shared_slots
         slots = [known.get(id(entry.parameter)) or Slot(entry, self._divisor_of(entry)) for entry in entries]
         self._slots = known | {id(slot.parameter): slot for slot in slots}
-        pairs = [(entry, slot) for entry, slot in zip(entries, slots, strict=True) if entry.group.size > 1]
+        pairs = [
+            (entry, slot)
+            for entry, slot in zip(entries, slots, strict=True)
+            if entry.group.size > 1 and id(entry.parameter) not in shared_slots
+        ]
         self._scaled_only = tuple(
             slot for entry, slot in zip(entries, slots, strict=True) if entry.group.size == 1
         )  # split over all ranks that exist
-        self.buckets = tuple(
-            plan_buckets([entry for entry, _ in pairs], [slot for _, slot in pairs], self._bucket_cap_mb)
-        )
+        whole = [self._make_bucket(members, group) for members, group in self._fill_buckets(pairs)]
+        self.buckets = with_carriers((*shared, *whole))
         for bucket in self.buckets:
             if bucket.is_carrier:
                 self._check_layout(bucket)
@@ -151,10 +188,27 @@ class GradientReducer:
             if slot.needs_rescaling:
                 self._handles.append(slot.parameter.register_hook(_make_rescaling_hook(slot)))
 
+    def _fill_buckets(self, pairs: Sequence[tuple[ReducedParameter, Slot]]) -> list[tuple[list[Slot], Group]]:
+        return fill_buckets([entry for entry, _ in pairs], [slot for _, slot in pairs], self._bucket_cap_mb)
+
+    def _make_bucket(self, members: Sequence[Slot], group: Group) -> Bucket:
+        first = members[0].parameter
+        return Bucket(members, group, first.device, gradient_dtype(first), as_views=self.as_views)
+
+    def _take_shared_buckets(self, trained: set[int]) -> list[Bucket]:
+        """The buckets of what is shared out, without those whose parameters are all frozen."""
+        if self._shards is None:
+            return []
+        self._shared_buckets = self._shards.buckets
+        return [
+            bucket for bucket in self._shared_buckets if any(id(slot.parameter) in trained for slot in bucket.slots)
+        ]
+
     def _check_layout(self, carrier: Bucket) -> None:
         """Compare the plan of the carrier's group over its ranks."""
         listing = [
             f"{slot.name} {tuple(slot.parameter.shape)} {bucket.dtype} /{slot.divisor} in bucket {position}"
+            + (f" strides {slot.parameter.stride()}" if bucket.takes_over else "")
             for position, bucket in enumerate((*carrier.carried, carrier))
             for slot in bucket.slots
         ]
@@ -166,8 +220,10 @@ class GradientReducer:
         carriers = [bucket for bucket in self.buckets if bucket.is_carrier]
         early = [bucket for bucket in self.buckets if not bucket.is_late and not bucket.is_carrier]
         late = [bucket for bucket in self.buckets if bucket.is_late]
-        self._launch_order = (*early, *carriers, *late)
-        self._num_early = len(early)
+        # Without overlap the flags come first, so that buckets can be unpacked one by one.
+        first = [bucket for bucket in carriers if not bucket.slots and not self.overlap]
+        self._launch_order = (*first, *early, *(bucket for bucket in carriers if bucket not in first), *late)
+        self._num_early = len(early) if self.overlap else 0
 
     # Hooks.
 
@@ -265,7 +321,8 @@ class GradientReducer:
         """Remove all hooks; the reducer does nothing from then on."""
         self._remove_hooks()
         self._entries = ()
-        self._layout = ()
+        self._layout = []
+        self._shards = None
         self._slots = {}
         self.buckets = ()
         self._scaled_only = ()
@@ -302,10 +359,12 @@ class GradientReducer:
         self.num_launches += 1
 
     def _wait(self, bucket: Bucket) -> None:
-        assert bucket.work is not None
-        wait_for(bucket.work, self.timeout_seconds, f"the reduction of {bucket.title}", bucket.group, bucket.device)
+        bucket.wait(self.timeout_seconds)
 
     def _finish_reduction(self) -> None:
+        if not self.overlap and any(bucket.takes_over for bucket in self.buckets):
+            self._reduce_one_by_one()
+            return
         self._skip_launched()
         for bucket in self._launch_order[self._num_launched :]:
             self._launch(bucket)
@@ -327,6 +386,16 @@ class GradientReducer:
             bucket.is_late = True
         if repeated:
             self._order()
+        self._scale_alone()
+
+    def _reduce_one_by_one(self) -> None:
+        """The local gradients of a bucket are given up before the next one takes memory."""
+        for bucket in self._launch_order:
+            if not bucket.is_launched:
+                self._launch(bucket)
+            self._wait(bucket)
+            bucket.unpack()
+            bucket.forget()
         self._scale_alone()
 
     def _find_changed(self) -> set[Bucket]:

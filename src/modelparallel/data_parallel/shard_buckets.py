@@ -1,0 +1,201 @@
+"""Buckets whose gradients go to owners: the memory of parameters, gradients and shards of one bucket.
+
+[Note: shard buckets] The parameters of a bucket lie one after another in one flat tensor, ``p.data`` are views of it.
+It is cut into one block for each rank of the group; what of a parameter lies in the rank's own block is a shard, a view
+of the same memory, which an optimizer updates. So after an update the blocks of all ranks are gathered in place.
+Gradients are packed into a flat tensor of the same layout; each rank gets the sum of its own block. Then the local
+gradients of whole parameters and the flat tensor are let go, and the gradients of shards, views of the sum, stay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import reduce
+from itertools import accumulate
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from modelparallel.data_parallel.block_messages import BlockMessages, OwnBlock, start_from_owners, start_to_owners
+from modelparallel.data_parallel.buckets import Bucket, Slot, gradient_dtype
+from modelparallel.errors import StepUsageError
+from modelparallel.shards import Shard
+
+if TYPE_CHECKING:
+    from modelparallel.comm.groups import Group
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A shard of this rank: the position of its slot, and its range in the own block."""
+
+    shard: Shard
+    position: int
+    start: int
+    stop: int
+
+
+class ShardBucket(Bucket):
+    """Parameters that are reduced to the owners of blocks, and gathered from them."""
+
+    needs_flag_bucket = True
+
+    def __init__(
+        self,
+        slots: Sequence[Slot],
+        group: Group,
+        bounds: Sequence[int],
+        counted: set[int],
+        *,
+        has_whole_parameters: bool = False,
+    ) -> None:
+        """Moves the parameters' data. ``bounds``: block i of the group's rank i is from bounds[i] to bounds[i + 1].
+        ``counted``: slots, by id, of which this rank adds its range to a norm. ``has_whole_parameters``: blocks end
+        where parameters end, and shards have the shape of their parameter.
+        """
+        first = slots[0].parameter
+        super().__init__(slots, group, first.device, gradient_dtype(first), as_views=True)
+        self.bounds = tuple(bounds)
+        #: Whether gradients were reduced, or an update was gathered.
+        self.is_used = False
+        self._messages: BlockMessages | None = None
+        self._own_block: OwnBlock | None = None
+        sizes = [slot.parameter.numel() for slot in self.slots]
+        self._starts = [sum(sizes[:position]) for position in range(len(sizes))]
+        self._parameters = torch.zeros(self.bounds[-1], dtype=first.dtype, device=first.device)
+        # Where each parameter's data must be, by which a replaced one is noticed.
+        self._addresses: list[int] = []
+        for slot, start in zip(self.slots, self._starts, strict=True):
+            data = self._parameters[start : start + slot.parameter.numel()].view(slot.parameter.shape)
+            data.copy_(slot.parameter.detach())
+            slot.parameter.data = data
+            self._addresses.append(data.data_ptr())
+        self._places = self._cut_shards(counted, has_whole_parameters)
+
+    def _cut_shards(self, counted: set[int], has_whole_parameters: bool) -> list[_Place]:
+        places = []
+        own_start, own_stop = self.bounds[self.group.rank_in_group : self.group.rank_in_group + 2]
+        for position, (slot, first) in enumerate(zip(self.slots, self._starts, strict=True)):
+            start, stop = max(first, own_start), min(first + slot.parameter.numel(), own_stop)
+            if start >= stop:
+                continue
+            data = self._parameters[start:stop]
+            if has_whole_parameters:
+                data = data.view(slot.parameter.shape)
+            shard = Shard(
+                slot.parameter,
+                nn.Parameter(data),
+                start - first,
+                stop - first,
+                self.group,
+                is_counted=id(slot) in counted,
+            )
+            places.append(_Place(shard, position, start - own_start, stop - own_start))
+        return places
+
+    @property
+    def shards(self) -> list[Shard]:
+        """This rank's shards, in the order of the parameters."""
+        return [place.shard for place in self._places]
+
+    # The reduction
+
+    @property
+    def is_launched(self) -> bool:
+        return self._messages is not None
+
+    def _allocate(self) -> None:
+        self.dtype = reduce(torch.promote_types, (gradient_dtype(slot.parameter) for slot in self.slots))
+        self._flat = torch.empty(self.bounds[-1], dtype=self.dtype, device=self.device)
+        for slot, start in zip(self.slots, self._starts, strict=True):
+            slot.view = self._flat[start : start + slot.parameter.numel()].view(slot.parameter.shape)
+
+    @torch.no_grad()
+    def pack(self) -> None:
+        """Fill the flat gradients from the local ones, scaled, and remember which they were."""
+        if self._flat is None:
+            self._allocate()
+        self._pack_gradients()
+
+    def launch(self) -> None:
+        """Start to send what was packed to the owners."""
+        assert self._flat is not None
+        self.is_used = True
+        self._messages, self._own_block = start_to_owners(self._flat, self.bounds, self.group)
+
+    def wait(self, timeout_seconds: float) -> None:
+        """Wait for the parts of the own block; again is cheap."""
+        assert self._messages is not None
+        self._messages.wait(timeout_seconds, f"the reduction of {self.title} to the owners of shards")
+
+    @torch.no_grad()
+    def unpack(self) -> None:
+        """Write the gradients of the shards, or add to them; where no rank had a gradient they stay. Whole parameters
+        have none any more.
+        """
+        assert self._own_block is not None
+        block = self._own_block.add_up()
+        for place in self._places:
+            if not self.has_anywhere[place.position]:
+                continue
+            tensor = place.shard.tensor
+            gradient = block[place.start : place.stop].view(tensor.shape)
+            if tensor.grad is not None:
+                tensor.grad.add_(gradient)
+                continue
+            if gradient_dtype(tensor) != gradient.dtype:
+                tensor.grad_dtype = gradient.dtype
+            tensor.grad = gradient.data
+        for slot in self.slots:
+            slot.is_final = True
+            slot.parameter.grad = None
+
+    def forget(self) -> None:
+        """After the reduction: nothing is under way, and nothing of it is held."""
+        super().forget()
+        self._messages = self._own_block = None
+
+    # The update
+
+    def take_back(self) -> None:
+        """Parameters whose ``data`` was replaced come back, with their values, to the common memory."""
+        for slot, start, address in zip(self.slots, self._starts, self._addresses, strict=True):
+            parameter = slot.parameter
+            if parameter.data_ptr() == address:
+                continue
+            if parameter.dtype != self._parameters.dtype or parameter.device != self._parameters.device:
+                raise StepUsageError(
+                    f"parameter '{slot.name}' was {self._parameters.dtype} on {self._parameters.device} when its "
+                    f"optimizer state was sharded (shard_optimizer_state) and is {parameter.dtype} on "
+                    f"{parameter.device} now: convert the model before smp.DistributedModel wraps it, or before the "
+                    "first step with pipelining"
+                )
+            data = self._parameters[start : start + parameter.numel()].view(parameter.shape)
+            data.copy_(parameter.detach())
+            parameter.data = data
+
+    def start_gather(self) -> BlockMessages:
+        """All ranks get the values of all shards."""
+        self.is_used = True
+        return start_from_owners(self._parameters, self.bounds, self.group)
+
+    def note_changed(self) -> None:
+        """The gathered values are there: graphs that were made with the old ones notice it."""
+        for slot in self.slots:
+            torch.autograd.graph.increment_version(slot.parameter)
+
+
+def equal_bounds(slots: Sequence[Slot], size: int) -> list[int]:
+    """Blocks of equal length; the last ones are filled up by less than one element for each rank."""
+    length = -(-sum(slot.parameter.numel() for slot in slots) // size)
+    return [rank * length for rank in range(size + 1)]
+
+
+def whole_bounds(slots: Sequence[Slot], owners: Sequence[int], size: int) -> list[int]:
+    """Blocks of whole parameters; ``owners`` ascend."""
+    lengths = [0] * size
+    for slot, owner in zip(slots, owners, strict=True):
+        lengths[owner] += slot.parameter.numel()
+    return [0, *accumulate(lengths)]

@@ -1,0 +1,109 @@
+"""``gradient_as_bucket_view``: final gradients are parts of the buckets' memory, with the values of any reduction."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import test_reducer
+from pool import run_ranks
+from test_reducer import (
+    accumulated_steps,
+    assert_gradients,
+    equal_to_ddp,
+    frozen_and_unfrozen,
+    gradients_without_hooks,
+    interrupted_backward,
+    irregular_steps,
+    local_gradients,
+    loss_of,
+    make_model,
+    mean_over_ranks,
+    mixed_dtypes_and_layouts,
+    nested_backward,
+    no_sync_like_ddp,
+    random_runs,
+    reducer_of,
+    split_over_tp,
+    users_change_gradients,
+)
+
+
+def with_views(body, *args):
+    test_reducer.OPTIONS["as_views"] = True  # this process runs nothing else
+    body(*args)
+
+
+@pytest.mark.parametrize(
+    ("body", "num_ranks", "args"),
+    [
+        (equal_to_ddp, 2, (torch.float32,)),
+        (accumulated_steps, 2, ()),
+        (no_sync_like_ddp, 2, ()),
+        (irregular_steps, 4, ()),
+        (gradients_without_hooks, 2, ()),
+        (users_change_gradients, 2, ()),
+        (frozen_and_unfrozen, 2, ()),
+        (mixed_dtypes_and_layouts, 2, ()),
+        (split_over_tp, 4, ()),
+        (random_runs, 4, ()),
+        (interrupted_backward, 2, ()),
+        (nested_backward, 2, ()),
+    ],
+)
+def test_views_keep_every_rule_of_the_reduction(body, num_ranks, args):
+    run_ranks(with_views, num_ranks, body, *args)
+
+
+def storages(model):
+    return {p.grad.untyped_storage().data_ptr(): p.grad.untyped_storage().nbytes() for p in model.parameters()}
+
+
+def gradients_take_the_memory_of_buckets():
+    for overlap in (True, False):
+        model = make_model()
+        reducer = reducer_of(model, overlap=overlap, as_views=True)
+        num_flats = []
+        for bucket in reducer.buckets:
+
+            def launch(launch=bucket.launch, buckets=reducer.buckets, num_flats=num_flats):
+                num_flats.append(sum(other._flat is not None for other in buckets))
+                launch()
+
+            bucket.launch = launch
+        for step, set_to_none in enumerate((True, True, False, None)):
+            wanted = mean_over_ranks(local_gradients(model, loss_of(step)), model)
+            if set_to_none is None:
+                wanted = {name: value + dict(model.named_parameters())[name].grad for name, value in wanted.items()}
+            else:
+                model.zero_grad(set_to_none=set_to_none)
+            loss_of(step)(model)
+            assert_gradients(model, wanted)
+            assert len(reducer.buckets) == len(storages(model)) == 3
+            num_elements = sum(p.numel() + 1 for p in model.parameters()) + 2  # and flags
+            assert sum(storages(model).values()) == 8 * num_elements
+            assert all(bucket._flat is None for bucket in reducer.buckets)
+        assert max(num_flats) == (3 if overlap else 1)
+        reducer.detach()
+
+
+def test_gradients_lie_in_the_buckets_and_nothing_else_is_kept():
+    run_ranks(gradients_take_the_memory_of_buckets, 2)
+
+
+def layouts_are_those_of_the_parameters():
+    model = nn.Sequential(nn.Conv2d(2, 3, 3).to(memory_format=torch.channels_last), nn.Flatten(), nn.LazyLinear(2))
+    model(torch.ones(1, 2, 4, 4))
+    for parameter in model.parameters():
+        dist.broadcast(parameter.detach(), 0)
+    with torch.no_grad():
+        model[2].weight = nn.Parameter(model[2].weight.t().contiguous().t())
+    reducer_of(model, as_views=True, bucket_cap_mb=25)
+    model(torch.ones(1, 2, 4, 4)).sum().backward()
+    for parameter in model.parameters():
+        assert parameter.grad.stride() == parameter.stride()
+    assert len(storages(model)) == 1
+
+
+def test_views_have_the_strides_of_their_parameters():
+    run_ranks(layouts_are_those_of_the_parameters, 2)

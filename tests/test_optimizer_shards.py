@@ -1,0 +1,474 @@
+"""Sharding of the optimizer state, the data-parallel side: shards, their gradients and the gathered updates."""
+
+from __future__ import annotations
+
+import functools
+import random
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import modelparallel as smp
+from distributed_run import assert_equal_over, own_share
+from modelparallel.data_parallel import GradientReducer, OptimizerShards, ReducedParameter, SharedParameter
+from modelparallel.errors import StepUsageError, WaitTimeoutError
+from parity import assert_parity, reference_run
+from pool import run_ranks
+from rank_tests import RankTests, on
+from test_reducer import CAPS, Branches, local_gradients, loss_of, mean_over_ranks, pairs, run_step, through, world
+from test_reducer import make_model as make_plain
+
+SHARDED = {"shard_optimizer_state": True, "microbatches": 2}
+DP2 = RankTests(2, SHARDED)
+DP3 = RankTests(3, SHARDED)
+DP4 = RankTests(4, SHARDED)
+TP2 = RankTests(4, {**SHARDED, "tensor_parallel_degree": 2})
+PP2 = RankTests(4, {**SHARDED, "pipeline_parallel_degree": 2})
+REPLICAS = RankTests(4, {**SHARDED, "pipeline_parallel_degree": 2, "tied_weights": "replicate"})
+ZERO_BUBBLE = RankTests(4, {**SHARDED, "pipeline_parallel_degree": 2, "pipeline": "zero_bubble"})
+
+NUM_STEPS = 3
+CAP = 2e-4  # MiB: 26 elements of float64, so that a model has many buckets
+
+
+class Odd(nn.Module):
+    """Sizes that nothing divides; tied, frozen, sometimes and never used weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(13, 6)
+        self.wide = nn.Linear(6, 10)
+        self.back = nn.Linear(10, 6)
+        self.narrow = nn.Linear(6, 5)
+        self.frozen = nn.Linear(5, 6)
+        self.sometimes = nn.Linear(6, 6)
+        self.never = nn.Linear(3, 5)
+        self.scale = nn.Parameter(torch.tensor(1.5))
+        self.head = nn.Linear(6, 13, bias=False)
+        self.head.weight = self.embed.weight
+        self.frozen.requires_grad_(False)
+
+    def forward(self, tokens: Tensor, use: Tensor) -> Tensor:
+        x = torch.tanh(self.back(torch.tanh(self.wide(self.embed(tokens)))))
+        x = self.frozen(torch.tanh(self.narrow(x))) * self.scale
+        if use.sum().item() > 0:
+            x = x + self.sometimes(x)
+        return self.head(x)
+
+
+def make_model() -> nn.Module:
+    torch.manual_seed(3)
+    return Odd().double()
+
+
+def batch(step: int) -> tuple[Tensor, Tensor]:
+    """`use` is off in the last microbatches, and everywhere in step 1."""
+    generator = torch.Generator().manual_seed(step)
+    tokens = torch.randint(0, 13, (24, 3), generator=generator)
+    use = torch.ones(24, dtype=torch.long)
+    use[14:] = 0
+    if step == 1:
+        use[:] = 0
+    return tokens, use
+
+
+def body(model: Any, tokens: Tensor, use: Tensor) -> Tensor:
+    return F.cross_entropy(model(tokens, use).flatten(0, 1), tokens.flatten())
+
+
+def adam(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([p for p in parameters if p.requires_grad], lr=0.01, weight_decay=0.1)
+
+
+def sgd(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD([p for p in parameters if p.requires_grad], lr=0.1, momentum=0.9)
+
+
+def adafactor(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.Adafactor([p for p in parameters if p.requires_grad], lr=0.01)
+
+
+@smp.step
+def train_step(model: Any, tokens: Tensor, use: Tensor) -> Tensor:
+    loss = body(model, tokens, use)
+    model.backward(loss)
+    return loss
+
+
+class Run:
+    """A model whose shards a plain optimizer updates, until smp.DistributedOptimizer does."""
+
+    def __init__(self, make_optimizer: Any, *, needs_whole: bool = False, **arguments: Any) -> None:
+        net = make_model()
+        smp.set_tensor_parallelism(net.wide)
+        smp.set_tensor_parallelism(net.back)
+        self.model = smp.DistributedModel(net, **{"bucket_cap_mb": CAP, **arguments})
+        self.needs_whole = needs_whole
+        self.make_optimizer = make_optimizer
+        self.optimizer: Any = None
+        if self.model.partitioned:
+            self.start()
+        else:
+            self.model.register_post_partition_hook(lambda *_: self.start())
+
+    @property
+    def shards(self) -> Any:
+        return self.model.gradients.shards
+
+    def start(self) -> None:
+        if self.needs_whole:
+            self.shards.require_whole_parameters()
+        tensors = []
+        for _, parameter in self.model.local_named_parameters():
+            if self.shards.has(parameter):
+                tensors += [shard.tensor for shard in self.shards.shards_of(parameter)]
+            else:
+                tensors.append(parameter)
+        trained = [tensor for tensor in tensors if tensor.requires_grad]
+        self.optimizer = self.make_optimizer(trained) if trained else None
+
+    def update(self) -> None:
+        self.shards.collect_gradients()
+        if self.optimizer is not None:
+            self.optimizer.step()
+        self.shards.finish_update()
+
+    def step(self, number: int) -> None:
+        train_step(self.model, *own_share(batch(number)))
+        self.update()
+        self.model.zero_grad()
+
+
+@functools.cache
+def reference(make_optimizer: Any, num_replicas: int, num_microbatches: int = 2) -> dict[str, Tensor]:
+    return reference_run(
+        make_model,
+        [batch(step) for step in range(NUM_STEPS)],
+        body,
+        num_microbatches=num_microbatches,
+        make_optimizer=make_optimizer,
+        num_replicas=num_replicas,
+    ).weights
+
+
+def verify(run: Run, make_optimizer: Any, num_microbatches: int = 2) -> None:
+    weights = run.model.state_dict()
+    assert_parity(weights, reference(make_optimizer, smp.dp_size(), num_microbatches), dtype=torch.float64)
+    local = {name: parameter.detach() for name, parameter in run.model.local_named_parameters()}
+    assert_equal_over(smp.CommGroup.RDP_GROUP, local)
+
+
+ALL = (DP2, DP3, DP4, TP2, PP2, REPLICAS, ZERO_BUBBLE)
+
+
+@on(*ALL)
+def test_c062_training_on_shards_equals_one_process():
+    for make_optimizer in (adam, sgd):
+        for overlap in (True, False):
+            for cap in (CAP, 25):
+                run = Run(make_optimizer, overlapping_allreduce=overlap, bucket_cap_mb=cap)
+                for step in range(NUM_STEPS):
+                    run.step(step)
+                verify(run, make_optimizer)
+
+
+def shard_ranges(run: Run) -> dict[str, list[tuple[int, int]]]:
+    """Of every shared parameter, the ranges of all ranks that hold it."""
+    found: dict[str, list[tuple[int, int]]] = {}
+    names = [name for name, p in run.model.local_named_parameters() if run.shards.has(p)]
+    own = {
+        name: [(s.start, s.stop) for s in run.shards.shards_of(p)]
+        for name, p in run.model.local_named_parameters()
+        if name in names
+    }
+    for other in smp.allgather((smp.pp_rank(), smp.tp_rank(), own), smp.CommGroup.DP_GROUP):
+        for name, ranges in other[2].items():
+            if run.model.is_distributed_parameter(dict(run.model.local_named_parameters())[name]):
+                ranges = ranges if other[1] == smp.tp_rank() else []
+            found.setdefault(name, []).extend(ranges)
+    return found
+
+
+@on(*ALL)
+def test_c062_each_element_has_one_holder_and_the_sizes_are_balanced():
+    for cap in (CAP, 25):
+        run = Run(adam, bucket_cap_mb=cap)
+        for step in range(2):
+            run.step(step)
+        parameters = dict(run.model.local_named_parameters())
+        for name, ranges in shard_ranges(run).items():
+            position = 0
+            for start, stop in sorted(ranges):
+                assert start == position < stop, name
+                position = stop
+            assert position == parameters[name].numel(), name
+        whole = {name for name, parameter in parameters.items() if not run.shards.has(parameter)}
+        # Frozen ones, copies on several stages, and tp slices that one process alone holds.
+        assert {name for name in whole if not name.startswith(("frozen", "embed"))} == set()
+        counts = [0, 0]
+        for bucket in run.shards.buckets:
+            held = smp.allgather(sum(s.stop - s.start for s in bucket.shards), smp.CommGroup.DP_GROUP)
+            if bucket.group.size == smp.dp_size():
+                assert max(held) - min(held) < bucket.group.size
+                counts[0] += 1
+            else:
+                counts[1] += 1
+        assert counts[0] > 0 and (counts[1] > 0) == (smp.tp_size() > 1)
+        # State of shards alone, each tensor of the size of its shard.
+        for tensor, state in run.optimizer.state.items():
+            assert state["exp_avg"].shape == tensor.shape
+        assert all(p not in run.optimizer.state for p in parameters.values() if run.shards.has(p))
+
+
+@on(DP2, DP3, TP2, PP2)
+def test_whole_parameters_for_optimizers_that_look_at_them():
+    for make_optimizer, cap in ((adam, 25), (adafactor, CAP), (adafactor, 25)):
+        if make_optimizer is adafactor and smp.tp_size() > 1:
+            continue  # its statistics are over whole parameters, which tp slices are not
+        run = Run(make_optimizer, needs_whole=True, bucket_cap_mb=cap)
+        for step in range(NUM_STEPS):
+            run.step(step)
+        verify(run, make_optimizer)
+        sizes = []
+        for _, parameter in run.model.local_named_parameters():
+            for shard in run.shards.shards_of(parameter) if run.shards.has(parameter) else ():
+                assert shard.tensor.shape == parameter.shape
+                assert (shard.start, shard.stop) == (0, parameter.numel())
+                sizes.append(parameter.numel())
+        sums = smp.allgather(sum(sizes), smp.CommGroup.RDP_GROUP)
+        assert max(sums) - min(sums) <= 78  # the largest parameter, 13 * 6
+        with pytest.raises(StepUsageError, match="before the first step"):
+            late = Run(adam)
+            late.step(0)
+            late.shards.require_whole_parameters()
+
+
+def accumulate(run: Run, *, by: str) -> None:
+    for step in range(NUM_STEPS):
+        tokens, use = own_share(batch(step))
+        parts = list(zip(tokens.tensor_split(2), use.tensor_split(2), strict=True))
+        if by == "no_sync":
+            with run.model.no_sync():
+                train_step(run.model, *parts[0])
+            assert all(s.tensor.grad is None for bucket in run.shards.buckets for s in bucket.shards)
+            train_step(run.model, *parts[1])
+        else:  # "passes", or on top of gradients of shards
+            train_step(run.model, *parts[0])
+            train_step(run.model, *parts[1])
+        for bucket in run.shards.buckets:
+            for shard in bucket.shards:
+                assert shard.parameter.grad is None
+                if shard.tensor.grad is not None:
+                    shard.tensor.grad /= 2
+        for parameter in run.model.local_parameters():
+            if parameter.grad is not None:
+                parameter.grad /= 2
+        run.update()
+        run.model.zero_grad()
+
+
+@on(DP2, TP2, PP2, REPLICAS)
+def test_gradients_of_several_steps_add_up_in_the_shards():
+    for by, arguments in (("no_sync", {}), ("passes", {"backward_passes_per_step": 2}), ("shards", {})):
+        run = Run(adam, **arguments)
+        accumulate(run, by=by)
+        verify(run, adam, num_microbatches=4)
+
+
+@on(DP2, DP3)
+def test_plain_backward_reduces_to_the_shards():
+    run = Run(adam)
+    for step in range(NUM_STEPS):
+        tokens, use = own_share(batch(step))
+        halves = list(zip(tokens.tensor_split(2), use.tensor_split(2), strict=True))
+        with run.model.no_sync():
+            (body(run.model, *halves[0]) / 2).backward()
+        (body(run.model, *halves[1]) / 2).backward()
+        run.update()
+        run.model.zero_grad()
+    verify(run, adam)
+
+
+@on(DP2, DP3)
+def test_replaced_data_comes_back_and_frozen_parameters_stay():
+    run = Run(sgd)
+    expected = make_model()
+    optimizer = sgd(expected.parameters())
+    for step in range(NUM_STEPS):
+        for model in (run.model.module, expected):
+            model.wide.weight.data = model.wide.weight.data * 0.9  # a new tensor
+            model.back.bias.requires_grad_(step != 1)
+            model.frozen.weight.requires_grad_(step > 0)  # thaws: not shared out
+        tokens, use = own_share(batch(step))
+        body(run.model, tokens, use).backward()
+        if step == 2:
+            assert run.model.module.frozen.weight.grad is not None
+        run.update()
+        if step:
+            with torch.no_grad():
+                run.model.module.frozen.weight.sub_(run.model.module.frozen.weight.grad)
+        run.model.zero_grad()
+        optimizer.zero_grad()
+        for rank in range(smp.dp_size()):
+            tokens, use = (part.tensor_split(smp.dp_size())[rank] for part in batch(step))
+            (body(expected, tokens, use) / smp.dp_size()).backward()
+        optimizer.step()
+        if step:
+            with torch.no_grad():
+                expected.frozen.weight.sub_(expected.frozen.weight.grad)
+        expected.zero_grad()
+    assert_parity(run.model.state_dict(), expected.state_dict(), dtype=torch.float64)
+    run.model.module.back.weight.data = run.model.module.back.weight.data.float()
+    with pytest.raises(StepUsageError, match=r"'back\.weight' was torch\.float64"):
+        run.update()
+
+
+@on(DP2)
+def test_a_graph_of_old_values_is_noticed():
+    run = Run(sgd)
+    loss = body(run.model, *own_share(batch(0)))
+    run.update()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    run.model.gradients.abort_step()
+
+
+@on(DP2, DP3)
+def test_half_parameters_with_gradients_in_single_precision():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)).bfloat16()
+    for parameter in net.parameters():
+        parameter.grad_dtype = torch.float32
+    model = smp.DistributedModel(net, bucket_cap_mb=CAP)
+    shards = model.gradients.shards
+    x = torch.full((2, 5), 1.0 + smp.dp_rank()).bfloat16()
+    plain = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)).bfloat16()
+    plain.load_state_dict(net.state_dict())
+    for parameter in plain.parameters():
+        parameter.grad_dtype = torch.float32
+    model(x).float().square().sum().backward()
+    plain(x).float().square().sum().backward()
+    for (name, parameter), other in zip(net.named_parameters(), plain.parameters(), strict=True):
+        assert parameter.grad is None and shards.has(parameter)
+        mean = sum(smp.allgather(other.grad, smp.CommGroup.DP_GROUP)) / smp.dp_size()
+        for shard in shards.shards_of(parameter):
+            assert shard.tensor.dtype == torch.bfloat16 and shard.tensor.grad.dtype == torch.float32
+            wanted = mean.flatten()[shard.start : shard.stop]
+            torch.testing.assert_close(shard.tensor.grad, wanted, rtol=1e-6, atol=1e-7, msg=name)
+
+
+@on(DP2)
+def test_what_cannot_be_shared_out_stays_whole():
+    net = nn.Module()
+    net.image = nn.Conv2d(2, 4, 3).to(memory_format=torch.channels_last)
+    memory = torch.randn(20)
+    net.low, net.high = nn.Parameter(memory[:12]), nn.Parameter(memory[8:])
+    net.none = nn.Parameter(torch.empty(0, 3))
+    net.fine = nn.Parameter(torch.randn(9))
+    net.wave = nn.Parameter(torch.randn(5, dtype=torch.complex64))
+    net.forward = lambda x: (
+        net.image(x).sum() + net.low.sum() + net.high.sum() + net.fine.sum() * 2 + net.wave.abs().sum()
+    )
+    model = smp.DistributedModel(net)
+    shards = model.gradients.shards
+    shared = {name for name, parameter in net.named_parameters() if shards.has(parameter)}
+    assert shared == {"image.bias", "fine", "wave"}
+    model(torch.ones(1, 2, 4, 4)).backward()
+    assert net.fine.grad is None and net.low.grad is not None
+    for shard in shards.shards_of(net.fine):
+        torch.testing.assert_close(shard.tensor.grad, torch.full_like(shard.tensor, 2.0))
+    for shard in shards.shards_of(net.wave):
+        wanted = (net.wave / net.wave.abs()).detach()[shard.start : shard.stop]
+        torch.testing.assert_close(shard.tensor.grad, wanted)
+    shards.finish_update()
+
+
+# The reducer and the shards alone.
+
+
+def sharded_reducer(model, group_of, **options):
+    entries = [(name, parameter, group_of(name)) for name, parameter in model.named_parameters()]
+    divisor, cap = dist.get_world_size(), options.pop("bucket_cap_mb", CAP)
+    timeout = options.get("timeout_seconds", 60)
+    shared = [SharedParameter(*entry) for entry in entries if not entry[0].startswith("parts.3")]
+    shards = OptimizerShards(shared, divisor=divisor, bucket_cap_mb=cap, timeout_seconds=timeout)
+    every = [ReducedParameter(*entry) for entry in entries]
+    return GradientReducer(every, divisor=divisor, bucket_cap_mb=cap, shards=shards, **options), shards
+
+
+def random_steps_of_shards(seed, cap, overlap):
+    """Random uses of parameters on every rank, some reduced over pairs, some not shared out; gradients pile up."""
+    common, own = random.Random(seed), random.Random(1000 * seed + dist.get_rank())
+    rdp, dp = pairs(), world()
+
+    def group_of(name):
+        return rdp if int(name.split(".")[1]) in (0, 2) else dp
+
+    model = Branches()
+    reducer, shards = sharded_reducer(model, group_of, bucket_cap_mb=cap, overlap=overlap)
+    total = {name: None for name, _ in model.named_parameters()}
+    for step in range(8):
+        pieces = [
+            [
+                through(*own.sample(range(6), own.randint(1, 5)), step=own.randint(0, 9))
+                for _ in range(own.randint(0, 2))
+            ]
+            for _ in range(2)
+        ]
+        pieces[0].append(through(5, 4))  # some gradient on every rank
+        if common.random() < 0.4:
+            model.zero_grad()
+            shards.forget_gradients()
+            total = dict.fromkeys(total)
+        local = local_gradients(model, lambda m, pieces=pieces: [piece(m) for part in pieces for piece in part])
+        over = {id(group): mean_over_ranks(local, model, group) for group in (dp, rdp)}
+        run_step(reducer, model, *pieces)
+        for name, parameter in model.named_parameters():
+            new = over[id(group_of(name))][name]
+            if new is not None:
+                total[name] = new if total[name] is None else total[name] + new
+            if not shards.has(parameter):
+                assert name.startswith("parts.3")
+                assert (parameter.grad is None) == (total[name] is None)
+                if total[name] is not None:
+                    torch.testing.assert_close(parameter.grad, total[name], rtol=1e-12, atol=1e-12)
+                continue
+            assert parameter.grad is None
+            for shard in shards.shards_of(parameter):
+                assert (shard.tensor.grad is None) == (total[name] is None), (name, step)
+                if total[name] is not None:
+                    wanted = total[name].flatten()[shard.start : shard.stop]
+                    torch.testing.assert_close(shard.tensor.grad, wanted, rtol=1e-12, atol=1e-12)
+    assert all(bucket._flat is None or not bucket.slots for bucket in reducer.buckets if bucket.needs_flag_bucket)
+    return sum(bucket.is_late for bucket in reducer.buckets)
+
+
+def random_runs_of_shards():
+    num_late = [
+        random_steps_of_shards(seed, cap, overlap)
+        for seed, (cap, overlap) in enumerate([(cap, overlap) for cap in CAPS for overlap in (True, False)])
+    ]
+    assert any(num_late)  # buckets were reduced twice
+
+
+def test_shards_get_the_mean_whatever_each_rank_has_used():
+    run_ranks(random_runs_of_shards, 4)
+
+
+def others_do_not_come():
+    model, group = make_plain(), world()
+    _, shards = sharded_reducer(model, lambda name: group, timeout_seconds=0.5)
+    if dist.get_rank() == 0:
+        with pytest.raises(WaitTimeoutError, match=r"(flags|owners of shards).*0\.5 s"):
+            loss_of()(model)
+    else:
+        with pytest.raises(WaitTimeoutError, match=r"the updated parameters of gradient bucket.*0\.5 s"):
+            shards.finish_update()
+
+
+def test_a_rank_that_does_not_come_is_named_after_the_timeout():
+    run_ranks(others_do_not_come, 2)
