@@ -47,8 +47,7 @@ def agree_on_found_infs(runtime: Runtime) -> None:
 
     def agree(found: dict[torch.device, torch.Tensor]) -> None:
         groups, device = runtime.session.groups, runtime.session.device
-        is_shared_out = any(model.gradients.shards is not None for model in runtime.session.models)
-        group = groups.world if is_shared_out else groups.mp
+        group = groups.world if runtime.shares_out_parameters else groups.mp
         total = torch.zeros((), dtype=torch.float32, device=device)
         for value in found.values():
             total = torch.maximum(total, value.to(device))

@@ -93,7 +93,7 @@ def total_norm(runtime: Runtime, parts: Sequence[_Part], norm_type: float) -> to
     if not order > 0:
         raise SMPConfigError(f"norm_type: expected a number > 0 or inf, got {norm_type!r}")
     groups, device = runtime.session.groups, runtime.session.device
-    is_shared_out = any(model.gradients.shards is not None for model in runtime.session.models)
+    is_shared_out = runtime.shares_out_parameters
     group = groups.world if is_shared_out else groups.mp
     own = [
         _local(part.gradient)
@@ -210,7 +210,7 @@ def intercept_clipping(runtime: Runtime) -> None:
     def are_ours(parameters: Sequence[torch.Tensor]) -> bool:
         models = runtime.session.models
         has_masters = any(not optimizer.targets.are_trivial for optimizer in runtime.live_optimizers())
-        if groups.mp.size == 1 and not has_masters and all(model.gradients.shards is None for model in models):
+        if groups.mp.size == 1 and not has_masters and not runtime.shares_out_parameters:
             return False
         if not parameters:  # a stage without any of them takes part in the sum
             return any(model.partitioned for model in models)

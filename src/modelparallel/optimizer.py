@@ -241,7 +241,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
         groups, found = self._runtime.session.groups, self._found
         if found is None:
             found = torch.zeros((), device=self._runtime.session.device)
-        group = groups.world if self.targets.shards() else groups.mp
+        group = groups.world if self._runtime.shares_out_parameters else groups.mp
         self._found = None
         if group.size > 1:
             gradient_norm.reduce(found, group, dist.ReduceOp.MAX, self._runtime, "overflow")
@@ -373,6 +373,16 @@ class DistributedOptimizer(torch.optim.Optimizer):
         for model in self._runtime.session.models:
             if model.partitioned and self._runtime.is_pipelined:
                 self.keep_local_parameters(model)
+
+    def renew_targets(self) -> None:
+        """The shards of a model have been cut anew, before the first step: take the new ones."""
+        self.targets.clear()
+        models = self._runtime.session.models
+        for group, everything in zip(self.optimizer.param_groups, self.all_groups(), strict=True):
+            group["params"][:] = [
+                parameter for parameter in everything if all(model.is_local(parameter) for model in models)
+            ]
+        self.targets.settle()
 
     def has_unpartitioned_parameters(self) -> bool:
         """Whether some of the parameters belong to a model whose partition is still to come."""

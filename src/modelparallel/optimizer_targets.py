@@ -8,7 +8,7 @@ is its own target, and then nothing here costs anything. Groups keep their dicts
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -128,8 +128,12 @@ class Targets:
         shards = owner.gradients.shards
         sources: list[tuple[nn.Parameter, Shard | None]] = [(parameter, None)]
         if shards is not None and shards.has(parameter):
-            if not updates_each_element_alone(self._optimizer):
-                shards.require_whole_parameters(type(self._optimizer).__name__)
+            if not updates_each_element_alone(self._optimizer) and shards.require_whole_parameters(
+                type(self._optimizer).__name__
+            ):
+                for other in self._runtime.live_optimizers():
+                    if other.targets is not self and not other.targets.are_trivial:
+                        other.renew_targets()
             sources = [(shard.tensor, shard) for shard in shards.shards_of(parameter)]
         half = half_dtype(self._runtime.session.config)
         targets = []
@@ -142,11 +146,11 @@ class Targets:
             target.version = parameter._version
         return targets
 
-    def drop(self, parameters: Iterable[nn.Parameter]) -> None:
-        """These left the optimizer."""
-        for parameter in parameters:
-            for target in self._by_parameter.pop(id(parameter), ()):
-                self._by_tensor.pop(id(target.tensor), None)
+    def clear(self) -> None:
+        """Forget all targets; the groups still hold them."""
+        self._by_tensor.clear()
+        self._by_parameter.clear()
+        self._collected = None
 
     # An update
 

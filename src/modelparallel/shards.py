@@ -48,11 +48,12 @@ class ParameterShards(Protocol):
         Local.
         """
 
-    def require_whole_parameters(self, optimizer_name: str) -> None:
-        """The optimizer needs whole parameters: share them out as such, each to one rank, if that can be.
+    def require_whole_parameters(self, optimizer_name: str) -> bool:
+        """The optimizer needs whole parameters: share them out as such, each to one rank, if that can be. Returns
+        whether the shards were cut anew, so that earlier ones are void.
 
-        Collective over the groups of the shards, before the first step. Raises SMPConfigError, naming the optimizer,
-        where whole parameters cannot be had.
+        On all ranks alike, before the first step. Raises an SMPError that names the optimizer where whole parameters
+        cannot be had.
         """
 
     def collect_gradients(self) -> None:
