@@ -105,13 +105,14 @@ class OptimizerShards:
             owners[id(slot)] = owner
         return owners
 
-    def require_whole_parameters(self, optimizer_name: str) -> None:
-        """From now on no parameter is cut: an optimizer looks at whole ones. Shards that were handed out are void.
+    def require_whole_parameters(self, optimizer_name: str) -> bool:
+        """From now on no parameter is cut: the optimizer looks at whole ones. Returns whether shards that were handed out are
+        void.
 
         Local; on all ranks alike, before the first reduction of gradients. Raises StepUsageError after it.
         """
         if self._has_whole_parameters:
-            return
+            return False
         if any(bucket.is_used for bucket in self.buckets):
             raise StepUsageError(
                 f"{optimizer_name} looks at whole parameters (its class says is_elementwise = False, as LAMB, Adafactor "
@@ -120,6 +121,7 @@ class OptimizerShards:
             )
         self._has_whole_parameters = True
         self._lay_out()
+        return True
 
     # ParameterShards
 
