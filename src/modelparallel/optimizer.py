@@ -84,7 +84,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
         self.replace_parameters()
         self._runtime.optimizers.append(weakref.ref(self))
         self._keep_local_parameters_of_all()
-        self.targets.settle()
+        self.targets.settle(self.all_parameters())
 
     def replace_parameters(self) -> None:
         """Take the new parameters for those that tensor parallelism has replaced since the optimizer was built.
@@ -187,7 +187,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
         self.optimizer.add_param_group(param_group)
         self._note_new_groups()
         self._keep_local_parameters_of_all()
-        self.targets.settle()
+        self.targets.settle(self.all_parameters())
 
     def __getattr__(self, name: str) -> Any:
         if name == "optimizer":
@@ -364,7 +364,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
 
     def settle(self) -> None:
         """The parameters of a model are in place: masters and shards take the place of its parameters."""
-        self.targets.settle()
+        self.targets.settle(self.all_parameters())
         if self._waiting_state is not None and not self.has_unpartitioned_parameters():
             (state, gather_if_shard), self._waiting_state = self._waiting_state, None
             self.load_state_dict(state, gather_if_shard)
@@ -382,7 +382,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
             group["params"][:] = [
                 parameter for parameter in everything if all(model.is_local(parameter) for model in models)
             ]
-        self.targets.settle()
+        self.targets.settle(self.all_parameters())
 
     def has_unpartitioned_parameters(self) -> bool:
         """Whether some of the parameters belong to a model whose partition is still to come."""

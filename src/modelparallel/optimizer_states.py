@@ -190,7 +190,8 @@ def _values_of_target(
     """What belongs to the target of the state of a whole parameter."""
     if RANGE_KEY in values:
         return _values_of_same_shard(optimizer, parameter, target, values)
-    own = {key: _local_part(optimizer, parameter, value) for key, value in values.items()}
+    # Copies: optimizers change their state in place, and torch's do not copy what they load.
+    own = {key: _copied(_local_part(optimizer, parameter, value)) for key, value in values.items()}
     if target is None or target.shard is None:
         return own
     start, stop = target.shard.start, target.shard.stop
@@ -200,6 +201,10 @@ def _values_of_target(
         else value
         for key, value in own.items()
     }
+
+
+def _copied(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, torch.Tensor) else value
 
 
 def _values_of_same_shard(
@@ -215,7 +220,7 @@ def _values_of_same_shard(
             f"'{name}', this rank updates {own}: load the shards on the ranks that saved them, with the same "
             "configuration, or save with gather_if_shard=True"
         )
-    return {key: value for key, value in values.items() if key != RANGE_KEY}
+    return {key: _copied(value) for key, value in values.items() if key != RANGE_KEY}
 
 
 def _local_shape(target: Target) -> torch.Size:
@@ -281,7 +286,7 @@ def _local_part(optimizer: DistributedOptimizer, parameter: nn.Parameter, value:
     if value.shape != torch.Size(split.full_shape) or value.shape == parameter.shape:
         return value
     tp = optimizer._runtime.session.groups.tp
-    return split.slice_of(value, tp.rank_in_group, tp.size).clone()
+    return split.slice_of(value, tp.rank_in_group, tp.size)
 
 
 def _cpu(value: Any) -> Any:

@@ -8,7 +8,7 @@ is its own target, and then nothing here costs anything. Groups keep their dicts
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +50,8 @@ class Targets:
         self._runtime = runtime
         self._by_tensor: dict[int, Target] = {}
         self._by_parameter: dict[int, list[Target]] = {}
+        # The models that parameters of this optimizer belong to; those without any here, too.
+        self._models: list[DistributedModel] = []
         # The gradients of the sources that were collected last, with their versions; held, so that another tensor
         # cannot be taken for one of them.
         self._collected: list[tuple[torch.Tensor | None, int]] | None = None
@@ -58,8 +60,8 @@ class Targets:
 
     @property
     def are_trivial(self) -> bool:
-        """Whether every parameter is updated itself."""
-        return not self._by_tensor
+        """Whether every parameter is updated itself, on all ranks that hold the same parameters."""
+        return not self._by_parameter
 
     def all(self) -> Iterator[Target]:
         """All targets that are not the parameters themselves."""
@@ -90,19 +92,21 @@ class Targets:
 
     def shards(self) -> list[ParameterShards]:
         """Of the models whose parameters are updated, those that are shared out."""
-        return [shards for model in self.models() if (shards := model.gradients.shards) is not None]
-
-    def models(self) -> list[DistributedModel]:
-        """The models of this process, in their order; every rank has the same."""
-        return list(self._runtime.session.models)
+        return [shards for model in self._models if (shards := model.gradients.shards) is not None]
 
     def _is_shared_out(self, parameter: nn.Parameter) -> bool:
         return any(shards.has(parameter) for shards in self.shards())
 
     # Making them
 
-    def settle(self) -> None:
+    def settle(self, parameters_of_all_ranks: Iterable[nn.Parameter]) -> None:
         """Put targets into the groups for the parameters of models that are in place; the others wait."""
+        everything = list(parameters_of_all_ranks)
+        self._models = [
+            model
+            for model in self._runtime.session.models
+            if any(model.table.row_of(parameter) is not None for parameter in everything)
+        ]
         for group in self._optimizer.param_groups:
             parameters = group["params"]
             settled: list[nn.Parameter] = []
@@ -122,7 +126,7 @@ class Targets:
 
     def _make(self, parameter: nn.Parameter) -> list[Target] | None:
         """None: the parameter is its own target, or its model is not in place yet."""
-        owner = next((model for model in self.models() if model.table.row_of(parameter) is not None), None)
+        owner = next((model for model in self._models if model.table.row_of(parameter) is not None), None)
         if owner is None or not owner.partitioned:
             return None
         shards = owner.gradients.shards

@@ -106,8 +106,8 @@ class OptimizerShards:
         return owners
 
     def require_whole_parameters(self, optimizer_name: str) -> bool:
-        """From now on no parameter is cut: the optimizer looks at whole ones. Returns whether shards that were handed out are
-        void.
+        """From now on no parameter is cut: the optimizer looks at whole ones. Returns whether shards that were handed
+        out are void.
 
         Local; on all ranks alike, before the first reduction of gradients. Raises StepUsageError after it.
         """
@@ -115,9 +115,9 @@ class OptimizerShards:
             return False
         if any(bucket.is_used for bucket in self.buckets):
             raise StepUsageError(
-                f"{optimizer_name} looks at whole parameters (its class says is_elementwise = False, as LAMB, Adafactor "
-                "and Muon), but came after the first step, when the parameters were already shared out by elements "
-                "(shard_optimizer_state): build and wrap it before the first step"
+                f"{optimizer_name} looks at whole parameters (as LAMB, Adafactor, Muon, and what does not say "
+                "is_elementwise = True), but came after the first step, when the parameters were already shared out by "
+                "elements (shard_optimizer_state): build and wrap it before the first step"
             )
         self._has_whole_parameters = True
         self._lay_out()
