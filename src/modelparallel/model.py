@@ -67,9 +67,6 @@ class DistributedModel(ModelParameters):
     Raises SMPConfigError for a wrong argument. Source: smp-api section 5.
     """
 
-    #: What happens to the gradients over the ranks.
-    gradients: ModelGradients
-
     def __init__(
         self,
         module: nn.Module,
@@ -133,6 +130,7 @@ class DistributedModel(ModelParameters):
             bucket_cap_mb=bucket_cap_mb,
             broadcasts_buffers=broadcast_buffers,
             gradient_as_bucket_view=gradient_as_bucket_view,
+            finds_unused_parameters=find_unused_parameters,
         )
         active.models.append(self)
         if not runtime.is_pipelined:
@@ -141,7 +139,7 @@ class DistributedModel(ModelParameters):
                 runtime.engine.frame_unit(unit, name, is_compiled=self._compile_call(unit, name))
             if self._compiler is not None:
                 self._compiler.log("")
-            self.gradients.start()
+            self.gradients.start(module, self._units)
             self._is_partitioned = True
 
     # Calls
@@ -161,9 +159,10 @@ class DistributedModel(ModelParameters):
                     "             return loss"
                 )
             self.run_post_partition_hooks()
-            if torch.is_grad_enabled():
-                self.gradients.prepare(is_training=self.training)
-            return self.module(*args, **kwargs)
+            self.gradients.prepare(is_training=self.training)
+            output = self.module(*args, **kwargs)
+            self.gradients.end_forward()
+            return output
         if step.is_tracing:
             self._check_traceable(step)
             return self.module(*args, **kwargs)
@@ -376,7 +375,7 @@ class DistributedModel(ModelParameters):
         if self._compiler is not None:
             self._compiler.log(runtime.session.config.pipeline)
         model_states.check_early_part(self)
-        self.gradients.start()
+        self.gradients.start(self.module, [name for name, home in plan.modules if home == engine.stage])
         self._is_partitioned = True
         for optimizer in runtime.live_optimizers():
             optimizer.keep_local_parameters(self)
