@@ -5,6 +5,7 @@ The optimizer is a plain one over the tensors of the shards, as ``smp.Distribute
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -64,8 +65,8 @@ class Awkward(nn.Module):
         self.frozen = nn.Linear(8, 8)
         self.sometimes = nn.Linear(8, 8)
         self.never = nn.Linear(8, 8)
-        self.half = nn.Linear(8, 8)
-        self.half.weight.requires_grad_(False)
+        self.partly = nn.Linear(8, 8)
+        self.partly.weight.requires_grad_(False)
         self.frozen.requires_grad_(False)
         self.head = nn.Linear(8, 12, bias=False)
         self.is_conditional = is_conditional
@@ -74,7 +75,7 @@ class Awkward(nn.Module):
         x = self.shared(self.embed(tokens))
         x = self.shared(torch.tanh(self.between(x))) + x
         x = self.batch_norm(x.flatten(0, 1)).view(x.shape)
-        x = self.half(self.frozen(x))
+        x = self.partly(self.frozen(x))
         if not self.is_conditional or use.sum().item() > 0:
             x = x + self.sometimes(x)
         return self.head(x)
@@ -194,6 +195,20 @@ def train(
 def whole(tensor: Tensor) -> Tensor:
     """The whole of a sharded tensor; collective over its mesh."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def live_bytes() -> int:
+    """Bytes of all tensors that exist in this process, each memory once."""
+    gc.collect()
+    found = {}
+    for value in gc.get_objects():
+        if issubclass(type(value), torch.Tensor) and type(value) is not DTensor:
+            try:
+                storage = value.untyped_storage()
+                found[storage.data_ptr()] = storage.nbytes()
+            except (RuntimeError, NotImplementedError):
+                continue
+    return sum(found.values())
 
 
 def merged_gradients(model: Any) -> dict[str, Tensor]:

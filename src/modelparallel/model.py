@@ -20,6 +20,7 @@ from modelparallel.errors import NotBuiltError, PartitionError, SMPConfigError, 
 from modelparallel.model_arguments import check_arguments
 from modelparallel.model_gradients import ModelGradients
 from modelparallel.model_parameters import ModelParameters
+from modelparallel.model_sharding import check_can_shard
 from modelparallel.module_view import alias_inherited_forwards, attach_module_attribute
 from modelparallel.nn.huggingface import register_families
 from modelparallel.parameters import ParameterTable, stand_in
@@ -116,6 +117,7 @@ class DistributedModel(ModelParameters):
         self.module = module
         attach_module_attribute(module)
         alias_inherited_forwards(module)
+        check_can_shard(module, config)
         self._units = find_units(module)
         take_off_compiled_calls(module, self._units)
         self._check_sync_batch_norm()

@@ -41,11 +41,6 @@ def shard_parameters(
     session, config = runtime.session, runtime.session.config
     if config.sharded_data_parallel_degree == 1:
         return None
-    if any(has_own_compiled_call(part) for part in module.modules()):
-        raise SMPConfigError(
-            "sharded_data_parallel_degree > 1 and torch.compile do not go together yet: compiled code would keep the "
-            "parameters of one gathering. Wrap the model without compile"
-        )
     by_visit = gathers_by_visit(config, is_pipelined=runtime.is_pipelined, finds_unused=finds_unused)
     plan = plan_sharding(
         module,
@@ -77,9 +72,25 @@ def shard_parameters(
         table.replace_tensor(name, sharded, (whole,))
         runtime.engine.replace_tensor(old[name], (sharded, whole))
         runtime.note_replacement(name, old[name], sharded)
+    for optimizer in runtime.live_optimizers():
+        optimizer.replace_parameters()
     if session.groups.world.rank_in_group == 0:
         _log(result, table, by_visit, config)
     return result
+
+
+def check_can_shard(module: nn.Module, config: Config) -> None:
+    """Raise SMPConfigError for a module whose parameters cannot come and go. Local."""
+    if config.sharded_data_parallel_degree == 1:
+        return
+    for name, part in module.named_modules():
+        if has_own_compiled_call(part):
+            raise SMPConfigError(
+                f"module '{name}' ({type(part).__name__}) was compiled by torch.compile, and "
+                f"sharded_data_parallel_degree={config.sharded_data_parallel_degree} gathers parameters in hooks of "
+                "modules, which would become part of the compiled code: wrap the model uncompiled; "
+                "smp.DistributedModel(model, compile=True) compiles where that is possible"
+            )
 
 
 def gathers_by_visit(config: Config, *, is_pipelined: bool, finds_unused: bool) -> bool:

@@ -192,7 +192,7 @@ class ShardedParameters:
         self._groups = groups
         self._device = device
         self._timeout_seconds = timeout_seconds
-        self._gathers_by_visit = gathers_by_visit
+        self.gathers_by_visit = gathers_by_visit
         self._is_pipelined = root is None
         #: Whether gradients are reduced within the last backward.
         self._reduces_in_backward = gathers_by_visit and root is not None
@@ -295,7 +295,7 @@ class ShardedParameters:
 
     def enter_step(self) -> None:
         """The model is used in a step for the first time. Collective over the sharding group if it gathers by step."""
-        if not self._gathers_by_visit:
+        if not self.gathers_by_visit:
             self._gather_all()
 
     def prepare(self) -> None:
@@ -356,7 +356,7 @@ class ShardedParameters:
 
     def _set_backward(self, reduces: bool) -> None:
         for group in self._all:
-            group.inner.set_backward(reduces=reduces, frees=self._gathers_by_visit)
+            group.inner.set_backward(reduces=reduces, frees=self.gathers_by_visit)
 
     # Reduction
 
@@ -383,7 +383,7 @@ class ShardedParameters:
     def _end_of_backward(self) -> None:
         self._backward_id = None
         self._finish_reduction()
-        if not self._gathers_by_visit:
+        if not self.gathers_by_visit:
             self.free()
 
     def _finish_reduction(self) -> None:
