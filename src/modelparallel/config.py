@@ -38,7 +38,6 @@ _WHERE = {"environment": ENVIRONMENT_KEY, "init": "smp.init"}
 #: Features that do not exist yet: a parameter, or one value of it ("key=value"), and what is missing. A parameter that
 #: is listed here may only have its default value. Whoever builds the feature deletes its line.
 NOT_BUILT: dict[str, str] = {
-    "sharded_data_parallel_degree": "sharded data parallelism",
     "offload_activations": "offloading activations to host memory",
     "delayed_parameter_initialization": "delayed parameter initialization",
     "checkpoint_attentions": "checkpointing inside the distributed attention",
@@ -64,6 +63,7 @@ ENVIRONMENT_WITHOUT_EFFECT: dict[str, str] = {
 # What counts with stages only, and what the automatic partition alone reads.
 _PIPELINE_KEYS = ("pipeline", "active_microbatches", "virtual_pipeline_degree", "memory_limit", "tied_weights")
 _AUTOMATIC_KEYS = ("memory_weight", "virtual_pipeline_degree", "memory_limit")
+_SDP_IDLE_KEYS = ("sdp_reduce_bucket_size", "sdp_hierarchical_allgather")
 _SDP_KEYS = tuple(key for key in PARAMETER_KEYS if key.startswith("sdp_"))
 
 
@@ -343,8 +343,14 @@ def _check_rules(config: Config) -> None:
             fail(f"{key}: {given[key]!r} needs ddp: set ddp too, or remove {key}")
     if config.shard_optimizer_state and not config.ddp:
         fail("shard_optimizer_state: True requires ddp: True")
-    if config.sharded_data_parallel_degree > 1 and not config.ddp:
-        fail(f"sharded_data_parallel_degree: {config.sharded_data_parallel_degree} requires ddp: True")
+    if config.sharded_data_parallel_degree > 1:
+        if not config.ddp:
+            fail(f"sharded_data_parallel_degree: {config.sharded_data_parallel_degree} requires ddp: True")
+        if config.shard_optimizer_state:
+            fail(
+                f"shard_optimizer_state, sharded_data_parallel_degree: {config.sharded_data_parallel_degree} shards "
+                "the optimizer state already, with the parameters: remove shard_optimizer_state"
+            )
 
 
 def _check_built(config: Config) -> None:
@@ -372,6 +378,9 @@ def _notices(config: Config, environ: Mapping[str, str]) -> Iterable[str]:
     idle = [key for key in _SDP_KEYS if key in given and config.sharded_data_parallel_degree == 1]
     if idle:
         yield f"{', '.join(idle)}: no effect with sharded_data_parallel_degree=1"
+    idle = [key for key in _SDP_IDLE_KEYS if key in given and config.sharded_data_parallel_degree > 1]
+    if idle:
+        yield f"{', '.join(idle)}: no effect: each module's parameters are gathered, and their gradients reduced, at once"
     if "activation_loading_horizon" in given and not config.offload_activations:
         yield "activation_loading_horizon: no effect without offload_activations"
     if config.prescaled_batch and config.tensor_parallel_degree == 1:

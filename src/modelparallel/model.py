@@ -23,6 +23,7 @@ from modelparallel.model_arguments import check_arguments
 from modelparallel.model_gradients import ModelGradients
 from modelparallel.model_parameters import ModelParameters
 from modelparallel.model_precision import ModelPrecision
+from modelparallel.model_sharding import check_can_shard
 from modelparallel.module_view import alias_inherited_forwards, attach_module_attribute
 from modelparallel.nn.huggingface import register_families
 from modelparallel.parameters import ParameterTable, stand_in
@@ -71,8 +72,6 @@ class DistributedModel(ModelParameters):
     Raises SMPConfigError for a wrong argument. Source: smp-api section 5.
     """
 
-    #: What happens to the gradients over the ranks.
-    gradients: ModelGradients
     _precision: ModelPrecision
 
     def __init__(
@@ -124,11 +123,12 @@ class DistributedModel(ModelParameters):
         self.module = module
         attach_module_attribute(module)
         alias_inherited_forwards(module)
+        check_can_shard(module, config)
         self._units = find_units(module)
         take_off_compiled_calls(module, self._units)
         self._check_sync_batch_norm()
         self.__dict__["_precision"] = ModelPrecision(self)
-        if config.sharded_data_parallel_degree == 1:
+        if not self._precision.casts_when_placed:
             self._precision.cast_module(module)
         if not runtime.is_pipelined:
             module.to(active.device)
@@ -141,6 +141,7 @@ class DistributedModel(ModelParameters):
             bucket_cap_mb=bucket_cap_mb,
             broadcasts_buffers=broadcast_buffers,
             gradient_as_bucket_view=gradient_as_bucket_view,
+            finds_unused_parameters=find_unused_parameters,
         )
         active.models.append(self)
         if not runtime.is_pipelined:
@@ -156,7 +157,7 @@ class DistributedModel(ModelParameters):
             self._runtime.engine.frame_unit(unit, name, is_compiled=self._compile_call(unit, name))
         if self._compiler is not None:
             self._compiler.log("")
-        self.gradients.start()
+        self.gradients.start(self.module, self._units, self._precision.cast_module)
         self._is_partitioned = True
         for optimizer in self._runtime.live_optimizers():
             optimizer.settle()
@@ -178,9 +179,10 @@ class DistributedModel(ModelParameters):
                     "             return loss"
                 )
             self.run_post_partition_hooks()
-            if torch.is_grad_enabled():
-                self.gradients.prepare(is_training=self.training)
-            return self._call_module(args, kwargs)
+            self.gradients.prepare(is_training=self.training)
+            output = self._call_module(args, kwargs)
+            self.gradients.end_forward()
+            return output
         if step.is_tracing:
             self._check_traceable(step)
             return self._call_module(args, kwargs)
@@ -191,7 +193,8 @@ class DistributedModel(ModelParameters):
         return output
 
     def _call_module(self, args: Any, kwargs: Any) -> Any:
-        args, kwargs = self._precision.inputs(args, kwargs)
+        if self._is_partitioned or not self._precision.casts_when_placed:
+            args, kwargs = self._precision.inputs(args, kwargs)
         return self._precision.outputs(self.module(*args, **kwargs), is_in_step=self._runtime.step is not None)
 
     def backward(
@@ -301,12 +304,6 @@ class DistributedModel(ModelParameters):
         with self.gradients.no_sync():
             yield
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget the gradients; those of sharded optimizer states too."""
-        super().zero_grad(set_to_none)
-        if self.gradients.shards is not None:
-            self.gradients.shards.forget_gradients()
-
     # Partition
 
     @property
@@ -403,7 +400,8 @@ class DistributedModel(ModelParameters):
         if self._compiler is not None:
             self._compiler.log(runtime.session.config.pipeline)
         model_states.check_early_part(self)
-        self.gradients.start()
+        at_home = [name for name, home in plan.modules if home == engine.stage]
+        self.gradients.start(self.module, at_home, self._precision.cast_module)
         self._is_partitioned = True
         for optimizer in runtime.live_optimizers():
             optimizer.keep_local_parameters(self)

@@ -6,9 +6,11 @@ end. It puts the parts of ``data_parallel`` and the replicas of the pipeline in 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
+
+import torch
 
 from modelparallel.data_parallel import (
     BroadcastTensor,
@@ -19,12 +21,14 @@ from modelparallel.data_parallel import (
     broadcast_parameters,
     shareable,
 )
+from modelparallel.model_sharding import shard_parameters
 from modelparallel.pipeline.replicas import ReplicatedParameters
 
 if TYPE_CHECKING:
     from torch import nn
 
     from modelparallel.comm.groups import Group
+    from modelparallel.data_parallel.sharding import ShardedParameters
     from modelparallel.parameters import ParameterTable
     from modelparallel.plan.parameters import ParameterRow
     from modelparallel.runtime import Runtime
@@ -44,6 +48,7 @@ class ModelGradients:
         bucket_cap_mb: float,
         broadcasts_buffers: bool,
         gradient_as_bucket_view: bool,
+        finds_unused_parameters: bool,
     ) -> None:
         self._table = table
         self._runtime = runtime
@@ -52,18 +57,24 @@ class ModelGradients:
         self._bucket_cap_mb = bucket_cap_mb
         self._broadcasts_buffers = broadcasts_buffers
         self._gradient_as_bucket_view = gradient_as_bucket_view
+        self._finds_unused_parameters = finds_unused_parameters
         self._reducer: GradientReducer | None = None
         self._replicas: ReplicatedParameters | None = None
         #: The parameters that are shared out among ranks; None if all are whole.
         self.shards: ParameterShards | None = None
+        # The same, if the parameters themselves are sharded.
+        self.sharding: ShardedParameters | None = None
         self._has_begun = False
         self._num_backward_steps = 0
         # Counted here as well as in the reducer: before the partition there is none.
         self._num_no_sync = 0
 
-    def start(self) -> None:
-        """The local parameters are in place: make them, and the buffers, equal on all holders, and from now on reduce
-        gradients among them. Collective over the world.
+    def start(self, module: nn.Module, units: Sequence[str], cast: Callable[[nn.Module, set[int]], None]) -> None:
+        """The local parameters are in place: make them, and the buffers, equal on all holders, shard those that are to
+        be sharded, and from now on reduce gradients. Collective over the world.
+
+        ``units``: the names of the modules in ``module`` that run here. ``cast(module, kept)``: casts what is not
+        sharded and not ``kept`` (identities) to the precision that the model is to compute in.
         """
         session, groups = self._runtime.session, self._runtime.session.groups
         stage = self._runtime.engine.stage
@@ -78,18 +89,29 @@ class ModelGradients:
             if self._table.is_local(row, stage)
         ]
         broadcast_parameters(tensors, timeout_seconds=session.config.timeout_seconds)
+        del tensors
         if groups.dp.size == 1:
             return
+        self.shards = self.sharding = shard_parameters(
+            module, units, self._table, self._runtime, finds_unused=self._finds_unused_parameters
+        )
+        if self.sharding is not None:
+            cast(module, {id(value) for value in module.parameters() if self.sharding.has(value)})
         local = [(row, parameter) for row, parameter in self._table.parameters() if self._table.is_local(row, stage)]
-        shards = self._share_out(local) if session.config.shard_optimizer_state else None
-        self.shards = shards
+        own_shards = self._share_out(local) if session.config.shard_optimizer_state else None
+        if own_shards is not None:
+            self.shards = own_shards
         self._reducer = GradientReducer(
-            [ReducedParameter(row.name, parameter, self._group_of(row)) for row, parameter in local],
+            [
+                ReducedParameter(row.name, parameter, self._group_of(row))
+                for row, parameter in local
+                if self.sharding is None or not self.sharding.has(parameter)
+            ],
             divisor=groups.dp.size,
             bucket_cap_mb=self._bucket_cap_mb,
             overlap=self._overlaps,
             as_views=self._gradient_as_bucket_view,
-            shards=shards,
+            shards=own_shards,
             timeout_seconds=session.config.timeout_seconds,
         )
 
@@ -123,14 +145,24 @@ class ModelGradients:
     # Steps
 
     def prepare(self, *, is_training: bool) -> None:
-        """Before a forward with gradients outside a step function."""
-        if self._reducer is not None:
+        """Before a forward outside a step function."""
+        if self.sharding is not None:
+            self.sharding.prepare()
+        if self._reducer is not None and torch.is_grad_enabled():
             self._reducer.prepare()
             self._synchronise_buffers(is_training)
+
+    def end_forward(self) -> None:
+        """After it: without gradients nothing else follows."""
+        if self.sharding is not None and not torch.is_grad_enabled():
+            self.sharding.free()
 
     def enter_step(self) -> None:
         """The model is used in a step for the first time."""
         self._has_begun = False
+        if self.sharding is not None:
+            with self._runtime.engine.native_region():
+                self.sharding.enter_step()
 
     def begin_step(self, *, is_training: bool) -> None:
         """The model is used in a step with gradients; once is enough."""
@@ -144,6 +176,8 @@ class ModelGradients:
             if self._reducer is not None:
                 self._reducer.begin_step(will_synchronize=self._will_synchronize())
                 self._synchronise_buffers(is_training)
+            if self.sharding is not None:
+                self.sharding.begin_step(self._will_synchronize())
 
     def _will_synchronize(self) -> bool:
         """Whether the gradients of this step are made final at its end."""
@@ -154,11 +188,15 @@ class ModelGradients:
         """The backward of the last microbatch begins."""
         if self._reducer is not None and self._has_begun:
             self._reducer.arm()
+        if self.sharding is not None and self._has_begun:
+            self.sharding.arm()
 
     def finish_step(self, has_backward: bool) -> None:
         """The step function has run; ``has_backward``: some model of the step has called backward, and the gradients
         may have reached this one too. Collective over the groups of the parameters where gradients become final.
         """
+        if self.sharding is not None and not (self._has_begun and has_backward):
+            self.sharding.free()
         if not self._has_begun:
             return
         if not has_backward:
@@ -168,6 +206,8 @@ class ModelGradients:
         self._num_backward_steps += 1
         if self._reducer is not None:
             self._reducer.finish_step()
+        if self.sharding is not None:
+            self.sharding.finish_step()
         if self._replicas is not None and will_synchronize:
             self._replicas.add_up()
 
@@ -175,16 +215,27 @@ class ModelGradients:
         """The step ended without a backward, or raised."""
         if self._reducer is not None:
             self._reducer.abort_step()
+        if self.sharding is not None:
+            self.sharding.abort_step()
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
         """Inside, gradients are accumulated on each rank."""
         self._num_no_sync += 1
+        if self.sharding is not None:
+            self.sharding.enter_no_sync()
         try:
             with self._reducer.no_sync() if self._reducer is not None else nullcontext():
                 yield
         finally:
             self._num_no_sync -= 1
+            if self.sharding is not None:
+                self.sharding.leave_no_sync()
+
+    def forget(self) -> None:
+        """Forget all gradients of parameters that are shared out (``zero_grad``). Local."""
+        if self.shards is not None:
+            self.shards.forget_gradients()
 
     def _synchronise_buffers(self, is_training: bool) -> None:
         groups = self._runtime.session.groups

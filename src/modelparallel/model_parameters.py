@@ -12,6 +12,7 @@ from modelparallel.errors import PartitionError
 from modelparallel.tensor_parallel.distributed_module import DistributedModule
 
 if TYPE_CHECKING:
+    from modelparallel.model_gradients import ModelGradients
     from modelparallel.parameters import ParameterTable
     from modelparallel.plan.partition import PartitionPlan
     from modelparallel.runtime import Runtime
@@ -25,6 +26,8 @@ class ModelParameters(nn.Module):
     """
 
     module: nn.Module
+    #: What happens to the gradients over the ranks.
+    gradients: ModelGradients
     _table: ParameterTable
     _runtime: Runtime
     _plan: PartitionPlan | None
@@ -49,8 +52,13 @@ class ModelParameters(nn.Module):
     ) -> Iterator[tuple[str, nn.Parameter]]:
         """Names as in the user's model; after the partition what this rank holds, inside a step function all."""
         for name, parameter in self.module.named_parameters(prefix, recurse, remove_duplicate):
-            if self._runtime.step is not None or self.is_local(parameter):
+            if self._runtime.step is not None:
                 yield name, parameter
+            elif self.is_local(parameter):
+                row = self._table.row_of(parameter)
+                # A sharded parameter that is gathered at this moment is still the sharded one to those who ask.
+                known = parameter if row is None else self._table.tensor(row.name)
+                yield name, known  # type: ignore[misc]
 
     def named_buffers(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
@@ -59,6 +67,11 @@ class ModelParameters(nn.Module):
         for name, buffer in self.module.named_buffers(prefix, recurse, remove_duplicate):
             if self._runtime.step is not None or self.is_local(buffer):
                 yield name, buffer
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients of the parameters that this rank holds, reduced or not."""
+        super().zero_grad(set_to_none)
+        self.gradients.forget()
 
     def virtual_named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """(name, parameter) of all parameters in the order of the model, equal on all ranks.

@@ -30,6 +30,8 @@ class ModelPrecision:
         self._model = weakref.proxy(model)
         self._config = model._runtime.session.config
         self.half = half_dtype(self._config)
+        #: Whether the model stays as it is until its parameters are sharded: shards are in full precision.
+        self.casts_when_placed = self._config.sharded_data_parallel_degree > 1
         self._optimizer: weakref.ref[DistributedOptimizer] | None = None
 
     def cast_module(self, module: nn.Module, keep: set[int] | None = None) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
-from modelparallel.errors import SMPError
+from modelparallel.errors import SMPError, UnsupportedError
 from modelparallel.nn.huggingface import translations_of
 from modelparallel.plan.parameters import ParameterRow
 from modelparallel.ranks_and_messages import allgather
@@ -24,18 +25,31 @@ class StateDictError(SMPError, RuntimeError):
 
 
 def local_state_dict(model: DistributedModel) -> dict[str, Any]:
-    """The entries that this rank holds, detached, and the partial mark."""
-    stage = model._runtime.engine.stage
+    """The entries that this rank holds, detached, and the partial mark.
+
+    A parameter that is sharded by sharded data parallelism is gathered: collective over the sharding group then.
+    """
     result: dict[str, Any] = {}
-    for name, value in model.module.state_dict(keep_vars=True).items():
-        if isinstance(value, torch.Tensor):
-            row = model.table.row_named(name)
-            if row is not None and not model.table.is_local(row, stage):
-                continue
+    gathered: dict[int, torch.Tensor] = {}  # a tied parameter has several names
+    for name, value in _local_entries(model):
+        if isinstance(value, DTensor):
+            if id(value) not in gathered:
+                gathered[id(value)] = value.detach().full_tensor()
+            value = gathered[id(value)]
+        elif isinstance(value, torch.Tensor):
             value = value.detach()
         result[name] = value
     result[PARTIAL_KEY] = True
     return result
+
+
+def _local_entries(model: DistributedModel) -> Iterator[tuple[str, Any]]:
+    """(name, value) of what this rank holds, or holds a shard of. Local."""
+    stage = model._runtime.engine.stage
+    for name, value in model.module.state_dict(keep_vars=True).items():
+        row = model.table.row_named(name) if isinstance(value, torch.Tensor) else None
+        if row is None or model.table.is_local(row, stage):
+            yield name, value
 
 
 def full_state_dict(model: DistributedModel, gather_to_rank0: bool) -> dict[str, Any]:
@@ -85,7 +99,7 @@ def load_state_dict(
         parts = allgather((groups.pp.rank_in_group, groups.tp.rank_in_group, entries), CommGroup.MP_GROUP)
         entries = merge(model, parts)
     expected = model.module.state_dict(keep_vars=True)
-    local_names = set(local_state_dict(model)) - {PARTIAL_KEY}
+    local_names = {name for name, _ in _local_entries(model)}
     # Before the partition every name is local, and which of them a part must hold is checked when it is made.
     is_early = same_partition_load and model._runtime.is_pipelined and not model.partitioned
     required: Iterable[str] = local_names if same_partition_load else expected
@@ -126,7 +140,7 @@ def check_early_part(model: DistributedModel) -> None:
     """At the partition: the part that was loaded before it must be what this stage now holds."""
     if model.early_names is None:
         return
-    missing = sorted(set(local_state_dict(model)) - {PARTIAL_KEY} - model.early_names)
+    missing = sorted({name for name, _ in _local_entries(model)} - model.early_names)
     if missing:
         raise StateDictError(
             f"pp_rank {model._runtime.engine.stage} was given a partial state dict with same_partition_load=True that "
@@ -148,6 +162,16 @@ def _check_shapes(model: DistributedModel, entries: Mapping[str, Any]) -> None:
 
 
 def _local_part(model: DistributedModel, name: str, value: Any) -> Any:
+    """What this rank's module takes: the tensor-parallel slice, and of a sharded parameter this rank's shard."""
+    value = _local_slice(model, name, value)
+    row, sharding = model.table.row_named(name), model.gradients.sharding
+    if row is None or sharding is None or not isinstance(value, torch.Tensor):
+        return value
+    parameter = model.table.tensor(row.name)
+    return sharding.placed(parameter, value) if sharding.has(parameter) else value
+
+
+def _local_slice(model: DistributedModel, name: str, value: Any) -> Any:
     row = model.table.row_named(name)
     if row is None or row.split is None or not isinstance(value, torch.Tensor):
         return value
@@ -159,6 +183,11 @@ def _local_part(model: DistributedModel, name: str, value: Any) -> Any:
 
 def gather_whole(model: DistributedModel) -> None:
     """Give every stage all parameters and buffers, as before the partition; collective over MP_GROUP."""
+    if model.gradients.sharding is not None:
+        raise UnsupportedError(
+            "model.cpu() of a model in a pipeline with sharded_data_parallel_degree > 1: its parameters are sharded, "
+            "and stay so. model.state_dict() gives the whole model on the CPU"
+        )
     groups = model._runtime.session.groups
     held = {
         row.name: tensor.detach().cpu()

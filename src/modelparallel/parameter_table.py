@@ -260,6 +260,12 @@ class Config(BaseModel):
         1_000_000_000, "Most elements that are gathered at a time.", kind="int", valid="> 0", gt=0
     )
     sdp_hierarchical_allgather: Flag = _flag("Gather inside a host first, then between hosts.", default=True)
+    sdp_gather: Text = _choice(
+        "auto",
+        ("auto", "visit", "step"),
+        "When sharded parameters are gathered: for each visit of their module, or once for the whole step; `auto` is "
+        "`step` with a pipeline or `find_unused_parameters`, else `visit`. Extension.",
+    )
     sdp_gradient_clipping: Real = _parameter(
         1.0, "L2 norm at which `optimizer.step()` clips the gradient.", kind="float", valid="> 0", gt=0.0
     )
@@ -354,6 +360,13 @@ class Config(BaseModel):
             raise SMPConfigError(
                 f"sharded_data_parallel_degree: {degree} must divide the data parallel degree dp={dp_degree} "
                 f"({world_size} processes / pipeline_parallel_degree {topology.pp_degree})"
+            )
+        if topology.rdp_degree % degree:
+            raise SMPConfigError(
+                f"sharded_data_parallel_degree: {degree} must divide the {topology.rdp_degree} ranks that hold the "
+                f"same part of the model (data parallel degree dp={dp_degree} / tensor_parallel_degree "
+                f"{topology.tp_degree}), since slices of tensor parallelism are sharded among these: use a divisor of "
+                f"{topology.rdp_degree}"
             )
 
     @property

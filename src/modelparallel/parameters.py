@@ -6,7 +6,7 @@ reports read it and nothing else. Names are those of the user's module, before a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
 import torch
@@ -23,6 +23,7 @@ class ParameterTable:
         self._rows: dict[str, ParameterRow] = {}
         self._tensors: dict[str, torch.Tensor] = {}
         self._names: dict[int, str] = {}
+        self._faces: dict[int, torch.Tensor] = {}  # further tensors that stand for one of the table
         aliases: dict[int, list[str]] = {}
         persistent = set(module.state_dict(keep_vars=True))
         for is_buffer, source in ((False, module.named_parameters), (True, module.named_buffers)):
@@ -65,7 +66,7 @@ class ParameterTable:
     def row_of(self, tensor: torch.Tensor) -> ParameterRow | None:
         """The row of a parameter or buffer, by identity; None for a foreign tensor."""
         name = self._names.get(id(tensor))
-        if name is None or self._tensors[name] is not tensor:
+        if name is None or (self._tensors[name] is not tensor and self._faces.get(id(tensor)) is not tensor):
             return None
         return self._rows[name]
 
@@ -75,6 +76,17 @@ class ParameterTable:
         if row is not None:
             return row
         return next((row for row in self._rows.values() if name in row.aliases), None)
+
+    def replace_tensor(self, name: str, tensor: torch.Tensor, faces: Iterable[torch.Tensor] = ()) -> None:
+        """Another tensor stands for the row ``name`` from now on; the old one is forgotten.
+
+        ``faces``: tensors that take its place in the module at times (while it is gathered); their row is this one.
+        """
+        self._names.pop(id(self._tensors[name]), None)
+        self._tensors[name] = tensor
+        for known in (tensor, *faces):
+            self._names[id(known)] = name
+        self._faces.update((id(face), face) for face in faces)
 
     def set_homes(self, home_of: Callable[[str], int | None]) -> None:
         """Complete the table: ``home_of`` gives the stage of a name, None for a constant that every stage holds.

@@ -106,6 +106,13 @@ class Runtime:
             if id(parameter) not in kept:
                 self._replaced[id(parameter)] = (name, weakref.ref(parameter), after.get(renamed.get(name, name)))
 
+    def note_replacement(self, name: str, old: nn.Parameter, new: nn.Parameter) -> None:
+        """``new`` has taken the place of ``old``, and of what that has replaced before."""
+        for identity, (earlier, reference, replacement) in list(self._replaced.items()):
+            if replacement is old:
+                self._replaced[identity] = (earlier, reference, new)
+        self._replaced[id(old)] = (name, weakref.ref(old), new)
+
     def name_before(self, parameter: nn.Parameter) -> str:
         """The name of a replaced parameter in the model as it was built."""
         return self._replaced[id(parameter)][0]

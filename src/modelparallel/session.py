@@ -53,6 +53,11 @@ class Session:
     _made: dict[tuple[str, tuple[int, ...]], dist.ProcessGroup] = field(default_factory=dict)
     _has_default_group: bool = False
 
+    @property
+    def made_groups(self) -> dict[tuple[str, tuple[int, ...]], dist.ProcessGroup]:
+        """All process groups by purpose and ranks; whoever makes one adds it, so that it is destroyed at the end."""
+        return self._made
+
 
 _current: Session | None = None
 

@@ -108,6 +108,36 @@ def build_groups(
     )
 
 
+def divide_group(
+    group: Group,
+    num_ranks: int,
+    made: MutableMapping[tuple[str, tuple[int, ...]], dist.ProcessGroup],
+    timeout_seconds: float,
+) -> tuple[Group, Group]:
+    """(the caller's run of ``num_ranks`` consecutive ranks of ``group``, the ranks with its place in the other runs).
+
+    Collective over ``group``; ``num_ranks`` divides its size. New process groups even where the ranks are those of a
+    group that exists, so that their operations need no common order with others. ``made`` as in :func:`build_groups`.
+    """
+    place, start = group.rank_in_group % num_ranks, group.rank_in_group - group.rank_in_group % num_ranks
+    # All ranks make the run first, and wait for nobody outside of it.
+    result = []
+    for purpose, ranks in (
+        ("shards", group.ranks[start : start + num_ranks]),
+        ("copies of shards", group.ranks[place::num_ranks]),
+    ):
+        if (purpose, ranks) not in made:
+            made[purpose, ranks] = dist.new_group(
+                list(ranks),
+                timeout=datetime.timedelta(seconds=timeout_seconds),
+                backend=dist.get_backend_config(group.process_group),
+                use_local_synchronization=True,
+                group_desc=f"modelparallel {purpose}",
+            )
+        result.append(Group(group.kind, ranks, ranks.index(group.ranks[group.rank_in_group]), made[purpose, ranks]))
+    return result[0], result[1]
+
+
 def _check_agreement(settings: Mapping[str, Any], global_rank: int, process_group: dist.ProcessGroup) -> None:
     """Compare the configuration of all ranks; all of them raise `DivergenceError` if one differs."""
     gathered: list[Any] = [None] * process_group.size()

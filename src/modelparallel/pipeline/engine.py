@@ -177,6 +177,21 @@ class PipelineEngine:
         self.placed[id(tensor)] = PlacedTensor(name, home, tuple(tensor.shape), tensor.stride())
         self._kept.append(tensor)
 
+    def replace_tensor(self, old: torch.Tensor, new: Sequence[torch.Tensor]) -> None:
+        """Others have taken the place of ``old``, at its home; nothing here keeps it alive. No effect if it has none.
+
+        ``new``: all that stand for it, the one that is asked whether it is trained first.
+        """
+        for entry in self._entries:
+            entry.parameters = tuple(new[0] if known is old else known for known in entry.parameters)
+        placed = self.placed.pop(id(old), None)
+        if placed is None:
+            return
+        self._kept = [tensor for tensor in self._kept if tensor is not old]
+        for tensor in new:
+            self.placed[id(tensor)] = placed
+            self._kept.append(tensor)
+
     def place_buffer(self, owner: nn.Module, name: str) -> None:
         """Note that glue may assign a new value to this placed buffer (``self.average = 0.9 * self.average + ...``)."""
         self._assigned_buffers.append((owner, name, owner._buffers[name]))

@@ -19,7 +19,7 @@ def half_dtype(config: Config) -> torch.dtype | None:
 
 
 def cast_tensors(module: nn.Module, dtype: torch.dtype, keep: set[int] | None = None) -> None:
-    """Cast the floating parameters and buffers of ``module`` in place; parameters stay the same objects.
+    """Cast the floating parameters and buffers of ``module`` in place; they stay the same objects.
 
     keep: identities of tensors that stay as they are.
     """
@@ -36,9 +36,9 @@ def cast_tensors(module: nn.Module, dtype: torch.dtype, keep: set[int] | None = 
                 parameter.data = cast(parameter.data)
                 if parameter.grad is not None:
                     parameter.grad = cast(parameter.grad)
-        for name, buffer in part._buffers.items():
+        for buffer in part._buffers.values():
             if buffer is not None and buffer.is_floating_point() and buffer.dtype != dtype and id(buffer) not in kept:
-                part._buffers[name] = cast(buffer)
+                buffer.data = cast(buffer.data)
 
 
 def cast_floating(values: Any, dtype: torch.dtype, only: torch.dtype | None = None) -> Any:

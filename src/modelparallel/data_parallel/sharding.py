@@ -1,0 +1,490 @@
+"""Sharded data parallelism: parameters, gradients and optimizer state live in shards, and are whole only while used.
+
+[Note: sharded data parallelism] FSDP2 does the work (``fully_shard``): it gathers the parameters of a module before
+they are used and reduces their gradients into shards. This file decides *when*, so that it is right with microbatches,
+a pipeline, tensor parallelism and modules that some ranks do not use. There are two ways (``sdp_gather``):
+
+- "visit": a module's parameters are gathered by its own forward, freed after it, and gathered again for its backward.
+  The fewest bytes at a time; all ranks of a sharding group must call, and go back through, the same modules in the same
+  order, as everywhere with FSDP. Without a pipeline gradients are reduced where the last backward of the step leaves a
+  module; with one, when the step is over.
+- "step": everything is gathered in one fixed order when a step begins, and freed when it ends. Gradients are reduced
+  in that order when the step is over. Nothing depends on what is used where: any schedule, modules that are used by
+  some ranks only, weights that are read without their module being called.
+
+[Note: what is reduced] When a step (or a backward outside of steps) is over, the ranks tell each other which parameters
+have got a gradient. One that got a gradient on some rank is reduced by all, the others counting as zero; one that got
+none anywhere keeps ``grad`` None. The gradient is the sum over all ranks that hold the parameter, divided by the
+data-parallel size, as with the reducer. A parameter that tensor parallelism has left whole is summed over the TP_GROUP
+too: FSDP's hook behind the reduce-scatter does that for the shards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+from modelparallel.data_parallel.waits import check_agreement, wait_for
+from modelparallel.shards import Shard
+from modelparallel.torch_compat import (
+    FSDPGroup,
+    FSDPParameter,
+    current_backward_id,
+    queue_backward_callback,
+    start_all_gather,
+    start_reduce_scatter,
+)
+
+if TYPE_CHECKING:
+    from modelparallel.comm.groups import Group
+
+
+@dataclass(frozen=True)
+class ShardingGroups:
+    """``shard``: the ranks among which one copy of the parameters is divided; ``replicate``: those that hold the same
+    shard in other copies; ``tp``: the tensor-parallel group. ``divisor``: ranks whose losses are averaged.
+    """
+
+    shard: Group
+    replicate: Group
+    tp: Group
+    divisor: int
+
+    def mesh(self, device: torch.device) -> DeviceMesh:
+        """Of two dims, (replicate, shard); of one if there is one copy. Local."""
+        if self.replicate.size == 1:
+            return DeviceMesh.from_group(self.shard.process_group, device.type, mesh_dim_names=("shard",))
+        # Rows are sharding groups. The caller's own row and column are what counts, so the others may be made up; they
+        # only have to be of the right shape.
+        rows = [[rank - self.shard.ranks[self.shard.rank_in_group] + other for rank in self.shard.ranks]
+                for other in self.replicate.ranks]  # fmt: skip
+        return DeviceMesh.from_group(
+            [self.replicate.process_group, self.shard.process_group],
+            device.type,
+            mesh=torch.tensor(rows, dtype=torch.int),
+            mesh_dim_names=("replicate", "shard"),
+        )
+
+
+@dataclass(frozen=True)
+class ShardedParameter:
+    """What is known of one parameter when it is sharded. ``is_split``: by tensor parallelism; ``needs_tp_sum``: its
+    gradient is that of this rank's samples alone.
+    """
+
+    name: str
+    parameter: nn.Parameter
+    is_split: bool
+    needs_tp_sum: bool
+
+
+class _Entry:
+    """A parameter in FSDP's care, and what the current reduction knows of it."""
+
+    def __init__(self, known: ShardedParameter, inner: FSDPParameter) -> None:
+        self.name = known.name
+        self.is_split = known.is_split
+        self.needs_tp_sum = known.needs_tp_sum
+        self.inner = inner
+        #: Whether it got a gradient that was reduced within the backward.
+        self.is_noted = False
+        #: Whether it had a reduced gradient before; None while nothing was reduced.
+        self.had_gradient: bool | None = None
+        self.tensor: nn.Parameter | None = None  # the parameter of optimizers
+
+
+class _Group:
+    """The parameters of one or more modules, gathered and reduced together."""
+
+    def __init__(self, title: str, inner: FSDPGroup, entries: Sequence[_Entry], *, is_root: bool) -> None:
+        self.title = title
+        self.inner = inner
+        self.entries = entries
+        self.is_root = is_root
+        self.reduced: list[_Entry] = []  # by the reduction that runs now, in the order of its flat buffer
+
+    @property
+    def num_elements(self) -> int:
+        return sum(entry.inner.sharded.numel() for entry in self.entries)
+
+    def note_reduced(self) -> None:
+        """The reduction of what waits begins."""
+        self.reduced = [entry for entry in self.entries if entry.inner.is_waiting]
+        for entry in self.reduced:
+            if entry.had_gradient is None:
+                entry.had_gradient = entry.inner.sharded.grad is not None
+
+
+class _NamedGather:
+    """FSDP's all-gather, with a time limit and a name."""
+
+    def __init__(self, title: str, groups: ShardingGroups, timeout_seconds: float) -> None:
+        self._title, self._groups, self._timeout = title, groups, timeout_seconds
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """Memory for a flat buffer."""
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(
+        self, output_tensor: torch.Tensor, input_tensor: torch.Tensor, group: dist.ProcessGroup, async_op: bool = False
+    ) -> dist.Work | None:
+        work = start_all_gather(output_tensor, input_tensor, group)
+        if async_op:
+            return work
+        purpose = f"the gathering of the parameters of {self._title}"
+        wait_for(work, self._timeout, purpose, self._groups.shard, input_tensor.device)
+        return None
+
+
+class _NamedReduceScatter(_NamedGather):
+    """FSDP's reduce-scatter, likewise."""
+
+    def __call__(  # type: ignore[override]
+        self,
+        output_tensor: torch.Tensor,
+        input_tensor: torch.Tensor,
+        group: dist.ProcessGroup,
+        op: Any,
+        async_op: bool = False,
+    ) -> dist.Work | None:
+        work = start_reduce_scatter(output_tensor, input_tensor, op, group)
+        if async_op:
+            return work
+        purpose = f"the reduction of the gradients of {self._title}"
+        wait_for(work, self._timeout, purpose, self._groups.shard, input_tensor.device)
+        return None
+
+
+class ShardedParameters:
+    """The sharded parameters of one model: FSDP's groups, and when they gather and reduce. See the notes above.
+
+    Arguments:
+        root: the module whose forward contains all others; None in a pipeline, where each module stands for itself.
+        plan: the modules of each group, by title; the root's group takes what is left.
+        parameters: all parameters that are to be sharded. Others stay as they are.
+        gathers_by_visit: ``sdp_gather`` is "visit".
+        max_live: ``sdp_max_live_parameters``: elements that may be gathered at a time.
+
+    Making it replaces the parameters in the modules: the old ones have no use afterwards. Collective over the mesh, as
+    are all methods that say so; each rank calls them in the same order.
+    """
+
+    def __init__(
+        self,
+        root: nn.Module | None,
+        plan: Mapping[str, Sequence[nn.Module]],
+        parameters: Sequence[ShardedParameter],
+        groups: ShardingGroups,
+        *,
+        device: torch.device,
+        policy: MixedPrecisionPolicy,
+        gathers_by_visit: bool,
+        max_live: int,
+        timeout_seconds: float,
+    ) -> None:
+        self._groups = groups
+        self._device = device
+        self._timeout_seconds = timeout_seconds
+        self.gathers_by_visit = gathers_by_visit
+        self._is_pipelined = root is None
+        #: Whether gradients are reduced within the last backward.
+        self._reduces_in_backward = gathers_by_visit and root is not None
+        self._is_in_step = False
+        self._will_synchronize = False
+        self._num_no_sync = 0
+        self._backward_id: int | None = None
+        listing = [f"{known.name} {tuple(known.parameter.shape)} {known.parameter.dtype}" for known in parameters]
+        check_agreement(groups.shard, device, listing, "the parameters that are sharded", timeout_seconds)
+        self._all = _shard_modules(root, plan, parameters, groups, device, policy)
+        self._entries = [entry for group in self._all for entry in group.entries]
+        self._by_parameter = {id(entry.inner.sharded): entry for entry in self._entries}
+        for group in self._all:
+            self._prepare_group(group, gathers_by_visit)
+        if gathers_by_visit and not self._is_pipelined:
+            _bound_prefetch(self._all, max_live)
+        self._set_backward(self._reduces_in_backward)
+
+    def _prepare_group(self, group: _Group, gathers_by_visit: bool) -> None:
+        module: Any = group.inner.module
+        module.set_gradient_divide_factor(self._groups.divisor)
+        # gloo has no operation that sums and divides at once.
+        module.set_force_sum_reduction_for_comms(True)
+        module.set_custom_all_gather(_NamedGather(group.title, self._groups, self._timeout_seconds))
+        module.set_custom_reduce_scatter(_NamedReduceScatter(group.title, self._groups, self._timeout_seconds))
+        if self._groups.tp.size > 1 and any(entry.needs_tp_sum for entry in group.entries):
+            module.set_all_reduce_hook(lambda flat: self._sum_over_tp(group, flat))
+        if not gathers_by_visit:
+            module.set_reshard_after_forward(False, recurse=False)
+            if self._is_pipelined:
+                group.inner.take_off_hooks()
+        if not self._is_pipelined:
+            group.inner.notice_backward(lambda: self._notice(group))
+        # Once, so that the gathered parameters exist, which other parts of the library want to know.
+        group.inner.gather()
+        group.inner.free()
+
+    # What others ask (shards.ParameterShards)
+
+    def has(self, parameter: torch.Tensor) -> bool:
+        """Whether the parameter is sharded. Local."""
+        return id(parameter) in self._by_parameter
+
+    def shards_of(self, parameter: nn.Parameter) -> Sequence[Shard]:
+        """This rank's shard; none where it has no row of the parameter. Local."""
+        entry = self._by_parameter.get(id(parameter))
+        if entry is None or entry.inner.local.numel() == 0:
+            return ()
+        local = entry.inner.local
+        if entry.tensor is None or entry.tensor.data_ptr() != local.data_ptr():
+            entry.tensor = nn.Parameter(local.detach(), requires_grad=parameter.requires_grad)
+        is_first_copy = self._groups.replicate.rank_in_group == 0
+        is_counted = is_first_copy and (entry.is_split or self._groups.tp.rank_in_group == 0)
+        start = entry.inner.start
+        return (Shard(parameter, entry.tensor, start, start + local.numel(), self._groups.shard, is_counted),)
+
+    def collect_gradients(self) -> None:
+        """Let each shard's tensor have the reduced gradient. Local."""
+        for entry in self._entries:
+            if entry.tensor is not None:
+                entry.tensor.grad = entry.inner.local_gradient
+
+    def forget_gradients(self) -> None:
+        """Forget reduced gradients, and those that wait for a reduction. Local."""
+        for entry in self._entries:
+            entry.inner.sharded.grad = None
+            entry.inner.forget_waiting()
+            if entry.tensor is not None:
+                entry.tensor.grad = None
+
+    def finish_update(self) -> None:
+        """Nothing: the parameters are gathered when they are next used."""
+
+    def faces(self) -> Iterable[tuple[str, nn.Parameter, nn.Parameter]]:
+        """(name, sharded parameter, gathered parameter) of all. Local."""
+        for entry in self._entries:
+            assert entry.inner.whole is not None
+            yield entry.name, entry.inner.sharded, entry.inner.whole
+
+    def placed(self, parameter: torch.Tensor, full: torch.Tensor) -> torch.Tensor:
+        """A ``DTensor`` laid out as the sharded ``parameter``, with the values of the whole tensor. Local."""
+        return self._by_parameter[id(parameter)].inner.placed(full)
+
+    @property
+    def num_elements(self) -> int:
+        """Elements of all sharded parameters, whole. Local."""
+        return sum(group.num_elements for group in self._all)
+
+    @property
+    def titles(self) -> list[str]:
+        """What is gathered together. Local."""
+        return [group.title for group in self._all]
+
+    @property
+    def num_gathered(self) -> int:
+        """Elements that are gathered at this moment. Local."""
+        return sum(group.num_elements for group in self._all if group.inner.is_gathered)
+
+    # Steps
+
+    def enter_step(self) -> None:
+        """The model is used in a step for the first time. Collective over the sharding group if it gathers by step."""
+        if not self.gathers_by_visit:
+            self._gather_all()
+
+    def prepare(self) -> None:
+        """Before a forward outside of steps; likewise."""
+        self._will_synchronize = self._num_no_sync == 0
+        self.enter_step()
+
+    def begin_step(self, will_synchronize: bool) -> None:
+        """Start a step with gradients: they accumulate until :meth:`arm`."""
+        self._is_in_step = True
+        self._will_synchronize = will_synchronize
+        self._set_backward(False)
+
+    def arm(self) -> None:
+        """The backward of the last microbatch begins."""
+        if self._is_in_step and self._will_synchronize and self._reduces_in_backward:
+            self._set_backward(True)
+
+    def finish_step(self) -> None:
+        """End the step; if it synchronises, gradients become final. Collective over the mesh then."""
+        self._is_in_step = False
+        if self._will_synchronize:
+            self._finish_reduction()
+        self.free()
+        self._set_backward(self._reduces_in_backward and self._num_no_sync == 0)
+
+    def abort_step(self) -> None:
+        """The step raised: gradients that are not reduced stay where they are."""
+        self._is_in_step = False
+        self._backward_id = None
+        for group in self._all:
+            group.inner.reset()
+            group.reduced = []
+        for entry in self._entries:
+            entry.is_noted, entry.had_gradient = False, None
+        self._set_backward(self._reduces_in_backward and self._num_no_sync == 0)
+
+    def free(self) -> None:
+        """Free all gathered parameters. Local."""
+        for group in self._all:
+            group.inner.free()
+
+    def enter_no_sync(self) -> None:
+        """Gradients of backward passes only accumulate from now on."""
+        self._num_no_sync += 1
+        if not self._is_in_step:
+            self._set_backward(False)
+
+    def leave_no_sync(self) -> None:
+        """The end of that."""
+        self._num_no_sync -= 1
+        if not self._is_in_step:
+            self._set_backward(self._reduces_in_backward and self._num_no_sync == 0)
+
+    def _gather_all(self) -> None:
+        for group in self._all:
+            group.inner.gather()
+
+    def _set_backward(self, reduces: bool) -> None:
+        for group in self._all:
+            group.inner.set_backward(reduces=reduces, frees=self.gathers_by_visit)
+
+    # Reduction
+
+    def _notice(self, group: _Group) -> None:
+        """The backward leaves the group (without a pipeline)."""
+        if not self._is_in_step and self._num_no_sync == 0 and current_backward_id() != -1:
+            self._begin_backward()
+        if not group.inner.reduces:
+            return
+        is_used = any(entry.inner.is_waiting for entry in group.entries)
+        for entry in group.entries:
+            entry.is_noted = entry.is_noted or entry.inner.is_waiting
+            # All ranks must reduce the same parameters of the group.
+            if (is_used or group.is_root) and entry.inner.sharded.requires_grad:
+                entry.inner.wait_with_zeros()
+        group.note_reduced()
+
+    def _begin_backward(self) -> None:
+        if self._backward_id != current_backward_id():
+            self._backward_id = current_backward_id()
+            # Twice: the reducer's own end of the backward, queued meanwhile, comes first on all ranks.
+            queue_backward_callback(lambda: queue_backward_callback(self._end_of_backward))
+
+    def _end_of_backward(self) -> None:
+        self._backward_id = None
+        self._finish_reduction()
+        if not self.gathers_by_visit:
+            self.free()
+
+    def _finish_reduction(self) -> None:
+        """Reduce what waits on any rank, in one order on all; see [Note: what is reduced]."""
+        flags = torch.tensor(
+            [[entry.is_noted, entry.inner.is_waiting] for entry in self._entries],
+            dtype=torch.uint8,
+            device=self._device,
+        ).reshape(-1, 2)
+        if self._entries:
+            for kind in (self._groups.shard, self._groups.replicate, self._groups.tp):
+                if kind.size > 1:
+                    work = dist.all_reduce(flags, dist.ReduceOp.MAX, group=kind.process_group, async_op=True)
+                    purpose = "the exchange of which parameters have a gradient"
+                    wait_for(work, self._timeout_seconds, purpose, kind, self._device)
+        is_known = {id(entry): pair for entry, pair in zip(self._entries, flags.tolist(), strict=True)}
+        for group in self._all:
+            late = [entry for entry in group.entries if is_known[id(entry)][1]]
+            for entry in late:
+                entry.inner.wait_with_zeros()
+            if late:
+                group.note_reduced()
+                group.inner.reduce()
+        for entry in self._entries:
+            if entry.had_gradient is False and not any(is_known[id(entry)]):
+                entry.inner.sharded.grad = None
+            entry.is_noted, entry.had_gradient = False, None
+
+    def _sum_over_tp(self, group: _Group, flat: torch.Tensor) -> None:
+        """``flat`` holds the shards of the gradients of ``group.reduced``, one after another."""
+        parts = torch.split(flat, [entry.inner.padded_numel for entry in group.reduced])
+        chosen = [part for part, entry in zip(parts, group.reduced, strict=True) if entry.needs_tp_sum]
+        if not chosen:
+            return
+        packed = flat if len(chosen) == len(parts) else torch.cat(chosen)
+        work = dist.all_reduce(packed, group=self._groups.tp.process_group, async_op=True)
+        purpose = f"the reduction of the gradients of {group.title} over the TP_GROUP"
+        wait_for(work, self._timeout_seconds, purpose, self._groups.tp, self._device)
+        if packed is not flat:
+            for part, total in zip(chosen, packed.split([part.numel() for part in chosen]), strict=True):
+                part.copy_(total)
+
+
+def _shard_modules(
+    root: nn.Module | None,
+    plan: Mapping[str, Sequence[nn.Module]],
+    parameters: Sequence[ShardedParameter],
+    groups: ShardingGroups,
+    device: torch.device,
+    policy: MixedPrecisionPolicy,
+) -> list[_Group]:
+    """Call ``fully_shard``, the inner modules first; the groups in the order in which they are gathered."""
+    known = {id(item.parameter): item for item in parameters}
+    # The same parameter may be reached by several names; FSDP tells it by the first it comes across.
+    item_of: dict[tuple[int, str], ShardedParameter] = {}
+    tops = [root] if root is not None else [module for modules in plan.values() for module in modules]
+    whole: set[nn.Parameter] = set()
+    for top in tops:
+        for module in top.modules():
+            for name, parameter in module._parameters.items():
+                if parameter is None:
+                    continue
+                if id(parameter) in known:
+                    item_of[id(module), name] = known[id(parameter)]
+                else:
+                    whole.add(parameter)
+    mesh = groups.mesh(device)
+    options: Any = {"mesh": mesh, "mp_policy": policy, "ignored_params": whole}
+    result = []
+
+    def add(title: str, module: nn.Module, *, is_root: bool) -> None:
+        if not FSDPGroup.exists(module):
+            return
+        inner = FSDPGroup(module, device)
+        entries = [_Entry(item_of[id(p.owner[0]), p.owner[1]], p) for p in inner.parameters]
+        result.append(_Group(title, inner, entries, is_root=is_root))
+
+    for title, modules in plan.items():
+        fully_shard(modules[0] if len(modules) == 1 else list(modules), **options)
+        add(title, modules[0], is_root=False)
+    if root is not None:
+        fully_shard(root, **options)
+        add("the root", root, is_root=True)
+    return result
+
+
+def _bound_prefetch(groups: Sequence[_Group], max_live: int) -> None:
+    """Gather ahead, and keep, only what fits into ``max_live`` elements.
+
+    FSDP gathers the group before while one goes backward, which has two in memory beside the root's. Where these are
+    too many, it waits. The root's parameters are kept between forward and backward if the largest other group fits
+    beside them.
+    """
+    root = next((group for group in groups if group.is_root), None)
+    others = [group for group in groups if not group.is_root]
+    kept = root.num_elements if root is not None else 0
+    largest = max((group.num_elements for group in others), default=0)
+    if root is not None and others and kept + largest > max_live:
+        module: Any = root.inner.module
+        module.set_reshard_after_forward(True, recurse=False)
+    for before, group in zip([None, *others], others, strict=False):
+        if before is not None and kept + before.num_elements + group.num_elements > max_live:
+            module = group.inner.module
+            module.set_modules_to_backward_prefetch([module])  # itself, which is there already
