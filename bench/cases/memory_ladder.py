@@ -113,10 +113,12 @@ def predicted_bytes(rung: Rung, activations: Activations, stage_elements: int, n
         block = BYTES * 12 * SIZE.hidden**2
         if rung.num_stages > 1:  # gathered for the whole step, and gradients stay whole until its end
             return state + weights + max(saved, weights + block + block // rung.shards)
-        # The root's own (embedding, head) stays gathered, and two blocks at a time; on the way back the gradient of one,
-        # and what is being reduced.
+        # The root's own (embedding, head) stays gathered, and two blocks at a time; on the way back there is the
+        # gradient of one more, and what is being reduced. The root comes last: gathered, its gradient, and the copy of
+        # that which is reduced.
         root = weights - num_blocks * block
-        return state + root + 2 * block + max(saved, weights // rung.shards + 2 * block)
+        shard = weights // rung.shards
+        return state + max(root + 2 * block + max(saved, shard + 2 * block), shard + 3 * root)
     optimizer = ADAM * stage_elements
     if rung.parameters.get("shard_optimizer_state"):
         optimizer //= rung.num_ranks
