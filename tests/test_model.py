@@ -464,9 +464,7 @@ def test_sync_batch_norm_over_the_wrong_group_is_refused():
 
 
 @on(*FLAT)
-def test_join_and_communication_hooks_say_that_they_are_not_built():
+def test_join_says_that_it_is_not_built():
     model = smp.DistributedModel(make_classifier())
     with pytest.raises(SMPConfigError, match="not built yet"):
         model.join()
-    with pytest.raises(SMPConfigError, match="not built yet"):
-        model.register_comm_hook(None, lambda state, bucket: None)

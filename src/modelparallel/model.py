@@ -497,17 +497,20 @@ class DistributedModel(ModelParameters):
         """
         return model_states.load_state_dict(self, state_dict, strict, same_partition_load)
 
-    # Not built yet
-
     def register_comm_hook(self, state: object, callable: Callable[..., Any]) -> None:
-        """A DDP communication hook for the gradient reduction; needs ddp and overlapping_allreduce."""
-        if not self._runtime.session.config.ddp:
-            raise SMPConfigError(
-                "model.register_comm_hook needs ddp: True: there is no gradient reduction to hook into"
-            )
-        raise NotBuiltError(
-            "model.register_comm_hook is not built yet: gradients are reduced by an all-reduce per bucket"
-        )
+        """Reduce gradients by ``callable(state, bucket)``, a communication hook of DDP; call it on all ranks, before or
+        after the partition, once.
+
+        The bucket has the methods of ``torch.distributed.GradBucket``; the hook returns a future of its mean over the
+        ranks of ``process_group``: the state itself if that is a process group, or its attribute. Where the state or
+        the attribute is None the bucket's own group is filled in, and this is what to use: with tensor parallelism
+        there are two. The microbatches are averaged before. Raises SMPConfigError without ddp, with
+        overlapping_allreduce=False, with sharding, for a second hook, and for a group that is not that of the
+        parameters. Source: smp-api section 5.
+        """
+        self.gradients.register_comm_hook(state, callable)
+
+    # Not built yet
 
     def join(self, *args: Any, **kwargs: Any) -> Any:
         """Uneven numbers of batches on the data-parallel ranks."""

@@ -6,12 +6,13 @@ end. It puts the parts of ``data_parallel`` and the replicas of the pipeline in 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from modelparallel.data_parallel import (
     BroadcastTensor,
+    CommHook,
     GradientReducer,
     OptimizerShards,
     ReducedParameter,
@@ -19,6 +20,7 @@ from modelparallel.data_parallel import (
     broadcast_parameters,
     shareable,
 )
+from modelparallel.errors import SMPConfigError
 from modelparallel.pipeline.replicas import ReplicatedParameters
 
 if TYPE_CHECKING:
@@ -54,6 +56,7 @@ class ModelGradients:
         self._gradient_as_bucket_view = gradient_as_bucket_view
         self._reducer: GradientReducer | None = None
         self._replicas: ReplicatedParameters | None = None
+        self._comm_hook: CommHook | None = None
         #: The parameters that are shared out among ranks; None if all are whole.
         self.shards: ParameterShards | None = None
         self._has_begun = False
@@ -92,6 +95,42 @@ class ModelGradients:
             shards=shards,
             timeout_seconds=session.config.timeout_seconds,
         )
+        if self._comm_hook is not None:
+            self._reducer.register_comm_hook(self._comm_hook)
+
+    def register_comm_hook(self, state: object, function: Callable[..., Any]) -> None:
+        """Reduce gradients by a communication hook; before or after the partition. See `DistributedModel`."""
+        config = self._runtime.session.config
+        if not config.ddp:
+            raise SMPConfigError(
+                "model.register_comm_hook needs ddp: True: there is no gradient reduction to hook into"
+            )
+        if not self._overlaps:
+            raise SMPConfigError(
+                "model.register_comm_hook needs overlapping_allreduce=True, but the model was wrapped with "
+                "overlapping_allreduce=False: leave it out"
+            )
+        if config.shard_optimizer_state or config.sharded_data_parallel_degree > 1:
+            key = "shard_optimizer_state" if config.shard_optimizer_state else "sharded_data_parallel_degree"
+            raise SMPConfigError(
+                f"model.register_comm_hook: with {key} gradients go to the owners of shards alone, which a hook does "
+                "not do: use one of the two"
+            )
+        if not callable(function):
+            raise SMPConfigError(
+                f"model.register_comm_hook: expected a function hook(state, bucket), got {function!r}: the state comes "
+                "first, register_comm_hook(state, hook)"
+            )
+        if self._comm_hook is not None:
+            raise SMPConfigError(
+                f"model.register_comm_hook: the model has the hook {self._comm_hook.title} already; it takes one"
+            )
+        hook = CommHook(state, function)
+        groups = {id(group): group for group in (self._group_of(row) for row, _ in self._table.parameters())}
+        hook.check_state(list(groups.values()))
+        self._comm_hook = hook
+        if self._reducer is not None:
+            self._reducer.register_comm_hook(hook)
 
     def _share_out(self, local: Sequence[tuple[ParameterRow, nn.Parameter]]) -> OptimizerShards | None:
         """Sharding of the optimizer state; copies on several stages stay whole, since their gradients are added up."""

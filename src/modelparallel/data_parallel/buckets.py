@@ -89,8 +89,13 @@ class Slot:
                     self.parameter.grad.mul_(self.divisor / self.group_size)
 
     @property
+    def pack_divisor(self) -> int:
+        """What the sum over the group of the local gradients is divided by."""
+        return self.group_size if self.is_final and self.needs_rescaling else self.divisor
+
+    @property
     def pack_scale(self) -> float:
-        return 1.0 / (self.group_size if self.is_final and self.needs_rescaling else self.divisor)
+        return 1.0 / self.pack_divisor
 
 
 class Bucket:
@@ -98,7 +103,7 @@ class Bucket:
     of the group.
     """
 
-    # Whether unpacking gives up the local gradients, so that it is worth while to do that bucket by bucket.
+    # Whether unpacking gives up the local gradients.
     takes_over = False
     # Whether the flags do not travel in the bucket itself.
     needs_flag_bucket = False
@@ -141,6 +146,11 @@ class Bucket:
     def is_launched(self) -> bool:
         """Whether a reduction was started and not forgotten."""
         return self.work is not None
+
+    @property
+    def is_one_by_one(self) -> bool:
+        """Whether, after the backward, each bucket is reduced and unpacked before the next one is packed."""
+        return self.takes_over
 
     @property
     def title(self) -> str:
@@ -199,13 +209,23 @@ class Bucket:
         if self.device.type == "cpu":
             # One pass over the memory instead of the two of copy and multiply.
             for slot, gradient in present:
-                torch.mul(gradient, slot.pack_scale, out=slot.view)
+                torch.mul(gradient, self.scale_of(slot), out=slot.view)
             return
         views = [slot.view for slot, _ in present if slot.view is not None]
         torch._foreach_copy_(views, [gradient for _, gradient in present])
-        scales = [slot.pack_scale for slot, _ in present]
+        scales = [self.scale_of(slot) for slot, _ in present]
         if any(scale != 1.0 for scale in scales):
             torch._foreach_mul_(views, scales)
+
+    def scale_of(self, slot: Slot) -> float:
+        """By which the local gradient is multiplied."""
+        return slot.pack_scale
+
+    @property
+    def has_flags(self) -> Sequence[bool]:
+        """For each parameter whether any rank has a gradient; after the wait."""
+        assert self._has_flags is not None
+        return [flag.real > 0 for flag in self._has_flags.tolist()]
 
     def launch(self) -> None:
         """Start the reduction of what was packed."""
@@ -239,18 +259,17 @@ class Bucket:
     @torch.no_grad()
     def unpack(self) -> None:
         """Write the reduced gradients to ``p.grad``; where no rank had one it stays None."""
-        assert self._has_flags is not None
         if self.takes_over:
-            for slot, has_gradient in zip(self.slots, self._has_flags.tolist(), strict=True):
+            for slot, has_gradient in zip(self.slots, self.has_flags, strict=True):
                 slot.is_final = True
-                if has_gradient.real > 0:
+                if has_gradient:
                     assert slot.view is not None
                     # `data`: each gradient counts its own versions, so that has_changed() can tell them apart.
                     slot.parameter.grad = slot.view.data
             return
         targets: list[torch.Tensor] = []
         values: list[torch.Tensor] = []
-        has_anywhere: list[complex] | None = None
+        has_anywhere: Sequence[bool] | None = None
         for position, slot in enumerate(self.slots):
             gradient = slot.parameter.grad
             slot.is_final = True
@@ -260,8 +279,8 @@ class Bucket:
                 values.append(slot.view)
                 continue
             if has_anywhere is None:
-                has_anywhere = self._has_flags.tolist()
-            if has_anywhere[position].real > 0:
+                has_anywhere = self.has_flags
+            if has_anywhere[position]:
                 slot.parameter.grad = torch.empty_like(slot.parameter.detach(), dtype=self.dtype).copy_(slot.view)
         if targets:
             torch._foreach_copy_(targets, values)
