@@ -461,10 +461,3 @@ def test_sync_batch_norm_over_the_wrong_group_is_refused():
         return
     with pytest.raises(SMPConfigError, match=r"'body\.1' is a SyncBatchNorm over a group of 4.*get_dp_process_group"):
         smp.DistributedModel(wrong)
-
-
-@on(*FLAT)
-def test_join_says_that_it_is_not_built():
-    model = smp.DistributedModel(make_classifier())
-    with pytest.raises(SMPConfigError, match="not built yet"):
-        model.join()

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from modelparallel import model_states, registry, trees
 from modelparallel import runtime as runtime_module
 from modelparallel.compilation import ModuleCompiler, checked_options, take_off_compiled_calls
-from modelparallel.errors import NotBuiltError, PartitionError, SMPConfigError, SMPError, StepUsageError
+from modelparallel.errors import PartitionError, SMPConfigError, SMPError, StepUsageError
 from modelparallel.model_arguments import check_arguments
 from modelparallel.model_gradients import ModelGradients
 from modelparallel.model_parameters import ModelParameters
@@ -510,12 +510,24 @@ class DistributedModel(ModelParameters):
         """
         self.gradients.register_comm_hook(state, callable)
 
-    # Not built yet
+    def join(
+        self,
+        divide_by_initial_world_size: bool = True,
+        enable: bool = True,
+        throw_on_early_termination: bool = False,
+    ) -> AbstractContextManager[None]:
+        """Inside, data-parallel ranks may have different numbers of batches; the ranks of a TP_GROUP, and the stages of
+        a pipeline, equally many. Collective over DP_GROUP: every rank enters and leaves.
 
-    def join(self, *args: Any, **kwargs: Any) -> Any:
-        """Uneven numbers of batches on the data-parallel ranks."""
-        raise NotBuiltError(
-            "model.join() is not built yet: give all data-parallel ranks the same number of batches (drop_last=True)"
+        A rank that leaves its loop takes part in the others' reductions until all have left; then all have the
+        parameters and buffers of a rank that went on longest. ``divide_by_initial_world_size``: gradients are divided
+        by the number of all ranks, else of those that have batches left. ``enable=False`` does nothing.
+        ``throw_on_early_termination``: RuntimeError on all ranks as soon as one has left. Clear the gradients before
+        each step. Gradients are reduced after the backward, without overlap. Raises SMPConfigError without ddp. Source:
+        smp-api section 5.
+        """
+        return self.gradients.joining.join(
+            divides_by_initial=divide_by_initial_world_size, is_enabled=enable, throws=throw_on_early_termination
         )
 
 

@@ -6,7 +6,7 @@ end. It puts the parts of ``data_parallel`` and the replicas of the pipeline in 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -21,9 +21,11 @@ from modelparallel.data_parallel import (
     shareable,
 )
 from modelparallel.errors import SMPConfigError
+from modelparallel.model_join import ModelJoin
 from modelparallel.pipeline.replicas import ReplicatedParameters
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
     from modelparallel.comm.groups import Group
@@ -54,7 +56,8 @@ class ModelGradients:
         self._bucket_cap_mb = bucket_cap_mb
         self._broadcasts_buffers = broadcasts_buffers
         self._gradient_as_bucket_view = gradient_as_bucket_view
-        self._reducer: GradientReducer | None = None
+        #: None while there is nothing to reduce: before the partition, or with one data-parallel rank.
+        self.reducer: GradientReducer | None = None
         self._replicas: ReplicatedParameters | None = None
         self._comm_hook: CommHook | None = None
         #: The parameters that are shared out among ranks; None if all are whole.
@@ -63,6 +66,8 @@ class ModelGradients:
         self._num_backward_steps = 0
         # Counted here as well as in the reducer: before the partition there is none.
         self._num_no_sync = 0
+        #: What is announced inside ``model.join()``.
+        self.joining = ModelJoin(runtime.session, self)
 
     def start(self) -> None:
         """The local parameters are in place: make them, and the buffers, equal on all holders, and from now on reduce
@@ -86,7 +91,7 @@ class ModelGradients:
         local = [(row, parameter) for row, parameter in self._table.parameters() if self._table.is_local(row, stage)]
         shards = self._share_out(local) if session.config.shard_optimizer_state else None
         self.shards = shards
-        self._reducer = GradientReducer(
+        self.reducer = GradientReducer(
             [ReducedParameter(row.name, parameter, self._group_of(row)) for row, parameter in local],
             divisor=groups.dp.size,
             bucket_cap_mb=self._bucket_cap_mb,
@@ -95,8 +100,10 @@ class ModelGradients:
             shards=shards,
             timeout_seconds=session.config.timeout_seconds,
         )
+        if self.joining.is_joining:
+            self.reducer.begin_join(self.joining.announce_reduction)
         if self._comm_hook is not None:
-            self._reducer.register_comm_hook(self._comm_hook)
+            self.reducer.register_comm_hook(self._comm_hook)
 
     def register_comm_hook(self, state: object, function: Callable[..., Any]) -> None:
         """Reduce gradients by a communication hook; before or after the partition. See `DistributedModel`."""
@@ -129,8 +136,8 @@ class ModelGradients:
         groups = {id(group): group for group in (self._group_of(row) for row, _ in self._table.parameters())}
         hook.check_state(list(groups.values()))
         self._comm_hook = hook
-        if self._reducer is not None:
-            self._reducer.register_comm_hook(hook)
+        if self.reducer is not None:
+            self.reducer.register_comm_hook(hook)
 
     def _share_out(self, local: Sequence[tuple[ParameterRow, nn.Parameter]]) -> OptimizerShards | None:
         """Sharding of the optimizer state; copies on several stages stay whole, since their gradients are added up."""
@@ -163,8 +170,8 @@ class ModelGradients:
 
     def prepare(self, *, is_training: bool) -> None:
         """Before a forward with gradients outside a step function."""
-        if self._reducer is not None:
-            self._reducer.prepare()
+        if self.reducer is not None:
+            self.reducer.prepare()
             self._synchronise_buffers(is_training)
 
     def enter_step(self) -> None:
@@ -180,8 +187,8 @@ class ModelGradients:
         with self._runtime.engine.native_region():
             if self._replicas is not None:
                 self._replicas.begin_step()
-            if self._reducer is not None:
-                self._reducer.begin_step(will_synchronize=self._will_synchronize())
+            if self.reducer is not None:
+                self.reducer.begin_step(will_synchronize=self._will_synchronize())
                 self._synchronise_buffers(is_training)
 
     def _will_synchronize(self) -> bool:
@@ -191,8 +198,8 @@ class ModelGradients:
 
     def arm(self) -> None:
         """The backward of the last microbatch begins."""
-        if self._reducer is not None and self._has_begun:
-            self._reducer.arm()
+        if self.reducer is not None and self._has_begun:
+            self.reducer.arm()
 
     def finish_step(self, has_backward: bool) -> None:
         """The step function has run; ``has_backward``: some model of the step has called backward, and the gradients
@@ -205,36 +212,63 @@ class ModelGradients:
             return
         will_synchronize = self._will_synchronize()
         self._num_backward_steps += 1
-        if self._reducer is not None:
-            self._reducer.finish_step()
+        if self.reducer is not None:
+            self.reducer.finish_step()
         if self._replicas is not None and will_synchronize:
             self._replicas.add_up()
 
     def abort_step(self) -> None:
         """The step ended without a backward, or raised."""
-        if self._reducer is not None:
-            self._reducer.abort_step()
+        if self.reducer is not None:
+            self.reducer.abort_step()
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
         """Inside, gradients are accumulated on each rank."""
         self._num_no_sync += 1
         try:
-            with self._reducer.no_sync() if self._reducer is not None else nullcontext():
+            with self.reducer.no_sync() if self.reducer is not None else nullcontext():
                 yield
         finally:
             self._num_no_sync -= 1
 
+    # Buffers, and ranks with fewer batches
+
     def _synchronise_buffers(self, is_training: bool) -> None:
-        groups = self._runtime.session.groups
-        if not self._broadcasts_buffers or groups.dp.size == 1 or not is_training:
+        if not self._broadcasts_buffers or self._runtime.session.groups.dp.size == 1 or not is_training:
             return
+        if any(row.is_persistent for row, _ in self._local(self._table.buffers())):
+            self.joining.announce_buffers()
+            self.send_buffers()
+
+    def send_buffers(self) -> None:
+        """Make the persistent buffers equal to those of the first rank that is at work; collective over the groups."""
+        self._broadcast((row, buffer) for row, buffer in self._local(self._table.buffers()) if row.is_persistent)
+
+    def send_everything(self) -> None:
+        """Make parameters and buffers equal to those of a rank that was at work last; collective over the groups."""
+        self._broadcast(self._local(self._table.parameters()))
+        self._broadcast(self._local(self._table.buffers()))
+
+    def _local(self, source: Iterable[tuple[ParameterRow, Any]]) -> Iterator[tuple[ParameterRow, Any]]:
         stage = self._runtime.engine.stage
-        tensors = [
-            BroadcastTensor(row.name, buffer, self._group_of(row))
-            for row, buffer in self._table.buffers()
-            if row.is_persistent and self._table.is_local(row, stage)
-        ]
-        if tensors:
-            timeout = self._runtime.session.config.timeout_seconds
-            broadcast_parameters(tensors, is_checked=False, timeout_seconds=timeout)
+        return ((row, tensor) for row, tensor in source if self._table.is_local(row, stage))
+
+    def _broadcast(self, source: Iterable[tuple[ParameterRow, torch.Tensor]]) -> None:
+        entries = []
+        for row, tensor in source:
+            group = self._group_of(row)
+            entries.append(BroadcastTensor(row.name, tensor, group, self.joining.source_of(group)))
+        timeout = self._runtime.session.config.timeout_seconds
+        broadcast_parameters(entries, is_checked=False, timeout_seconds=timeout)
+
+    def begin_join(self) -> None:
+        """Ranks may run out of batches from now on; called by `ModelJoin`."""
+        if self.reducer is not None:
+            self.reducer.begin_join(self.joining.announce_reduction)
+
+    def end_join(self) -> None:
+        """All ranks are together again; called by `ModelJoin`. They have not made equally many passes."""
+        self._num_backward_steps = 0
+        if self.reducer is not None:
+            self.reducer.end_join()

@@ -60,13 +60,29 @@ def gradient_dtype(parameter: torch.Tensor) -> torch.dtype:
 class Slot:
     """The place of one parameter."""
 
-    __slots__ = ("divisor", "group_size", "is_final", "is_fired", "name", "parameter", "view")
+    __slots__ = (
+        "divisor",
+        "divisor_now",
+        "group_size",
+        "is_final",
+        "is_fired",
+        "is_silent",
+        "name",
+        "num_present",
+        "parameter",
+        "view",
+    )
 
     def __init__(self, entry: ReducedParameter, divisor: int) -> None:
         self.name = entry.name
         self.parameter = entry.parameter
         self.divisor = divisor
         self.group_size = entry.group.size
+        # Inside join() fewer ranks than those of the group may have gradients, and others than the divisor may count.
+        self.divisor_now = divisor
+        self.num_present = entry.group.size
+        # This rank takes part in reductions without a gradient of its own.
+        self.is_silent = False
         # What p.grad holds is equal on all ranks; see Note: Scale. What a user puts there before the first backward
         # counts as equal.
         self.is_final = True
@@ -91,7 +107,12 @@ class Slot:
     @property
     def pack_divisor(self) -> int:
         """What the sum over the group of the local gradients is divided by."""
-        return self.group_size if self.is_final and self.needs_rescaling else self.divisor
+        return self.num_present if self.is_final and self.needs_rescaling else self.divisor_now
+
+    @property
+    def gradient(self) -> torch.Tensor | None:
+        """The local gradient."""
+        return None if self.is_silent else self.parameter.grad
 
     @property
     def pack_scale(self) -> float:
@@ -193,7 +214,7 @@ class Bucket:
         gradients: list[torch.Tensor | None] = []
         present: list[tuple[Slot, torch.Tensor]] = []
         for slot in self.slots:
-            gradient = slot.parameter.grad
+            gradient = slot.gradient
             gradients.append(gradient)
             assert slot.view is not None
             if gradient is None:
@@ -246,7 +267,7 @@ class Bucket:
         if not self.is_launched:
             return False
         for slot, gradient, version in zip(self.slots, self._launched_gradients, self._launched_versions, strict=True):
-            now = slot.parameter.grad
+            now = slot.gradient
             if now is not gradient or (now is not None and now._version != version):
                 return True
         return False
@@ -285,6 +306,9 @@ class Bucket:
         if targets:
             torch._foreach_copy_(targets, values)
 
+    def unpack_silently(self) -> None:
+        """What a rank does that took part without gradients: ``p.grad`` stays as it is."""
+
     def forget(self) -> None:
         """After the reduction: nothing is under way, and the gradients are no longer held."""
         self.work = None
@@ -313,7 +337,7 @@ class FlagBucket(Bucket):
         flags: list[bool] = []
         for bucket in self.carried:
             flags.append(bucket.has_changed())
-            flags.extend(slot.parameter.grad is not None for slot in bucket.slots)
+            flags.extend(slot.gradient is not None for slot in bucket.slots)
         self._flat = torch.tensor(flags, dtype=self.dtype).to(self.device)
 
     def launch(self) -> None:
@@ -334,6 +358,10 @@ class FlagBucket(Bucket):
 
     def unpack(self) -> None:
         """Tell the buckets, where nothing could change."""
+        self.changed_anywhere()
+
+    def unpack_silently(self) -> None:
+        """Tell the buckets; shards get gradients all the same."""
         self.changed_anywhere()
 
 

@@ -127,6 +127,8 @@ class GradientReducer:
         self._handles: list[RemovableHandle] = []
         self._layout: list[torch.dtype | None] = []
         self._comm_hook: CommHook | None = None
+        # Inside join(): announces a reduction; gives what is divided by, and the number of ranks that have gradients.
+        self._before_reduction: Callable[[], tuple[int, int]] | None = None
         # Whether buckets are launched during the backward.
         self._is_early = overlap
         self._shards = shards
@@ -184,9 +186,6 @@ class GradientReducer:
         for bucket in self.buckets:
             if bucket.is_carrier:
                 self._check_layout(bucket)
-        self._is_early = self.overlap and not any(
-            isinstance(bucket, HookedBucket) and bucket.device.type == "cpu" for bucket in self.buckets
-        )
         self._order()
         bucket_of = {id(slot): bucket for bucket in self.buckets for slot in bucket.slots}
         for slot in slots:
@@ -226,6 +225,8 @@ class GradientReducer:
         )
 
     def _order(self) -> None:
+        has_cpu_hook = any(isinstance(bucket, HookedBucket) and bucket.device.type == "cpu" for bucket in self.buckets)
+        self._is_early = self.overlap and not has_cpu_hook and self._before_reduction is None
         carriers = [bucket for bucket in self.buckets if bucket.is_carrier]
         early = [bucket for bucket in self.buckets if not bucket.is_late and not bucket.is_carrier]
         late = [bucket for bucket in self.buckets if bucket.is_late]
@@ -379,6 +380,8 @@ class GradientReducer:
         bucket.wait(self.timeout_seconds)
 
     def _finish_reduction(self) -> None:
+        if self._before_reduction is not None:
+            self._divide(*self._before_reduction())
         if not self._is_early and any(bucket.is_one_by_one for bucket in self.buckets):
             self._reduce_one_by_one()
             return
@@ -414,6 +417,42 @@ class GradientReducer:
             bucket.unpack()
             bucket.forget()
         self._scale_alone()
+
+    # Ranks that ran out of batches
+
+    def begin_join(self, before_reduction: Callable[[], tuple[int, int]]) -> None:
+        """Call ``before_reduction`` before each reduction, which begins after the backward; it returns what gradients
+        are divided by, and how many ranks have any. The same on all ranks.
+        """
+        self._before_reduction = before_reduction
+        self._order()
+
+    def end_join(self) -> None:
+        """All ranks are at work again."""
+        self._before_reduction = None
+        self._order()
+        self._divide(self._divisor, self._divisor)
+
+    def _divide(self, divisor: int, num_present: int) -> None:
+        # Parts of a group are present as of the whole: the ranks of a TP_GROUP run out together.
+        for slot in self._slots.values():
+            slot.divisor_now = slot.divisor * divisor // self._divisor
+            slot.num_present = max(1, slot.group_size * num_present // self._divisor)
+
+    def shadow_reduction(self, divisor: int, num_present: int) -> None:
+        """Take part in a reduction of the others without gradients; those of this rank's shards are kept."""
+        self._divide(divisor, num_present)
+        for slot in self._slots.values():
+            slot.is_silent = True
+        try:
+            for bucket in self._launch_order:
+                self._launch(bucket)
+                self._wait(bucket)
+                bucket.unpack_silently()
+                bucket.forget()
+        finally:
+            for slot in self._slots.values():
+                slot.is_silent = False
 
     def _find_changed(self) -> set[Bucket]:
         """The buckets that changed on some rank of their group after they were launched there."""
