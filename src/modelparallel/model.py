@@ -29,6 +29,7 @@ from modelparallel.pipeline.scheduling import step_predictor
 from modelparallel.pipeline.stage_tensor import StageTensor
 from modelparallel.plan.partition import PartitionPlan
 from modelparallel.runtime import RunningStep
+from modelparallel.sync_batch_norm import synchronise_batch_norms
 from modelparallel.tensor_parallel.replace import replace_marked_modules
 from modelparallel.torch_compat import has_own_compiled_call
 
@@ -122,7 +123,8 @@ class DistributedModel(ModelParameters):
         alias_inherited_forwards(module)
         self._units = find_units(module)
         take_off_compiled_calls(module, self._units)
-        self._check_sync_batch_norm()
+        is_prescaled = config.prescaled_batch and active.groups.tp.size > 1
+        synchronise_batch_norms(module, active.groups, has_equal_batches_over_tp=is_prescaled)
         if not runtime.is_pipelined:
             module.to(active.device)
         self._table = ParameterTable(module)
@@ -401,23 +403,6 @@ class DistributedModel(ModelParameters):
             'wrapped, smp.DistributedModel(model, compile=True) or compile={"backend": ...}'
         )
 
-    def _check_sync_batch_norm(self) -> None:
-        groups = self._runtime.session.groups
-        if groups.dp.size == groups.world.size:
-            return
-        for name, module in self.module.named_modules():
-            if isinstance(module, nn.SyncBatchNorm):
-                group = module.process_group
-                size = groups.world.size if group is None else group.size()
-                if size > groups.dp.size:
-                    raise SMPConfigError(
-                        f"module '{name}' is a SyncBatchNorm over a group of {size} processes, but only the "
-                        f"{groups.dp.size} ranks of a DP_GROUP "
-                        "run it, so it would wait for ever: convert with "
-                        "torch.nn.SyncBatchNorm.convert_sync_batchnorm(model, "
-                        "smp.get_dp_process_group())"
-                    )
-
     # Hooks
 
     def register_post_partition_hook(self, hook: Hook) -> RemovableHandle:
@@ -526,6 +511,12 @@ class DistributedModel(ModelParameters):
         each step. Gradients are reduced after the backward, without overlap. Raises SMPConfigError without ddp. Source:
         smp-api section 5.
         """
+        has_collectives = any(isinstance(part, nn.SyncBatchNorm) for part in self.module.modules())
+        if enable and has_collectives and not throw_on_early_termination:
+            raise SMPConfigError(
+                "model.join(): the model has SyncBatchNorm layers, whose forward waits for all ranks, also for those "
+                "that ran out of batches: use throw_on_early_termination=True, which ends on all ranks, or BatchNorm"
+            )
         return self.gradients.joining.join(
             divides_by_initial=divide_by_initial_world_size, is_enabled=enable, throws=throw_on_early_termination
         )
