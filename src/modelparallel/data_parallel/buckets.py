@@ -281,7 +281,10 @@ class Bucket:
     def unpack(self) -> None:
         """Write the reduced gradients to ``p.grad``; where no rank had one it stays None."""
         if self.takes_over:
-            for slot, has_gradient in zip(self.slots, self.has_flags, strict=True):
+            # Reading the flags stops the host on a GPU.
+            is_complete = all(slot.gradient is not None for slot in self.slots)
+            flags = [True] * len(self.slots) if is_complete else self.has_flags
+            for slot, has_gradient in zip(self.slots, flags, strict=True):
                 slot.is_final = True
                 if has_gradient:
                     assert slot.view is not None
