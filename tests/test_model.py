@@ -449,24 +449,3 @@ def test_the_plan_is_logged_as_a_table():
     assert text.count("Partition assignments:") == (1 if smp.rank() == 0 else 0)
     if smp.rank() == 0:
         assert "first" in text and "second" in text
-
-
-@on(PP2_TP2, DP2)
-def test_sync_batch_norm_over_the_wrong_group_is_refused():
-    wrong = nn.SyncBatchNorm.convert_sync_batchnorm(make_tied())
-    right = nn.SyncBatchNorm.convert_sync_batchnorm(make_tied(), smp.get_dp_process_group())
-    smp.DistributedModel(right)
-    if smp.dp_size() == smp.size():
-        smp.DistributedModel(wrong)
-        return
-    with pytest.raises(SMPConfigError, match=r"'body\.1' is a SyncBatchNorm over a group of 4.*get_dp_process_group"):
-        smp.DistributedModel(wrong)
-
-
-@on(*FLAT)
-def test_join_and_communication_hooks_say_that_they_are_not_built():
-    model = smp.DistributedModel(make_classifier())
-    with pytest.raises(SMPConfigError, match="not built yet"):
-        model.join()
-    with pytest.raises(SMPConfigError, match="not built yet"):
-        model.register_comm_hook(None, lambda state, bucket: None)

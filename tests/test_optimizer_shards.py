@@ -472,3 +472,43 @@ def others_do_not_come():
 
 def test_a_rank_that_does_not_come_is_named_after_the_timeout():
     run_ranks(others_do_not_come, 2)
+
+
+def bytes_of(tensors):
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t is not None}
+    return sum(storages.values())
+
+
+def memory_of_shards():
+    size = dist.get_world_size()
+    for overlap in (True, False):
+        model, group = make_plain(), world()
+        num_bytes = 8 * sum(parameter.numel() for parameter in model.parameters())
+        reducer, shards = sharded_reducer(model, lambda name, group=group: group, overlap=overlap)
+        padding = 8 * size * len(shards.buckets)
+        held = [shard.tensor for bucket in shards.buckets for shard in bucket.shards]
+        assert num_bytes <= bytes_of(model.parameters()) < num_bytes + padding
+        assert bytes_of([*held, *model.parameters()]) == bytes_of(model.parameters())
+        num_flats, num_local = [], []
+        for bucket in shards.buckets:
+
+            def launch(launch=bucket.launch, buckets=shards.buckets, flats=num_flats, local=num_local, model=model):
+                flats.append(sum(other._flat is not None for other in buckets))
+                local.append(sum(parameter.grad is not None for parameter in model.parameters()))
+                launch()
+
+            bucket.launch = launch
+        for step in range(2):
+            loss_of(step)(model)
+            assert all(parameter.grad is None for parameter in model.parameters())
+            assert num_bytes / size - padding <= bytes_of([t.grad for t in held]) <= num_bytes / size + padding
+            assert all(bucket._flat is None for bucket in shards.buckets)
+        num_buckets = len(shards.buckets)
+        assert num_buckets > 1
+        assert num_flats[:num_buckets] == (list(range(1, num_buckets + 1)) if overlap else [1] * num_buckets)
+        assert overlap or sorted(set(num_local), reverse=True) == num_local[:num_buckets]  # let go one by one
+        reducer.detach()
+
+
+def test_gradients_and_shards_take_the_memory_that_the_documentation_says():
+    run_ranks(memory_of_shards, 3)

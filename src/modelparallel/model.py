@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from modelparallel import model_states, registry, trees
 from modelparallel import runtime as runtime_module
 from modelparallel.amp import agree_on_found_infs
 from modelparallel.compilation import ModuleCompiler, checked_options, take_off_compiled_calls
-from modelparallel.errors import NotBuiltError, PartitionError, SMPConfigError, SMPError, StepUsageError
+from modelparallel.errors import PartitionError, SMPConfigError, SMPError, StepUsageError
 from modelparallel.gradient_norm import intercept_clipping
 from modelparallel.model_arguments import check_arguments
 from modelparallel.model_gradients import ModelGradients
@@ -33,6 +33,7 @@ from modelparallel.pipeline.scheduling import step_predictor
 from modelparallel.pipeline.stage_tensor import StageTensor
 from modelparallel.plan.partition import PartitionPlan
 from modelparallel.runtime import RunningStep
+from modelparallel.sync_batch_norm import synchronise_batch_norms
 from modelparallel.tensor_parallel.replace import replace_marked_modules
 from modelparallel.torch_compat import has_own_compiled_call
 
@@ -126,7 +127,8 @@ class DistributedModel(ModelParameters):
         check_can_shard(module, config)
         self._units = find_units(module)
         take_off_compiled_calls(module, self._units)
-        self._check_sync_batch_norm()
+        is_prescaled = config.prescaled_batch and active.groups.tp.size > 1
+        synchronise_batch_norms(module, active.groups, has_equal_batches_over_tp=is_prescaled)
         self.__dict__["_precision"] = ModelPrecision(self)
         if not self._precision.casts_when_placed:
             self._precision.cast_module(module)
@@ -419,23 +421,6 @@ class DistributedModel(ModelParameters):
             'wrapped, smp.DistributedModel(model, compile=True) or compile={"backend": ...}'
         )
 
-    def _check_sync_batch_norm(self) -> None:
-        groups = self._runtime.session.groups
-        if groups.dp.size == groups.world.size:
-            return
-        for name, module in self.module.named_modules():
-            if isinstance(module, nn.SyncBatchNorm):
-                group = module.process_group
-                size = groups.world.size if group is None else group.size()
-                if size > groups.dp.size:
-                    raise SMPConfigError(
-                        f"module '{name}' is a SyncBatchNorm over a group of {size} processes, but only the "
-                        f"{groups.dp.size} ranks of a DP_GROUP "
-                        "run it, so it would wait for ever: convert with "
-                        "torch.nn.SyncBatchNorm.convert_sync_batchnorm(model, "
-                        "smp.get_dp_process_group())"
-                    )
-
     # Hooks
 
     def register_post_partition_hook(self, hook: Hook) -> RemovableHandle:
@@ -515,22 +500,43 @@ class DistributedModel(ModelParameters):
         """
         return model_states.load_state_dict(self, state_dict, strict, same_partition_load)
 
-    # Not built yet
-
     def register_comm_hook(self, state: object, callable: Callable[..., Any]) -> None:
-        """A DDP communication hook for the gradient reduction; needs ddp and overlapping_allreduce."""
-        if not self._runtime.session.config.ddp:
-            raise SMPConfigError(
-                "model.register_comm_hook needs ddp: True: there is no gradient reduction to hook into"
-            )
-        raise NotBuiltError(
-            "model.register_comm_hook is not built yet: gradients are reduced by an all-reduce per bucket"
-        )
+        """Reduce gradients by ``callable(state, bucket)``, a communication hook of DDP; call it on all ranks, before or
+        after the partition, once.
 
-    def join(self, *args: Any, **kwargs: Any) -> Any:
-        """Uneven numbers of batches on the data-parallel ranks."""
-        raise NotBuiltError(
-            "model.join() is not built yet: give all data-parallel ranks the same number of batches (drop_last=True)"
+        The bucket has the methods of ``torch.distributed.GradBucket``; the hook returns a future of its mean over the
+        ranks of ``process_group``: the state itself if that is a process group, or its attribute. Where the state or
+        the attribute is None the bucket's own group is filled in, and this is what to use: with tensor parallelism
+        there are two. The microbatches are averaged before. Raises SMPConfigError without ddp, with
+        overlapping_allreduce=False, with sharding, for a second hook, and for a group that is not that of the
+        parameters. Source: smp-api section 5.
+        """
+        self.gradients.register_comm_hook(state, callable)
+
+    def join(
+        self,
+        divide_by_initial_world_size: bool = True,
+        enable: bool = True,
+        throw_on_early_termination: bool = False,
+    ) -> AbstractContextManager[None]:
+        """Inside, data-parallel ranks may have different numbers of batches; the ranks of a TP_GROUP, and the stages of
+        a pipeline, equally many. Collective over DP_GROUP: every rank enters and leaves.
+
+        A rank that leaves its loop takes part in the others' reductions until all have left; then all have the
+        parameters and buffers of a rank that went on longest. ``divide_by_initial_world_size``: gradients are divided
+        by the number of all ranks, else of those that have batches left. ``enable=False`` does nothing.
+        ``throw_on_early_termination``: RuntimeError on all ranks as soon as one has left. Clear the gradients before
+        each step. Gradients are reduced after the backward, without overlap. Raises SMPConfigError without ddp. Source:
+        smp-api section 5.
+        """
+        has_collectives = any(isinstance(part, nn.SyncBatchNorm) for part in self.module.modules())
+        if enable and has_collectives and not throw_on_early_termination:
+            raise SMPConfigError(
+                "model.join(): the model has SyncBatchNorm layers, whose forward waits for all ranks, also for those "
+                "that ran out of batches: use throw_on_early_termination=True, which ends on all ranks, or BatchNorm"
+            )
+        return self.gradients.joining.join(
+            divides_by_initial=divide_by_initial_world_size, is_enabled=enable, throws=throw_on_early_termination
         )
 
 

@@ -6,14 +6,15 @@ end. It puts the parts of ``data_parallel`` and the replicas of the pipeline in 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from modelparallel.data_parallel import (
     BroadcastTensor,
+    CommHook,
     GradientReducer,
     OptimizerShards,
     ReducedParameter,
@@ -21,10 +22,13 @@ from modelparallel.data_parallel import (
     broadcast_parameters,
     shareable,
 )
+from modelparallel.errors import SMPConfigError
+from modelparallel.model_join import ModelJoin
 from modelparallel.model_sharding import shard_parameters
 from modelparallel.pipeline.replicas import ReplicatedParameters
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
     from modelparallel.comm.groups import Group
@@ -58,8 +62,10 @@ class ModelGradients:
         self._broadcasts_buffers = broadcasts_buffers
         self._gradient_as_bucket_view = gradient_as_bucket_view
         self._finds_unused_parameters = finds_unused_parameters
-        self._reducer: GradientReducer | None = None
+        #: None while there is nothing to reduce: before the partition, or with one data-parallel rank.
+        self.reducer: GradientReducer | None = None
         self._replicas: ReplicatedParameters | None = None
+        self._comm_hook: CommHook | None = None
         #: The parameters that are shared out among ranks; None if all are whole.
         self.shards: ParameterShards | None = None
         # The same, if the parameters themselves are sharded.
@@ -68,6 +74,8 @@ class ModelGradients:
         self._num_backward_steps = 0
         # Counted here as well as in the reducer: before the partition there is none.
         self._num_no_sync = 0
+        #: What is announced inside ``model.join()``.
+        self.joining = ModelJoin(runtime.session, self)
 
     def start(self, module: nn.Module, units: Sequence[str], cast: Callable[[nn.Module, set[int]], None]) -> None:
         """The local parameters are in place: make them, and the buffers, equal on all holders, shard those that are to
@@ -101,7 +109,7 @@ class ModelGradients:
         own_shards = self._share_out(local) if session.config.shard_optimizer_state else None
         if own_shards is not None:
             self.shards = own_shards
-        self._reducer = GradientReducer(
+        self.reducer = GradientReducer(
             [
                 ReducedParameter(row.name, parameter, self._group_of(row))
                 for row, parameter in local
@@ -114,6 +122,44 @@ class ModelGradients:
             shards=own_shards,
             timeout_seconds=session.config.timeout_seconds,
         )
+        if self.joining.is_joining:
+            self.reducer.begin_join(self.joining.announce_reduction)
+        if self._comm_hook is not None:
+            self.reducer.register_comm_hook(self._comm_hook)
+
+    def register_comm_hook(self, state: object, function: Callable[..., Any]) -> None:
+        """Reduce gradients by a communication hook; before or after the partition. See `DistributedModel`."""
+        config = self._runtime.session.config
+        if not config.ddp:
+            raise SMPConfigError(
+                "model.register_comm_hook needs ddp: True: there is no gradient reduction to hook into"
+            )
+        if not self._overlaps:
+            raise SMPConfigError(
+                "model.register_comm_hook needs overlapping_allreduce=True, but the model was wrapped with "
+                "overlapping_allreduce=False: leave it out"
+            )
+        if config.shard_optimizer_state or config.sharded_data_parallel_degree > 1:
+            key = "shard_optimizer_state" if config.shard_optimizer_state else "sharded_data_parallel_degree"
+            raise SMPConfigError(
+                f"model.register_comm_hook: with {key} gradients go to the owners of shards alone, which a hook does "
+                "not do: use one of the two"
+            )
+        if not callable(function):
+            raise SMPConfigError(
+                f"model.register_comm_hook: expected a function hook(state, bucket), got {function!r}: the state comes "
+                "first, register_comm_hook(state, hook)"
+            )
+        if self._comm_hook is not None:
+            raise SMPConfigError(
+                f"model.register_comm_hook: the model has the hook {self._comm_hook.title} already; it takes one"
+            )
+        hook = CommHook(state, function)
+        groups = {id(group): group for group in (self._group_of(row) for row, _ in self._table.parameters())}
+        hook.check_state(list(groups.values()))
+        self._comm_hook = hook
+        if self.reducer is not None:
+            self.reducer.register_comm_hook(hook)
 
     def _share_out(self, local: Sequence[tuple[ParameterRow, nn.Parameter]]) -> OptimizerShards | None:
         """Sharding of the optimizer state; copies on several stages stay whole, since their gradients are added up."""
@@ -148,8 +194,8 @@ class ModelGradients:
         """Before a forward outside a step function."""
         if self.sharding is not None:
             self.sharding.prepare()
-        if self._reducer is not None and torch.is_grad_enabled():
-            self._reducer.prepare()
+        if self.reducer is not None and torch.is_grad_enabled():
+            self.reducer.prepare()
             self._synchronise_buffers(is_training)
 
     def end_forward(self) -> None:
@@ -173,8 +219,8 @@ class ModelGradients:
         with self._runtime.engine.native_region():
             if self._replicas is not None:
                 self._replicas.begin_step()
-            if self._reducer is not None:
-                self._reducer.begin_step(will_synchronize=self._will_synchronize())
+            if self.reducer is not None:
+                self.reducer.begin_step(will_synchronize=self._will_synchronize())
                 self._synchronise_buffers(is_training)
             if self.sharding is not None:
                 self.sharding.begin_step(self._will_synchronize())
@@ -186,8 +232,8 @@ class ModelGradients:
 
     def arm(self) -> None:
         """The backward of the last microbatch begins."""
-        if self._reducer is not None and self._has_begun:
-            self._reducer.arm()
+        if self.reducer is not None and self._has_begun:
+            self.reducer.arm()
         if self.sharding is not None and self._has_begun:
             self.sharding.arm()
 
@@ -204,8 +250,8 @@ class ModelGradients:
             return
         will_synchronize = self._will_synchronize()
         self._num_backward_steps += 1
-        if self._reducer is not None:
-            self._reducer.finish_step()
+        if self.reducer is not None:
+            self.reducer.finish_step()
         if self.sharding is not None:
             self.sharding.finish_step()
         if self._replicas is not None and will_synchronize:
@@ -213,8 +259,8 @@ class ModelGradients:
 
     def abort_step(self) -> None:
         """The step ended without a backward, or raised."""
-        if self._reducer is not None:
-            self._reducer.abort_step()
+        if self.reducer is not None:
+            self.reducer.abort_step()
         if self.sharding is not None:
             self.sharding.abort_step()
 
@@ -225,7 +271,7 @@ class ModelGradients:
         if self.sharding is not None:
             self.sharding.enter_no_sync()
         try:
-            with self._reducer.no_sync() if self._reducer is not None else nullcontext():
+            with self.reducer.no_sync() if self.reducer is not None else nullcontext():
                 yield
         finally:
             self._num_no_sync -= 1
@@ -237,16 +283,43 @@ class ModelGradients:
         if self.shards is not None:
             self.shards.forget_gradients()
 
+    # Buffers, and ranks with fewer batches
+
     def _synchronise_buffers(self, is_training: bool) -> None:
-        groups = self._runtime.session.groups
-        if not self._broadcasts_buffers or groups.dp.size == 1 or not is_training:
+        if not self._broadcasts_buffers or self._runtime.session.groups.dp.size == 1 or not is_training:
             return
+        if any(row.is_persistent for row, _ in self._local(self._table.buffers())):
+            self.joining.announce_buffers()
+            self.send_buffers()
+
+    def send_buffers(self) -> None:
+        """Make the persistent buffers equal to those of the first rank that is at work; collective over the groups."""
+        self._broadcast((row, buffer) for row, buffer in self._local(self._table.buffers()) if row.is_persistent)
+
+    def send_everything(self) -> None:
+        """Make parameters and buffers equal to those of a rank that was at work last; collective over the groups."""
+        self._broadcast(self._local(self._table.parameters()))
+        self._broadcast(self._local(self._table.buffers()))
+
+    def _local(self, source: Iterable[tuple[ParameterRow, Any]]) -> Iterator[tuple[ParameterRow, Any]]:
         stage = self._runtime.engine.stage
-        tensors = [
-            BroadcastTensor(row.name, buffer, self._group_of(row))
-            for row, buffer in self._table.buffers()
-            if row.is_persistent and self._table.is_local(row, stage)
-        ]
-        if tensors:
-            timeout = self._runtime.session.config.timeout_seconds
-            broadcast_parameters(tensors, is_checked=False, timeout_seconds=timeout)
+        return ((row, tensor) for row, tensor in source if self._table.is_local(row, stage))
+
+    def _broadcast(self, source: Iterable[tuple[ParameterRow, torch.Tensor]]) -> None:
+        entries = []
+        for row, tensor in source:
+            group = self._group_of(row)
+            entries.append(BroadcastTensor(row.name, tensor, group, self.joining.source_of(group)))
+        timeout = self._runtime.session.config.timeout_seconds
+        broadcast_parameters(entries, is_checked=False, timeout_seconds=timeout)
+
+    def begin_join(self) -> None:
+        """Ranks may run out of batches from now on; called by `ModelJoin`."""
+        if self.reducer is not None:
+            self.reducer.begin_join(self.joining.announce_reduction)
+
+    def end_join(self) -> None:
+        """All ranks are together again; called by `ModelJoin`. They have not made equally many passes."""
+        self._num_backward_steps = 0
+        if self.reducer is not None:
+            self.reducer.end_join()

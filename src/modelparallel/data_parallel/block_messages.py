@@ -47,7 +47,11 @@ def start_to_owners(flat: torch.Tensor, bounds: Sequence[int], group: Group) -> 
     own = blocks[group.rank_in_group]
     if flat.is_cuda:
         total = torch.empty_like(own)
-        work = dist.reduce_scatter(total, blocks, group=group.process_group, async_op=True)
+        if _are_equal(blocks):
+            work = _reduce_scatter_single(_real(total), _real(flat), group=group.process_group, async_op=True)
+        else:
+            parts = [_real(block) for block in blocks]
+            work = dist.reduce_scatter(_real(total), parts, group=group.process_group, async_op=True)
         return BlockMessages([work], group, flat.device), OwnBlock([total])
     received = [own if rank == group.rank_in_group else torch.empty_like(own) for rank in range(group.size)]
     works = _start(received, blocks, group, _TO_OWNERS)
@@ -59,7 +63,10 @@ def start_from_owners(flat: torch.Tensor, bounds: Sequence[int], group: Group) -
     blocks = _blocks(flat, bounds)
     own = blocks[group.rank_in_group]
     if flat.is_cuda:
-        work = dist.all_gather(blocks, own, group=group.process_group, async_op=True)
+        if _are_equal(blocks):
+            work = _all_gather_single(_real(flat), _real(own), group=group.process_group, async_op=True)
+        else:
+            work = dist.all_gather([_real(block) for block in blocks], _real(own), group.process_group, async_op=True)
         return BlockMessages([work], group, flat.device)
     return BlockMessages(_start(blocks, [own] * group.size, group, _FROM_OWNERS), group, flat.device)
 
@@ -98,3 +105,12 @@ def _start(received: Sequence[torch.Tensor], sent: Sequence[torch.Tensor], group
 
 def _real(block: torch.Tensor) -> torch.Tensor:
     return torch.view_as_real(block) if block.is_complex() else block
+
+
+def _are_equal(blocks: Sequence[torch.Tensor]) -> bool:
+    return len({block.numel() for block in blocks}) == 1
+
+
+# torch 2.13 renamed the two; 2.11 has only the old names.
+_all_gather_single: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter_single: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor

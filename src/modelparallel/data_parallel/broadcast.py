@@ -21,18 +21,19 @@ MESSAGE_BYTES = 128 * 1024 * 1024
 @dataclass(frozen=True)
 class BroadcastTensor:
     """A parameter or buffer and the group over which it must be equal; ``name`` is used in errors and to compare the
-    ranks.
+    ranks. ``source``: the rank_in_group whose value counts.
     """
 
     name: str
     tensor: torch.Tensor
     group: Group
+    source: int = 0
 
 
 def broadcast_parameters(
     tensors: Sequence[BroadcastTensor], *, is_checked: bool = True, timeout_seconds: float = 600.0
 ) -> None:
-    """Overwrite every tensor by the value of the first rank (``group.ranks[0]``) of its group (smp-api section 5).
+    """Overwrite every tensor by the value of the source, usually the first rank, of its group (smp-api section 5).
 
     Collective over every group named; all ranks of a group must pass the same tensors in the same order, which is
     compared first unless ``is_checked`` is False (buffers that are sent each step). Tensors of any dtype and device
@@ -40,11 +41,11 @@ def broadcast_parameters(
 
     Raises DivergenceError when the ranks' lists differ, WaitTimeoutError when a rank does not take part.
     """
-    families: dict[tuple[tuple[int, ...], torch.device], list[BroadcastTensor]] = {}
+    families: dict[tuple[tuple[int, ...], int, torch.device], list[BroadcastTensor]] = {}
     for entry in tensors:
         if entry.group.size > 1 and entry.tensor.numel() > 0:
-            families.setdefault((entry.group.ranks, entry.tensor.device), []).append(entry)
-    for (_, device), entries in families.items():
+            families.setdefault((entry.group.ranks, entry.source, entry.tensor.device), []).append(entry)
+    for (_, _, device), entries in families.items():
         if is_checked:
             listing = [f"{entry.name} {tuple(entry.tensor.shape)} {entry.tensor.dtype}" for entry in entries]
             check_agreement(entries[0].group, device, listing, "the tensors to be broadcast", timeout_seconds)
@@ -63,14 +64,15 @@ def broadcast_parameters(
 @torch.no_grad()
 def _broadcast_message(entries: Sequence[BroadcastTensor], device: torch.device, timeout_seconds: float) -> None:
     group = entries[0].group
-    is_source = group.rank_in_group == 0
+    source = entries[0].source
+    is_source = group.rank_in_group == source
     sizes = [entry.tensor.numel() * entry.tensor.element_size() for entry in entries]
     flat = torch.empty(sum(sizes), dtype=torch.uint8, device=device)
     pieces = flat.split(sizes)
     if is_source:
         for piece, entry in zip(pieces, entries, strict=True):
             piece.copy_(entry.tensor.detach().contiguous().reshape(-1).view(torch.uint8))
-    work = dist.broadcast(flat, src=group.ranks[0], group=group.process_group, async_op=True)
+    work = dist.broadcast(flat, src=group.ranks[source], group=group.process_group, async_op=True)
     purpose = f"the broadcast of {len(entries)} tensors from {entries[0].name!r} to {entries[-1].name!r}"
     wait_for(work, timeout_seconds, purpose, group, device)
     if not is_source:

@@ -60,13 +60,29 @@ def gradient_dtype(parameter: torch.Tensor) -> torch.dtype:
 class Slot:
     """The place of one parameter."""
 
-    __slots__ = ("divisor", "group_size", "is_final", "is_fired", "name", "parameter", "view")
+    __slots__ = (
+        "divisor",
+        "divisor_now",
+        "group_size",
+        "is_final",
+        "is_fired",
+        "is_silent",
+        "name",
+        "num_present",
+        "parameter",
+        "view",
+    )
 
     def __init__(self, entry: ReducedParameter, divisor: int) -> None:
         self.name = entry.name
         self.parameter = entry.parameter
         self.divisor = divisor
         self.group_size = entry.group.size
+        # Inside join() fewer ranks than those of the group may have gradients, and others than the divisor may count.
+        self.divisor_now = divisor
+        self.num_present = entry.group.size
+        # This rank takes part in reductions without a gradient of its own.
+        self.is_silent = False
         # What p.grad holds is equal on all ranks; see Note: Scale. What a user puts there before the first backward
         # counts as equal.
         self.is_final = True
@@ -89,8 +105,18 @@ class Slot:
                     self.parameter.grad.mul_(self.divisor / self.group_size)
 
     @property
+    def pack_divisor(self) -> int:
+        """What the sum over the group of the local gradients is divided by."""
+        return self.num_present if self.is_final and self.needs_rescaling else self.divisor_now
+
+    @property
+    def gradient(self) -> torch.Tensor | None:
+        """The local gradient."""
+        return None if self.is_silent else self.parameter.grad
+
+    @property
     def pack_scale(self) -> float:
-        return 1.0 / (self.group_size if self.is_final and self.needs_rescaling else self.divisor)
+        return 1.0 / self.pack_divisor
 
 
 class Bucket:
@@ -98,7 +124,7 @@ class Bucket:
     of the group.
     """
 
-    # Whether unpacking gives up the local gradients, so that it is worth while to do that bucket by bucket.
+    # Whether unpacking gives up the local gradients.
     takes_over = False
     # Whether the flags do not travel in the bucket itself.
     needs_flag_bucket = False
@@ -143,6 +169,11 @@ class Bucket:
         return self.work is not None
 
     @property
+    def is_one_by_one(self) -> bool:
+        """Whether, after the backward, each bucket is reduced and unpacked before the next one is packed."""
+        return self.takes_over
+
+    @property
     def title(self) -> str:
         names = f"{self.slots[0].name!r}" + (f" to {self.slots[-1].name!r}" if len(self.slots) > 1 else "")
         return f"gradient bucket {self.index} ({names})"
@@ -183,7 +214,7 @@ class Bucket:
         gradients: list[torch.Tensor | None] = []
         present: list[tuple[Slot, torch.Tensor]] = []
         for slot in self.slots:
-            gradient = slot.parameter.grad
+            gradient = slot.gradient
             gradients.append(gradient)
             assert slot.view is not None
             if gradient is None:
@@ -199,13 +230,23 @@ class Bucket:
         if self.device.type == "cpu":
             # One pass over the memory instead of the two of copy and multiply.
             for slot, gradient in present:
-                torch.mul(gradient, slot.pack_scale, out=slot.view)
+                torch.mul(gradient, self.scale_of(slot), out=slot.view)
             return
         views = [slot.view for slot, _ in present if slot.view is not None]
         torch._foreach_copy_(views, [gradient for _, gradient in present])
-        scales = [slot.pack_scale for slot, _ in present]
+        scales = [self.scale_of(slot) for slot, _ in present]
         if any(scale != 1.0 for scale in scales):
             torch._foreach_mul_(views, scales)
+
+    def scale_of(self, slot: Slot) -> float:
+        """By which the local gradient is multiplied."""
+        return slot.pack_scale
+
+    @property
+    def has_flags(self) -> Sequence[bool]:
+        """For each parameter whether any rank has a gradient; after the wait."""
+        assert self._has_flags is not None
+        return [flag.real > 0 for flag in self._has_flags.tolist()]
 
     def launch(self) -> None:
         """Start the reduction of what was packed."""
@@ -226,7 +267,7 @@ class Bucket:
         if not self.is_launched:
             return False
         for slot, gradient, version in zip(self.slots, self._launched_gradients, self._launched_versions, strict=True):
-            now = slot.parameter.grad
+            now = slot.gradient
             if now is not gradient or (now is not None and now._version != version):
                 return True
         return False
@@ -239,18 +280,20 @@ class Bucket:
     @torch.no_grad()
     def unpack(self) -> None:
         """Write the reduced gradients to ``p.grad``; where no rank had one it stays None."""
-        assert self._has_flags is not None
         if self.takes_over:
-            for slot, has_gradient in zip(self.slots, self._has_flags.tolist(), strict=True):
+            # Reading the flags stops the host on a GPU.
+            is_complete = all(slot.gradient is not None for slot in self.slots)
+            flags = [True] * len(self.slots) if is_complete else self.has_flags
+            for slot, has_gradient in zip(self.slots, flags, strict=True):
                 slot.is_final = True
-                if has_gradient.real > 0:
+                if has_gradient:
                     assert slot.view is not None
                     # `data`: each gradient counts its own versions, so that has_changed() can tell them apart.
                     slot.parameter.grad = slot.view.data
             return
         targets: list[torch.Tensor] = []
         values: list[torch.Tensor] = []
-        has_anywhere: list[complex] | None = None
+        has_anywhere: Sequence[bool] | None = None
         for position, slot in enumerate(self.slots):
             gradient = slot.parameter.grad
             slot.is_final = True
@@ -260,11 +303,14 @@ class Bucket:
                 values.append(slot.view)
                 continue
             if has_anywhere is None:
-                has_anywhere = self._has_flags.tolist()
-            if has_anywhere[position].real > 0:
+                has_anywhere = self.has_flags
+            if has_anywhere[position]:
                 slot.parameter.grad = torch.empty_like(slot.parameter.detach(), dtype=self.dtype).copy_(slot.view)
         if targets:
             torch._foreach_copy_(targets, values)
+
+    def unpack_silently(self) -> None:
+        """What a rank does that took part without gradients: ``p.grad`` stays as it is."""
 
     def forget(self) -> None:
         """After the reduction: nothing is under way, and the gradients are no longer held."""
@@ -294,7 +340,7 @@ class FlagBucket(Bucket):
         flags: list[bool] = []
         for bucket in self.carried:
             flags.append(bucket.has_changed())
-            flags.extend(slot.parameter.grad is not None for slot in bucket.slots)
+            flags.extend(slot.gradient is not None for slot in bucket.slots)
         self._flat = torch.tensor(flags, dtype=self.dtype).to(self.device)
 
     def launch(self) -> None:
@@ -315,6 +361,10 @@ class FlagBucket(Bucket):
 
     def unpack(self) -> None:
         """Tell the buckets, where nothing could change."""
+        self.changed_anywhere()
+
+    def unpack_silently(self) -> None:
+        """Tell the buckets; shards get gradients all the same."""
         self.changed_anywhere()
 
 

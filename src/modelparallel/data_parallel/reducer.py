@@ -37,6 +37,7 @@ from modelparallel.data_parallel.buckets import (
     gradient_dtype,
     with_carriers,
 )
+from modelparallel.data_parallel.comm_hooks import CommHook, HookedBucket
 from modelparallel.data_parallel.waits import check_agreement
 from modelparallel.errors import SMPConfigError, StepUsageError
 from modelparallel.torch_compat import current_backward_id, queue_backward_callback
@@ -125,6 +126,11 @@ class GradientReducer:
         self._lock = threading.RLock()
         self._handles: list[RemovableHandle] = []
         self._layout: list[torch.dtype | None] = []
+        self._comm_hook: CommHook | None = None
+        # Inside join(): announces a reduction; gives what is divided by, and the number of ranks that have gradients.
+        self._before_reduction: Callable[[], tuple[int, int]] | None = None
+        # Whether buckets are launched during the backward.
+        self._is_early = overlap
         self._shards = shards
         self._shared_buckets: Sequence[Bucket] = ()
         self._slots: dict[int, Slot] = {}
@@ -193,6 +199,8 @@ class GradientReducer:
 
     def _make_bucket(self, members: Sequence[Slot], group: Group) -> Bucket:
         first = members[0].parameter
+        if self._comm_hook is not None:
+            return HookedBucket(members, group, self._comm_hook, as_views=self.as_views)
         return Bucket(members, group, first.device, gradient_dtype(first), as_views=self.as_views)
 
     def _take_shared_buckets(self, trained: set[int]) -> list[Bucket]:
@@ -217,13 +225,18 @@ class GradientReducer:
         )
 
     def _order(self) -> None:
+        has_cpu_hook = any(isinstance(bucket, HookedBucket) and bucket.device.type == "cpu" for bucket in self.buckets)
+        self._is_early = self.overlap and not has_cpu_hook and self._before_reduction is None
         carriers = [bucket for bucket in self.buckets if bucket.is_carrier]
         early = [bucket for bucket in self.buckets if not bucket.is_late and not bucket.is_carrier]
         late = [bucket for bucket in self.buckets if bucket.is_late]
         # Without overlap the flags come first, so that buckets can be unpacked one by one.
-        first = [bucket for bucket in carriers if not bucket.slots and not self.overlap]
+        first = [bucket for bucket in carriers if not bucket.slots and not self._is_early]
         self._launch_order = (*first, *early, *(bucket for bucket in carriers if bucket not in first), *late)
-        self._num_early = len(early) if self.overlap else 0
+        self._num_early = len(early) if self._is_early else 0
+        hooked = [bucket for bucket in self._launch_order if isinstance(bucket, HookedBucket)]
+        for bucket in hooked:
+            bucket.is_last = bucket is hooked[-1]
 
     # Hooks.
 
@@ -236,7 +249,7 @@ class GradientReducer:
                     return
                 if self._backward_id != current_backward_id():
                     self._begin_backward()
-            if bucket is None or not self.overlap or slot.is_fired:
+            if bucket is None or not self._is_early or slot.is_fired:
                 return
             with self._lock:
                 slot.is_fired = True
@@ -317,6 +330,11 @@ class GradientReducer:
         finally:
             self._num_no_sync -= 1
 
+    def register_comm_hook(self, hook: CommHook) -> None:
+        """Reduce by ``hook`` from now on: the groups were checked. The same on all ranks, between steps."""
+        self._comm_hook = hook
+        self._plan()
+
     def detach(self) -> None:
         """Remove all hooks; the reducer does nothing from then on."""
         self._remove_hooks()
@@ -362,13 +380,15 @@ class GradientReducer:
         bucket.wait(self.timeout_seconds)
 
     def _finish_reduction(self) -> None:
-        if not self.overlap and any(bucket.takes_over for bucket in self.buckets):
+        if self._before_reduction is not None:
+            self._divide(*self._before_reduction())
+        if not self._is_early and any(bucket.is_one_by_one for bucket in self.buckets):
             self._reduce_one_by_one()
             return
         self._skip_launched()
         for bucket in self._launch_order[self._num_launched :]:
             self._launch(bucket)
-        changed = self._find_changed() if self.overlap else set()
+        changed = self._find_changed() if self._is_early else set()
         repeated: list[Bucket] = []
         for bucket in self._launch_order:
             self._wait(bucket)
@@ -397,6 +417,42 @@ class GradientReducer:
             bucket.unpack()
             bucket.forget()
         self._scale_alone()
+
+    # Ranks that ran out of batches
+
+    def begin_join(self, before_reduction: Callable[[], tuple[int, int]]) -> None:
+        """Call ``before_reduction`` before each reduction, which begins after the backward; it returns what gradients
+        are divided by, and how many ranks have any. The same on all ranks.
+        """
+        self._before_reduction = before_reduction
+        self._order()
+
+    def end_join(self) -> None:
+        """All ranks are at work again."""
+        self._before_reduction = None
+        self._order()
+        self._divide(self._divisor, self._divisor)
+
+    def _divide(self, divisor: int, num_present: int) -> None:
+        # Parts of a group are present as of the whole: the ranks of a TP_GROUP run out together.
+        for slot in self._slots.values():
+            slot.divisor_now = slot.divisor * divisor // self._divisor
+            slot.num_present = max(1, slot.group_size * num_present // self._divisor)
+
+    def shadow_reduction(self, divisor: int, num_present: int) -> None:
+        """Take part in a reduction of the others without gradients; those of this rank's shards are kept."""
+        self._divide(divisor, num_present)
+        for slot in self._slots.values():
+            slot.is_silent = True
+        try:
+            for bucket in self._launch_order:
+                self._launch(bucket)
+                self._wait(bucket)
+                bucket.unpack_silently()
+                bucket.forget()
+        finally:
+            for slot in self._slots.values():
+                slot.is_silent = False
 
     def _find_changed(self) -> set[Bucket]:
         """The buckets that changed on some rank of their group after they were launched there."""

@@ -58,6 +58,8 @@ class ShardBucket(Bucket):
         first = slots[0].parameter
         super().__init__(slots, group, first.device, gradient_dtype(first), as_views=True)
         self.bounds = tuple(bounds)
+        # Whether the gradients of the shards have been used by an update.
+        self._is_consumed = False
         #: Whether gradients were reduced, or an update was gathered.
         self.is_used = False
         self._messages: BlockMessages | None = None
@@ -151,6 +153,14 @@ class ShardBucket(Bucket):
         for slot in self.slots:
             slot.is_final = True
             slot.parameter.grad = None
+        self._is_consumed = False
+
+    def unpack_silently(self) -> None:
+        """The shards get their gradients: this rank goes on updating them. Nobody else clears used ones now."""
+        if self._is_consumed:
+            for shard in self.shards:
+                shard.tensor.grad = None
+        self.unpack()
 
     def forget(self) -> None:
         """After the reduction: nothing is under way, and nothing of it is held."""
@@ -178,7 +188,7 @@ class ShardBucket(Bucket):
 
     def start_gather(self) -> BlockMessages:
         """All ranks get the values of all shards."""
-        self.is_used = True
+        self.is_used = self._is_consumed = True
         return start_from_owners(self._parameters, self.bounds, self.group)
 
     def note_changed(self) -> None:

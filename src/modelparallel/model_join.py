@@ -1,0 +1,116 @@
+"""``model.join()``: data-parallel ranks with different numbers of batches (smp-api section 5).
+
+What is announced, and what a rank that ran out does in each event, is put together here; the protocol is that of
+data_parallel/joining.py. All stages of a pipeline, and all ranks of a TP_GROUP, run out together, so that each
+data-parallel group joins for itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from torch.distributed.algorithms.join import Join
+
+from modelparallel.data_parallel import JoinEvents
+from modelparallel.errors import SMPConfigError, StepUsageError
+
+if TYPE_CHECKING:
+    from modelparallel.comm.groups import Group
+    from modelparallel.model_gradients import ModelGradients
+    from modelparallel.session import Session
+
+REDUCTION = "the reduction of gradients"
+BUFFERS = "the broadcast of buffers"
+UPDATE = "the update by the optimizer"
+
+
+class ModelJoin:
+    """The events of one model inside ``join``; made with the model, at work inside the context manager."""
+
+    def __init__(self, session: Session, gradients: ModelGradients) -> None:
+        self._session = session
+        self._gradients = gradients
+        self._divides_by_initial = True
+        group = session.groups.dp
+        self._group = group
+        self._events = JoinEvents(group, session.device, session.config.timeout_seconds, self._finish)
+        self._events.on(REDUCTION, self._shadow_reduction)
+        self._events.on(BUFFERS, gradients.send_buffers)
+
+    @property
+    def is_joining(self) -> bool:
+        """Whether the context manager is entered, and enabled."""
+        return self._events.is_joining
+
+    def on_update(self, shadow: Callable[[], None]) -> None:
+        """``shadow()`` is what a rank that ran out does when the others call ``announce_update``: the update of its own
+        shards and the gathering of all. Registered by the optimizer; the same on all ranks.
+        """
+        self._events.on(UPDATE, shadow)
+
+    def announce_update(self) -> None:
+        """The optimizer begins an update that is collective over the data-parallel ranks; nothing outside join()."""
+        if self._events.has(UPDATE):
+            self._events.announce(UPDATE)
+
+    def announce_buffers(self) -> None:
+        """A broadcast of buffers comes."""
+        self._events.announce(BUFFERS)
+
+    def announce_reduction(self) -> tuple[int, int]:
+        """A reduction comes. Returns what gradients are divided by, and the number of ranks at work."""
+        self._events.announce(REDUCTION)
+        return self._divisor_and_number()
+
+    def _divisor_and_number(self) -> tuple[int, int]:
+        number = sum(self._events.at_work)
+        return (self._group.size if self._divides_by_initial else number), number
+
+    def _shadow_reduction(self) -> None:
+        reducer = self._gradients.reducer
+        assert reducer is not None
+        reducer.shadow_reduction(*self._divisor_and_number())
+
+    def source_of(self, group: Group) -> int:
+        """The first rank_in_group that is at work, or was so last: whose buffers count."""
+        if not self._events.is_joining:
+            return 0
+        working = {rank for rank, is_working in zip(self._group.ranks, self._events.at_work, strict=True) if is_working}
+        return next((index for index, rank in enumerate(group.ranks) if rank in working), 0)
+
+    @contextmanager
+    def join(self, *, divides_by_initial: bool, is_enabled: bool, throws: bool) -> Iterator[None]:
+        """The context manager; collective over DP_GROUP."""
+        config = self._session.config
+        if not config.ddp:
+            raise SMPConfigError("model.join() needs ddp: True: there are no other ranks that could have more batches")
+        if self._group.size == 1 or not is_enabled:
+            yield
+            return
+        if self._events.is_joining:
+            raise StepUsageError("model.join() inside model.join(): one is enough")
+        if self._gradients.shards is not None and not self._events.has(UPDATE):
+            raise StepUsageError(
+                "model.join() with shard_optimizer_state: wrap the optimizer in smp.DistributedOptimizer before, since "
+                "ranks that ran out of batches go on updating their shards"
+            )
+        self._divides_by_initial = divides_by_initial
+        self._events.is_joining = True
+        self._gradients.begin_join()
+        try:
+            with Join([self._events], True, throws):
+                yield
+                if self._gradients.reducer is None:
+                    raise StepUsageError(
+                        "model.join(): this rank ran out of batches before the model was partitioned, which all ranks "
+                        "do together at the first step: give every rank at least one batch"
+                    )
+        finally:
+            self._events.is_joining = False
+            self._gradients.end_join()
+
+    def _finish(self) -> None:
+        """All ranks have run out: parameters and buffers are those of one that went on longest."""
+        self._gradients.send_everything()
