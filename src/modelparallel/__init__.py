@@ -5,6 +5,13 @@
 
 from modelparallel import model as model
 from modelparallel import nn as nn
+from modelparallel import patches as patches
+from modelparallel.activation_checkpointing import (
+    checkpoint,
+    checkpoint_sequential,
+    checkpoint_wrapper,
+    set_activation_checkpointing,
+)
 from modelparallel.model import DistributedModel
 from modelparallel.model_partition import set_partition
 from modelparallel.optimizer import DistributedOptimizer
@@ -80,6 +87,9 @@ __all__ = [
     "allgather",
     "barrier",
     "broadcast",
+    "checkpoint",
+    "checkpoint_sequential",
+    "checkpoint_wrapper",
     "dp_barrier",
     "dp_rank",
     "dp_size",
@@ -107,6 +117,7 @@ __all__ = [
     "nn",
     "num_microbatches",
     "partition",
+    "patches",
     "pp_rank",
     "pp_size",
     "rank",
@@ -114,6 +125,7 @@ __all__ = [
     "rdp_size",
     "recv_from",
     "send",
+    "set_activation_checkpointing",
     "set_partition",
     "set_tensor_parallelism",
     "size",

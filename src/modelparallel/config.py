@@ -43,7 +43,6 @@ NOT_BUILT: dict[str, str] = {
     "fp16_params": "creating distributed layers in fp16",
     "shard_optimizer_state": "sharding the optimizer state",
     "sharded_data_parallel_degree": "sharded data parallelism",
-    "offload_activations": "offloading activations to host memory",
     "delayed_parameter_initialization": "delayed parameter initialization",
     "checkpoint_attentions": "checkpointing inside the distributed attention",
     "_fp32_grad_accumulation": "accumulating gradients in fp32",
@@ -379,6 +378,11 @@ def _notices(config: Config, environ: Mapping[str, str]) -> Iterable[str]:
         yield f"{', '.join(idle)}: no effect with sharded_data_parallel_degree=1"
     if "activation_loading_horizon" in given and not config.offload_activations:
         yield "activation_loading_horizon: no effect without offload_activations"
+    if config.offload_activations:
+        yield (
+            "offload_activations: moves the inputs of modules with activation checkpointing; no effect without "
+            "smp.set_activation_checkpointing or smp.checkpoint"
+        )
     if config.prescaled_batch and config.tensor_parallel_degree == 1:
         yield "prescaled_batch: no effect with tensor_parallel_degree=1"
     idle = [key for key in _AUTOMATIC_KEYS if key in given]

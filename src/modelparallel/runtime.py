@@ -17,6 +17,7 @@ from modelparallel.comm.gloo_transport import GlooTransport
 from modelparallel.comm.pair_channels import PairChannels
 from modelparallel.errors import SMPConfigError
 from modelparallel.event_files import EventFile
+from modelparallel.memory import HostStore
 from modelparallel.nn.huggingface import new_names_of
 from modelparallel.pipeline.engine import PipelineEngine
 
@@ -61,6 +62,8 @@ class Runtime:
         self.engine = PipelineEngine(
             of.device, transport, of.config.push_limit_bytes, of.config.pipeline, of.config.active_microbatches
         )
+        if of.config.offload_activations:
+            self.engine.activation_store = HostStore(of.device, of.config.activation_loading_horizon)
         if of.groups.tp.size > 1:
             self.engine.plans.lockstep_group = of.groups.tp
         self.engine.plans.are_logged = of.groups.world.rank_in_group == 0  # not by every replica of the first stage

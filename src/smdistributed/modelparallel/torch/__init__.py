@@ -23,7 +23,6 @@ PREFIX = __name__ + "."
 NOT_BUILT = (
     "amp",
     "optimizers",
-    "patches",
     "sharded_data_parallel_checkpoint",
 )
 
