@@ -119,20 +119,25 @@ class Region:
         self._record = None if self._is_native or self._program is None else Record(self._program)
         self._store = store
         self._inputs: list[KeptTensor] = []
-        self._arguments: Any = trees.map_leaves(self._keep, (args, kwargs))
+        self._arguments: Any = (args, kwargs)
+        self._modules = modules
+        self._buffers: list[KeptBuffers] = []
         self._thread_state = ThreadState()
         self._generators = SavedGenerators(engine.device, has_numpy=self._record is not None)
         self._preserves_random = preserves_random or self._record is not None
         self._frames = None if engine.frames is None else engine.frames.at_this_point()
-        self._buffers: list[KeptBuffers] = []
-        if self._record is None:
-            self._buffers += [KeptBuffers(module, engine.buffer_habits) for module in modules]
         self._holders: list[weakref.ref[_Holder]] = []
         self._metadata: list[tuple[torch.Size, torch.dtype]] = []
         self._num_made = 0
         self._is_open = False
         self._was_in_region = False
         self._stack: ExitStack | None = None
+
+    def _keep_all(self) -> None:
+        self._arguments = trees.map_leaves(self._keep, self._arguments)
+        if self._record is None:
+            self._buffers = [KeptBuffers(module, self._engine.buffer_habits) for module in self._modules]
+        self._modules = ()
 
     def _keep(self, leaf: Any) -> Any:
         if not isinstance(leaf, torch.Tensor) or isinstance(leaf, nn.Parameter):
@@ -152,16 +157,20 @@ class Region:
 
     def _offload(self) -> None:
         if self._store is None:
+            self._inputs = []
             return
         program = self._program
         key = (0, 0) if program is None else (program.microbatch, program.tracker.visit)
         for kept in self._inputs:
             kept.move_to(self._store, key)
+        self._inputs = []
 
     # The first run
 
     def __enter__(self) -> None:
         engine = self._engine
+        with engine.native_region():
+            self._keep_all()
         self._is_open = True
         self._was_in_region, engine.is_in_region = engine.is_in_region, True
         stack = self._stack = ExitStack()
@@ -178,19 +187,20 @@ class Region:
     ) -> None:
         self._is_open = False
         self._engine.is_in_region = self._was_in_region
-        if self._record is not None and self._program is not None:
-            self._program.region = self._program.around_compute = None
-            self._record.close()
-        for kept in self._buffers:
-            kept.forget_constants()
         stack, self._stack = self._stack, None
         if stack is not None:
             stack.__exit__(kind, error, trace)
+        if self._record is not None and self._program is not None:
+            self._program.region = self._program.around_compute = None
         if not self._holders or error is not None:
             self._let_go()
-        else:
+            return
+        with self._engine.native_region():
+            if self._record is not None:
+                self._record.close()
+            for kept in self._buffers:
+                kept.forget_constants()
             self._offload()
-        self._inputs = []
 
     def _drop(self, tensor: torch.Tensor) -> Any:
         if not self._is_open or self._engine.program is not self._program:
@@ -289,5 +299,6 @@ class Region:
     def _let_go(self) -> None:
         """The second run is done: what was kept for it may go."""
         self._function = self._arguments = self._record = self._contexts = None
+        self._inputs = []
         self._program = None
         self._buffers = []
