@@ -4,9 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
+
+
+class Runs:
+    """A count that the engine does not take for the state of a module."""
+
+    def __init__(self) -> None:
+        self.number = 0
 
 
 class Block(nn.Module):
@@ -17,16 +26,16 @@ class Block(nn.Module):
         self.norm = nn.BatchNorm1d(width) if has_norm else nn.LayerNorm(width)
         self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
         self.drop = nn.Dropout(dropout)
-        self.num_runs = 0
+        self.runs = Runs()
 
     def forward(self, x: Tensor) -> Tensor:
-        self.num_runs += 1
+        self.runs.number += 1
         return x + self.drop(self.down(torch.tanh(self.up(self.norm(x)))))
 
 
 def num_runs(module: nn.Module) -> list[int]:
     """How often each counting part has run."""
-    return [part.num_runs for part in module.modules() if hasattr(part, "num_runs")]
+    return [part.runs.number for part in module.modules() if hasattr(part, "runs")]
 
 
 class SavedBytes:
@@ -57,3 +66,18 @@ def saved_bytes(module: nn.Module) -> Iterator[SavedBytes]:
     found = SavedBytes(module.parameters())
     with torch.autograd.graph.saved_tensors_hooks(found.pack, lambda tensor: tensor):
         yield found
+
+
+@contextmanager
+def same_random_numbers() -> Iterator[None]:
+    """The steps inside draw what those of any other such context draw, although their numbers differ."""
+    from modelparallel import runtime, stepping
+    from modelparallel.pipeline.randomness import RandomFrames
+
+    first = runtime.current().num_steps
+
+    def frames(device: torch.device, seed: int, step: int, *more: Any) -> RandomFrames:
+        return RandomFrames(device, 7, step - first, *more)
+
+    with mock.patch.object(stepping, "RandomFrames", frames):
+        yield

@@ -11,12 +11,11 @@ import torch
 from torch import Tensor, nn
 
 import modelparallel as smp
-from modelparallel import runtime
 from modelparallel.errors import RecomputationError, SMPConfigError, StepUsageError
 from modelparallel.memory import groups_of
 from parity import assert_parity
 from rank_tests import RankTests, on
-from recomputation_models import Block, num_runs, saved_bytes
+from recomputation_models import Block, Runs, num_runs, same_random_numbers, saved_bytes
 
 ONE = RankTests(1, {"microbatches": 2})
 
@@ -47,9 +46,8 @@ def train_step(model: Any, x: Tensor) -> Tensor:
 
 
 def step_gradients(model: Any) -> tuple[float, dict[str, Tensor]]:
-    runtime.current().num_steps = 0  # random numbers depend on the number of the step
-    torch.manual_seed(7)
-    loss = float(train_step(model, batch()).reduce_mean())
+    with same_random_numbers():
+        loss = float(train_step(model, batch()).reduce_mean())
     return loss, {name: p.grad.clone() for name, p in model.module.named_parameters()}
 
 
@@ -220,10 +218,10 @@ class Nested(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.linear = nn.Linear(8, 8)
-        self.num_runs = 0
+        self.runs = Runs()
 
     def forward(self, values: dict[str, Any], *, scale: float = 1.0, extra: Any = None) -> dict[str, Any]:
-        self.num_runs += 1
+        self.runs.number += 1
         x, (y, _) = values["x"], values["pair"]
         out = torch.tanh(self.linear(x)) * scale + y
         return {"out": out, "same": x, "list": [out * 2, None, 3], "extra": extra["z"] * out}
@@ -264,17 +262,17 @@ def test_checkpoint_takes_nested_and_keyword_arguments() -> None:
             {name: p.grad for name, p in reference.inner.named_parameters()},
             dtype=torch.float64,
         )
-        assert caller.inner.num_runs == 2
+        assert caller.inner.runs.number == 2
 
 
 class Several(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.linear = nn.Linear(8, 8)
-        self.num_runs = 0
+        self.runs = Runs()
 
     def forward(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        self.num_runs += 1
+        self.runs.number += 1
         return torch.tanh(self.linear(x) * mask), mask
 
 
@@ -488,7 +486,7 @@ def test_a_second_run_that_differs_is_found_out() -> None:
     class Counting(Block):
         def forward(self, x: Tensor) -> Tensor:
             out = super().forward(x)
-            return out.exp() if self.num_runs == 1 and self.early else (out[:3] if self.num_runs == 2 else out).sin()
+            return (out[:3] if self.runs.number == 2 else out).sin()
 
     class Writing(Block):
         def forward(self, x: Tensor) -> Tensor:
@@ -503,7 +501,6 @@ def test_a_second_run_that_differs_is_found_out() -> None:
             return out + slope
 
     model = Counting().double()
-    model.early = False
     with pytest.raises(RecomputationError, match=r"the saved tensor \d+ is \(3, 8\)"):
         smp.checkpoint(model, batch()).sum().backward()
     with pytest.raises(RecomputationError, match="written to in place"):

@@ -22,6 +22,7 @@ from modelparallel.errors import PartitionError, SMPConfigError, StepUsageError
 from modelparallel.memory import check_strategy, groups_of
 from modelparallel.model import DistributedModel
 from modelparallel.module_view import ModuleView
+from modelparallel.pipeline.calls import is_decoder_cache
 from modelparallel.runtime import Runtime
 from modelparallel.torch_compat import install_call
 
@@ -281,6 +282,8 @@ def _called(
     is_tracing = runtime.step is not None and runtime.step.is_tracing
     if not any(module.training for module in modules) or not torch.is_grad_enabled() or is_tracing:
         return function(*args, **kwargs)
+    args = tuple(None if is_decoder_cache(value) else value for value in args)
+    kwargs = {name: _without_cache(name, value) for name, value in kwargs.items()}
     contexts = None
     if options.policy is not None:
         contexts = create_selective_checkpoint_contexts(_as_policy(options.policy))
@@ -294,6 +297,13 @@ def _called(
         modules=modules,
         store=runtime.engine.activation_store,
     )
+
+
+def _without_cache(name: str, value: Any) -> Any:
+    """A layer that runs twice would add its keys and values twice; Hugging Face leaves them out, too."""
+    if is_decoder_cache(value):
+        return None
+    return False if name == "use_cache" and value is True else value
 
 
 __all__ = ["checkpoint", "checkpoint_sequential", "checkpoint_wrapper", "set_activation_checkpointing"]

@@ -60,12 +60,17 @@ class PlacedModule:
         With ``use_cache=True``, their default, decoders make one in every forward. What a layer stores there may stay
         at its home until it is read again: by the forward for a next token, which gives it to the layer a second time.
         """
-        kind = type(value)
-        if not kind.__name__.endswith("Cache") or kind.__module__.split(".")[0] != "transformers":
+        if not is_decoder_cache(value):
             return False
         is_first = value not in self.filled
         self.filled.add(value)
         return is_first
+
+
+def is_decoder_cache(value: object) -> bool:
+    """Whether ``value`` is an object in which layers of a Hugging Face decoder keep keys and values."""
+    kind = type(value)
+    return kind.__name__.endswith("Cache") and kind.__module__.split(".")[0] == "transformers"
 
 
 def mark_dynamic(module: nn.Module) -> None:
