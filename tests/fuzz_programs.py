@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from engine_runs import Outcome, readable
 
@@ -315,6 +316,30 @@ def repeat(run: Run, op: Op) -> None:
         run.run(op.inner)
 
 
+def region(run: Run, op: Op) -> Tensor:
+    """Recomputed in the backward; without a pipeline, in one process, an ordinary call."""
+    import modelparallel as smp
+
+    outside, half = run.value(op.b), (len(op.inner) + 1) // 2
+
+    def part(ops: tuple[Op, ...], value: Tensor) -> Tensor:
+        # What happens in a region must not be seen outside: it happens twice.
+        own = Run(run.model, [outside * 0.5, value * 1.0], run.x)
+        own.run(ops)
+        return own.values[-1] + own.values[0]
+
+    def whole(value: Tensor) -> Tensor:
+        if op.k % 3:
+            return part(op.inner, value)
+        return part(op.inner[half:], recomputed(part, op.inner[:half], value))
+
+    def recomputed(function: Callable[..., Tensor], *args: Any) -> Tensor:
+        found: Tensor = function(*args) if smp.pp_size() == 1 else checkpoint(function, *args, use_reentrant=False)
+        return found
+
+    return recomputed(whole, run.value(op.a))
+
+
 def arithmetic(run: Run, op: Op) -> Tensor:
     a, b, k = run.value(op.a), run.value(op.b), op.k % 10
     if k == 0:
@@ -470,6 +495,7 @@ OPS: dict[str, Callable[[Run, Op], Tensor | None]] = {
     "use_view": use_view,
     "choose": choose,
     "repeat": repeat,
+    "region": region,
     "nested": nested,
     "log": log,
     "into_sum": into_sum,
@@ -478,7 +504,7 @@ OPS: dict[str, Callable[[Run, Op], Tensor | None]] = {
     "count": count,
 }
 STATE_OPS = ("into_sum", "into_buffer", "keep", "count")
-COMPOUND_OPS = ("choose", "repeat")
+COMPOUND_OPS = ("choose", "repeat", "region")
 
 
 class Fuzzed(nn.Module):

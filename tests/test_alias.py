@@ -17,14 +17,14 @@ SAME = {
     "smdistributed.modelparallel.torch.nn.huggingface.gpt2": "modelparallel.nn.huggingface.gpt2",
     "smdistributed.modelparallel.torch.model": "modelparallel.model",
     "smdistributed.modelparallel.torch.state_mod": "modelparallel.state_mod",
+    "smdistributed.modelparallel.torch.patches": "modelparallel.patches",
+    "smdistributed.modelparallel.torch.patches.checkpoint": "modelparallel.patches.checkpoint",
     "smdistributed.modelparallel.torch.utils": "modelparallel.utils",
     "smdistributed.modelparallel.torch.exceptions": "modelparallel.exceptions",
     "smdistributed.modelparallel.backend.exceptions": "modelparallel.exceptions",
 }
 NOT_BUILT = [
     "optimizers",
-    "patches",
-    "patches.checkpoint",
     "sharded_data_parallel_checkpoint",
 ]
 

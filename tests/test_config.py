@@ -279,9 +279,9 @@ def test_features_that_do_not_exist_yet_stop(entry: str) -> None:
 
 
 def test_a_built_feature_needs_only_its_line_deleted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(config_module.NOT_BUILT, "offload_activations")
-    config = load({"offload_activations": 1})
-    assert config.offload_activations is True
+    monkeypatch.delitem(config_module.NOT_BUILT, "checkpoint_attentions")
+    config = load({"checkpoint_attentions": 1})
+    assert config.checkpoint_attentions is True
 
 
 def test_prescaled_batch_without_tensor_parallelism_is_noticed() -> None:
@@ -303,6 +303,7 @@ def test_prescaled_batch_without_tensor_parallelism_is_noticed() -> None:
         ({"deterministic_server": 1}, "deterministic_server=True has no effect"),
         ({"sdp_gradient_clipping": 2.0}, "sdp_gradient_clipping: no effect with sharded_data_parallel_degree=1"),
         ({"activation_loading_horizon": 2}, "no effect without offload_activations"),
+        ({"offload_activations": True}, "no effect without smp.set_activation_checkpointing"),
     ],
 )
 def test_values_with_less_effect_are_noted(parameters: dict[str, object], message: str) -> None:

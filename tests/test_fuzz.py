@@ -56,6 +56,8 @@ def ops(draw: Any, max_size: int = 9, *, is_compound_allowed: bool = True) -> tu
     for _ in range(draw(st.integers(1, max_size))):
         kind = draw(st.sampled_from(kinds))
         inner = draw(ops(3, is_compound_allowed=False)) if kind in COMPOUND_OPS else ()
+        if kind == "region":
+            inner = tuple(op for op in inner if op.kind != "log")
         since = draw(st.sampled_from([0, 0, 0, 2])) if kind in STATE_OPS and kind != "count" else 0
         # Of the values, those made last are the interesting ones.
         a = draw(st.integers(-3, 2))

@@ -6,6 +6,13 @@
 from modelparallel import amp as amp
 from modelparallel import model as model
 from modelparallel import nn as nn
+from modelparallel import patches as patches
+from modelparallel.activation_checkpointing import (
+    checkpoint,
+    checkpoint_sequential,
+    checkpoint_wrapper,
+    set_activation_checkpointing,
+)
 from modelparallel.gradient_norm import clip_grad_norm_
 from modelparallel.model import DistributedModel
 from modelparallel.model_partition import set_partition
@@ -83,6 +90,9 @@ __all__ = [
     "amp",
     "barrier",
     "broadcast",
+    "checkpoint",
+    "checkpoint_sequential",
+    "checkpoint_wrapper",
     "clip_grad_norm_",
     "dp_barrier",
     "dp_rank",
@@ -111,6 +121,7 @@ __all__ = [
     "nn",
     "num_microbatches",
     "partition",
+    "patches",
     "pp_rank",
     "pp_size",
     "rank",
@@ -118,6 +129,7 @@ __all__ = [
     "rdp_size",
     "recv_from",
     "send",
+    "set_activation_checkpointing",
     "set_partition",
     "set_tensor_parallelism",
     "size",

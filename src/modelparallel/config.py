@@ -38,7 +38,6 @@ _WHERE = {"environment": ENVIRONMENT_KEY, "init": "smp.init"}
 #: Features that do not exist yet: a parameter, or one value of it ("key=value"), and what is missing. A parameter that
 #: is listed here may only have its default value. Whoever builds the feature deletes its line.
 NOT_BUILT: dict[str, str] = {
-    "offload_activations": "offloading activations to host memory",
     "delayed_parameter_initialization": "delayed parameter initialization",
     "checkpoint_attentions": "checkpointing inside the distributed attention",
 }
@@ -383,6 +382,11 @@ def _notices(config: Config, environ: Mapping[str, str]) -> Iterable[str]:
         yield f"{', '.join(idle)}: no effect: each module's parameters are gathered, and their gradients reduced, at once"
     if "activation_loading_horizon" in given and not config.offload_activations:
         yield "activation_loading_horizon: no effect without offload_activations"
+    if config.offload_activations:
+        yield (
+            "offload_activations: moves the inputs of modules with activation checkpointing; no effect without "
+            "smp.set_activation_checkpointing or smp.checkpoint"
+        )
     if config.prescaled_batch and config.tensor_parallel_degree == 1:
         yield "prescaled_batch: no effect with tensor_parallel_degree=1"
     idle = [key for key in _AUTOMATIC_KEYS if key in given]

@@ -11,6 +11,7 @@
     |-- PartitionError (RuntimeError)            the model cannot be placed on the stages as asked
     |-- ScheduleError (ValueError)               a pipeline schedule, or what it is made from, breaks a rule
     |-- DivergenceError (RuntimeError)           the ranks did not run the same program
+    |-- RecomputationError (RuntimeError)        a region cannot be recomputed, or came out differently
     |-- LaunchError (RuntimeError)               a job could not be started, or one of its processes failed
     |-- CommunicationError (RuntimeError)        a message could not be delivered
     |   `-- WaitTimeoutError (TimeoutError)      a message did not come in time; says who waits for what from whom
@@ -63,6 +64,10 @@ class ScheduleError(SMPError, ValueError):
 
 class DivergenceError(SMPError, RuntimeError):
     """The ranks did not run the same program, or hold values that must be equal and are not."""
+
+
+class RecomputationError(SMPError, RuntimeError):
+    """A region with activation checkpointing cannot be run again, or its second run differs from the first."""
 
 
 class LaunchError(SMPError, RuntimeError):

@@ -17,12 +17,16 @@ from modelparallel.comm.gloo_transport import GlooTransport
 from modelparallel.comm.pair_channels import PairChannels
 from modelparallel.errors import SMPConfigError
 from modelparallel.event_files import EventFile
+from modelparallel.memory import HostStore
 from modelparallel.nn.huggingface import new_names_of
 from modelparallel.pipeline.engine import PipelineEngine
 
 if TYPE_CHECKING:
     from modelparallel.model import DistributedModel
     from modelparallel.optimizer import DistributedOptimizer
+
+
+logger = logging.getLogger("modelparallel")
 
 
 @dataclass
@@ -61,6 +65,10 @@ class Runtime:
         self.engine = PipelineEngine(
             of.device, transport, of.config.push_limit_bytes, of.config.pipeline, of.config.active_microbatches
         )
+        self._unused_store: HostStore | None = None  # until the first training step
+        if of.config.offload_activations:
+            self._unused_store = HostStore(of.device, of.config.activation_loading_horizon)
+            self.engine.activation_store = self._unused_store
         if of.groups.tp.size > 1:
             self.engine.plans.lockstep_group = of.groups.tp
         self.engine.plans.are_logged = of.groups.world.rank_in_group == 0  # not by every replica of the first stage
@@ -82,6 +90,15 @@ class Runtime:
             return None
         pipeline = of.groups.pp
         return PairChannels(pipeline.rank_in_group, pipeline.ranks, "nccl", of.device, of.config.timeout_seconds)
+
+    def check_offload(self) -> None:
+        """After a step with a backward: say so if ``offload_activations`` had nothing to move."""
+        store, self._unused_store = self._unused_store, None
+        if store is not None and not store.counts.stored:
+            logger.warning(
+                "offload_activations: nothing was moved to host memory in the first training step, since no module has "
+                "activation checkpointing: mark modules with smp.set_activation_checkpointing"
+            )
 
     def note_failure(self, error: BaseException) -> None:
         """A call of a step function has failed: write down what led to it, where that is asked for."""

@@ -119,6 +119,8 @@ class StepFunction:
             raise
         if runtime.is_pipelined:
             runtime.engine.transport.end_step()
+        if running.has_backward:
+            runtime.check_offload()
         return merge_outputs(outputs, microbatches.weights)
 
     def _shared(

@@ -6,7 +6,7 @@ import functools
 import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -162,36 +162,37 @@ def intercepted_function_apply(
 
 #: The node of a reentrant checkpoint: ``apply(function, preserve_rng_state, *args)``.
 CheckpointFunction = torch.utils.checkpoint.CheckpointFunction
-#: The node with which a non-reentrant checkpoint keeps its inputs in older versions of torch (None in newer ones).
-CheckpointInputs = getattr(torch.utils.checkpoint, "_NoopSaveInputs", None)
 
 
 @contextmanager
-def intercepted_checkpoints(enter: Callable[[], bool], leave: Callable[[], None]) -> Iterator[None]:
-    """Call ``enter`` where a non-reentrant ``torch.utils.checkpoint`` begins; if it says True the region keeps what it
-    saves for the backward, and ``leave`` is called where it ends.
+def intercepted_checkpoints(
+    region: Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any], Any], AbstractContextManager[None] | None],
+) -> Iterator[None]:
+    """Run a non-reentrant ``torch.utils.checkpoint`` in ``region(function, args, kwargs, context_fn)``, where that is
+    not None, in place of torch's own recomputation.
 
-    The region is entered through a private class; there is no public way to switch checkpoints off.
+    ``checkpoint`` makes its region with a private generator; there is no public way to put another one in its place,
+    and libraries keep references to ``checkpoint`` itself.
     """
-    hook: Any = torch.utils.checkpoint._checkpoint_hook
-    base = torch.autograd.graph.saved_tensors_hooks
+    module: Any = torch.utils.checkpoint
+    original = module._checkpoint_without_reentrant_generator
 
-    def begin(self: Any) -> None:
-        self.is_intercepted = enter()
-        if not self.is_intercepted:
-            base.__enter__(self)
+    def generator(
+        function: Any, preserve_rng_state: Any, context_fn: Any, check: Any, debug: Any, early_stop: Any,
+        *args: Any, **kwargs: Any,
+    ) -> Iterator[None]:  # fmt: skip
+        found = region(function, args, kwargs, context_fn) if torch.is_grad_enabled() else None
+        if found is None:
+            yield from original(function, preserve_rng_state, context_fn, check, debug, early_stop, *args, **kwargs)
+            return
+        with found:
+            yield
 
-    def end(self: Any, *error: Any) -> None:
-        if self.is_intercepted:
-            leave()
-        else:
-            base.__exit__(self, *error)
-
-    hook.__enter__, hook.__exit__ = begin, end
+    module._checkpoint_without_reentrant_generator = generator
     try:
         yield
     finally:
-        del hook.__enter__, hook.__exit__
+        module._checkpoint_without_reentrant_generator = original
 
 
 def autocast_state() -> tuple[Any, ...]:

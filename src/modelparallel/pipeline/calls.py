@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.utils.checkpoint
 from torch import nn
 
 from modelparallel import trees
@@ -47,6 +46,7 @@ class PlacedModule:
         self.description = f"module '{self.name}' ({type(self.module).__name__})"
         self.input_description = f"{self.name} input"
         self._may_draw = may_draw(self.module)
+        self.has_buffers = next(self.module.buffers(), None) is not None
 
     def needs_frame(self) -> bool:
         """Whether a call may draw random numbers: the module, or a hook of it."""
@@ -60,12 +60,17 @@ class PlacedModule:
         With ``use_cache=True``, their default, decoders make one in every forward. What a layer stores there may stay
         at its home until it is read again: by the forward for a next token, which gives it to the layer a second time.
         """
-        kind = type(value)
-        if not kind.__name__.endswith("Cache") or kind.__module__.split(".")[0] != "transformers":
+        if not is_decoder_cache(value):
             return False
         is_first = value not in self.filled
         self.filled.add(value)
         return is_first
+
+
+def is_decoder_cache(value: object) -> bool:
+    """Whether ``value`` is an object in which layers of a Hugging Face decoder keep keys and values."""
+    kind = type(value)
+    return kind.__name__.endswith("Cache") and kind.__module__.split(".")[0] == "transformers"
 
 
 def mark_dynamic(module: nn.Module) -> None:
@@ -77,6 +82,8 @@ def run(engine: PipelineEngine, program: Program, entry: PlacedModule, args: Any
     """Call a placed module; every stage of the pipeline does, in the same order."""
     arguments = Arguments(program, args, kwargs)
     home = entry.home
+    if program.region is not None:
+        program.region.note_used(arguments)
     program.fetch(arguments.inputs, home, entry.input_description)
     key: Hashable | None = None
     if DYNAMIC_MARK not in entry.module.__dict__:
@@ -92,17 +99,16 @@ def run(engine: PipelineEngine, program: Program, entry: PlacedModule, args: Any
         )
     call = entry.inner
     if home == engine.stage:
-        if engine.num_open_checkpoints and torch.is_grad_enabled():
-            call = _checkpointed(call)
-            program.is_whole_backward = True  # in two parts it would be recomputed twice
+        if entry.has_buffers and (program.region is not None or program.is_replay):
+            call = _around(program, entry.module, call)
         if entry.unit is not None and entry.needs_frame():
             call = _framed(program.frames, entry.unit, call)
         objects = arguments.objects()
         if objects:
             objects = [value for value in objects if not entry.is_first_filling(value)]
-        if objects or arguments.holds_containers:
+        if (objects or arguments.holds_containers) and not program.is_replay:
             call = _guarded(entry, objects, arguments.holds_containers, call)
-        if program.sightings is not None and entry.module.training and next(entry.module.buffers(), None) is not None:
+        if program.sightings is not None and entry.module.training and entry.has_buffers:
             call = _watched(program, entry, call)
     program.tracker.note_work(home, entry.name, is_training=entry.module.training)
     call = program.counted(call, home, entry.parameters)
@@ -157,9 +163,10 @@ def _guarded(
     return call
 
 
-def _checkpointed(inner: Callable[..., Any]) -> Callable[..., Any]:
+def _around(program: Program, module: nn.Module, inner: Callable[..., Any]) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
-        return torch.utils.checkpoint.checkpoint(inner, *args, use_reentrant=False, **kwargs)
+        with program.around_call(module):
+            return inner(*args, **kwargs)
 
     return call
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -18,16 +18,17 @@ from modelparallel.comm.transport import StageTransport
 from modelparallel.errors import DivergenceError, StepUsageError
 from modelparallel.pipeline import calls, glue
 from modelparallel.pipeline.bodies import WorkerPool
+from modelparallel.pipeline.buffers import BufferHabits
 from modelparallel.pipeline.chains import Work
 from modelparallel.pipeline.functions import traits_of
 from modelparallel.pipeline.program import Program
 from modelparallel.pipeline.randomness import RandomFrames, may_draw, unit_number
+from modelparallel.pipeline.regions import ActivationStore, Region
 from modelparallel.pipeline.stage_tensor import StageTensor
 from modelparallel.pipeline.step_plans import StepPlans
 from modelparallel.pipeline.structures import Structure
 from modelparallel.torch_compat import (
     CheckpointFunction,
-    CheckpointInputs,
     DisableTorchFunctionSubclass,
     install_call,
     intercepted_checkpoints,
@@ -50,6 +51,7 @@ class PlacedTensor:
 
 #: Operations on a tensor that show its gradient.
 _LOOKS_AT_GRADIENT = ("grad", "register_hook", "register_post_accumulate_grad_hook")
+_CHECKPOINT = "a region of torch.utils.checkpoint"
 
 
 class _GlueMode(TorchFunctionMode):
@@ -88,6 +90,8 @@ class _GlueMode(TorchFunctionMode):
                 program.note_plain_write(args[0] if args else kwargs.get("tensor", kwargs.get("input")))
             elif engine.is_discovering:
                 program.note_made(result)
+            if program.region is not None and not traits.is_in_place:
+                program.region.note_plain(result)
         return result
 
 
@@ -155,7 +159,13 @@ class PipelineEngine:
         self.is_native = False
         #: Whether the step that runs is the first of its kind.
         self.is_discovering = False
-        self.num_open_checkpoints = 0
+        #: Whether a region runs (for the first or the second time) that will be, or is, recomputed.
+        self.is_in_region = False
+        self.buffer_habits = BufferHabits()
+        #: Modules of which was said that several stages recompute them, by id.
+        self.known_to_span: set[int] = set()
+        #: Where inputs of recomputed regions may be in the meantime; None: they stay.
+        self.activation_store: ActivationStore | None = None
         self.mode = _GlueMode(self)
         self._entries: list[calls.PlacedModule] = []
         self._roots: list[nn.Module] = []
@@ -217,6 +227,11 @@ class PipelineEngine:
                 owner._buffers[name] = program.written.assign(self._loose_values.get((owner, name)), assigned)
                 self._loose_values[owner, name] = owner._buffers[name]
 
+    def assigned_buffers(self) -> list[tuple[nn.Module, str, torch.Tensor | None]]:
+        """The buffers that glue may assign to, and what they are now."""
+        assigned = [(owner, name) for owner, name, _ in self._assigned_buffers]
+        return [(owner, name, owner._buffers.get(name)) for owner, name in (*assigned, *self._loose_buffers)]
+
     def place_module(self, module: nn.Module, name: str, home: int, *, is_unit: bool) -> None:
         """From now on calls of ``module`` inside a step run on ``home``."""
         entry = calls.PlacedModule(module, name, home, unit_number(name) if is_unit else None)
@@ -258,6 +273,21 @@ class PipelineEngine:
                 if buffer is None or id(buffer) not in self.placed:
                     self._loose_buffers.append((owner, name))
                     self._loose_values[owner, name] = buffer
+
+    def homes_of(self, module: nn.Module) -> frozenset[int]:
+        """The stages on which the weights of ``module`` are; empty without any, and before the partition."""
+        entries = {id(entry.module): entry.home for entry in self._entries}
+        homes: set[int] = set()
+        pending = [module]
+        while pending:
+            part = pending.pop()
+            if id(part) in entries:
+                homes.add(entries[id(part)])
+                continue
+            own = (*part._parameters.values(), *part._buffers.values())
+            homes.update(self.placed[id(tensor)].home for tensor in own if id(tensor) in self.placed)
+            pending.extend(part.children())
+        return frozenset(homes)
 
     def training_modes(self) -> dict[str, bool]:
         """Which placed modules are in training mode."""
@@ -328,7 +358,7 @@ class PipelineEngine:
     @contextmanager
     def running(self, program: Program) -> Iterator[None]:
         """Run the user's code as ``program``."""
-        self.program, self.frames, self.is_native, self.num_open_checkpoints = program, program.frames, False, 0
+        self.program, self.frames, self.is_native, self.is_in_region = program, program.frames, False, False
         try:
             with self.mode:
                 yield
@@ -340,7 +370,7 @@ class PipelineEngine:
         """See the calls of torch that pass by the interception of tensors; around all programs of a step."""
         with (
             intercepted_function_apply(self._function_apply),
-            intercepted_checkpoints(self._enter_checkpoint, self._leave_checkpoint),
+            intercepted_checkpoints(self._checkpoint),
             noticed_tensor_hooks(self._notice_hook),
         ):
             yield
@@ -351,13 +381,13 @@ class PipelineEngine:
 
     def leave(self) -> tuple[Any, ...]:
         """No program runs now; returns what :meth:`enter` needs to go on with the one that did."""
-        state = (self.program, self.frames, self.is_native, self.num_open_checkpoints)
-        self.program, self.frames, self.is_native, self.num_open_checkpoints = None, None, False, 0
+        state = (self.program, self.frames, self.is_native, self.is_in_region)
+        self.program, self.frames, self.is_native, self.is_in_region = None, None, False, False
         return state
 
     def enter(self, state: tuple[Any, ...]) -> None:
         """Go on with the program that was left."""
-        self.program, self.frames, self.is_native, self.num_open_checkpoints = state
+        self.program, self.frames, self.is_native, self.is_in_region = state
 
     @contextmanager
     def outside(self) -> Iterator[None]:
@@ -409,42 +439,47 @@ class PipelineEngine:
             program.check_open()
         return glue.run(self, program, func, args, kwargs)
 
-    # [Note: checkpoints] A region of the program that is recomputed (torch.utils.checkpoint) may reach over several
-    # stages, and running it again would be a second program. So the region itself keeps what it saves, and each
-    # placed module in it is checkpointed by itself, at its home: with the usual use, one layer per region, that is
-    # what was asked for.
+    # Recomputation
 
-    def _enter_checkpoint(self) -> bool:
-        if self.program is not None:
-            self.program.is_whole_backward = True
+    def recomputed(
+        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], **options: Any
+    ) -> Any:
+        """``function(*args, **kwargs)`` as a region of its own, with the ``options`` of :class:`Region`."""
+        if self.is_in_region or not torch.is_grad_enabled():
+            return function(*args, **kwargs)
+        with Region(self, function, args, kwargs, **options):
+            return function(*args, **kwargs)
+
+    def _checkpoint(
+        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], context_fn: Any
+    ) -> AbstractContextManager[None] | None:
+        """What the region of a non-reentrant ``torch.utils.checkpoint`` is; None: torch's own.
+
+        Inside a module at its home torch's own is right, but its backward must not be taken apart: it would be
+        recomputed for each part.
+        """
+        if self.is_in_region:
+            return nullcontext()
         if self.is_native or self.program is None:
-            return False
-        self.num_open_checkpoints += 1
-        return True
-
-    def _leave_checkpoint(self) -> None:
-        self.num_open_checkpoints -= 1
+            if self.program is not None:
+                self.program.is_whole_backward = True
+            return None
+        return Region(self, function, args, kwargs, what=_CHECKPOINT, contexts=context_fn())
 
     def _reentrant_checkpoint(self, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         # Like the original: without an input that requires grad the region is no part of any graph.
         needs_grad = any(isinstance(value, torch.Tensor) and value.requires_grad for value in args)
-        self.num_open_checkpoints += 1
-        try:
-            with torch.set_grad_enabled(torch.is_grad_enabled() and needs_grad):
-                return function(*args)
-        finally:
-            self.num_open_checkpoints -= 1
+        with torch.set_grad_enabled(torch.is_grad_enabled() and needs_grad):
+            return self.recomputed(function, args, {}, what=_CHECKPOINT)
 
     def _function_apply(
         self, function_class: Any, apply: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         program = self.program
+        if function_class is CheckpointFunction and (self.is_in_region or (program is not None and not self.is_native)):
+            return self._reentrant_checkpoint(args[0], args[2:])
         if self.is_native or program is None:
             return apply(*args, **kwargs)
-        if function_class is CheckpointFunction:
-            return self._reentrant_checkpoint(args[0], args[2:])
-        if function_class is CheckpointInputs:
-            return torch.empty(0)  # nothing is recomputed
         if any(isinstance(value, StageTensor) for value in args) or self.has_placed(program, args, kwargs):
             with _NativeRegion(self):
                 return glue.run(self, program, apply, args, kwargs)

@@ -180,6 +180,8 @@ class _StepRun:
             outside=engine.outside,
             before_last_backward=before_last_backward,
             is_lockstep=engine.plans.lockstep_group is not None,
+            announce_next=None if engine.activation_store is None else self._fetch_activations,
+            horizon=0 if engine.activation_store is None else engine.activation_store.horizon,
         )
         start, waited = time.perf_counter(), engine.transport.seconds_waited
         with engine.intercepting():
@@ -191,6 +193,13 @@ class _StepRun:
             for program in self.programs:
                 engine.structures.update(program.structures)
         return [body.take_output() for body in self._bodies]
+
+    def _fetch_activations(self, actions: Sequence[Action]) -> None:
+        """These actions come next: what their backwards need may come back from host memory."""
+        store = self._engine.activation_store
+        if store is not None:
+            backwards = (ActionKind.B, ActionKind.I)
+            store.fetch((action.microbatch, action.visit) for action in actions if action.kind in backwards)
 
     def _unplanned_actions(self) -> Iterator[Action]:
         """Discovery order. The backwards of a kind's first step come in the order of the plan that is made of its

@@ -49,6 +49,8 @@ def run(engine: PipelineEngine, program: Program, func: Callable[..., Any], args
         if traits.is_random:
             program.frames.enter_glue_operation()
         return func(*args, **kwargs)
+    if program.region is not None:
+        program.region.note_used(arguments)
     if traits.is_read and all(value.replica is not None for value in inputs):
         # Known everywhere: no message, so that a read under `if smp.rank() == 0` cannot hang.
         with engine.native_region():
@@ -109,6 +111,7 @@ def execute(
     the reading of its result, may stand behind ``if smp.rank() == 0``.
     """
     engine = program.engine
+    program.begin_operation()
     if key is not None and (without_gaps := _moved_without_gaps(arguments.inputs, home)):
         key = (key, without_gaps)
     known = None if key is None else program.structure_of(key, is_known=is_known)
@@ -190,7 +193,11 @@ def _compute_here(
     was_native = engine.is_native
     engine.is_native = True
     try:
-        output = arguments.call(compute, locals_)
+        if program.around_compute is None:
+            output = arguments.call(compute, locals_)
+        else:
+            with program.around_compute:
+                output = arguments.call(compute, locals_)
     finally:
         engine.is_native = was_native
     mutated: tuple[tuple[int, bool], ...] = ()

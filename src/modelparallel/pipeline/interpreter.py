@@ -33,7 +33,8 @@ class Interpreter:
     backward_first: a backward may run before the last forward. active_microbatches: how many may be under way (what the
     actions say is not looked at). state: torch's state outside the bodies. outside: a
     context in which no program runs. before_last_backward: called once, when only one microbatch's backward is left.
-    is_lockstep: other pipelines run the same, see lockstep.py.
+    is_lockstep: other pipelines run the same, see lockstep.py. announce_next: told before each planned action which
+    ``horizon`` come next, itself the first of them.
     """
 
     def __init__(
@@ -49,6 +50,8 @@ class Interpreter:
         outside: Callable[[], AbstractContextManager[None]],
         before_last_backward: Callable[[], None],
         is_lockstep: bool = False,
+        announce_next: Callable[[Sequence[Action]], None] | None = None,
+        horizon: int = 0,
     ) -> None:
         self._transport = transport
         self._bodies = bodies
@@ -60,6 +63,8 @@ class Interpreter:
         self._outside = outside
         self._before_last_backward = before_last_backward
         self._is_lockstep = is_lockstep
+        self._announce_next = announce_next
+        self._horizon = horizon
         self._is_armed = False
         #: Whether this stage does not follow its plan any more.
         self.has_left = False
@@ -72,9 +77,11 @@ class Interpreter:
 
     def run(self) -> None:
         """Run everything; collective over the pipeline."""
-        for action in self._actions:
+        for index, action in enumerate(self._actions):
             if self._must_leave():
                 break
+            if self._announce_next is not None and isinstance(self._actions, Sequence):
+                self._announce_next(self._actions[index : index + 1 + self._horizon])
             self._perform(action)
         while not all(body.is_done for body in self._bodies) or self._unfinished():
             if not self._run_something():

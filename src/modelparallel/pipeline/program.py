@@ -19,10 +19,12 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
+from torch import nn
 
 from modelparallel.comm.event_log import EventLog, check_of, user_code_line
 from modelparallel.comm.transport import Awaited, MessageKind, MessageName
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
     from modelparallel.pipeline.chains import ChainTracker
     from modelparallel.pipeline.engine import CountWork, PipelineEngine
     from modelparallel.pipeline.randomness import RandomFrames
+    from modelparallel.pipeline.records import Record
     from modelparallel.pipeline.sightings import Sightings
     from modelparallel.pipeline.structures import Structure
 
@@ -78,6 +81,9 @@ def _go_on(wait: Wait) -> None:
 class Program:
     """See the notes at the top of this file."""
 
+    #: Whether this is the second run of a region, see replay.py.
+    is_replay = False
+
     def __init__(
         self,
         engine: PipelineEngine,
@@ -109,6 +115,10 @@ class Program:
         #: While pushed values are read to find out the structure of a result, as only the first time needs.
         self.is_finding_out = False
         self.written = WrittenTensors()
+        #: What the region that runs now needs to be run again, see regions.py.
+        self.region: Record | None = None
+        #: Around all that is computed here, for selective recomputation.
+        self.around_compute: AbstractContextManager[Any] | None = None
         #: Of ordinary tensors, where the microbatches take turns.
         self.sightings = sightings
         self._count_work = count_work
@@ -151,6 +161,8 @@ class Program:
         """A value that ``home`` has computed; every stage makes it at the same point of the program."""
         result = StageTensor(self, spec, home, local, aliases)
         self._live.append(weakref.ref(result))
+        if self.region is not None:
+            self.region.made.add(id(result))
         return result
 
     def parameter(self, tensor: torch.Tensor) -> StageTensor:
@@ -304,6 +316,8 @@ class Program:
                 moved = value if spec.device_type == "cpu" else value.to(self.device)
                 tensor.local = moved.requires_grad_(spec.requires_grad)
                 leaves.append(tensor.local if spec.requires_grad else None)
+            if self.region is not None:
+                self.region.note_received([self.local(tensor) for tensor in tensors])
             self._record(_Event("receive", number, source, leaves, cuts=cuts, description=description))
         for tensor in tensors:
             tensor.places.add(destination)
@@ -372,7 +386,10 @@ class Program:
         what = f"the output shapes of {description}"
         if self.stage != source:
             self._wait(Awaited(source, name, what), is_planned=is_planned)
-            return transport.receive_object(source, name, what)
+            data = transport.receive_object(source, name, what)
+            if self.region is not None:
+                self.region.note_announced(data)
+            return data
         data = payload()
         for peer in transport.peers():
             transport.send_object(peer, name, data, what)
@@ -394,12 +411,31 @@ class Program:
         self._num_pushes += 1
         return self._num_pushes
 
+    # Regions that are recomputed: what the second run needs of the first is written down (replay.py reads it)
+
+    def begin_operation(self) -> None:
+        """An operation or a module begins."""
+        if self.region is not None:
+            self.region.num_operations += 1
+
+    def replays_push(self, tensor: StageTensor) -> bool:
+        """Whether ``tensor`` was pushed in a first run, and can be read now as it was then."""
+        return False
+
+    def around_call(self, module: nn.Module) -> AbstractContextManager[None]:
+        """Around a call of a module with buffers at its home."""
+        if self.region is not None:
+            self.region.module_called(module, self.engine.buffer_habits)
+        return nullcontext()
+
     # Backward
 
     def backward_root(
         self, tensors: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor | None], scale: float
     ) -> None:
         """``model.backward``: note where the backward starts; it runs when all forwards are done."""
+        if self.region is not None:
+            raise StepUsageError("model.backward was called inside a region that is recomputed: call it outside")
         for tensor, gradient in zip(tensors, gradients, strict=True):
             value = self.resolve(tensor)
             if not isinstance(value, StageTensor) or not value.spec.requires_grad:

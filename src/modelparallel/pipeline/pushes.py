@@ -22,15 +22,19 @@ _WHAT = "a small output of the model"
 def push(tensor: StageTensor) -> None:
     """Send a value from its home to all other stages; every stage calls this at the same point of the program."""
     program = tensor.program
+    if program.replays_push(tensor):
+        return
     name = MessageName(MessageKind.PUSH, program.microbatch, program.next_push())
     if tensor.home != program.stage:
         tensor.replica = _Pushed(program, tensor.home, name, tensor.spec).value
-        return
-    transport = program.engine.transport
-    detached = program.local(tensor).detach()
-    for peer in transport.peers():
-        send_tensors(transport, peer, name, [detached], [tensor.spec], _WHAT)
-    tensor.replica = lambda: detached
+    else:
+        transport = program.engine.transport
+        detached = program.local(tensor).detach()
+        for peer in transport.peers():
+            send_tensors(transport, peer, name, [detached], [tensor.spec], _WHAT)
+        tensor.replica = lambda: detached
+    if program.region is not None:
+        program.region.replicas.append(tensor.replica)
 
 
 class _Pushed:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import random
 import sys
 import zlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
@@ -64,6 +64,10 @@ class RandomFrames:
     microbatch: int
     _calls: dict[int, int] = field(default_factory=dict)
     _seen: dict[tuple[int, int], int] = field(default_factory=dict)
+
+    def at_this_point(self) -> RandomFrames:
+        """Frames that seed the calls that come next as these do; they count on their own."""
+        return replace(self, _calls=dict(self._calls), _seen={})
 
     def enter_microbatch(self, *, seeds_numpy: bool) -> None:
         """Seed the generators outside torch; before the user's code runs for this microbatch."""

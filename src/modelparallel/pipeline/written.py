@@ -36,6 +36,8 @@ class WrittenTensors:
         """From now on ``tensor`` is a value with a home; every stage calls this at the same point of the program."""
         if program.sightings is not None:
             program.sightings.wrote(program.microbatch, tensor)
+        if program.region is not None:
+            program.region.check_written(tensor)
         return self._note(tensor, program.new(TensorSpec.of(tensor), home, self._here(program, tensor, home)))
 
     def assign(self, tensor: torch.Tensor | None, value: StageTensor) -> torch.Tensor:
