@@ -16,6 +16,7 @@ SAME = {
     "smdistributed.modelparallel.torch.nn.huggingface": "modelparallel.nn.huggingface",
     "smdistributed.modelparallel.torch.nn.huggingface.gpt2": "modelparallel.nn.huggingface.gpt2",
     "smdistributed.modelparallel.torch.model": "modelparallel.model",
+    "smdistributed.modelparallel.torch.optimizers": "modelparallel.optimizers",
     "smdistributed.modelparallel.torch.state_mod": "modelparallel.state_mod",
     "smdistributed.modelparallel.torch.utils": "modelparallel.utils",
     "smdistributed.modelparallel.torch.exceptions": "modelparallel.exceptions",
@@ -23,7 +24,6 @@ SAME = {
 }
 NOT_BUILT = [
     "amp",
-    "optimizers",
     "patches",
     "patches.checkpoint",
     "sharded_data_parallel_checkpoint",

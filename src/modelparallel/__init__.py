@@ -5,6 +5,7 @@
 
 from modelparallel import model as model
 from modelparallel import nn as nn
+from modelparallel import optimizers as optimizers
 from modelparallel.model import DistributedModel
 from modelparallel.model_partition import set_partition
 from modelparallel.optimizer import DistributedOptimizer
@@ -106,6 +107,7 @@ __all__ = [
     "mp_size",
     "nn",
     "num_microbatches",
+    "optimizers",
     "partition",
     "pp_rank",
     "pp_size",

@@ -12,6 +12,7 @@ from torch import nn
 from modelparallel import runtime as runtime_module
 from modelparallel.errors import SMPConfigError
 from modelparallel.model_states import PARTIAL_KEY
+from modelparallel.optimizer_norms import DistributedNorms
 from modelparallel.parameters import ParameterTable
 from modelparallel.plan.parameters import ParameterRow
 from modelparallel.ranks_and_messages import allgather
@@ -77,6 +78,8 @@ class DistributedOptimizer(torch.optim.Optimizer):
         self._runtime = runtime_module.current()
         self._all: list[list[nn.Parameter]] = []
         self._waiting_state: Mapping[str, Any] | None = None
+        if getattr(optimizer, "norms", False) is None:  # it needs norms of whole parameters: see optimizers.py
+            optimizer.norms = DistributedNorms(self._runtime)
         self.replace_parameters()
         self._runtime.optimizers.append(weakref.ref(self))
         self._keep_local_parameters_of_all()
