@@ -12,6 +12,7 @@
     |-- ScheduleError (ValueError)               a pipeline schedule, or what it is made from, breaks a rule
     |-- DivergenceError (RuntimeError)           the ranks did not run the same program
     |-- LaunchError (RuntimeError)               a job could not be started, or one of its processes failed
+    |-- DeferredTensorError (RuntimeError)       a tensor whose initialisation is delayed cannot be made as it was asked
     |-- CommunicationError (RuntimeError)        a message could not be delivered
     |   `-- WaitTimeoutError (TimeoutError)      a message did not come in time; says who waits for what from whom
     `-- UnsupportedError (NotImplementedError)   a combination that the library refuses by design
@@ -67,6 +68,10 @@ class DivergenceError(SMPError, RuntimeError):
 
 class LaunchError(SMPError, RuntimeError):
     """A job could not be started, or one of its processes failed."""
+
+
+class DeferredTensorError(SMPError, RuntimeError):
+    """A tensor whose initialisation is delayed cannot be made as it would have been at once."""
 
 
 class CommunicationError(SMPError, RuntimeError):

@@ -34,6 +34,19 @@ from torch.utils.flop_counter import (
 DisableTorchFunctionSubclass = torch._C.DisableTorchFunctionSubclass
 
 
+@contextmanager
+def dispatch_modes_off() -> Iterator[None]:
+    """Run operations as they are, unseen by all dispatch modes; there is no public way to suspend them."""
+    modes = _get_current_dispatch_mode_stack()
+    for _ in modes:
+        _pop_mode()
+    try:
+        yield
+    finally:
+        for mode in modes:
+            _push_mode(mode)
+
+
 def default_store() -> dist.Store:
     """The store of the default process group, for communicators that are not process groups of torch's registry."""
     store: dist.Store = dist.distributed_c10d._get_default_store()

@@ -1,0 +1,1 @@
+"""Where memory goes: tensors that get their storage late."""
