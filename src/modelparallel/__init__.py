@@ -6,6 +6,11 @@
 from modelparallel import model as model
 from modelparallel import nn as nn
 from modelparallel import optimizers as optimizers
+from modelparallel.construction import (
+    delay_param_initialization,
+    delayed_parameter_initialization,
+    model_creation,
+)
 from modelparallel.model import DistributedModel
 from modelparallel.model_partition import set_partition
 from modelparallel.optimizer import DistributedOptimizer
@@ -81,6 +86,8 @@ __all__ = [
     "allgather",
     "barrier",
     "broadcast",
+    "delay_param_initialization",
+    "delayed_parameter_initialization",
     "dp_barrier",
     "dp_rank",
     "dp_size",
@@ -102,6 +109,7 @@ __all__ = [
     "local_rank",
     "local_size",
     "model",
+    "model_creation",
     "mp_barrier",
     "mp_rank",
     "mp_size",

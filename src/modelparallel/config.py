@@ -44,7 +44,6 @@ NOT_BUILT: dict[str, str] = {
     "shard_optimizer_state": "sharding the optimizer state",
     "sharded_data_parallel_degree": "sharded data parallelism",
     "offload_activations": "offloading activations to host memory",
-    "delayed_parameter_initialization": "delayed parameter initialization",
     "checkpoint_attentions": "checkpointing inside the distributed attention",
     "_fp32_grad_accumulation": "accumulating gradients in fp32",
 }

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from modelparallel import session
-from modelparallel.errors import SMPConfigError
-from modelparallel.memory.deferred import DeferredTensor, recording, shapes_only
+from modelparallel.errors import CannotTraceError, SMPConfigError
+from modelparallel.memory.deferred import recording, shapes_only
 from modelparallel.memory.placement import adopt_meta_tensors, has_deferred, place_deferred
 from modelparallel.partitioning import Trace
 from modelparallel.tensor_parallel.contexts import tensor_parallelism
@@ -24,7 +24,6 @@ __all__ = [
     "is_deferred",
     "model_creation",
     "place_deferred",
-    "recording_for",
     "take_in",
     "trace_shapes",
 ]
@@ -111,7 +110,7 @@ def is_deferred(module: nn.Module) -> bool:
     return has_deferred(module)
 
 
-def take_in(module: nn.Module, device: torch.device) -> AbstractContextManager[None]:
+def take_in(module: nn.Module) -> AbstractContextManager[None]:
     """Called by ``smp.DistributedModel`` with the module as it was given: meta tensors are taken in as deferred ones.
 
     Returns the context in which modules are replaced: of a model without storage, by modules without storage.
@@ -120,17 +119,16 @@ def take_in(module: nn.Module, device: torch.device) -> AbstractContextManager[N
     return recording() if has_deferred(module) else nullcontext()
 
 
-def recording_for(module: nn.Module) -> AbstractContextManager[None]:
-    """The context for what is added to ``module``: deferred if that is."""
-    return recording() if has_deferred(module) else nullcontext()
-
-
 def trace_shapes(module: nn.Module, trace: Callable[[], Trace]) -> Trace:
-    """``trace()`` on a model without storage: with shapes in place of values."""
-    with shapes_only():
-        return trace()
+    """``trace()`` on a model without storage: with shapes in place of values; it draws and writes nothing.
 
-
-def holds(tensor: torch.Tensor) -> bool:
-    """Whether ``tensor`` has storage."""
-    return not isinstance(tensor, DeferredTensor)
+    Raises CannotTraceError if the body needs values, or uses operations that have no shapes without them.
+    """
+    try:
+        with shapes_only():
+            return trace()
+    except Exception as error:
+        raise CannotTraceError(
+            "the model has no storage yet (its initialisation is delayed), and the step function cannot run on shapes "
+            f"alone: {type(error).__name__}: {error}"
+        ) from error

@@ -9,6 +9,7 @@
     |-- NotInitializedError (RuntimeError)       used before smp.init()
     |-- StepUsageError (RuntimeError)            a model, or backward, used outside the place where it may be used
     |-- PartitionError (RuntimeError)            the model cannot be placed on the stages as asked
+    |-- CannotTraceError                         the step function cannot run on the unsplit model (caught by the library)
     |-- ScheduleError (ValueError)               a pipeline schedule, or what it is made from, breaks a rule
     |-- DivergenceError (RuntimeError)           the ranks did not run the same program
     |-- LaunchError (RuntimeError)               a job could not be started, or one of its processes failed
@@ -56,6 +57,10 @@ class StepUsageError(SMPError, RuntimeError):
 
 class PartitionError(SMPError, RuntimeError):
     """The model cannot be placed on the pipeline stages as asked."""
+
+
+class CannotTraceError(SMPError):
+    """The body of the step function cannot run on unsplit models; the plan is made without a trace."""
 
 
 class ScheduleError(SMPError, ValueError):

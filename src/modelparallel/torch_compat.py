@@ -47,6 +47,27 @@ def dispatch_modes_off() -> Iterator[None]:
             _push_mode(mode)
 
 
+def swap_contents(first: torch.Tensor, second: torch.Tensor) -> None:
+    """Exchange class, attributes and contents of two tensors; both objects stay.
+
+    As ``torch.utils.swap_tensors``, which refuses tensors that weak references or graphs of earlier operations point
+    to. The first go on pointing to the object (an LSTM keeps them); a backward through the second would be lost, and
+    raises.
+    """
+    for tensor in (first, second):
+        if tensor._use_count() > 1 and tensor.is_leaf and tensor.requires_grad:
+            torch.autograd.graph.get_gradient_edge(tensor).node.register_prehook(_refuse_backward)
+    first.__class__, second.__class__ = second.__class__, first.__class__
+    first.__dict__, second.__dict__ = second.__dict__, first.__dict__
+    torch._C._swap_tensor_impl(first, second)
+
+
+def _refuse_backward(gradients: Any) -> None:
+    raise RuntimeError(
+        "backward through a graph that was made before the parameters of the model were placed: run the forward again"
+    )
+
+
 def default_store() -> dist.Store:
     """The store of the default process group, for communicators that are not process groups of torch's registry."""
     store: dist.Store = dist.distributed_c10d._get_default_store()

@@ -36,7 +36,7 @@ from modelparallel.memory.tape import (
     needed_for,
     replay,
 )
-from modelparallel.torch_compat import DisableTorchFunctionSubclass, TorchDispatchMode, dispatch_modes_off
+from modelparallel.torch_compat import DisableTorchFunctionSubclass, TorchDispatchMode, dispatch_modes_off, swap_contents
 
 aten = torch.ops.aten
 
@@ -68,6 +68,7 @@ class ShapesOnlyError(DeferredTensorError):
 class DeferredTensor(torch.Tensor):
     """A tensor, or parameter, that gets its storage when it is placed."""
 
+    waits_for_storage = True
     _inner: torch.Tensor
     _handle: Handle | None
 
@@ -208,14 +209,7 @@ def become(tensor: torch.Tensor, new: torch.Tensor) -> None:
         for name in ("_backward_hooks", "_post_accumulate_grad_hooks")
         if (found := getattr(tensor, name, None))
     }
-    try:
-        torch.utils.swap_tensors(tensor, new)
-    except RuntimeError as error:
-        raise DeferredTensorError(
-            f"a tensor of shape {tuple(tensor.shape)} whose initialisation was delayed cannot be placed, since "
-            f"something holds on to it other than by a reference (a graph of an operation on it, or a weak "
-            f"reference): {error}"
-        ) from error
+    swap_contents(tensor, new)
     for name, found in hooks.items():
         setattr(tensor, name, found)
     if grad is not None:
@@ -262,33 +256,27 @@ def _dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     kind = _kind.get()
     leaves = [leaf for leaf in trees.leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
     deferred = [leaf for leaf in leaves if isinstance(leaf, DeferredTensor)]
-    if not deferred and (kind == _OFF or not _makes_tensor(func, kwargs, leaves, kind)):
-        with dispatch_modes_off() if kind == _OFF else _Nothing():
-            return func(*args, **kwargs)
+    if not deferred and (kind != _RECORD or leaves or not _makes_tensor(func, kwargs)):
+        return func(*args, **kwargs)
     written = _written(func, args, kwargs)
     writes_real = any(not isinstance(tensor, DeferredTensor) for tensor in written)
     # Outside a context a tensor that exists makes it computing, not construction, unless it is written to a deferred
     # one.
     is_computing = kind == _OFF and not written and len(deferred) < len(leaves)
+    if kind == _SHAPES and writes_real:
+        # What the body keeps of its own: it is left as it is, since there is no value to write.
+        return written[0] if len(func._schema.returns) == 1 else tuple(written)
     if not _gives_tensors(func) or writes_real or is_computing:
         if func._overloadpacket in _ABOUT_SHAPES:
-            return func(*_inner((args, kwargs), None)[0], **_inner((args, kwargs), None)[1])
+            arguments, keywords = _inner((args, kwargs))
+            with dispatch_modes_off():
+                return func(*arguments, **keywords)
         return _on_values(func, args, kwargs, written)
     return _record(func, args, kwargs, leaves, written, kind)
 
 
-class _Nothing:
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *exception: Any) -> None:
-        pass
-
-
-def _makes_tensor(func: Any, kwargs: dict[str, Any], leaves: list[torch.Tensor], kind: str) -> bool:
+def _makes_tensor(func: Any, kwargs: dict[str, Any]) -> bool:
     """Whether the operation makes a tensor out of nothing, on a real device."""
-    if leaves:
-        return kind == _SHAPES and _gives_tensors(func) and all(leaf.device.type != "meta" for leaf in leaves)
     names = {argument.name for argument in func._schema.arguments}
     device = kwargs.get("device")
     is_meta = device is not None and torch.device(device).type == "meta"
@@ -312,12 +300,10 @@ def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[t
 
 def _is_view(func: Any) -> bool:
     returns = func._schema.returns
-    return bool(returns) and all(
-        value.alias_info is not None and not value.alias_info.is_write for value in returns
-    )
+    return bool(returns) and all(value.alias_info is not None and not value.alias_info.is_write for value in returns)
 
 
-def _inner(arguments: Any, device: torch.device | None) -> Any:
+def _inner(arguments: Any) -> Any:
     """The arguments with meta tensors for tensors, and no device other than meta."""
 
     def meta(leaf: Any) -> Any:
@@ -342,7 +328,7 @@ def _record(
 ) -> Any:
     device = _device_of(func, kwargs, leaves)
     with dispatch_modes_off():
-        inner_args, inner_kwargs = _inner((args, kwargs), device)
+        inner_args, inner_kwargs = _inner((args, kwargs))
         if not leaves:
             inner_kwargs = {**inner_kwargs, "device": torch.device("meta")}
             inner_kwargs.pop("pin_memory", None)
@@ -421,7 +407,8 @@ def _operation(
         with dispatch_modes_off():
             if leaf.nbytes <= _COPIED_BYTES:
                 return Constant(leaf.detach().clone(), None)
-            return Constant(leaf.detach(), None if leaf.is_inference() else leaf._version)
+            # The tensor itself: here, below autograd, a detached one would not count what is written to it.
+            return Constant(leaf, None if leaf.is_inference() else leaf._version)
 
     random = _draw(func, args, kwargs, device)
     number = 1 + max((handle.storage.last for handle in handles.values()), default=0)

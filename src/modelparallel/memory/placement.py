@@ -23,6 +23,7 @@ from modelparallel.memory.deferred import (
     storage_key,
     uninitialised,
 )
+from modelparallel.torch_compat import swap_contents
 
 # torch's own modules have one or the other.
 _RESETS = ("reset_parameters", "_reset_parameters")
@@ -48,7 +49,7 @@ def become_deferred(tensor: torch.Tensor, device: torch.device) -> None:
     new = nn.Parameter(new, requires_grad) if isinstance(tensor, nn.Parameter) else new.requires_grad_(requires_grad)
     attributes = {name: value for name, value in tensor.__dict__.items() if name != "_is_param"}
     new.__dict__.update(attributes)
-    torch.utils.swap_tensors(tensor, new)
+    swap_contents(tensor, new)
 
 
 @torch.no_grad()
