@@ -119,7 +119,7 @@ def take_in(module: nn.Module) -> AbstractContextManager[None]:
     return recording() if has_deferred(module) else nullcontext()
 
 
-def trace_shapes(module: nn.Module, trace: Callable[[], Trace]) -> Trace:
+def trace_shapes(trace: Callable[[], Trace]) -> Trace:
     """``trace()`` on a model without storage: with shapes in place of values; it draws and writes nothing.
 
     Raises CannotTraceError if the body needs values, or uses operations that have no shapes without them.

@@ -28,6 +28,7 @@ from modelparallel.errors import DeferredTensorError
 from modelparallel.memory.tape import (
     Constant,
     Handle,
+    Layout,
     Operation,
     RandomState,
     Reference,
@@ -42,7 +43,6 @@ aten = torch.ops.aten
 
 #: What is done inside the innermost context: nothing, recording, or working out shapes.
 _OFF, _RECORD, _SHAPES = "off", "record", "shapes"
-_kind: ContextVar[str] = ContextVar("smp_deferring", default=_OFF)
 
 # They write every element of their first argument and read none of it.
 _OVERWRITE = {
@@ -139,18 +139,39 @@ class _Mode(TorchDispatchMode):
 
 
 class Deferring:
-    """Enter it to record (or, with ``is_enabled=False`` inside such a context, to stop recording). Use it once."""
+    """A context in which something other than usual is done; ``kind``: what. Use it once."""
 
     def __init__(self, kind: str) -> None:
-        self._kind, self._mode = kind, _Mode()
+        self.kind, self._mode = kind, _Mode()
+        self._memory: torch.Tensor | None = None
 
     def __enter__(self) -> None:
-        self._token = _kind.set(self._kind)
+        self._token = _context.set(self)
         self._mode.__enter__()
 
     def __exit__(self, *exception: Any) -> None:
         self._mode.__exit__(*exception)
-        _kind.reset(self._token)
+        _context.reset(self._token)
+
+    def scratch(self, like: torch.Tensor, device: torch.device) -> torch.Tensor:
+        """A tensor of the layout of ``like`` to draw into. On the CPU always in the same memory: if each had its own,
+        what is allocated between them would keep the allocator from giving it back.
+        """
+        num_bytes = like.untyped_storage().nbytes()
+        if device.type != "cpu":
+            return torch.empty_strided(like.size(), like.stride(), dtype=like.dtype, device=device)
+        if self._memory is None or num_bytes > self._memory.nbytes:
+            self._memory = None  # first the old one goes
+            self._memory = torch.empty(num_bytes, dtype=torch.uint8)
+        return self._memory[:num_bytes].view(like.dtype).as_strided(like.size(), like.stride())
+
+
+_context: ContextVar[Deferring | None] = ContextVar("smp_deferring", default=None)
+
+
+def _current_kind() -> str:
+    context = _context.get()
+    return _OFF if context is None else context.kind
 
 
 def recording(is_enabled: bool = True) -> Deferring:
@@ -241,7 +262,7 @@ def _handle_of(tensor: DeferredTensor) -> Handle:
 
 
 def _value(tensor: DeferredTensor) -> torch.Tensor:
-    if _kind.get() == _SHAPES:
+    if _current_kind() == _SHAPES:
         raise ShapesOnlyError("the values of a tensor are read")
     value = real_values([tensor])[0]
     if isinstance(tensor, nn.Parameter):
@@ -253,7 +274,7 @@ def _value(tensor: DeferredTensor) -> torch.Tensor:
 
 
 def _dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    kind = _kind.get()
+    kind = _current_kind()
     leaves = [leaf for leaf in trees.leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
     deferred = [leaf for leaf in leaves if isinstance(leaf, DeferredTensor)]
     if not deferred and (kind != _RECORD or leaves or not _makes_tensor(func, kwargs)):
@@ -377,6 +398,8 @@ def _wrapped(
                 storage = storages[key] = TapeStorage()
                 storage.writers.append(operation)
                 storage.last = operation.number
+                if output.nbytes == output.untyped_storage().nbytes():
+                    operation.made[index] = Layout(output.size(), output.stride(), output.dtype, device)
             outputs.append(DeferredTensor(output, device, Handle(operation, index, storage)))
     return type(result)(outputs) if is_many else outputs[0]
 
@@ -442,14 +465,14 @@ def _draw(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], device: torc
     generator = default_generator(device) if given is None else given
     state = RandomState(device, given, generator.get_state())
     needs_values = func._overloadpacket not in _DRAW_BY_SHAPE
+    context = _context.get() or Deferring(_OFF)
 
     def scratch(leaf: Any) -> Any:
         if not isinstance(leaf, DeferredTensor):
             return leaf
         if needs_values:
             return real_values([leaf])[0]
-        inner = leaf._inner
-        return torch.empty_strided(inner.size(), inner.stride(), dtype=inner.dtype, device=leaf.device)
+        return context.scratch(leaf._inner, leaf.device)
 
     with dispatch_modes_off():
         arguments, keywords = trees.map_leaves(scratch, (args, kwargs))
@@ -459,7 +482,7 @@ def _draw(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], device: torc
 
 def _on_values(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], written: list[torch.Tensor]) -> Any:
     """Run the operation on values made for the moment; what it writes to deferred tensors is put on the tape."""
-    if _kind.get() == _SHAPES:
+    if _current_kind() == _SHAPES:
         raise ShapesOnlyError(f"{func} needs values")
     deferred = [leaf for leaf in trees.leaves((args, kwargs)) if isinstance(leaf, DeferredTensor)]
     values = dict(zip(map(id, deferred), real_values(deferred), strict=True))

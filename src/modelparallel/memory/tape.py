@@ -2,9 +2,10 @@
 
 [Note: what a tensor needs] Each deferred tensor has a `Handle`: the operation that made it, and the storage that it
 looks at. A storage knows the operations that wrote to it, in order. The value of a tensor is made by the operation that
-made it, and by the writers of its storage, from the last one that wrote all of it on. Those operations need values of
-their own arguments *as they were then*: operations carry numbers, larger than those of all earlier operations on the
-same storages (Lamport's clocks, so that nothing is shared between models), and only smaller numbers count.
+made it, and by the writers of its storage, from the last one that wrote all of it on; if that is not the operation
+that made the storage, then of that one only the memory is needed. Operations need values of their own arguments *as
+they were then*: they carry numbers, larger than those of all earlier operations on the same storages (Lamport's clocks,
+so that nothing is shared between models), and only smaller numbers count.
 
 [Note: random numbers] An operation that draws keeps the state that its generator had. Its replay starts from that
 state, so that it draws what it would have drawn at once, whichever other operations are replayed or not.
@@ -80,9 +81,24 @@ class RandomState:
     state: torch.Tensor
 
 
+@dataclass(frozen=True)
+class Layout:
+    """What memory an output with a storage of its own takes."""
+
+    size: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+
 @dataclass(eq=False)
 class Operation:
-    """One recorded call. ``overwritten``: the storage of which it writes every element without reading any."""
+    """One recorded call.
+
+    overwritten: the storage of which it writes every element without reading any.
+    is_uninitialised: it stands for a tensor of the meta device, and makes memory that nobody has filled.
+    made: the layouts of those outputs whose storages it makes, by their index.
+    """
 
     function: Any
     arguments: tuple[Any, ...]
@@ -92,6 +108,7 @@ class Operation:
     random: RandomState | None = None
     overwritten: TapeStorage | None = None
     is_uninitialised: bool = False
+    made: dict[int, Layout] = field(default_factory=dict)
     references: list[Reference] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -102,17 +119,21 @@ class Operation:
 
 @dataclass
 class Needed:
-    """The operations that make some tensors, in order; whether a value comes from memory that nobody has filled."""
+    """The operations that make some tensors, in order; those of which only memory is needed, by identity; whether a
+    value comes from memory that nobody has filled.
+    """
 
     operations: list[Operation]
+    memory_only: set[int]
     is_unfilled: bool
 
 
 def needed_for(handles: Sequence[Handle]) -> Needed:
     """What must run to make the tensors of ``handles`` with the values that they have now."""
     found: dict[int, Operation] = {}
+    memory_only: set[int] = set()
     is_unfilled = False
-    waiting: list[Operation] = []
+    waiting: list[tuple[Operation, bool]] = []  # and whether it must run: its memory may be enough
 
     def need_values(storage: TapeStorage, before: float) -> None:
         nonlocal is_unfilled
@@ -120,35 +141,53 @@ def needed_for(handles: Sequence[Handle]) -> Needed:
         first = max((index for index, each in enumerate(writers) if each.overwritten is storage), default=0)
         if writers and writers[first].is_uninitialised:
             is_unfilled = True
-        waiting.extend(writers[first:])
+        waiting.extend((operation, True) for operation in writers[first:])
 
     for handle in handles:
-        waiting.append(handle.producer)
+        waiting.append((handle.producer, False))
         need_values(handle.storage, float("inf"))
     while waiting:
-        operation = waiting.pop()
-        if id(operation) in found:
+        operation, must_run = waiting.pop()
+        must_run = must_run or not operation.made
+        if id(operation) in found and not (must_run and id(operation) in memory_only):
             continue
         found[id(operation)] = operation
+        memory_only.discard(id(operation))
+        if not must_run:
+            memory_only.add(id(operation))
+            continue
         for reference in operation.references:
-            waiting.append(reference.handle.producer)
+            waiting.append((reference.handle.producer, False))
             if reference.is_read:
                 need_values(reference.handle.storage, operation.number)
-    return Needed(sorted(found.values(), key=lambda each: each.number), is_unfilled)
+    return Needed(sorted(found.values(), key=lambda each: each.number), memory_only, is_unfilled)
 
 
 @torch.no_grad()
-def replay(handles: Sequence[Handle], needed: Needed | None = None) -> list[torch.Tensor]:
+def replay(handles: Sequence[Handle]) -> list[torch.Tensor]:
     """Make the tensors of ``handles``, with real storage; those that share storage on the tape share it here.
 
     What is made on the way is freed after its last use. The random generators end as they were.
     """
-    operations = (needed_for(handles) if needed is None else needed).operations
-    last_use = {reference.handle.key: operation for operation in operations for reference in operation.references}
+    needed = needed_for(handles)
+    last_use = {
+        reference.handle.key: operation
+        for operation in needed.operations
+        if id(operation) not in needed.memory_only
+        for reference in operation.references
+    }
     wanted = {handle.key for handle in handles}
     values: dict[tuple[int, int], torch.Tensor] = {}
     with dispatch_modes_off():
-        for operation in operations:
+        for operation in needed.operations:
+            if id(operation) in needed.memory_only:
+                for index, layout in operation.made.items():
+                    key = (id(operation), index)
+                    if key in wanted or key in last_use:
+                        values[key] = torch.empty_strided(
+                            layout.size, layout.stride, dtype=layout.dtype, device=layout.device
+                        )
+                continue
             result = _run(operation, values)
             for index, output in enumerate(result if isinstance(result, list | tuple) else (result,)):
                 key = (id(operation), index)
