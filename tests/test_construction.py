@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import copy
-import os
 import pickle
 import random
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
 import pytest
@@ -19,6 +15,7 @@ import modelparallel as smp
 from modelparallel.errors import DeferredTensorError, SMPConfigError
 from modelparallel.memory.deferred import ShapesOnlyError, is_deferred, recording, shapes_only
 from modelparallel.memory.placement import adopt_meta_tensors, place_deferred
+from pool import run_ranks
 from rank_tests import RankTests, on
 
 CPU = torch.device("cpu")
@@ -524,68 +521,44 @@ def test_a_body_that_needs_values_is_partitioned_by_sizes():
 
 # How much memory it takes
 
-SCRIPT = """
-import sys, torch
-from torch import nn
-import modelparallel as smp
-import pool
+WIDTH, LAYERS = 1536, 16
+MODULE = WIDTH * WIDTH * 4
 
-WIDTH, LAYERS = 2048, 16
 
-def memory(key):
-    text = open("/proc/self/status").read()
+def account(key):
+    text = Path("/proc/self/status").read_text()
     return int(text.split(key + ":")[1].split()[0]) * 1024
 
-@smp.step
-def forward(model, x):
-    return model(x).mean()
 
-def run(is_delayed, width):
+def build_and_step(is_delayed, width):
     torch.manual_seed(0)
-    before = memory("VmRSS")
+    before = account("VmRSS")
     with smp.delay_param_initialization(enabled=is_delayed):
-        model = nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(LAYERS)))
-    built = memory("VmRSS") - before
-    model = smp.DistributedModel(model)
+        module = nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(LAYERS)))
+    built = account("VmRSS") - before
+    model = smp.DistributedModel(module)
     with torch.no_grad():
         forward(model, torch.randn(2, width))
-    return built, memory("VmHWM") - before, model
+    return built, account("VmHWM") - before
 
-def body(is_delayed):
-    run(is_delayed, 8)  # so that the code that it takes is in memory
-    with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")  # the peak begins now
-    return run(is_delayed, WIDTH)[:2]
 
-if __name__ == "__main__":
-    degree, is_delayed = int(sys.argv[1]), sys.argv[2] == "True"
-    parameters = {"pipeline_parallel_degree": degree, "skip_tracing": sys.argv[3] == "True"}
-    print(pool.run_ranks(body, degree, is_delayed, parameters=parameters))
-"""
+def measure_memory(is_delayed):
+    build_and_step(is_delayed, 8)  # so that the code that it takes is in memory
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins now
+    return build_and_step(is_delayed, WIDTH)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's account of the process")
-@pytest.mark.parametrize("skip_tracing", [False, True])
-@pytest.mark.parametrize("degree", [1, 4])
-def test_c094_peak_of_host_memory_is_the_share_and_one_module(tmp_path, degree, skip_tracing):
-    script = tmp_path / "peak.py"
-    script.write_text(textwrap.dedent(SCRIPT))
-    paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", ""), str(tmp_path)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-
-    def measure(is_delayed):
-        command = [sys.executable, str(script), str(degree), str(is_delayed), str(skip_tracing)]
-        run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-        assert run.returncode == 0, run.stderr
-        return [tuple(entry) for entry in eval(run.stdout.strip().splitlines()[-1])]
-
-    module = 2048 * 2048 * 4
-    whole, share, margin = 16 * module, 16 * module // degree, 8 * 1024 * 1024
-    eager, delayed = measure(False), measure(True)
-    assert all(min(built, peak) > whole - margin for built, peak in eager), eager
-    for built, peak in delayed:
-        assert built < margin, f"construction took {built >> 20} MiB"
-        assert peak < share + module + margin, f"{peak >> 20} MiB at most, for a share of {share >> 20}"
+@pytest.mark.parametrize(("degree", "skip_tracing"), [(1, False), (4, False), (4, True)])
+def test_c094_peak_of_host_memory_is_the_share_and_one_module(degree, skip_tracing):
+    parameters = {"pipeline_parallel_degree": degree, "skip_tracing": skip_tracing}
+    share, margin = LAYERS * MODULE // degree, 8 * 1024 * 1024
+    if degree == 1:
+        for built, peak in run_ranks(measure_memory, 1, False, parameters=parameters):
+            assert min(built, peak) > LAYERS * MODULE - margin, "what is measured is there"
+    for built, peak in run_ranks(measure_memory, degree, True, parameters=parameters):
+        assert built < MODULE + margin, f"construction took {built >> 20} MiB"
+        assert peak < share + MODULE + margin, f"{peak >> 20} MiB at most, for a share of {share >> 20}"
 
 
 def test_recording_draws_no_more_than_one_tensor_at_a_time():
