@@ -23,7 +23,6 @@ SAME = {
     "smdistributed.modelparallel.backend.exceptions": "modelparallel.exceptions",
 }
 NOT_BUILT = [
-    "amp",
     "patches",
     "patches.checkpoint",
     "sharded_data_parallel_checkpoint",

@@ -240,7 +240,9 @@ def test_state_dict_round_trip_continues_exactly(fused, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("fused", "reference"), [(FusedAdam, ReferenceAdam), (FusedLAMB, ReferenceLamb), (FusedNovoGrad, ReferenceNovoGrad)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("fused", "reference"), [(FusedAdam, ReferenceAdam), (FusedLAMB, ReferenceLamb), (FusedNovoGrad, ReferenceNovoGrad)]
+)
 def test_half_precision_is_updated_in_fp32_and_rounded_once(fused, reference, dtype):
     parameters = parameters_of(dtype)
     options = {**BASE, "weight_decay": 0.1}
@@ -316,7 +318,8 @@ def test_bad_arguments(fused):
     parameter = torch.nn.Parameter(torch.zeros(2))
     with pytest.raises(RuntimeError, match="AMSGrad"):
         fused([parameter], amsgrad=True)
-    for option, message in (({"lr": -1.0}, "lr must be >= 0"), ({"betas": (0.9, 1.0)}, "betas must be in"), ({"eps": -1}, "eps")):  # fmt: skip
+    wrong = [({"lr": -1.0}, "lr must be >= 0"), ({"betas": (0.9, 1.0)}, "betas must be in"), ({"eps": -1}, "eps")]
+    for option, message in wrong:
         with pytest.raises(SMPConfigError, match=message):
             fused([parameter], **option)
     table = torch.nn.Embedding(4, 2, sparse=True)

@@ -3,6 +3,7 @@
 ``import modelparallel as smp`` and ``import smdistributed.modelparallel.torch as smp`` give the same module.
 """
 
+from modelparallel import amp as amp
 from modelparallel import model as model
 from modelparallel import nn as nn
 from modelparallel import optimizers as optimizers
@@ -11,6 +12,8 @@ from modelparallel.construction import (
     delayed_parameter_initialization,
     model_creation,
 )
+from modelparallel.gradient_norm import clip_grad_norm_
+from modelparallel.memory_use import MemoryReport, memory_report
 from modelparallel.model import DistributedModel
 from modelparallel.model_partition import set_partition
 from modelparallel.optimizer import DistributedOptimizer
@@ -80,12 +83,15 @@ __all__ = [
     "CommGroup",
     "DistributedModel",
     "DistributedOptimizer",
+    "MemoryReport",
     "RankType",
     "StepOutput",
     "__version__",
     "allgather",
+    "amp",
     "barrier",
     "broadcast",
+    "clip_grad_norm_",
     "delay_param_initialization",
     "delayed_parameter_initialization",
     "dp_barrier",
@@ -108,6 +114,7 @@ __all__ = [
     "is_tracing",
     "local_rank",
     "local_size",
+    "memory_report",
     "model",
     "model_creation",
     "mp_barrier",

@@ -9,11 +9,12 @@
     |-- NotInitializedError (RuntimeError)       used before smp.init()
     |-- StepUsageError (RuntimeError)            a model, or backward, used outside the place where it may be used
     |-- PartitionError (RuntimeError)            the model cannot be placed on the stages as asked
-    |-- CannotTraceError                         the step function cannot run on the unsplit model (caught by the library)
+    |-- CannotTraceError                         the step function cannot run on the unsplit model; never reaches users
     |-- ScheduleError (ValueError)               a pipeline schedule, or what it is made from, breaks a rule
     |-- DivergenceError (RuntimeError)           the ranks did not run the same program
     |-- LaunchError (RuntimeError)               a job could not be started, or one of its processes failed
     |-- DeferredTensorError (RuntimeError)       a tensor whose initialisation is delayed cannot be made as it was asked
+    |-- OutOfMemoryError (RuntimeError, MemoryError)    a rank has run out of memory; says what it holds and what helps
     |-- CommunicationError (RuntimeError)        a message could not be delivered
     |   `-- WaitTimeoutError (TimeoutError)      a message did not come in time; says who waits for what from whom
     `-- UnsupportedError (NotImplementedError)   a combination that the library refuses by design
@@ -77,6 +78,10 @@ class LaunchError(SMPError, RuntimeError):
 
 class DeferredTensorError(SMPError, RuntimeError):
     """A tensor whose initialisation is delayed cannot be made as it would have been at once."""
+
+
+class OutOfMemoryError(SMPError, RuntimeError, MemoryError):
+    """A rank has run out of memory; the text says what it holds, what was predicted, and what would help."""
 
 
 class CommunicationError(SMPError, RuntimeError):

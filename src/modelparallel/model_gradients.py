@@ -14,6 +14,8 @@ from modelparallel.data_parallel import BroadcastTensor, GradientReducer, Reduce
 from modelparallel.pipeline.replicas import ReplicatedParameters
 
 if TYPE_CHECKING:
+    import torch
+
     from modelparallel.comm.groups import Group
     from modelparallel.parameters import ParameterTable
     from modelparallel.plan.parameters import ParameterRow
@@ -85,6 +87,18 @@ class ModelGradients:
     def _group_of(self, row: ParameterRow) -> Group:
         groups = self._runtime.session.groups
         return groups.rdp if row.reducer_axis == "rdp" else groups.dp
+
+    # Memory
+
+    @property
+    def are_views_of_buckets(self) -> bool:
+        """Whether final gradients are views of the reduction buckets, by ``gradient_as_bucket_view``."""
+        return self._gradient_as_bucket_view
+
+    def flat_tensors(self) -> list[torch.Tensor]:
+        """The flat memory of the reduction, as far as it is there."""
+        buckets = () if self._reducer is None else self._reducer.buckets
+        return [flat for bucket in buckets if (flat := bucket.flat) is not None]
 
     # Steps
 

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
-from modelparallel.data_parallel.waits import wait_for
+from modelparallel import gradient_norm
 
 if TYPE_CHECKING:
-    from modelparallel.comm.groups import Group
+    from modelparallel.optimizer_targets import Targets
     from modelparallel.plan.parameters import ParameterRow
     from modelparallel.runtime import Runtime
 
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 class DistributedNorms:
     """`modelparallel.optimizers.Norms` by the parameter tables of the session's models."""
 
-    def __init__(self, runtime: Runtime) -> None:
-        self._runtime = runtime
+    def __init__(self, runtime: Runtime, targets: Targets) -> None:
+        self._runtime, self._targets = runtime, targets
 
     def whole(self, parameters: Sequence[torch.Tensor], values: torch.Tensor, is_maximum: bool) -> torch.Tensor:
         """The rows of sliced parameters, combined over the slices; collective over TP_GROUP."""
@@ -30,36 +30,23 @@ class DistributedNorms:
         if tp.size == 1 or not bool(sliced.any()):
             return values
         sliced = sliced.to(values.device)
+        # In float64, so that ranks that hold parameters of different dtypes, or gradients of none, send the same.
+        message = values[sliced].double().contiguous()
         operation = dist.ReduceOp.MAX if is_maximum else dist.ReduceOp.SUM
-        combined = self._all_reduce(values[sliced], operation, tp)
+        gradient_norm.reduce(message, tp, operation, self._runtime, "norms of slices")
         result = values.clone()
-        result[sliced] = combined
+        result[sliced] = message.to(values.dtype)
         return result
 
-    def total(self, parameters: Sequence[torch.Tensor], squares: torch.Tensor) -> torch.Tensor:
-        """The sum over the model, each parameter once; collective over MP_GROUP."""
-        groups, stage = self._runtime.session.groups, self._runtime.engine.stage
-        own = []
-        for parameter in parameters:
-            row = self._row(parameter)
-            is_first_holder = (row.home if row is not None and row.home is not None else 0) == stage
-            is_sliced = row is not None and row.split is not None
-            own.append(is_first_holder and (is_sliced or groups.tp.rank_in_group == 0))
-        device = self._runtime.session.device
-        mine = squares[torch.tensor(own, dtype=torch.bool, device=squares.device)].sum().to(device)
-        return mine if groups.mp.size == 1 else self._all_reduce(mine, dist.ReduceOp.SUM, groups.mp)
+    def gradient_norm(self, parameters: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The one norm; collective as `smp.clip_grad_norm_` is."""
+        return gradient_norm.total_norm(self._runtime, gradient_norm.parts_of(self._runtime, parameters), 2.0)
 
-    def _row(self, parameter: torch.Tensor) -> ParameterRow | None:
+    def _row(self, tensor: torch.Tensor) -> ParameterRow | None:
+        target = self._targets.of_tensor(tensor)
+        parameter = tensor if target is None else target.parameter
         for model in self._runtime.session.models:
             row = model.table.row_of(parameter)
             if row is not None:
                 return row  # type: ignore[no-any-return]
         return None
-
-    def _all_reduce(self, values: torch.Tensor, operation: dist.ReduceOp.RedOpType, group: Group) -> torch.Tensor:
-        # In fp64, so that ranks which hold parameters of different dtypes, or none, send the same.
-        message = values.double().contiguous()
-        work = dist.all_reduce(message, operation, group=group.process_group, async_op=True)
-        timeout = self._runtime.session.config.timeout_seconds
-        wait_for(work, timeout, "the norms of parameters and gradients for the optimizer", group, message.device)
-        return message.to(values.dtype)

@@ -34,8 +34,8 @@ class Norms(Protocol):
         """Per parameter (row of ``values``, [n, ...]): the sum, or the maximum, over the slices of it."""
         ...
 
-    def total(self, parameters: Sequence[torch.Tensor], squares: torch.Tensor) -> torch.Tensor:
-        """The sum of ``squares`` [n], of these parameters, over the whole model, each parameter once; 0-dim."""
+    def gradient_norm(self, parameters: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The norm of the gradient over the whole model, of which this process has these parameters; 0-dim."""
         ...
 
 
@@ -257,8 +257,9 @@ class FusedLAMB(_FusedOptimizer):
 
     def _gradient_norm(self) -> torch.Tensor:
         parameters = [parameter for group in self.param_groups for parameter in self._trained(group)]
-        squares = _norms(_exact_gradients(parameters)).square()
-        return (squares.sum() if self.norms is None else self.norms.total(parameters, squares)).sqrt()
+        if self.norms is not None:
+            return self.norms.gradient_norm(parameters)
+        return _norms(_exact_gradients(parameters)).square().sum().sqrt()
 
     def _update(self, group: Mapping[str, Any], total: torch.Tensor | None) -> None:
         lr, decay, (beta1, beta2) = float(group["lr"]), group["weight_decay"], group["betas"]

@@ -113,6 +113,11 @@ class Bucket:
         return self.work is not None
 
     @property
+    def flat(self) -> torch.Tensor | None:
+        """The memory of the bucket; None before the first reduction."""
+        return self._flat
+
+    @property
     def title(self) -> str:
         names = f"{self.slots[0].name!r}" + (f" to {self.slots[-1].name!r}" if len(self.slots) > 1 else "")
         return f"gradient bucket {self.index} ({names})"

@@ -37,7 +37,12 @@ from modelparallel.memory.tape import (
     needed_for,
     replay,
 )
-from modelparallel.torch_compat import DisableTorchFunctionSubclass, TorchDispatchMode, dispatch_modes_off, swap_contents
+from modelparallel.torch_compat import (
+    DisableTorchFunctionSubclass,
+    TorchDispatchMode,
+    dispatch_modes_off,
+    swap_contents,
+)
 
 aten = torch.ops.aten
 
