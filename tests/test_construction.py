@@ -30,6 +30,8 @@ class Custom(nn.Module):
         nn.init.trunc_normal_(self.first, std=0.02)
         self.second = nn.Parameter(torch.Tensor(8, 8))
         nn.init.orthogonal_(self.second)
+        self.wide = nn.Parameter(torch.empty(3, 8))
+        nn.init.orthogonal_(self.wide, gain=2.0)
         self.third = nn.Parameter(torch.randn(8, 3) * self.second.detach().mean() + 1)
         self.gain = nn.Parameter(torch.full((3,), 1e-4), requires_grad=False)
         self.rough = nn.Parameter(torch.rand(5, 4, dtype=torch.float32).to(torch.bfloat16).clamp_(0.2, 0.8))

@@ -196,7 +196,7 @@ class FusedAdam(_FusedOptimizer):
         if decay and self.adam_w_mode:
             torch._foreach_mul_(values, 1 - lr * decay)
         elif decay:
-            gradients = torch._foreach_add(gradients, values, alpha=decay)
+            gradients = list(torch._foreach_add(gradients, values, alpha=decay))
         averages = [self._moment(parameter, "exp_avg") for parameter in parameters]
         squares = [self._moment(parameter, "exp_avg_sq") for parameter in parameters]
         _average(averages, gradients, beta1, 1 - beta1)
@@ -272,7 +272,7 @@ class FusedLAMB(_FusedOptimizer):
             gradients = list(torch._foreach_add(gradients, values, alpha=decay))
         averages = [self._moment(parameter, "exp_avg") for parameter in parameters]
         squares = [self._moment(parameter, "exp_avg_sq") for parameter in parameters]
-        update: Sequence[torch.Tensor] = []
+        update: list[torch.Tensor] = []
         if parameters:
             _average(averages, gradients, beta1, 1 - beta1 if group["grad_averaging"] else 1.0)
             _average_squares(squares, gradients, beta2)
@@ -290,7 +290,7 @@ class FusedLAMB(_FusedOptimizer):
         self,
         parameters: list[torch.Tensor],
         values: list[torch.Tensor],
-        update: Sequence[torch.Tensor],
+        update: list[torch.Tensor],
         everything: list[torch.Tensor],
     ) -> list[torch.Tensor]:
         squares = torch.stack([_norms(values), _norms(update)], 1).square()
@@ -433,19 +433,19 @@ def _store(parameters: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -
             parameter.copy_(value)
 
 
-def _average(averages: list[torch.Tensor], values: Sequence[torch.Tensor], beta: float, share: float) -> None:
+def _average(averages: list[torch.Tensor], values: list[torch.Tensor], beta: float, share: float) -> None:
     torch._foreach_mul_(averages, beta)
     torch._foreach_add_(averages, values, alpha=share)
 
 
-def _average_squares(squares: list[torch.Tensor], values: Sequence[torch.Tensor], beta: float) -> None:
+def _average_squares(squares: list[torch.Tensor], values: list[torch.Tensor], beta: float) -> None:
     torch._foreach_mul_(squares, beta)
     torch._foreach_addcmul_(squares, values, values, 1 - beta)
 
 
 def _adam_direction(
     averages: list[torch.Tensor], squares: list[torch.Tensor], counts: list[float], group: Mapping[str, Any]
-) -> Sequence[torch.Tensor]:
+) -> list[torch.Tensor]:
     """m / (sqrt(v) + eps), with corrected moments if the group wants that."""
     denominators = torch._foreach_sqrt(squares)
     beta1, beta2 = group["betas"]
@@ -454,10 +454,10 @@ def _adam_direction(
     torch._foreach_add_(denominators, group["eps"])
     if group["bias_correction"]:
         torch._foreach_mul_(denominators, [1 - beta1**count for count in counts])
-    return torch._foreach_div(averages, denominators)  # type: ignore[no-any-return]
+    return list(torch._foreach_div(averages, denominators))
 
 
-def _norms(tensors: Sequence[torch.Tensor], kind: int = 2) -> torch.Tensor:
+def _norms(tensors: list[torch.Tensor], kind: int = 2) -> torch.Tensor:
     """[n]: the L2 norm of each tensor, or (``kind`` 0) its largest absolute value."""
     if not tensors:
         return torch.zeros(0)

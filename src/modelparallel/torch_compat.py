@@ -58,7 +58,7 @@ def swap_contents(first: torch.Tensor, second: torch.Tensor) -> None:
     raises.
     """
     for tensor in (first, second):
-        if tensor._use_count() > 1 and tensor.is_leaf and tensor.requires_grad:
+        if tensor._use_count() > 1 and tensor.is_leaf and tensor.requires_grad:  # type: ignore[attr-defined]
             torch.autograd.graph.get_gradient_edge(tensor).node.register_prehook(_refuse_backward)
     first.__class__, second.__class__ = second.__class__, first.__class__
     first.__dict__, second.__dict__ = second.__dict__, first.__dict__

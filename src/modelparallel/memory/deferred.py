@@ -60,6 +60,11 @@ _DRAW_BY_SHAPE = {
     aten.rand, aten.randn, aten.randint, aten.randperm, aten.rand_like, aten.randn_like, aten.randint_like,
     aten.native_dropout, aten.normal,
 }  # fmt: skip
+# They change how a tensor looks at its storage, and have a form that gives a new tensor.
+_RESHAPE_IN_PLACE = {
+    aten.t_: aten.t, aten.transpose_: aten.transpose, aten.squeeze_: aten.squeeze, aten.unsqueeze_: aten.unsqueeze,
+    aten.as_strided_: aten.as_strided,
+}  # fmt: skip
 # They give a number, but one about shapes.
 _ABOUT_SHAPES = {aten._fused_sdp_choice, aten.is_same_size}
 # Constants up to this size are copied when they are recorded; larger ones may not change until the replay.
@@ -78,8 +83,13 @@ class DeferredTensor(torch.Tensor):
     _handle: Handle | None
 
     @staticmethod
-    def __new__(cls, inner: torch.Tensor, device: torch.device, handle: Handle | None) -> DeferredTensor:
-        # By type.__getattribute__: torch declares the function without types.
+    def __new__(cls, data: torch.Tensor, requires_grad: bool = True, **attributes: Any) -> torch.Tensor:
+        """A parameter of ``data``: libraries make new parameters of a module by the class of the old ones."""
+        return nn.Parameter(data, requires_grad)
+
+    @classmethod
+    def of(cls, inner: torch.Tensor, device: torch.device, handle: Handle | None) -> DeferredTensor:
+        """The tensor that will be on ``device``, of the layout of the meta tensor ``inner``."""
         result: DeferredTensor = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls,
             inner.size(),
@@ -106,7 +116,9 @@ class DeferredTensor(torch.Tensor):
             return func(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         return _dispatch(func, args, kwargs or {})
 
     def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
@@ -216,7 +228,7 @@ def uninitialised(like: torch.Tensor, device: torch.device) -> DeferredTensor:
     )
     storage = TapeStorage()
     storage.writers, storage.last = [operation], 1
-    return DeferredTensor(inner, device, Handle(operation, 0, storage))
+    return DeferredTensor.of(inner, device, Handle(operation, 0, storage))
 
 
 def become(tensor: torch.Tensor, new: torch.Tensor) -> None:
@@ -239,7 +251,7 @@ def become(tensor: torch.Tensor, new: torch.Tensor) -> None:
     for name, found in hooks.items():
         setattr(tensor, name, found)
     if grad is not None:
-        tensor.grad = grad if not is_deferred(grad) else _value(grad)
+        tensor.grad = _value(grad) if isinstance(grad, DeferredTensor) else grad
 
 
 def _attributes(tensor: torch.Tensor) -> dict[str, Any]:
@@ -284,6 +296,10 @@ def _dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     deferred = [leaf for leaf in leaves if isinstance(leaf, DeferredTensor)]
     if not deferred and (kind != _RECORD or leaves or not _makes_tensor(func, kwargs)):
         return func(*args, **kwargs)
+    if func._overloadpacket in _RESHAPE_IN_PLACE:
+        new = _dispatch(getattr(_RESHAPE_IN_PLACE[func._overloadpacket], func._overloadname), args, kwargs)
+        _set_data(args[0], new)
+        return args[0]
     written = _written(func, args, kwargs)
     writes_real = any(not isinstance(tensor, DeferredTensor) for tensor in written)
     # Outside a context a tensor that exists makes it computing, not construction, unless it is written to a deferred
@@ -315,7 +331,7 @@ def _gives_tensors(func: Any) -> bool:
 
 
 def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
-    found = []
+    found: list[torch.Tensor] = []
     for index, argument in enumerate(func._schema.arguments):
         if argument.alias_info is None or not argument.alias_info.is_write:
             continue
@@ -366,6 +382,9 @@ def _record(
             if not isinstance(error, NotImplementedError) and "data-dependent" not in str(error).lower():
                 raise
             return _on_values(func, args, kwargs, written)
+        if not leaves and isinstance(result, torch.Tensor) and result.numel() == 0:
+            # Nothing to delay, and torch makes tensors around memory that exists (of files) by way of such.
+            return func(*args, **kwargs)
     for leaf in written:
         assert isinstance(leaf, DeferredTensor)
         if shapes[id(leaf)] != (leaf._inner.size(), leaf._inner.stride()):
@@ -373,6 +392,8 @@ def _record(
                 f"{func} changes the shape of a tensor in place, which cannot be recorded for a tensor whose "
                 "initialisation is delayed: build a new tensor instead"
             )
+    if device.type == "meta":
+        return result
     if kind == _SHAPES:
         return _wrapped(result, owners, device, None, {})
     operation, storages = _operation(func, args, kwargs, leaves, written, device)
@@ -395,7 +416,7 @@ def _wrapped(
         elif id(output) in owners:
             outputs.append(owners[id(output)])
         elif operation is None:
-            outputs.append(DeferredTensor(output, device, None))
+            outputs.append(DeferredTensor.of(output, device, None))
         else:
             key = id(output.untyped_storage())
             storage = storages.get(key)
@@ -405,7 +426,7 @@ def _wrapped(
                 storage.last = operation.number
                 if output.nbytes == output.untyped_storage().nbytes():
                     operation.made[index] = Layout(output.size(), output.stride(), output.dtype, device)
-            outputs.append(DeferredTensor(output, device, Handle(operation, index, storage)))
+            outputs.append(DeferredTensor.of(output, device, Handle(operation, index, storage)))
     return type(result)(outputs) if is_many else outputs[0]
 
 
