@@ -16,6 +16,7 @@ SAME = {
     "smdistributed.modelparallel.torch.nn.huggingface": "modelparallel.nn.huggingface",
     "smdistributed.modelparallel.torch.nn.huggingface.gpt2": "modelparallel.nn.huggingface.gpt2",
     "smdistributed.modelparallel.torch.model": "modelparallel.model",
+    "smdistributed.modelparallel.torch.optimizers": "modelparallel.optimizers",
     "smdistributed.modelparallel.torch.state_mod": "modelparallel.state_mod",
     "smdistributed.modelparallel.torch.patches": "modelparallel.patches",
     "smdistributed.modelparallel.torch.patches.checkpoint": "modelparallel.patches.checkpoint",
@@ -24,7 +25,6 @@ SAME = {
     "smdistributed.modelparallel.backend.exceptions": "modelparallel.exceptions",
 }
 NOT_BUILT = [
-    "optimizers",
     "sharded_data_parallel_checkpoint",
 ]
 

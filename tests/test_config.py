@@ -50,7 +50,6 @@ ALL_KEYS = [
     "sdp_gradient_clipping",
     "partition_file",
     "load_partition",
-    "delayed_parameter_initialization",
     "static_mode",
     "fast_mode",
     "checkpoint_attentions",

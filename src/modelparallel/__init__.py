@@ -6,6 +6,7 @@
 from modelparallel import amp as amp
 from modelparallel import model as model
 from modelparallel import nn as nn
+from modelparallel import optimizers as optimizers
 from modelparallel import patches as patches
 from modelparallel.activation_checkpointing import (
     checkpoint,
@@ -13,7 +14,13 @@ from modelparallel.activation_checkpointing import (
     checkpoint_wrapper,
     set_activation_checkpointing,
 )
+from modelparallel.construction import (
+    delay_param_initialization,
+    delayed_parameter_initialization,
+    model_creation,
+)
 from modelparallel.gradient_norm import clip_grad_norm_
+from modelparallel.memory_use import MemoryReport, memory_report
 from modelparallel.model import DistributedModel
 from modelparallel.model_partition import set_partition
 from modelparallel.optimizer import DistributedOptimizer
@@ -83,6 +90,7 @@ __all__ = [
     "CommGroup",
     "DistributedModel",
     "DistributedOptimizer",
+    "MemoryReport",
     "RankType",
     "StepOutput",
     "__version__",
@@ -94,6 +102,8 @@ __all__ = [
     "checkpoint_sequential",
     "checkpoint_wrapper",
     "clip_grad_norm_",
+    "delay_param_initialization",
+    "delayed_parameter_initialization",
     "dp_barrier",
     "dp_rank",
     "dp_size",
@@ -114,12 +124,15 @@ __all__ = [
     "is_tracing",
     "local_rank",
     "local_size",
+    "memory_report",
     "model",
+    "model_creation",
     "mp_barrier",
     "mp_rank",
     "mp_size",
     "nn",
     "num_microbatches",
+    "optimizers",
     "partition",
     "patches",
     "pp_rank",

@@ -38,7 +38,6 @@ _WHERE = {"environment": ENVIRONMENT_KEY, "init": "smp.init"}
 #: Features that do not exist yet: a parameter, or one value of it ("key=value"), and what is missing. A parameter that
 #: is listed here may only have its default value. Whoever builds the feature deletes its line.
 NOT_BUILT: dict[str, str] = {
-    "delayed_parameter_initialization": "delayed parameter initialization",
     "checkpoint_attentions": "checkpointing inside the distributed attention",
 }
 

@@ -9,10 +9,13 @@
     |-- NotInitializedError (RuntimeError)       used before smp.init()
     |-- StepUsageError (RuntimeError)            a model, or backward, used outside the place where it may be used
     |-- PartitionError (RuntimeError)            the model cannot be placed on the stages as asked
+    |-- CannotTraceError                         the step function cannot run on the unsplit model; never reaches users
     |-- ScheduleError (ValueError)               a pipeline schedule, or what it is made from, breaks a rule
     |-- DivergenceError (RuntimeError)           the ranks did not run the same program
     |-- RecomputationError (RuntimeError)        a region cannot be recomputed, or came out differently
     |-- LaunchError (RuntimeError)               a job could not be started, or one of its processes failed
+    |-- DeferredTensorError (RuntimeError)       a tensor whose initialisation is delayed cannot be made as it was asked
+    |-- OutOfMemoryError (RuntimeError, MemoryError)    a rank has run out of memory; says what it holds and what helps
     |-- CommunicationError (RuntimeError)        a message could not be delivered
     |   `-- WaitTimeoutError (TimeoutError)      a message did not come in time; says who waits for what from whom
     `-- UnsupportedError (NotImplementedError)   a combination that the library refuses by design
@@ -58,6 +61,10 @@ class PartitionError(SMPError, RuntimeError):
     """The model cannot be placed on the pipeline stages as asked."""
 
 
+class CannotTraceError(SMPError):
+    """The body of the step function cannot run on unsplit models; the plan is made without a trace."""
+
+
 class ScheduleError(SMPError, ValueError):
     """A pipeline schedule, or the chain of visits it is made for, breaks a rule; the text says which one and where."""
 
@@ -72,6 +79,14 @@ class RecomputationError(SMPError, RuntimeError):
 
 class LaunchError(SMPError, RuntimeError):
     """A job could not be started, or one of its processes failed."""
+
+
+class DeferredTensorError(SMPError, RuntimeError):
+    """A tensor whose initialisation is delayed cannot be made as it would have been at once."""
+
+
+class OutOfMemoryError(SMPError, RuntimeError, MemoryError):
+    """A rank has run out of memory; the text says what it holds, what was predicted, and what would help."""
 
 
 class CommunicationError(SMPError, RuntimeError):

@@ -1,13 +1,16 @@
 """The exceptions under the module path of the original API (smp-api section 1); they are defined in ``errors.py``."""
 
 from modelparallel.errors import (
+    CannotTraceError,
     CommunicationError,
+    DeferredTensorError,
     DivergenceError,
     GroupMembershipError,
     GroupTypeError,
     LaunchError,
     NotBuiltError,
     NotInitializedError,
+    OutOfMemoryError,
     PartitionError,
     RecomputationError,
     ScheduleError,
@@ -20,13 +23,16 @@ from modelparallel.errors import (
 )
 
 __all__ = [
+    "CannotTraceError",
     "CommunicationError",
+    "DeferredTensorError",
     "DivergenceError",
     "GroupMembershipError",
     "GroupTypeError",
     "LaunchError",
     "NotBuiltError",
     "NotInitializedError",
+    "OutOfMemoryError",
     "PartitionError",
     "RecomputationError",
     "SMPConfigError",

@@ -13,11 +13,11 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from modelparallel import model_states, registry, trees
+from modelparallel import construction, model_states, registry, trees
 from modelparallel import runtime as runtime_module
 from modelparallel.amp import agree_on_found_infs
 from modelparallel.compilation import ModuleCompiler, checked_options, take_off_compiled_calls
-from modelparallel.errors import PartitionError, SMPConfigError, SMPError, StepUsageError
+from modelparallel.errors import CannotTraceError, PartitionError, SMPConfigError, StepUsageError
 from modelparallel.gradient_norm import intercept_clipping
 from modelparallel.model_arguments import check_arguments
 from modelparallel.model_gradients import ModelGradients
@@ -38,10 +38,6 @@ from modelparallel.tensor_parallel.replace import replace_marked_modules
 from modelparallel.torch_compat import has_own_compiled_call
 
 Hook = Callable[["DistributedModel", Any], Any]
-
-
-class CannotTraceError(SMPError):
-    """The body of the step function cannot run on unsplit models; the plan is made without a trace."""
 
 
 class DistributedModel(ModelParameters):
@@ -117,7 +113,8 @@ class DistributedModel(ModelParameters):
 
         register_families()
         before, config = dict(module.named_parameters(remove_duplicate=False)), active.config
-        module = replace_marked_modules(module, active.groups.tp, config.match_weights, config.prescaled_batch)
+        with construction.take_in(module):
+            module = replace_marked_modules(module, active.groups.tp, config.match_weights, config.prescaled_batch)
         runtime.note_replaced(before, module)
         for optimizer in runtime.live_optimizers():
             optimizer.replace_parameters()
@@ -133,6 +130,7 @@ class DistributedModel(ModelParameters):
         if not self._precision.casts_when_placed:
             self._precision.cast_module(module)
         if not runtime.is_pipelined:
+            construction.place_deferred(module, active.device)
             module.to(active.device)
         self._table = ParameterTable(module)
         self.__dict__["gradients"] = ModelGradients(
@@ -358,6 +356,8 @@ class DistributedModel(ModelParameters):
 
     def trace(self, run: Callable[[], None]) -> Trace:
         """What ``run``, a step on the unsplit models, does with this one; they are left as they were."""
+        if any(construction.is_deferred(model.module) for model in self._runtime.session.models):
+            return construction.trace_shapes(lambda: trace_step(self.module, self._units, run))
         device = self._runtime.session.device
         if device.type == "cuda" and self._trace_device == "gpu":
             self.module.to(device)
@@ -378,6 +378,7 @@ class DistributedModel(ModelParameters):
             log_plan(plan)
         self._table.set_homes(plan.home_of_tensor)
         device = runtime.session.device
+        construction.place_deferred(self.module, device, self.is_local)
         for source in (self._table.parameters(), self._table.buffers()):
             for row, tensor in source:
                 if row.home is not None:

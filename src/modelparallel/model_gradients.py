@@ -188,6 +188,18 @@ class ModelGradients:
         groups = self._runtime.session.groups
         return groups.rdp if row.reducer_axis == "rdp" else groups.dp
 
+    # Memory
+
+    @property
+    def are_views_of_buckets(self) -> bool:
+        """Whether final gradients are views of the reduction buckets, by ``gradient_as_bucket_view``."""
+        return self._gradient_as_bucket_view
+
+    def flat_tensors(self) -> list[torch.Tensor]:
+        """The flat memory of the reduction, as far as it is there."""
+        buckets = () if self.reducer is None else self.reducer.buckets
+        return [flat for bucket in buckets if (flat := bucket.flat) is not None]
+
     # Steps
 
     def prepare(self, *, is_training: bool) -> None:

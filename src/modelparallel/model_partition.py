@@ -10,8 +10,8 @@ from torch import nn
 
 from modelparallel import runtime as runtime_module
 from modelparallel import trees
-from modelparallel.errors import PartitionError
-from modelparallel.model import CannotTraceError, DistributedModel
+from modelparallel.errors import CannotTraceError, PartitionError
+from modelparallel.model import DistributedModel
 from modelparallel.plan.partition import PartitionPlan
 from modelparallel.ranks_and_messages import allgather
 from modelparallel.runtime import Runtime

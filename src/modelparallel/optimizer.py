@@ -14,6 +14,8 @@ from torch import nn
 from modelparallel import gradient_norm, optimizer_states
 from modelparallel import runtime as runtime_module
 from modelparallel.errors import SMPConfigError
+from modelparallel.memory_use import explaining_memory
+from modelparallel.optimizer_norms import DistributedNorms
 from modelparallel.optimizer_targets import Targets
 from modelparallel.precision import LossScaler
 
@@ -76,6 +78,8 @@ class DistributedOptimizer(torch.optim.Optimizer):
         self.loss_scaler = scaler if self._runtime.session.config.fp16 else LossScaler(1.0, None)
         #: What the inner optimizer updates for the parameters.
         self.targets = Targets(optimizer, self._runtime)
+        if getattr(optimizer, "norms", False) is None:  # it needs norms of whole parameters: see optimizers.py
+            optimizer.norms = DistributedNorms(self._runtime, self.targets)
         #: Whether a gradient of the last update was not finite; the same on all ranks.
         self.overflow = False
         self._has_checked_parameters = False
@@ -150,6 +154,10 @@ class DistributedOptimizer(torch.optim.Optimizer):
         sharded data parallelism the gradient is clipped first (``sdp_gradient_clipping``). Collective over MP_GROUP
         then, and over the world where parameters are shared out among ranks.
         """
+        with explaining_memory(self._runtime, "in optimizer.step()"):
+            return self._update(closure)
+
+    def _update(self, closure: Callable[[], Any] | None) -> Any:
         if not self._has_checked_parameters:
             self._check_parameters()
         config = self._runtime.session.config

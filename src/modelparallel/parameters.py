@@ -104,6 +104,12 @@ class ParameterTable:
         return row.home is None or stage in row.holders
 
 
+def waits_for_storage(tensor: torch.Tensor) -> bool:
+    """Whether the initialisation of ``tensor`` is delayed: it has a shape, and no values yet."""
+    # By attribute and not by class: the class is above this file.
+    return getattr(type(tensor), "waits_for_storage", False)
+
+
 def stand_in(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """A tensor of the same shape and dtype on one element of memory: what another stage holds. Reading it gives NaN, or
     zero.

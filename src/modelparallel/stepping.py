@@ -13,6 +13,7 @@ from modelparallel import runtime as runtime_module
 from modelparallel import trees
 from modelparallel.comm.event_log import user_code_line
 from modelparallel.errors import DivergenceError, SMPConfigError, StepUsageError
+from modelparallel.memory_use import explaining_memory
 from modelparallel.model import DistributedModel
 from modelparallel.model_partition import partition_models
 from modelparallel.pipeline.executor import MicrobatchRun, run_locally, run_step
@@ -84,10 +85,13 @@ class StepFunction:
         arguments = self._named_arguments(args, kwargs)
         if not runtime.is_pipelined or runtime.engine.stage == 0:
             arguments = slice_objects(arguments, config.microbatches, self._axes, self._whole)
-        partition_models(runtime, arguments, lambda: self._trace(runtime, arguments, config))
+        doing = f"in {self._name}, call {runtime.num_steps + 1} of a step function"
+        with explaining_memory(runtime, doing):
+            partition_models(runtime, arguments, lambda: self._trace(runtime, arguments, config))
         runtime.num_steps += 1
         try:
-            return self._step(runtime, arguments)
+            with explaining_memory(runtime, doing):
+                return self._step(runtime, arguments)
         except BaseException as error:
             runtime.note_failure(error)
             raise

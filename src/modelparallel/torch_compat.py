@@ -37,6 +37,40 @@ from torch.utils.flop_counter import (
 DisableTorchFunctionSubclass = torch._C.DisableTorchFunctionSubclass
 
 
+@contextmanager
+def dispatch_modes_off() -> Iterator[None]:
+    """Run operations as they are, unseen by all dispatch modes; there is no public way to suspend them."""
+    modes = _get_current_dispatch_mode_stack()
+    for _ in modes:
+        _pop_mode()
+    try:
+        yield
+    finally:
+        for mode in modes:
+            _push_mode(mode)
+
+
+def swap_contents(first: torch.Tensor, second: torch.Tensor) -> None:
+    """Exchange class, attributes and contents of two tensors; both objects stay.
+
+    As ``torch.utils.swap_tensors``, which refuses tensors that weak references or graphs of earlier operations point
+    to. The first go on pointing to the object (an LSTM keeps them); a backward through the second would be lost, and
+    raises.
+    """
+    for tensor in (first, second):
+        if tensor._use_count() > 1 and tensor.is_leaf and tensor.requires_grad:  # type: ignore[attr-defined]
+            torch.autograd.graph.get_gradient_edge(tensor).node.register_prehook(_refuse_backward)
+    first.__class__, second.__class__ = second.__class__, first.__class__
+    first.__dict__, second.__dict__ = second.__dict__, first.__dict__
+    torch._C._swap_tensor_impl(first, second)
+
+
+def _refuse_backward(gradients: Any) -> None:
+    raise RuntimeError(
+        "backward through a graph that was made before the parameters of the model were placed: run the forward again"
+    )
+
+
 def default_store() -> dist.Store:
     """The store of the default process group, for communicators that are not process groups of torch's registry."""
     store: dist.Store = dist.distributed_c10d._get_default_store()

@@ -174,6 +174,11 @@ class Bucket:
         return self.takes_over
 
     @property
+    def flat(self) -> torch.Tensor | None:
+        """The memory of the bucket; None while it has none."""
+        return self._flat
+
+    @property
     def title(self) -> str:
         names = f"{self.slots[0].name!r}" + (f" to {self.slots[-1].name!r}" if len(self.slots) > 1 else "")
         return f"gradient bucket {self.index} ({names})"

@@ -21,6 +21,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 
 from modelparallel import trees
+from modelparallel.parameters import waits_for_storage
 from modelparallel.partitioning.costs import Flow, Trace, sizes_only, tensor_bytes
 from modelparallel.partitioning.operations import OperationCounter, StorageSet, Traffic, storage_of
 from modelparallel.partitioning.units import direct_tensors, has_weights
@@ -197,7 +198,7 @@ def _version(tensor: torch.Tensor) -> int:
 def _same_values(first: torch.Tensor, second: torch.Tensor) -> bool:
     if first.shape != second.shape or first.dtype != second.dtype:
         return False
-    if first.is_meta or second.is_meta:
+    if any(tensor.is_meta or waits_for_storage(tensor) for tensor in (first, second)):
         return True
     second = second.to(first.device)
     if first.is_floating_point() or first.is_complex():

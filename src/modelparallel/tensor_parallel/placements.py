@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from modelparallel.errors import TensorParallelError
+from modelparallel.parameters import waits_for_storage
 from modelparallel.plan.parameters import SplitSpec
 
 
@@ -42,6 +43,8 @@ def is_plain_parameter(tensor: torch.Tensor) -> TypeGuard[nn.Parameter]:
     """Whether ``tensor`` is a parameter that holds its own numbers: not quantised, sharded, or otherwise a tensor
     subclass.
     """
+    if waits_for_storage(tensor):
+        return isinstance(tensor, nn.Parameter)
     return type(tensor) is nn.Parameter and type(tensor.data) is torch.Tensor
 
 

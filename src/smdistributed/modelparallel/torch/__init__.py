@@ -20,10 +20,7 @@ import modelparallel
 PREFIX = __name__ + "."
 
 # Paths of the original library whose contents are not built yet: importing them must say so, and not "No module named".
-NOT_BUILT = (
-    "optimizers",
-    "sharded_data_parallel_checkpoint",
-)
+NOT_BUILT = ("sharded_data_parallel_checkpoint",)
 
 
 class _AliasLoader(importlib.abc.Loader):
