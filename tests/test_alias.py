@@ -22,7 +22,6 @@ SAME = {
     "smdistributed.modelparallel.backend.exceptions": "modelparallel.exceptions",
 }
 NOT_BUILT = [
-    "amp",
     "optimizers",
     "patches",
     "patches.checkpoint",

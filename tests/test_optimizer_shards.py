@@ -121,7 +121,7 @@ class Run:
 
     def start(self) -> None:
         if self.needs_whole:
-            self.shards.require_whole_parameters()
+            assert self.shards.require_whole_parameters("Adafactor")
         tensors = []
         for _, parameter in self.model.local_named_parameters():
             if self.shards.has(parameter):
@@ -244,7 +244,7 @@ def test_whole_parameters_for_optimizers_that_look_at_them():
         with pytest.raises(StepUsageError, match="before the first step"):
             late = Run(adam)
             late.step(0)
-            late.shards.require_whole_parameters()
+            late.shards.require_whole_parameters("Adafactor")
 
 
 def accumulate(run: Run, *, by: str) -> None:

@@ -3,8 +3,10 @@
 ``import modelparallel as smp`` and ``import smdistributed.modelparallel.torch as smp`` give the same module.
 """
 
+from modelparallel import amp as amp
 from modelparallel import model as model
 from modelparallel import nn as nn
+from modelparallel.gradient_norm import clip_grad_norm_
 from modelparallel.model import DistributedModel
 from modelparallel.model_partition import set_partition
 from modelparallel.optimizer import DistributedOptimizer
@@ -78,8 +80,10 @@ __all__ = [
     "StepOutput",
     "__version__",
     "allgather",
+    "amp",
     "barrier",
     "broadcast",
+    "clip_grad_norm_",
     "dp_barrier",
     "dp_rank",
     "dp_size",

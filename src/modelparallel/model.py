@@ -15,11 +15,14 @@ from torch.utils.hooks import RemovableHandle
 
 from modelparallel import model_states, registry, trees
 from modelparallel import runtime as runtime_module
+from modelparallel.amp import agree_on_found_infs
 from modelparallel.compilation import ModuleCompiler, checked_options, take_off_compiled_calls
 from modelparallel.errors import PartitionError, SMPConfigError, SMPError, StepUsageError
+from modelparallel.gradient_norm import intercept_clipping
 from modelparallel.model_arguments import check_arguments
 from modelparallel.model_gradients import ModelGradients
 from modelparallel.model_parameters import ModelParameters
+from modelparallel.model_precision import ModelPrecision
 from modelparallel.module_view import alias_inherited_forwards, attach_module_attribute
 from modelparallel.nn.huggingface import register_families
 from modelparallel.parameters import ParameterTable, stand_in
@@ -71,6 +74,7 @@ class DistributedModel(ModelParameters):
 
     #: What happens to the gradients over the ranks.
     gradients: ModelGradients
+    _precision: ModelPrecision
 
     def __init__(
         self,
@@ -125,6 +129,9 @@ class DistributedModel(ModelParameters):
         take_off_compiled_calls(module, self._units)
         is_prescaled = config.prescaled_batch and active.groups.tp.size > 1
         synchronise_batch_norms(module, active.groups, has_equal_batches_over_tp=is_prescaled)
+        self.__dict__["_precision"] = ModelPrecision(self)
+        if config.sharded_data_parallel_degree == 1:
+            self._precision.cast_module(module)
         if not runtime.is_pipelined:
             module.to(active.device)
         self._table = ParameterTable(module)
@@ -139,13 +146,22 @@ class DistributedModel(ModelParameters):
         )
         active.models.append(self)
         if not runtime.is_pipelined:
-            for name in self._units:
-                unit = module.get_submodule(name)
-                runtime.engine.frame_unit(unit, name, is_compiled=self._compile_call(unit, name))
-            if self._compiler is not None:
-                self._compiler.log("")
-            self.gradients.start()
-            self._is_partitioned = True
+            self._place_whole()
+        if len(active.models) == 1:
+            intercept_clipping(runtime)
+            agree_on_found_infs(runtime)
+
+    def _place_whole(self) -> None:
+        """Without pipelining: everything is at home here."""
+        for name in self._units:
+            unit = self.module.get_submodule(name)
+            self._runtime.engine.frame_unit(unit, name, is_compiled=self._compile_call(unit, name))
+        if self._compiler is not None:
+            self._compiler.log("")
+        self.gradients.start()
+        self._is_partitioned = True
+        for optimizer in self._runtime.live_optimizers():
+            optimizer.settle()
 
     # Calls
 
@@ -166,15 +182,19 @@ class DistributedModel(ModelParameters):
             self.run_post_partition_hooks()
             if torch.is_grad_enabled():
                 self.gradients.prepare(is_training=self.training)
-            return self.module(*args, **kwargs)
+            return self._call_module(args, kwargs)
         if step.is_tracing:
             self._check_traceable(step)
-            return self.module(*args, **kwargs)
+            return self._call_module(args, kwargs)
         self._enter_step(step)
-        output = self.module(*args, **kwargs)
+        output = self._call_module(args, kwargs)
         if self._runtime.is_pipelined:
             self._push_small_outputs(output)
         return output
+
+    def _call_module(self, args: Any, kwargs: Any) -> Any:
+        args, kwargs = self._precision.inputs(args, kwargs)
+        return self._precision.outputs(self.module(*args, **kwargs), is_in_step=self._runtime.step is not None)
 
     def backward(
         self,
@@ -206,7 +226,7 @@ class DistributedModel(ModelParameters):
         step.has_backward = True
         program = self._runtime.engine.program
         weight = step.weight if program is None else program.weight
-        scale = weight if self._average_grads else 1.0
+        scale = (weight if self._average_grads else 1.0) * self._precision.loss_scale()
         if program is not None:
             with self._runtime.engine.native_region():
                 program.backward_root(roots, seeds, scale)
@@ -271,7 +291,7 @@ class DistributedModel(ModelParameters):
         if not self._has_run_post_step_hooks:
             self._has_run_post_step_hooks = True
             for hook in list(self._post_step_hooks.values()):
-                hook(self, self._optimizer())
+                hook(self, self.optimizer_of_parameters())
 
     def abort_step(self) -> None:
         """The step function raised. Called by smp.step."""
@@ -421,9 +441,9 @@ class DistributedModel(ModelParameters):
             return
         self.has_run_post_partition_hooks = True
         for hook in list(self._post_partition_hooks.values()):
-            hook(self, self._optimizer())
+            hook(self, self.optimizer_of_parameters())
 
-    def _optimizer(self) -> Any:
+    def optimizer_of_parameters(self) -> Any:
         """The wrapped optimizer that holds parameters of this model; None if there is none."""
         own = {id(parameter) for _, parameter in self._table.parameters()}
         for optimizer in reversed(self._runtime.live_optimizers()):

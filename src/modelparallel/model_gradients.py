@@ -56,8 +56,7 @@ class ModelGradients:
         self._bucket_cap_mb = bucket_cap_mb
         self._broadcasts_buffers = broadcasts_buffers
         self._gradient_as_bucket_view = gradient_as_bucket_view
-        #: None while there is nothing to reduce: before the partition, or with one data-parallel rank.
-        self.reducer: GradientReducer | None = None
+        self._reducer: GradientReducer | None = None
         self._replicas: ReplicatedParameters | None = None
         self._comm_hook: CommHook | None = None
         #: The parameters that are shared out among ranks; None if all are whole.
@@ -91,7 +90,7 @@ class ModelGradients:
         local = [(row, parameter) for row, parameter in self._table.parameters() if self._table.is_local(row, stage)]
         shards = self._share_out(local) if session.config.shard_optimizer_state else None
         self.shards = shards
-        self.reducer = GradientReducer(
+        self._reducer = GradientReducer(
             [ReducedParameter(row.name, parameter, self._group_of(row)) for row, parameter in local],
             divisor=groups.dp.size,
             bucket_cap_mb=self._bucket_cap_mb,
@@ -101,9 +100,9 @@ class ModelGradients:
             timeout_seconds=session.config.timeout_seconds,
         )
         if self.joining.is_joining:
-            self.reducer.begin_join(self.joining.announce_reduction)
+            self._reducer.begin_join(self.joining.announce_reduction)
         if self._comm_hook is not None:
-            self.reducer.register_comm_hook(self._comm_hook)
+            self._reducer.register_comm_hook(self._comm_hook)
 
     def register_comm_hook(self, state: object, function: Callable[..., Any]) -> None:
         """Reduce gradients by a communication hook; before or after the partition. See `DistributedModel`."""
@@ -136,8 +135,8 @@ class ModelGradients:
         groups = {id(group): group for group in (self._group_of(row) for row, _ in self._table.parameters())}
         hook.check_state(list(groups.values()))
         self._comm_hook = hook
-        if self.reducer is not None:
-            self.reducer.register_comm_hook(hook)
+        if self._reducer is not None:
+            self._reducer.register_comm_hook(hook)
 
     def _share_out(self, local: Sequence[tuple[ParameterRow, nn.Parameter]]) -> OptimizerShards | None:
         """Sharding of the optimizer state; copies on several stages stay whole, since their gradients are added up."""
@@ -166,12 +165,17 @@ class ModelGradients:
         groups = self._runtime.session.groups
         return groups.rdp if row.reducer_axis == "rdp" else groups.dp
 
+    @property
+    def reducer(self) -> GradientReducer | None:
+        """None while there is nothing to reduce: before the partition, or with one data-parallel rank."""
+        return self._reducer
+
     # Steps
 
     def prepare(self, *, is_training: bool) -> None:
         """Before a forward with gradients outside a step function."""
-        if self.reducer is not None:
-            self.reducer.prepare()
+        if self._reducer is not None:
+            self._reducer.prepare()
             self._synchronise_buffers(is_training)
 
     def enter_step(self) -> None:
@@ -187,8 +191,8 @@ class ModelGradients:
         with self._runtime.engine.native_region():
             if self._replicas is not None:
                 self._replicas.begin_step()
-            if self.reducer is not None:
-                self.reducer.begin_step(will_synchronize=self._will_synchronize())
+            if self._reducer is not None:
+                self._reducer.begin_step(will_synchronize=self._will_synchronize())
                 self._synchronise_buffers(is_training)
 
     def _will_synchronize(self) -> bool:
@@ -198,8 +202,8 @@ class ModelGradients:
 
     def arm(self) -> None:
         """The backward of the last microbatch begins."""
-        if self.reducer is not None and self._has_begun:
-            self.reducer.arm()
+        if self._reducer is not None and self._has_begun:
+            self._reducer.arm()
 
     def finish_step(self, has_backward: bool) -> None:
         """The step function has run; ``has_backward``: some model of the step has called backward, and the gradients
@@ -212,22 +216,22 @@ class ModelGradients:
             return
         will_synchronize = self._will_synchronize()
         self._num_backward_steps += 1
-        if self.reducer is not None:
-            self.reducer.finish_step()
+        if self._reducer is not None:
+            self._reducer.finish_step()
         if self._replicas is not None and will_synchronize:
             self._replicas.add_up()
 
     def abort_step(self) -> None:
         """The step ended without a backward, or raised."""
-        if self.reducer is not None:
-            self.reducer.abort_step()
+        if self._reducer is not None:
+            self._reducer.abort_step()
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
         """Inside, gradients are accumulated on each rank."""
         self._num_no_sync += 1
         try:
-            with self.reducer.no_sync() if self.reducer is not None else nullcontext():
+            with self._reducer.no_sync() if self._reducer is not None else nullcontext():
                 yield
         finally:
             self._num_no_sync -= 1
@@ -264,11 +268,11 @@ class ModelGradients:
 
     def begin_join(self) -> None:
         """Ranks may run out of batches from now on; called by `ModelJoin`."""
-        if self.reducer is not None:
-            self.reducer.begin_join(self.joining.announce_reduction)
+        if self._reducer is not None:
+            self._reducer.begin_join(self.joining.announce_reduction)
 
     def end_join(self) -> None:
         """All ranks are together again; called by `ModelJoin`. They have not made equally many passes."""
         self._num_backward_steps = 0
-        if self.reducer is not None:
-            self.reducer.end_join()
+        if self._reducer is not None:
+            self._reducer.end_join()

@@ -48,6 +48,14 @@ class ParameterShards(Protocol):
         Local.
         """
 
+    def require_whole_parameters(self, optimizer_name: str) -> bool:
+        """The optimizer needs whole parameters: share them out as such, each to one rank, if that can be. Returns
+        whether the shards were cut anew, so that earlier ones are void.
+
+        On all ranks alike, before the first step. Raises an SMPError that names the optimizer where whole parameters
+        cannot be had.
+        """
+
     def collect_gradients(self) -> None:
         """Let ``shard.tensor.grad`` be what the last reduction left (None if there is none). Local, and cheap if it is
         already so. Called before gradients are read: by an optimizer's step, a norm, a loss scaler.
