@@ -459,19 +459,21 @@ def test_shards_get_the_mean_whatever_each_rank_has_used():
     run_ranks(random_runs_of_shards, 4)
 
 
-def others_do_not_come():
+def others_do_not_come(is_update):
     model, group = make_plain(), world()
     _, shards = sharded_reducer(model, lambda name: group, timeout_seconds=0.5)
     if dist.get_rank() == 0:
-        with pytest.raises(WaitTimeoutError, match=r"(flags|owners of shards).*0\.5 s"):
-            loss_of()(model)
-    else:
-        with pytest.raises(WaitTimeoutError, match=r"the updated parameters of gradient bucket.*0\.5 s"):
-            shards.finish_update()
+        if is_update:
+            with pytest.raises(WaitTimeoutError, match=r"the updated parameters of gradient bucket.*0\.5 s"):
+                shards.finish_update()
+        else:
+            with pytest.raises(WaitTimeoutError, match=r"(flags|owners of shards).*0\.5 s"):
+                loss_of()(model)
 
 
-def test_a_rank_that_does_not_come_is_named_after_the_timeout():
-    run_ranks(others_do_not_come, 2)
+@pytest.mark.parametrize("is_update", [False, True])
+def test_a_rank_that_does_not_come_is_named_after_the_timeout(is_update):
+    run_ranks(others_do_not_come, 2, is_update)
 
 
 def bytes_of(tensors):
