@@ -325,6 +325,7 @@ def test_replaced_data_comes_back_and_frozen_parameters_stay():
     run.model.module.back.weight.data = run.model.module.back.weight.data.float()
     with pytest.raises(StepUsageError, match=r"'back\.weight' was torch\.float64"):
         run.update()
+    run.model.module.back.weight.data = run.model.module.back.weight.data.double()  # other tests update all models
 
 
 @on(DP2)
@@ -514,3 +515,42 @@ def memory_of_shards():
 
 def test_gradients_and_shards_take_the_memory_that_the_documentation_says():
     run_ranks(memory_of_shards, 3)
+
+
+# With smp.DistributedOptimizer.
+
+
+@on(DP2, DP3, TP2, PP2, REPLICAS)
+def test_c062_the_wrapped_optimizer_trains_on_shards():
+    for make_optimizer, cap in ((adam, CAP), (sgd, 25), (adafactor, CAP)):
+        if make_optimizer is adafactor and smp.tp_size() > 1:
+            continue
+        net = make_model()
+        smp.set_tensor_parallelism(net.wide)
+        smp.set_tensor_parallelism(net.back)
+        model = smp.DistributedModel(net, bucket_cap_mb=cap)
+        optimizer = smp.DistributedOptimizer(make_optimizer(model.parameters()))
+        for step in range(NUM_STEPS):
+            optimizer.zero_grad()
+            train_step(model, *own_share(batch(step)))
+            optimizer.step()
+        assert_parity(model.state_dict(), reference(make_optimizer, smp.dp_size()), dtype=torch.float64)
+
+
+@on(DP4)
+def test_a_rank_without_a_share_takes_part():
+    """Two whole parameters on four ranks."""
+    torch.manual_seed(0)
+    plain = nn.Linear(3, 2).double()
+    net = nn.Linear(3, 2).double()
+    net.load_state_dict(plain.state_dict())
+    model = smp.DistributedModel(net)
+    optimizer = smp.DistributedOptimizer(torch.optim.Adafactor(model.parameters(), lr=0.1))
+    other = torch.optim.Adafactor(plain.parameters(), lr=0.1)
+    x = torch.randn(4, 3, dtype=torch.float64)
+    for _ in range(3):
+        for module, update in ((model, optimizer), (plain, other)):
+            update.zero_grad()
+            module(x).square().mean().backward()
+            update.step()
+    assert_parity(dict(net.named_parameters()), dict(plain.named_parameters()), dtype=torch.float64)

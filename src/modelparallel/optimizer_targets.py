@@ -59,7 +59,7 @@ class Targets:
     @property
     def are_trivial(self) -> bool:
         """Whether every parameter is updated itself."""
-        return not self._by_tensor
+        return not self._by_parameter  # a rank may have no part of what is shared out
 
     def all(self) -> Iterator[Target]:
         """All targets that are not the parameters themselves."""
