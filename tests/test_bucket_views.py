@@ -107,3 +107,30 @@ def layouts_are_those_of_the_parameters():
 
 def test_views_have_the_strides_of_their_parameters():
     run_ranks(layouts_are_those_of_the_parameters, 2)
+
+
+def gradients_in_another_precision():
+    for as_views in (False, True):
+        for overlap in (True, False):
+            model = make_model(torch.bfloat16)
+            reducer = reducer_of(model, as_views=as_views, overlap=overlap)
+            assert {bucket.dtype for bucket in reducer.buckets} == {torch.bfloat16}
+            for parameter in model.parameters():
+                parameter.grad_dtype = torch.float32  # after the reducer was made: noticed at the next backward
+            backward = loss_of(0, torch.bfloat16)
+            plain = make_model(torch.bfloat16)
+            for parameter in plain.parameters():
+                parameter.grad_dtype = torch.float32
+            backward(plain)
+            mine = torch.cat([parameter.grad.flatten() for parameter in plain.parameters()])
+            dist.all_reduce(mine)
+            backward(model)
+            assert {bucket.dtype for bucket in reducer.buckets} == {torch.float32}
+            found = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+            assert found.dtype == torch.float32
+            torch.testing.assert_close(found, mine / dist.get_world_size(), rtol=1e-6, atol=1e-7)
+            reducer.detach()
+
+
+def test_gradients_may_be_more_precise_than_their_parameters():
+    run_ranks(gradients_in_another_precision, 2)

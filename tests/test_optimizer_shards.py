@@ -121,7 +121,7 @@ class Run:
 
     def start(self) -> None:
         if self.needs_whole:
-            self.shards.require_whole_parameters("LAMB")
+            assert self.shards.require_whole_parameters("Adafactor")
         tensors = []
         for _, parameter in self.model.local_named_parameters():
             if self.shards.has(parameter):
@@ -244,7 +244,7 @@ def test_whole_parameters_for_optimizers_that_look_at_them():
         with pytest.raises(StepUsageError, match="before the first step"):
             late = Run(adam)
             late.step(0)
-            late.shards.require_whole_parameters("LAMB")
+            late.shards.require_whole_parameters("Adafactor")
 
 
 def accumulate(run: Run, *, by: str) -> None:
@@ -325,6 +325,7 @@ def test_replaced_data_comes_back_and_frozen_parameters_stay():
     run.model.module.back.weight.data = run.model.module.back.weight.data.float()
     with pytest.raises(StepUsageError, match=r"'back\.weight' was torch\.float64"):
         run.update()
+    run.model.module.back.weight.data = run.model.module.back.weight.data.double()  # other tests update all models
 
 
 @on(DP2)
@@ -459,19 +460,21 @@ def test_shards_get_the_mean_whatever_each_rank_has_used():
     run_ranks(random_runs_of_shards, 4)
 
 
-def others_do_not_come():
+def others_do_not_come(is_update):
     model, group = make_plain(), world()
     _, shards = sharded_reducer(model, lambda name: group, timeout_seconds=0.5)
     if dist.get_rank() == 0:
-        with pytest.raises(WaitTimeoutError, match=r"(flags|owners of shards).*0\.5 s"):
-            loss_of()(model)
-    else:
-        with pytest.raises(WaitTimeoutError, match=r"the updated parameters of gradient bucket.*0\.5 s"):
-            shards.finish_update()
+        if is_update:
+            with pytest.raises(WaitTimeoutError, match=r"the updated parameters of gradient bucket.*0\.5 s"):
+                shards.finish_update()
+        else:
+            with pytest.raises(WaitTimeoutError, match=r"(flags|owners of shards).*0\.5 s"):
+                loss_of()(model)
 
 
-def test_a_rank_that_does_not_come_is_named_after_the_timeout():
-    run_ranks(others_do_not_come, 2)
+@pytest.mark.parametrize("is_update", [False, True])
+def test_a_rank_that_does_not_come_is_named_after_the_timeout(is_update):
+    run_ranks(others_do_not_come, 2, is_update)
 
 
 def bytes_of(tensors):
@@ -512,3 +515,42 @@ def memory_of_shards():
 
 def test_gradients_and_shards_take_the_memory_that_the_documentation_says():
     run_ranks(memory_of_shards, 3)
+
+
+# With smp.DistributedOptimizer.
+
+
+@on(DP2, DP3, TP2, PP2, REPLICAS)
+def test_c062_the_wrapped_optimizer_trains_on_shards():
+    for make_optimizer, cap in ((adam, CAP), (sgd, 25), (adafactor, CAP)):
+        if make_optimizer is adafactor and smp.tp_size() > 1:
+            continue
+        net = make_model()
+        smp.set_tensor_parallelism(net.wide)
+        smp.set_tensor_parallelism(net.back)
+        model = smp.DistributedModel(net, bucket_cap_mb=cap)
+        optimizer = smp.DistributedOptimizer(make_optimizer(model.parameters()))
+        for step in range(NUM_STEPS):
+            optimizer.zero_grad()
+            train_step(model, *own_share(batch(step)))
+            optimizer.step()
+        assert_parity(model.state_dict(), reference(make_optimizer, smp.dp_size()), dtype=torch.float64)
+
+
+@on(DP4)
+def test_a_rank_without_a_share_takes_part():
+    """Two whole parameters on four ranks."""
+    torch.manual_seed(0)
+    plain = nn.Linear(3, 2).double()
+    net = nn.Linear(3, 2).double()
+    net.load_state_dict(plain.state_dict())
+    model = smp.DistributedModel(net)
+    optimizer = smp.DistributedOptimizer(torch.optim.Adafactor(model.parameters(), lr=0.1))
+    other = torch.optim.Adafactor(plain.parameters(), lr=0.1)
+    x = torch.randn(4, 3, dtype=torch.float64)
+    for _ in range(3):
+        for module, update in ((model, optimizer), (plain, other)):
+            update.zero_grad()
+            module(x).square().mean().backward()
+            update.step()
+    assert_parity(dict(net.named_parameters()), dict(plain.named_parameters()), dtype=torch.float64)

@@ -105,24 +105,6 @@ class OptimizerShards:
             owners[id(slot)] = owner
         return owners
 
-    def require_whole_parameters(self, optimizer_name: str) -> bool:
-        """From now on no parameter is cut: the optimizer looks at whole ones. Returns whether shards that were handed
-        out are void.
-
-        Local; on all ranks alike, before the first reduction of gradients. Raises StepUsageError after it.
-        """
-        if self._has_whole_parameters:
-            return False
-        if any(bucket.is_used for bucket in self.buckets):
-            raise StepUsageError(
-                f"{optimizer_name} looks at whole parameters (as LAMB, Adafactor, Muon, and what does not say "
-                "is_elementwise = True), but came after the first step, when the parameters were already shared out by "
-                "elements (shard_optimizer_state): build and wrap it before the first step"
-            )
-        self._has_whole_parameters = True
-        self._lay_out()
-        return True
-
     # ParameterShards
 
     def has(self, parameter: nn.Parameter) -> bool:
@@ -132,6 +114,20 @@ class OptimizerShards:
     def shards_of(self, parameter: nn.Parameter) -> Sequence[Shard]:
         """This rank's shards of the parameter: one or none."""
         return self._shards.get(id(parameter), ())
+
+    def require_whole_parameters(self, optimizer_name: str) -> bool:
+        """From now on no parameter is cut; see `ParameterShards`. Raises StepUsageError after the first reduction."""
+        if self._has_whole_parameters:
+            return False
+        if any(bucket.is_used for bucket in self.buckets):
+            raise StepUsageError(
+                f"{optimizer_name} looks at parameters as a whole (its class does not say is_elementwise = True), but "
+                "came after the first step, when they were already shared out by elements (shard_optimizer_state): "
+                "build and wrap it before the first step"
+            )
+        self._has_whole_parameters = True
+        self._lay_out()
+        return True
 
     def collect_gradients(self) -> None:
         """Nothing is left to collect; parameters whose data was replaced come back."""
