@@ -79,9 +79,7 @@ def test_layers_that_some_ranks_do_not_use_equal_one_process():
 @on(DP2, HYBRID)
 def test_find_unused_parameters_gathers_by_step():
     batches = awkward_batches(4 * smp.dp_size())
-    check(
-        make_conditional, batches, awkward_loss, sgd, broadcast_buffers=False, find_unused_parameters=True
-    )
+    check(make_conditional, batches, awkward_loss, sgd, broadcast_buffers=False, find_unused_parameters=True)
 
 
 @on(TP2)

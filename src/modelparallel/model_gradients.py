@@ -90,8 +90,7 @@ class ModelGradients:
             [
                 ReducedParameter(row.name, parameter, self._group_of(row))
                 for row, parameter in self._table.parameters()
-                if self._table.is_local(row, stage)
-                and (self.sharding is None or not self.sharding.has(parameter))
+                if self._table.is_local(row, stage) and (self.sharding is None or not self.sharding.has(parameter))
             ],
             divisor=groups.dp.size,
             bucket_cap_mb=self._bucket_cap_mb,

@@ -389,7 +389,9 @@ class ShardedParameters:
     def _finish_reduction(self) -> None:
         """Reduce what waits on any rank, in one order on all; see [Note: what is reduced]."""
         flags = torch.tensor(
-            [[entry.is_noted, entry.inner.is_waiting] for entry in self._entries], dtype=torch.uint8, device=self._device
+            [[entry.is_noted, entry.inner.is_waiting] for entry in self._entries],
+            dtype=torch.uint8,
+            device=self._device,
         ).reshape(-1, 2)
         if self._entries:
             for kind in (self._groups.shard, self._groups.replicate, self._groups.tp):

@@ -67,9 +67,7 @@ def plan_sharding(
     if len(blocks) < 2:
         blocks = [unit for unit in large if "Embedding" not in type(module.get_submodule(unit)).__name__]
     shared = _modules_of_shared(module, candidates, units_of)
-    return ShardingPlan(
-        {unit: [module.get_submodule(unit)] for unit in blocks if unit not in shared}, parameters
-    )
+    return ShardingPlan({unit: [module.get_submodule(unit)] for unit in blocks if unit not in shared}, parameters)
 
 
 def _pipelined(
@@ -106,9 +104,7 @@ def _pipelined(
     return ShardingPlan(groups, chosen)
 
 
-def _candidates(
-    table: ParameterTable, stage: int, tp_size: int, threshold: int
-) -> list[tuple[ShardedParameter, int]]:
+def _candidates(table: ParameterTable, stage: int, tp_size: int, threshold: int) -> list[tuple[ShardedParameter, int]]:
     """(parameter, the size of its smallest slice) of those that are worth it and that FSDP takes."""
     local = [(row, parameter) for row, parameter in table.parameters() if table.is_local(row, stage)]
     elements: Counter[torch.dtype] = Counter()
