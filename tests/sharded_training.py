@@ -131,7 +131,8 @@ def awkward_loss(model: Any, tokens: Tensor, use: Tensor) -> Tensor:
 
 
 def adam(parameters: Any) -> torch.optim.Optimizer:
-    return torch.optim.AdamW([p for p in parameters if p.requires_grad], lr=0.01)
+    # With an eps far above rounding errors: gradients that are nearly zero would be blown up.
+    return torch.optim.AdamW([p for p in parameters if p.requires_grad], lr=0.01, eps=1e-4)
 
 
 def sgd(parameters: Any) -> torch.optim.Optimizer:

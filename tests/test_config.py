@@ -98,7 +98,7 @@ def test_defaults() -> None:
         "sdp_reduce_bucket_size": 500_000_000, "sdp_param_persistence_threshold": 1_000_000,
         "sdp_max_live_parameters": 1_000_000_000, "sdp_hierarchical_allgather": True, "sdp_gradient_clipping": 1.0,
         "partition_file": None, "fp16": False, "_match_weights": False, "uneven_microbatches": "exact",
-        "virtual_pipeline_degree": 1, "memory_limit": None, "tied_weights": "colocate",
+        "virtual_pipeline_degree": 1, "memory_limit": None, "tied_weights": "colocate", "sdp_gather": "auto",
         "seed": None, "debug": False, "timeout_seconds": 600.0, "push_limit_bytes": 65536,
     }  # fmt: skip
     assert {key: getattr(config, key) for key in expected} == expected
@@ -271,7 +271,7 @@ def test_foreign_and_unknown_private_keys_are_noted() -> None:
 def test_features_that_do_not_exist_yet_stop(entry: str) -> None:
     key, _, value = entry.partition("=")
     default = Config.model_fields[key.lstrip("_")].default
-    asked: object = value or (2 if key == "sharded_data_parallel_degree" else not default)
+    asked: object = value or not default
     with pytest.raises(NotBuiltError, match=f"{key}: .*not built yet: use {default!r}"):
         load({key: asked, "ddp": True})
     load({key: default, "ddp": True})
@@ -339,12 +339,21 @@ def test_check_world() -> None:
     load(SEED_PIPELINE).check_world(8)
 
 
-def test_check_world_of_sharding(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(config_module.NOT_BUILT, "sharded_data_parallel_degree")
+def test_check_world_of_sharding() -> None:
     config = load({"sharded_data_parallel_degree": 4, "ddp": True})
     config.check_world(8)
     with pytest.raises(SMPConfigError, match="4 must divide the data parallel degree dp=6"):
         config.check_world(6)
+    with_tensor_parallelism = load({"sharded_data_parallel_degree": 4, "tensor_parallel_degree": 2, "ddp": True})
+    with_tensor_parallelism.check_world(8)
+    with pytest.raises(SMPConfigError, match="4 must divide the 2 ranks that hold the same part of the model"):
+        with_tensor_parallelism.check_world(4)
+
+
+def test_sharding_keys_without_effect_are_noted() -> None:
+    text = "\n".join(load({"sharded_data_parallel_degree": 2, "ddp": True, "sdp_reduce_bucket_size": 5}).notices)
+    assert "sdp_reduce_bucket_size: no effect" in text
+    assert load({"sharded_data_parallel_degree": 2, "ddp": True, "sdp_max_live_parameters": 5}).notices == ()
 
 
 def test_second_init_adds_new_keys_and_keeps_old_ones() -> None:

@@ -378,7 +378,7 @@ def _notices(config: Config, environ: Mapping[str, str]) -> Iterable[str]:
         yield f"{', '.join(idle)}: no effect with sharded_data_parallel_degree=1"
     idle = [key for key in _SDP_IDLE_KEYS if key in given and config.sharded_data_parallel_degree > 1]
     if idle:
-        yield f"{', '.join(idle)}: no effect: each module's parameters are gathered, and their gradients reduced, at once"
+        yield f"{', '.join(idle)}: no effect: the parameters of a module are gathered and reduced together"
     if "activation_loading_horizon" in given and not config.offload_activations:
         yield "activation_loading_horizon: no effect without offload_activations"
     if config.offload_activations:

@@ -37,7 +37,8 @@ _RULES = """
 - `tensor_parallel_degree` > 1, `sharded_data_parallel_degree` > 1, `shard_optimizer_state`, and more than one copy of
   the model (more processes than `pipeline_parallel_degree * tensor_parallel_degree`) need `ddp: True`.
 - `ddp_port` and `ddp_dist_backend` need the key `ddp`. `ddp` and `horovod` cannot be used together.
-- `sharded_data_parallel_degree` divides the data parallel degree.
+- `sharded_data_parallel_degree` divides the data parallel degree, and with tensor parallelism the number of processes
+  that hold the same slice. It excludes `shard_optimizer_state`: optimizer state is sharded with the parameters.
 - `auto_partition: False` needs `default_partition`; `load_partition: True` needs `partition_file`.
 - `fp16` and `bf16` are exclusive.
 """

@@ -100,9 +100,10 @@ class ModelGradients:
         del tensors
         if groups.dp.size == 1:
             return
-        self.shards = self.sharding = shard_parameters(
+        self.sharding = shard_parameters(
             module, units, self._table, self._runtime, finds_unused=self._finds_unused_parameters
         )
+        self.shards = self.sharding
         if self.sharding is not None:
             cast(module, {id(value) for value in module.parameters() if self.sharding.has(value)})
         local = [(row, parameter) for row, parameter in self._table.parameters() if self._table.is_local(row, stage)]

@@ -34,7 +34,7 @@ def local_state_dict(model: DistributedModel) -> dict[str, Any]:
     for name, value in _local_entries(model):
         if isinstance(value, DTensor):
             if id(value) not in gathered:
-                gathered[id(value)] = value.detach().full_tensor()
+                gathered[id(value)] = value.full_tensor().detach()
             value = gathered[id(value)]
         elif isinstance(value, torch.Tensor):
             value = value.detach()

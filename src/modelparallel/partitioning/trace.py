@@ -354,7 +354,8 @@ class _Recorder:
             self._saved_bytes[self._current] += (
                 tensor_bytes(tensor) if is_outside else tensor.untyped_storage().nbytes()
             )
-        return tensor
+        # Not the tensor itself: a node that saves its own output would keep itself alive, and with it the weights.
+        return tensor.detach()
 
     def before_glue(self, inputs: Sequence[torch.Tensor]) -> None:
         """An operation outside the units runs where the weight it reads lives, else where its data is."""

@@ -187,7 +187,7 @@ class PipelineEngine:
         self.placed[id(tensor)] = PlacedTensor(name, home, tuple(tensor.shape), tensor.stride())
         self._kept.append(tensor)
 
-    def replace_tensor(self, old: torch.Tensor, new: Sequence[torch.Tensor]) -> None:
+    def replace_tensor(self, old: nn.Parameter, new: Sequence[nn.Parameter]) -> None:
         """Others have taken the place of ``old``, at its home; nothing here keeps it alive. No effect if it has none.
 
         ``new``: all that stand for it, the one that is asked whether it is trained first.
