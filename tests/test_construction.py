@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import functools
 import pickle
 import random
 from pathlib import Path
@@ -12,9 +14,11 @@ import torch
 from torch import nn
 
 import modelparallel as smp
+import zoo_catalogue
 from modelparallel.errors import DeferredTensorError, SMPConfigError
 from modelparallel.memory.deferred import ShapesOnlyError, is_deferred, recording, shapes_only
 from modelparallel.memory.placement import adopt_meta_tensors, place_deferred
+from modelparallel.partitioning import find_units, trace_step
 from pool import run_ranks
 from rank_tests import RankTests, on
 
@@ -143,6 +147,47 @@ def test_c094_values_are_those_of_eager_construction(build):
     assert_same(delayed, eager)
     for name, parameter in delayed.named_parameters():
         assert parameter is parameters[name], "the object stays the same one"
+
+
+@pytest.mark.parametrize("name", ["swinv2", "bart", "mamba2", "torch_lstm", "rwkv", "unet"])
+def test_c094_models_of_the_zoo(name):
+    check_model_of_the_zoo(name)
+
+
+@pytest.mark.slow
+def test_c094_all_models_of_the_zoo():
+    for name in zoo_catalogue.ZOO:
+        check_model_of_the_zoo(name)
+
+
+def check_model_of_the_zoo(name):
+    entry, default_dtype = zoo_catalogue.ZOO[name], torch.get_default_dtype()
+    torch.set_default_dtype(entry.default_dtype)
+    try:
+        torch.manual_seed(12)
+        eager = entry.make_model()
+        torch.manual_seed(12)
+        with smp.delay_param_initialization():
+            delayed = entry.make_model()
+        if name in TRACED_ALIKE:
+            compare_traces(entry, delayed, eager)
+        place_deferred(delayed, CPU)
+        assert_same(delayed, eager)
+    finally:
+        torch.set_default_dtype(default_dtype)
+
+
+TRACED_ALIKE = ("bart", "mamba2", "torch_lstm", "rwkv", "unet")
+
+
+def compare_traces(entry, delayed, eager):
+    """What the partitioner learns of a model without storage is what it learns of the model that runs."""
+    traces = []
+    for model in (copy.deepcopy(eager).double(), copy.deepcopy(delayed).double()):
+        batch, units = entry.make_batch(0), find_units(model)
+        with shapes_only() if is_deferred(next(model.parameters())) else contextlib.nullcontext():
+            traces.append(trace_step(model, units, functools.partial(entry.body, model, *batch)))
+    assert traces[0] == traces[1]
 
 
 def test_plain_attributes_shared_storage_and_marks_of_scripts_survive():
@@ -370,7 +415,8 @@ PP3 = RankTests(3, {"pipeline_parallel_degree": 3, "microbatches": 2, "tied_weig
 TP2 = RankTests(2, {"tensor_parallel_degree": 2, **DELAYED})
 TP2_SPEED = RankTests(2, {"tensor_parallel_degree": 2, "optimize": "speed", **DELAYED})
 PP2TP2 = RankTests(4, {"pipeline_parallel_degree": 2, "tensor_parallel_degree": 2, "microbatches": 2, **DELAYED})
-ALL = (ONE, DP2, PP2, PP3, TP2, TP2_SPEED, PP2TP2)
+BF16 = RankTests(2, {"pipeline_parallel_degree": 2, "microbatches": 2, "bf16": True, **DELAYED})
+ALL = (ONE, DP2, PP2, PP3, TP2, TP2_SPEED, PP2TP2, BF16)
 
 
 class Small(nn.Module):
@@ -536,7 +582,8 @@ def build_and_step(is_delayed, width):
     torch.manual_seed(0)
     before = account("VmRSS")
     with smp.delay_param_initialization(enabled=is_delayed):
-        module = nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(LAYERS)))
+        with smp.tensor_parallelism():
+            module = nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(LAYERS)))
     built = account("VmRSS") - before
     model = smp.DistributedModel(module)
     with torch.no_grad():
@@ -551,16 +598,20 @@ def measure_memory(is_delayed):
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's account of the process")
-@pytest.mark.parametrize(("degree", "skip_tracing"), [(1, False), (4, False), (4, True)])
-def test_c094_peak_of_host_memory_is_the_share_and_one_module(degree, skip_tracing):
-    parameters = {"pipeline_parallel_degree": degree, "skip_tracing": skip_tracing}
+@pytest.mark.parametrize(("axis", "degree", "skip_tracing"), [
+    ("pipeline", 1, False), ("pipeline", 4, False), ("pipeline", 4, True), ("tensor", 4, False),
+])  # fmt: skip
+def test_c094_peak_of_host_memory_is_the_share_and_one_module(axis, degree, skip_tracing):
+    parameters = {f"{axis}_parallel_degree": degree, "skip_tracing": skip_tracing, "ddp": True}
     share, margin = LAYERS * MODULE // degree, 8 * 1024 * 1024
     if degree == 1:
         for built, peak in run_ranks(measure_memory, 1, False, parameters=parameters):
             assert min(built, peak) > LAYERS * MODULE - margin, "what is measured is there"
     for built, peak in run_ranks(measure_memory, degree, True, parameters=parameters):
         assert built < MODULE + margin, f"construction took {built >> 20} MiB"
-        assert peak < share + MODULE + margin, f"{peak >> 20} MiB at most, for a share of {share >> 20}"
+        # Of a slice the whole parameter is there for a moment; glibc keeps the memory of one that it has had back.
+        most = share + MODULE * (2 if axis == "tensor" else 1) + margin
+        assert peak < most, f"{peak >> 20} MiB at most, for a share of {share >> 20}"
 
 
 def test_recording_draws_no_more_than_one_tensor_at_a_time():

@@ -267,3 +267,9 @@ def test_different_orders_are_noticed():
 def test_join_needs_ddp():
     with pytest.raises(SMPConfigError, match="needs ddp: True"), smp.DistributedModel(nn.Linear(2, 2)).join():
         pass
+
+
+@on(PP2)
+def test_ranks_that_run_out_before_the_partition_are_told():
+    with pytest.raises(StepUsageError, match="before the model was partitioned"), wrapped().join():
+        pass

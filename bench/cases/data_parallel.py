@@ -1,9 +1,10 @@
-"""dp=2: the gradient reducer against DDP."""
+"""dp=2: the gradient reducer against DDP, and sharding of the optimizer state against ZeroRedundancyOptimizer."""
 
 from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
 import modelparallel as smp
@@ -41,11 +42,47 @@ def measure_ddp(num_pairs: int) -> list[Result]:
     return [paired_result("data_parallel_gpt", "s/step", ours, peer, "ratio <= 1.03")]
 
 
+def compare_sharded_on_rank(num_pairs: int) -> tuple[list[float], list[float]]:
+    """Forward, backward and update with Adam, the optimizer state shared out over two ranks."""
+    ids, targets = token_batch(SIZE, BATCH)
+    torch.manual_seed(0)
+    model = smp.DistributedModel(GPT(SIZE))
+    optimizer = smp.DistributedOptimizer(torch.optim.Adam(model.parameters(), lr=1e-4))
+    torch.manual_seed(0)
+    ddp = DistributedDataParallel(GPT(SIZE))
+    zero = ZeroRedundancyOptimizer(ddp.parameters(), torch.optim.Adam, lr=1e-4)
+
+    def training(module: nn.Module, update: torch.optim.Optimizer) -> None:
+        update.zero_grad()
+        module.zero_grad()
+        language_loss(module(ids), targets).backward()
+        update.step()
+
+    training(model, optimizer)
+    training(ddp, zero)
+    for mine, other in zip(model.parameters(), ddp.parameters(), strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
+    return measure_pairs(lambda: training(model, optimizer), lambda: training(ddp, zero), num_pairs)
+
+
+def measure_sharded(num_pairs: int) -> list[Result]:
+    """Seconds per step."""
+    parameters = {"ddp": True, "shard_optimizer_state": True}
+    ours, peer = run_on_ranks(compare_sharded_on_rank, 2, num_pairs, parameters=parameters)[0]
+    return [paired_result("shard_optimizer_state_gpt", "s/step", ours, peer, "ratio <= 1.0")]
+
+
 CASES = [
+    Case(
+        "shard_optimizer_state_gpt",
+        "dp=2, the same GPT: forward, backward and Adam with `shard_optimizer_state` against DDP and "
+        "`ZeroRedundancyOptimizer`.",
+        measure_sharded,
+    ),
     Case(
         "data_parallel_gpt",
         "dp=2, GPT of 8 layers x 512: forward and `loss.backward()` of `smp.DistributedModel` against DDP, both with "
         "default buckets.",
         measure_ddp,
-    )
+    ),
 ]

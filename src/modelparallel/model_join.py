@@ -89,6 +89,12 @@ class ModelJoin:
         if self._group.size == 1 or not is_enabled:
             yield
             return
+        if config.sharded_data_parallel_degree > 1:
+            raise SMPConfigError(
+                f"model.join() with sharded_data_parallel_degree: {config.sharded_data_parallel_degree}: ranks gather "
+                "parameters from each other in the forward, also from those that ran out of batches: give all ranks "
+                "equally many (drop_last=True)"
+            )
         if self._events.is_joining:
             raise StepUsageError("model.join() inside model.join(): one is enough")
         if self._gradients.shards is not None and not self._events.has(UPDATE):

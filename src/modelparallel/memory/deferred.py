@@ -62,11 +62,16 @@ _DRAW_BY_SHAPE = {
 }  # fmt: skip
 # They change how a tensor looks at its storage, and have a form that gives a new tensor.
 _RESHAPE_IN_PLACE = {
-    aten.t_: aten.t, aten.transpose_: aten.transpose, aten.squeeze_: aten.squeeze, aten.unsqueeze_: aten.unsqueeze,
-    aten.as_strided_: aten.as_strided,
-}  # fmt: skip
-# They give a number, but one about shapes.
-_ABOUT_SHAPES = {aten._fused_sdp_choice, aten.is_same_size}
+    aten.t_.default: aten.t.default,
+    aten.transpose_.default: aten.transpose.int,
+    aten.squeeze_.default: aten.squeeze.default,
+    aten.squeeze_.dim: aten.squeeze.dim,
+    aten.squeeze_.dims: aten.squeeze.dims,
+    aten.unsqueeze_.default: aten.unsqueeze.default,
+    aten.as_strided_.default: aten.as_strided.default,
+}
+# They give a number or a truth value, but one about shapes.
+_ABOUT_SHAPES = {aten._fused_sdp_choice, aten.is_same_size, aten._has_compatible_shallow_copy_type}
 # Constants up to this size are copied when they are recorded; larger ones may not change until the replay.
 _COPIED_BYTES = 1 << 16
 
@@ -107,8 +112,6 @@ class DeferredTensor(torch.Tensor):
         kwargs = kwargs or {}
         if func == torch.Tensor.data.__set__:  # type: ignore[attr-defined]  # a new object at each look
             return _set_data(*args)
-        if func is torch.Tensor.untyped_storage:
-            return args[0]._inner.untyped_storage()
         if func in _OF_VALUES:
             args, kwargs = trees.map_leaves(lambda leaf: _value(leaf) if is_deferred(leaf) else leaf, (args, kwargs))
             return func(*args, **kwargs)
@@ -120,6 +123,12 @@ class DeferredTensor(torch.Tensor):
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         return _dispatch(func, args, kwargs or {})
+
+    def untyped_storage(self) -> torch.UntypedStorage:
+        """The storage of the meta tensor: one for all that look at it, and no memory. (A method, since hooks on saved
+        tensors run with ``__torch_function__`` switched off.)
+        """
+        return self._inner.untyped_storage()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
         if id(self) in memo:
@@ -296,9 +305,8 @@ def _dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     deferred = [leaf for leaf in leaves if isinstance(leaf, DeferredTensor)]
     if not deferred and (kind != _RECORD or leaves or not _makes_tensor(func, kwargs)):
         return func(*args, **kwargs)
-    if func._overloadpacket in _RESHAPE_IN_PLACE:
-        new = _dispatch(getattr(_RESHAPE_IN_PLACE[func._overloadpacket], func._overloadname), args, kwargs)
-        _set_data(args[0], new)
+    if func in _RESHAPE_IN_PLACE:
+        _set_data(args[0], _dispatch(_RESHAPE_IN_PLACE[func], args, kwargs))
         return args[0]
     written = _written(func, args, kwargs)
     writes_real = any(not isinstance(tensor, DeferredTensor) for tensor in written)

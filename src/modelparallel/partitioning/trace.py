@@ -172,7 +172,8 @@ class _Buffers:
                 seen.add(id(buffer))
                 _, values, version = self._values[id(buffer)]
                 now = module._buffers.get(name)
-                if _version(buffer) != version or now is None or not _same_values(now, values):
+                is_other = now is not buffer and waits_for_storage(buffer)  # of which no values can be compared
+                if _version(buffer) != version or now is None or is_other or not _same_values(now, values):
                     names.append(prefix + name)
         return tuple(names)
 
