@@ -12,9 +12,12 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
 
 import modelparallel as smp
+import test_reducer
 from distributed_run import assert_equal_over, merged_gradients, own_share
+from modelparallel.data_parallel import GradientReducer, comm_hooks
 from modelparallel.errors import SMPConfigError
 from parity import assert_parity, reference_run
+from pool import run_ranks
 from rank_tests import RankTests, on
 from test_optimizer_shards import CAP, NUM_STEPS, batch, body, make_model, sgd, train_step
 
@@ -186,3 +189,27 @@ def test_c049_a_hook_needs_ddp():
     model = smp.DistributedModel(nn.Linear(2, 2))
     with pytest.raises(SMPConfigError, match="needs ddp: True"):
         model.register_comm_hook(None, default_hooks.allreduce_hook)
+
+
+def irregular_steps_with_a_hook() -> None:
+    """As on a GPU, where buckets are launched early: this hook has one collective, so that it works here too."""
+    init = comm_hooks.HookedBucket.__init__
+
+    def init_early(self: Any, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        self.waits_for_the_end = False
+
+    comm_hooks.HookedBucket.__init__ = init_early  # this process runs nothing else
+    make = GradientReducer.__init__
+
+    def make_with_hook(self: Any, *args: Any, **kwargs: Any) -> None:
+        make(self, *args, **kwargs)
+        self.register_comm_hook(comm_hooks.CommHook(None, default_hooks.allreduce_hook))
+
+    GradientReducer.__init__ = make_with_hook
+    test_reducer.irregular_steps()
+    test_reducer.split_over_tp()
+
+
+def test_hooks_during_the_backward_reduce_changed_buckets_again() -> None:
+    run_ranks(irregular_steps_with_a_hook, 4)

@@ -205,24 +205,15 @@ def test_ranks_without_batches_go_on_updating_their_shards():
     for counts in counts_of(3):
         for by_initial in (True, False):
             model = wrapped(broadcast_buffers=False)
-            shards = model.gradients.shards
-            tensors = [shard.tensor for bucket in shards.buckets for shard in bucket.shards]
-            optimizer = sgd(tensors)
-
-            def update(shards: Any = shards, optimizer: Any = optimizer) -> None:
-                shards.collect_gradients()
-                optimizer.step()
-                shards.finish_update()
-
             with pytest.raises(StepUsageError, match=r"wrap the optimizer in smp\.DistributedOptimizer"), model.join():
                 pass
-            model.gradients.joining.on_update(update)
+            optimizer = smp.DistributedOptimizer(sgd(model.parameters()))
             with model.join(divide_by_initial_world_size=by_initial):
                 for step in range(counts[replica_index()]):
-                    model.zero_grad()
+                    optimizer.zero_grad()
                     train_step(model, *batch(replica_index(), step))
-                    model.gradients.joining.announce_update()
-                    update()
+                    model.gradients.joining.announce_update(optimizer)  # as optimizer.step() is to do
+                    optimizer.step()
             expected = simulate(counts, by_initial=by_initial, num_microbatches=2, broadcasts=False)
             verify(model, expected)
 

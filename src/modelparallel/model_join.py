@@ -7,7 +7,8 @@ data-parallel group joins for itself.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -19,20 +20,24 @@ from modelparallel.errors import SMPConfigError, StepUsageError
 if TYPE_CHECKING:
     from modelparallel.comm.groups import Group
     from modelparallel.model_gradients import ModelGradients
-    from modelparallel.session import Session
+    from modelparallel.optimizer import DistributedOptimizer
+    from modelparallel.runtime import Runtime
 
 REDUCTION = "the reduction of gradients"
 BUFFERS = "the broadcast of buffers"
-UPDATE = "the update by the optimizer"
 
 
 class ModelJoin:
     """The events of one model inside ``join``; made with the model, at work inside the context manager."""
 
-    def __init__(self, session: Session, gradients: ModelGradients) -> None:
-        self._session = session
+    def __init__(self, runtime: Runtime, gradients: ModelGradients) -> None:
+        session = runtime.session
+        self._runtime = runtime
         self._gradients = gradients
         self._divides_by_initial = True
+        # Those whose updates are collective over the data-parallel ranks, inside the context manager.
+        self._optimizers: list[DistributedOptimizer] = []
+        self._is_updating_beside = False
         group = session.groups.dp
         self._group = group
         self._events = JoinEvents(group, session.device, session.config.timeout_seconds, self._finish)
@@ -44,16 +49,42 @@ class ModelJoin:
         """Whether the context manager is entered, and enabled."""
         return self._events.is_joining
 
-    def on_update(self, shadow: Callable[[], None]) -> None:
-        """``shadow()`` is what a rank that ran out does when the others call ``announce_update``: the update of its own
-        shards and the gathering of all. Registered by the optimizer; the same on all ranks.
+    def announce_update(self, optimizer: DistributedOptimizer) -> None:
+        """The optimizer begins an update of shards, which is collective over the data-parallel ranks; nothing outside
+        join(), and nothing for an update that a rank without batches does beside.
         """
-        self._events.on(UPDATE, shadow)
+        if self._optimizers and not self._is_updating_beside:
+            position = next((index for index, other in enumerate(self._optimizers) if other is optimizer), None)
+            if position is not None:
+                self._events.announce(_update_by(position))
 
-    def announce_update(self) -> None:
-        """The optimizer begins an update that is collective over the data-parallel ranks; nothing outside join()."""
-        if self._events.has(UPDATE):
-            self._events.announce(UPDATE)
+    def _shadow_update(self, optimizer: DistributedOptimizer) -> None:
+        self._is_updating_beside = True
+        try:
+            optimizer.step()
+        finally:
+            self._is_updating_beside = False
+
+    def _follow_optimizers(self) -> None:
+        """A rank that runs out of batches goes on updating its shards, since nobody else has their state."""
+        own = {id(parameter) for _, parameter in self._gradients.parameters()}
+        self._optimizers = [
+            optimizer
+            for optimizer in self._runtime.live_optimizers()
+            if any(id(parameter) in own for parameter in optimizer.all_parameters())
+        ]
+        if not self._optimizers:
+            raise StepUsageError(
+                "model.join() with shard_optimizer_state: wrap the optimizer in smp.DistributedOptimizer before, since "
+                "ranks that ran out of batches go on updating their shards"
+            )
+        for position, optimizer in enumerate(self._optimizers):
+            self._events.on(_update_by(position), functools.partial(self._shadow_update, optimizer))
+
+    def _forget_optimizers(self) -> None:
+        for position in range(len(self._optimizers)):
+            self._events.forget(_update_by(position))
+        self._optimizers = []
 
     def announce_buffers(self) -> None:
         """A broadcast of buffers comes."""
@@ -83,7 +114,7 @@ class ModelJoin:
     @contextmanager
     def join(self, *, divides_by_initial: bool, is_enabled: bool, throws: bool) -> Iterator[None]:
         """The context manager; collective over DP_GROUP."""
-        config = self._session.config
+        config = self._runtime.session.config
         if not config.ddp:
             raise SMPConfigError("model.join() needs ddp: True: there are no other ranks that could have more batches")
         if self._group.size == 1 or not is_enabled:
@@ -97,11 +128,8 @@ class ModelJoin:
             )
         if self._events.is_joining:
             raise StepUsageError("model.join() inside model.join(): one is enough")
-        if self._gradients.shards is not None and not self._events.has(UPDATE):
-            raise StepUsageError(
-                "model.join() with shard_optimizer_state: wrap the optimizer in smp.DistributedOptimizer before, since "
-                "ranks that ran out of batches go on updating their shards"
-            )
+        if config.shard_optimizer_state:
+            self._follow_optimizers()
         self._divides_by_initial = divides_by_initial
         self._events.is_joining = True
         self._gradients.begin_join()
@@ -115,8 +143,13 @@ class ModelJoin:
                     )
         finally:
             self._events.is_joining = False
+            self._forget_optimizers()
             self._gradients.end_join()
 
     def _finish(self) -> None:
         """All ranks have run out: parameters and buffers are those of one that went on longest."""
         self._gradients.send_everything()
+
+
+def _update_by(position: int) -> str:
+    return f"the update by optimizer {position}"

@@ -126,6 +126,8 @@ class Bucket:
 
     # Whether unpacking gives up the local gradients.
     takes_over = False
+    # Whether nothing may be launched before the backward is over.
+    waits_for_the_end = False
     # Whether the flags do not travel in the bucket itself.
     needs_flag_bucket = False
 

@@ -121,6 +121,7 @@ class HookedBucket(Bucket):
         first = slots[0].parameter
         super().__init__(slots, group, first.device, gradient_dtype(first), as_views=as_views)
         self._hook = hook
+        self.waits_for_the_end = self.device.type == "cpu"  # see the note
         # Set by the reducer.
         self.is_last = False
         self._future: torch.futures.Future[Any] | None = None

@@ -43,9 +43,9 @@ class JoinEvents(Joinable):
         """``shadow()`` is what a rank that ran out does in this event; the same events on all ranks."""
         self._shadows[event] = shadow
 
-    def has(self, event: str) -> bool:
-        """Whether there is such an event."""
-        return event in self._shadows
+    def forget(self, event: str) -> None:
+        """There is no such event any more."""
+        del self._shadows[event]
 
     def announce(self, event: str) -> None:
         """An event comes: called by all ranks that are at work, in one order. Nothing outside ``Join``.

@@ -225,8 +225,8 @@ class GradientReducer:
         )
 
     def _order(self) -> None:
-        has_cpu_hook = any(isinstance(bucket, HookedBucket) and bucket.device.type == "cpu" for bucket in self.buckets)
-        self._is_early = self.overlap and not has_cpu_hook and self._before_reduction is None
+        waits = self._before_reduction is not None or any(bucket.waits_for_the_end for bucket in self.buckets)
+        self._is_early = self.overlap and not waits
         carriers = [bucket for bucket in self.buckets if bucket.is_carrier]
         early = [bucket for bucket in self.buckets if not bucket.is_late and not bucket.is_carrier]
         late = [bucket for bucket in self.buckets if bucket.is_late]
