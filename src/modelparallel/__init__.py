@@ -20,7 +20,7 @@ from modelparallel.construction import (
     model_creation,
 )
 from modelparallel.gradient_norm import clip_grad_norm_
-from modelparallel.memory_use import MemoryReport, memory_report
+from modelparallel.memory_use import memory_report
 from modelparallel.model import DistributedModel
 from modelparallel.model_partition import set_partition
 from modelparallel.optimizer import DistributedOptimizer
@@ -90,7 +90,6 @@ __all__ = [
     "CommGroup",
     "DistributedModel",
     "DistributedOptimizer",
-    "MemoryReport",
     "RankType",
     "StepOutput",
     "__version__",

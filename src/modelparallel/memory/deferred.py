@@ -88,7 +88,9 @@ class DeferredTensor(torch.Tensor):
     _handle: Handle | None
 
     @staticmethod
-    def __new__(cls, data: torch.Tensor, requires_grad: bool = True, **attributes: Any) -> torch.Tensor:
+    def __new__(  # type: ignore[misc]
+        cls, data: torch.Tensor, requires_grad: bool = True, **attributes: Any
+    ) -> torch.Tensor:
         """A parameter of ``data``: libraries make new parameters of a module by the class of the old ones."""
         return nn.Parameter(data, requires_grad)
 
