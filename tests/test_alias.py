@@ -24,7 +24,6 @@ SAME = {
     "smdistributed.modelparallel.backend.exceptions": "modelparallel.exceptions",
 }
 NOT_BUILT = [
-    "amp",
     "optimizers",
     "sharded_data_parallel_checkpoint",
 ]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import logging
+import unittest.mock
 import weakref
 
 import pytest
@@ -460,3 +462,16 @@ def test_a_dead_optimizer_is_forgotten():
     gc.collect()
     assert len(runtime.current().live_optimizers()) < before
     train_step(model, *make_batch(8))
+
+
+@on(SINGLE, PP2)
+def test_parameters_of_no_wrapped_model_are_refused_or_named():
+    model, other = smp.DistributedModel(make_classifier()), make_classifier()
+    train_step(model, *make_batch(8))
+    with pytest.raises(SMPConfigError, match="none of its 4 parameters"):
+        smp.DistributedOptimizer(sgd(other.parameters())).step()
+    optimizer = smp.DistributedOptimizer(sgd([*model.parameters(), nn.Parameter(torch.ones(3))]))
+    with unittest.mock.patch.object(logging.getLogger("modelparallel"), "warning") as warned:
+        optimizer.step()
+        optimizer.step()
+    assert warned.call_count == 1 and "(3,)" in warned.call_args.args

@@ -23,7 +23,7 @@ LADDER: list[tuple[bool, set[str]]] = [
         {"config", "parameter_table", "topology", "errors", "exceptions", "events", "torch_compat", "trees", "version"},
     ),
     (True, {"plan"}),
-    (True, {"parameters", "session", "registry"}),
+    (True, {"parameters", "shards", "session", "registry"}),
     (True, {"comm"}),
     (False, {"pipeline", "partitioning", "tensor_parallel", "data_parallel", "memory", "precision"}),
     (True, {"nn"}),
@@ -32,8 +32,8 @@ LADDER: list[tuple[bool, set[str]]] = [
     (False, {"launch", "observe"}),
 ]
 API_RUNG = 6
-# "session.py" belongs below comm, but names its types: only lazily or for the type checker.
-LAZY_UPWARD = {("session", "comm")}
+# These belong below comm, but name its types: only lazily or for the type checker.
+LAZY_UPWARD = {("session", "comm"), ("shards", "comm")}
 # The only modules with state of the process: the session, what decorators register before it exists, and the rehearsal,
 # which replaces functions of torch for the whole process.
 AMBIENT = ("modelparallel/session.py", "modelparallel/registry.py", "modelparallel/launch/rehearsal/")

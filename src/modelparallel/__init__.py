@@ -3,6 +3,7 @@
 ``import modelparallel as smp`` and ``import smdistributed.modelparallel.torch as smp`` give the same module.
 """
 
+from modelparallel import amp as amp
 from modelparallel import model as model
 from modelparallel import nn as nn
 from modelparallel import patches as patches
@@ -12,6 +13,7 @@ from modelparallel.activation_checkpointing import (
     checkpoint_wrapper,
     set_activation_checkpointing,
 )
+from modelparallel.gradient_norm import clip_grad_norm_
 from modelparallel.model import DistributedModel
 from modelparallel.model_partition import set_partition
 from modelparallel.optimizer import DistributedOptimizer
@@ -85,11 +87,13 @@ __all__ = [
     "StepOutput",
     "__version__",
     "allgather",
+    "amp",
     "barrier",
     "broadcast",
     "checkpoint",
     "checkpoint_sequential",
     "checkpoint_wrapper",
+    "clip_grad_norm_",
     "dp_barrier",
     "dp_rank",
     "dp_size",

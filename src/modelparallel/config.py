@@ -38,14 +38,10 @@ _WHERE = {"environment": ENVIRONMENT_KEY, "init": "smp.init"}
 #: Features that do not exist yet: a parameter, or one value of it ("key=value"), and what is missing. A parameter that
 #: is listed here may only have its default value. Whoever builds the feature deletes its line.
 NOT_BUILT: dict[str, str] = {
-    "fp16": "fp16 training with master weights",
-    "bf16": "bf16 training",
-    "fp16_params": "creating distributed layers in fp16",
     "shard_optimizer_state": "sharding the optimizer state",
     "sharded_data_parallel_degree": "sharded data parallelism",
     "delayed_parameter_initialization": "delayed parameter initialization",
     "checkpoint_attentions": "checkpointing inside the distributed attention",
-    "_fp32_grad_accumulation": "accumulating gradients in fp32",
 }
 
 #: Keys of other frameworks, or of other calls, that jobs carry along.

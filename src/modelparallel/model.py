@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,17 +15,19 @@ from torch.utils.hooks import RemovableHandle
 
 from modelparallel import model_states, registry, trees
 from modelparallel import runtime as runtime_module
+from modelparallel.amp import agree_on_found_infs
 from modelparallel.compilation import ModuleCompiler, checked_options, take_off_compiled_calls
-from modelparallel.data_parallel import BroadcastTensor, GradientReducer, ReducedParameter, broadcast_parameters
 from modelparallel.errors import NotBuiltError, PartitionError, SMPConfigError, SMPError, StepUsageError
+from modelparallel.gradient_norm import intercept_clipping
 from modelparallel.model_arguments import check_arguments
+from modelparallel.model_gradients import ModelGradients
 from modelparallel.model_parameters import ModelParameters
+from modelparallel.model_precision import ModelPrecision
 from modelparallel.module_view import alias_inherited_forwards, attach_module_attribute
 from modelparallel.nn.huggingface import register_families
 from modelparallel.parameters import ParameterTable, stand_in
 from modelparallel.partitioning import Trace, find_units, log_plan, make_plan, trace_step, work_of_call
 from modelparallel.pipeline.pushes import push
-from modelparallel.pipeline.replicas import ReplicatedParameters
 from modelparallel.pipeline.scheduling import step_predictor
 from modelparallel.pipeline.stage_tensor import StageTensor
 from modelparallel.plan.partition import PartitionPlan
@@ -68,6 +70,10 @@ class DistributedModel(ModelParameters):
     Raises SMPConfigError for a wrong argument. Source: smp-api section 5.
     """
 
+    #: What happens to the gradients over the ranks.
+    gradients: ModelGradients
+    _precision: ModelPrecision
+
     def __init__(
         self,
         module: nn.Module,
@@ -94,23 +100,14 @@ class DistributedModel(ModelParameters):
         self._trace_device = trace_device
         self._trace_execution_times = trace_execution_times
         self._trace_memory_usage = trace_memory_usage
-        self._overlap = overlapping_allreduce
-        self._backward_passes_per_step = backward_passes_per_step
         self._average_grads = average_grads_across_microbatches
-        self._bucket_cap_mb = bucket_cap_mb
-        self._broadcast_buffers = broadcast_buffers
         self._compiler = None if options is None else ModuleCompiler(options)
-        self._reducer: GradientReducer | None = None
-        self._replicas: ReplicatedParameters | None = None
         self._plan: PartitionPlan | None = None
         self._is_partitioned = False
         # Whether cpu() has taken the partitioned model back.
         self.has_left = False
         # What a partial state dict held that was loaded before the partition.
         self.early_names: set[str] | None = None
-        self._has_begun_reduction = False
-        self._num_backward_steps = 0
-        self._num_no_sync = 0
         self._overrides: list[tuple[nn.Module, int]] = []
         self._post_partition_hooks: OrderedDict[int, Hook] = OrderedDict()
         self._post_step_hooks: OrderedDict[int, Hook] = OrderedDict()
@@ -129,18 +126,39 @@ class DistributedModel(ModelParameters):
         self._units = find_units(module)
         take_off_compiled_calls(module, self._units)
         self._check_sync_batch_norm()
+        self.__dict__["_precision"] = ModelPrecision(self)
+        if config.sharded_data_parallel_degree == 1:
+            self._precision.cast_module(module)
         if not runtime.is_pipelined:
             module.to(active.device)
         self._table = ParameterTable(module)
+        self.__dict__["gradients"] = ModelGradients(
+            self._table,
+            runtime,
+            overlaps=overlapping_allreduce,
+            backward_passes_per_step=backward_passes_per_step,
+            bucket_cap_mb=bucket_cap_mb,
+            broadcasts_buffers=broadcast_buffers,
+            gradient_as_bucket_view=gradient_as_bucket_view,
+        )
         active.models.append(self)
         if not runtime.is_pipelined:
-            for name in self._units:
-                unit = module.get_submodule(name)
-                runtime.engine.frame_unit(unit, name, is_compiled=self._compile_call(unit, name))
-            if self._compiler is not None:
-                self._compiler.log("")
-            self._synchronise_start()
-            self._is_partitioned = True
+            self._place_whole()
+        if len(active.models) == 1:
+            intercept_clipping(runtime)
+            agree_on_found_infs(runtime)
+
+    def _place_whole(self) -> None:
+        """Without pipelining: everything is at home here."""
+        for name in self._units:
+            unit = self.module.get_submodule(name)
+            self._runtime.engine.frame_unit(unit, name, is_compiled=self._compile_call(unit, name))
+        if self._compiler is not None:
+            self._compiler.log("")
+        self.gradients.start()
+        self._is_partitioned = True
+        for optimizer in self._runtime.live_optimizers():
+            optimizer.settle()
 
     # Calls
 
@@ -159,18 +177,21 @@ class DistributedModel(ModelParameters):
                     "             return loss"
                 )
             self.run_post_partition_hooks()
-            if torch.is_grad_enabled() and self._reducer is not None:
-                self._reducer.prepare()
-                self._synchronise_buffers()
-            return self.module(*args, **kwargs)
+            if torch.is_grad_enabled():
+                self.gradients.prepare(is_training=self.training)
+            return self._call_module(args, kwargs)
         if step.is_tracing:
             self._check_traceable(step)
-            return self.module(*args, **kwargs)
+            return self._call_module(args, kwargs)
         self._enter_step(step)
-        output = self.module(*args, **kwargs)
+        output = self._call_module(args, kwargs)
         if self._runtime.is_pipelined:
             self._push_small_outputs(output)
         return output
+
+    def _call_module(self, args: Any, kwargs: Any) -> Any:
+        args, kwargs = self._precision.inputs(args, kwargs)
+        return self._precision.outputs(self.module(*args, **kwargs), is_in_step=self._runtime.step is not None)
 
     def backward(
         self,
@@ -202,7 +223,7 @@ class DistributedModel(ModelParameters):
         step.has_backward = True
         program = self._runtime.engine.program
         weight = step.weight if program is None else program.weight
-        scale = weight if self._average_grads else 1.0
+        scale = (weight if self._average_grads else 1.0) * self._precision.loss_scale()
         if program is not None:
             with self._runtime.engine.native_region():
                 program.backward_root(roots, seeds, scale)
@@ -243,22 +264,9 @@ class DistributedModel(ModelParameters):
                 )
             step.models.append(self)
             self.run_post_partition_hooks()
-            self._has_begun_reduction = False
-        if self._has_begun_reduction or not torch.is_grad_enabled():
-            return
-        self._has_begun_reduction = True
-        # These look at the parameters themselves; the engine would take that for glue of the program.
-        with self._runtime.engine.native_region():
-            if self._replicas is not None:
-                self._replicas.begin_step()
-            if self._reducer is not None:
-                self._reducer.begin_step(will_synchronize=self._will_synchronize())
-                self._synchronise_buffers()
-
-    def _will_synchronize(self) -> bool:
-        """Whether the gradients of this step are made final at its end."""
-        is_boundary = (self._num_backward_steps + 1) % self._backward_passes_per_step == 0
-        return is_boundary and self._num_no_sync == 0
+            self.gradients.enter_step()
+        if torch.is_grad_enabled():
+            self.gradients.begin_step(is_training=self.training)
 
     def check_has_not_left(self) -> None:
         """Raise StepUsageError if the model was taken out of the pipeline."""
@@ -269,43 +277,28 @@ class DistributedModel(ModelParameters):
 
     def arm(self) -> None:
         """The backward of the last microbatch begins."""
-        if self._reducer is not None and self._has_begun_reduction:
-            self._reducer.arm()
+        self.gradients.arm()
 
     def finish_step(self, has_backward: bool) -> None:
         """The step function has run: reduce gradients, run the hooks that wait for the first step. Called by smp.step.
 
         ``has_backward``: some model of the step has called backward; the gradients may have reached this one too.
         """
-        if self._has_begun_reduction and has_backward:
-            will_synchronize = self._will_synchronize()
-            self._num_backward_steps += 1
-            if self._reducer is not None:
-                self._reducer.finish_step()
-            if self._replicas is not None and will_synchronize:
-                self._replicas.add_up()
-        elif self._has_begun_reduction and self._reducer is not None:
-            self._reducer.abort_step()
+        self.gradients.finish_step(has_backward)
         if not self._has_run_post_step_hooks:
             self._has_run_post_step_hooks = True
             for hook in list(self._post_step_hooks.values()):
-                hook(self, self._optimizer())
+                hook(self, self.optimizer_of_parameters())
 
     def abort_step(self) -> None:
         """The step function raised. Called by smp.step."""
-        if self._reducer is not None:
-            self._reducer.abort_step()
+        self.gradients.abort_step()
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
         """Inside, gradients are accumulated on each rank; the first backward outside reduces them too, as in DDP."""
-        # Counted here as well: before the partition there is no reducer yet.
-        self._num_no_sync += 1
-        try:
-            with self._reducer.no_sync() if self._reducer is not None else nullcontext():
-                yield
-        finally:
-            self._num_no_sync -= 1
+        with self.gradients.no_sync():
+            yield
 
     # Partition
 
@@ -403,10 +396,7 @@ class DistributedModel(ModelParameters):
         if self._compiler is not None:
             self._compiler.log(runtime.session.config.pipeline)
         model_states.check_early_part(self)
-        self._replicas = ReplicatedParameters.of(self._table, engine.transport)
-        if self._replicas is not None:
-            self._replicas.make_equal()
-        self._synchronise_start()
+        self.gradients.start()
         self._is_partitioned = True
         for optimizer in runtime.live_optimizers():
             optimizer.keep_local_parameters(self)
@@ -423,50 +413,6 @@ class DistributedModel(ModelParameters):
             "model.compile() of a smp.DistributedModel would compile the library itself: say it when the model is "
             'wrapped, smp.DistributedModel(model, compile=True) or compile={"backend": ...}'
         )
-
-    def _synchronise_start(self) -> None:
-        """Equal parameters and buffers on all holders, and the gradient reduction among them."""
-        session = self._runtime.session
-        groups = session.groups
-        stage = self._runtime.engine.stage
-
-        def group_of(axis: str) -> Any:
-            return groups.rdp if axis == "rdp" else groups.dp
-
-        tensors = [
-            BroadcastTensor(row.name, tensor, group_of(row.reducer_axis))
-            for source in (self._table.parameters(), self._table.buffers())
-            for row, tensor in source
-            if self._table.is_local(row, stage)
-        ]
-        broadcast_parameters(tensors, timeout_seconds=session.config.timeout_seconds)
-        if groups.dp.size == 1:
-            return
-        self._reducer = GradientReducer(
-            [
-                ReducedParameter(row.name, parameter, group_of(row.reducer_axis))
-                for row, parameter in self._table.parameters()
-                if self._table.is_local(row, stage)
-            ],
-            divisor=groups.dp.size,
-            bucket_cap_mb=self._bucket_cap_mb,
-            overlap=self._overlap,
-            timeout_seconds=session.config.timeout_seconds,
-        )
-
-    def _synchronise_buffers(self) -> None:
-        groups = self._runtime.session.groups
-        if not self._broadcast_buffers or groups.dp.size == 1 or not self.training:
-            return
-        stage = self._runtime.engine.stage
-        tensors = [
-            BroadcastTensor(row.name, buffer, groups.rdp if row.reducer_axis == "rdp" else groups.dp)
-            for row, buffer in self._table.buffers()
-            if row.is_persistent and self._table.is_local(row, stage)
-        ]
-        if tensors:
-            timeout = self._runtime.session.config.timeout_seconds
-            broadcast_parameters(tensors, is_checked=False, timeout_seconds=timeout)
 
     def _check_sync_batch_norm(self) -> None:
         groups = self._runtime.session.groups
@@ -503,9 +449,9 @@ class DistributedModel(ModelParameters):
             return
         self.has_run_post_partition_hooks = True
         for hook in list(self._post_partition_hooks.values()):
-            hook(self, self._optimizer())
+            hook(self, self.optimizer_of_parameters())
 
-    def _optimizer(self) -> Any:
+    def optimizer_of_parameters(self) -> Any:
         """The wrapped optimizer that holds parameters of this model; None if there is none."""
         own = {id(parameter) for _, parameter in self._table.parameters()}
         for optimizer in reversed(self._runtime.live_optimizers()):

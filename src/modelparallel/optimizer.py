@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
+from modelparallel import gradient_norm, optimizer_states
 from modelparallel import runtime as runtime_module
 from modelparallel.errors import SMPConfigError
-from modelparallel.model_states import PARTIAL_KEY
-from modelparallel.parameters import ParameterTable
-from modelparallel.plan.parameters import ParameterRow
-from modelparallel.ranks_and_messages import allgather
-from modelparallel.topology import CommGroup
+from modelparallel.optimizer_targets import Targets
+from modelparallel.precision import LossScaler
 
-_LOSS_SCALE_ARGUMENTS = (
-    "init_scale",
-    "scale_factor",
-    "scale_window",
-    "min_scale",
-    "delayed_shift",
-    "consecutive_hysteresis",
-)
+logger = logging.getLogger("modelparallel")
 
 
 class DistributedOptimizer(torch.optim.Optimizer):
@@ -33,7 +26,9 @@ class DistributedOptimizer(torch.optim.Optimizer):
 
     At the partition its groups shrink to the parameters of this rank, in place: the group dicts stay the same objects,
     so schedulers attached before go on working. ``step()`` on a rank without parameters does nothing.
-    ``optimizer.optimizer`` is the inner optimizer. The loss-scale arguments act with fp16 only.
+    ``optimizer.optimizer`` is the inner optimizer. The loss-scale arguments act with fp16 only (`precision.LossScaler`
+    has their meaning). With fp16 and bf16 the groups hold fp32 masters of the parameters, and with
+    ``shard_optimizer_state`` or sharded data parallelism this rank's shards of them (see optimizer_targets.py).
 
     Source: smp-api section 7.
     """
@@ -41,7 +36,9 @@ class DistributedOptimizer(torch.optim.Optimizer):
     # Hugging Face's accelerate then takes the wrapper as prepared and leaves it as it is.
     _is_accelerate_prepared = True
     step_was_skipped = False
-    overflow = False
+    first_closure_call_this_step = True
+    #: The norm of the gradient when it was clipped last.
+    _global_grad_norm: torch.Tensor | None = None
 
     def __new__(cls, optimizer: Any, *args: Any, **kwargs: Any) -> DistributedOptimizer:
         inner_class = type(optimizer)
@@ -66,20 +63,28 @@ class DistributedOptimizer(torch.optim.Optimizer):
             )
         if not hasattr(optimizer, "param_groups") or not hasattr(optimizer, "step"):
             raise SMPConfigError(f"smp.DistributedOptimizer: expected an optimizer, got {type(optimizer).__name__}")
-        for name in {**(dynamic_loss_args or {}), **dynamic_loss_kwargs}:
-            if name not in _LOSS_SCALE_ARGUMENTS:
-                raise SMPConfigError(
-                    f"smp.DistributedOptimizer: unknown argument {name!r}; loss scaling takes "
-                    f"{', '.join(_LOSS_SCALE_ARGUMENTS)}"
-                )
+        arguments = {**(dynamic_loss_args or {}), **dynamic_loss_kwargs}
+        # Made in any case: its arguments are checked, and scripts read it.
+        scaler = LossScaler(static_loss_scale, arguments if dynamic_loss_scale else None)
+        if not dynamic_loss_scale:
+            LossScaler(1.0, arguments)
         # Not torch.optim.Optimizer.__init__: groups and state are those of the inner optimizer.
         self.__dict__["optimizer"] = optimizer
         self._runtime = runtime_module.current()
         self._all: list[list[nn.Parameter]] = []
-        self._waiting_state: Mapping[str, Any] | None = None
+        self._waiting_state: tuple[Mapping[str, Any], bool] | None = None
+        self.loss_scaler = scaler if self._runtime.session.config.fp16 else LossScaler(1.0, None)
+        #: What the inner optimizer updates for the parameters.
+        self.targets = Targets(optimizer, self._runtime)
+        #: Whether a gradient of the last update was not finite; the same on all ranks.
+        self.overflow = False
+        self._has_checked_parameters = False
+        # Whether some gradient here is not finite, once the gradients are collected.
+        self._found: torch.Tensor | None = None
         self.replace_parameters()
         self._runtime.optimizers.append(weakref.ref(self))
         self._keep_local_parameters_of_all()
+        self.targets.settle()
 
     def replace_parameters(self) -> None:
         """Take the new parameters for those that tensor parallelism has replaced since the optimizer was built.
@@ -139,18 +144,50 @@ class DistributedOptimizer(torch.optim.Optimizer):
         return self.optimizer.defaults
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """Update the parameters that this rank holds; call it outside the step function, on every rank."""
-        return self.optimizer.step() if closure is None else self.optimizer.step(closure)
+        """Update the parameters that this rank holds; call it outside the step function, on every rank.
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
+        With fp16 the update is skipped on all ranks if a gradient on any of them is not finite (``overflow``); with
+        sharded data parallelism the gradient is clipped first (``sdp_gradient_clipping``). Collective over MP_GROUP
+        then, and over the world where parameters are shared out among ranks.
+        """
+        if not self._has_checked_parameters:
+            self._check_parameters()
+        config = self._runtime.session.config
+        clips = config.sharded_data_parallel_degree > 1
+        if self.targets.are_trivial and not clips and not config.fp16:
+            return self.optimizer.step() if closure is None else self.optimizer.step(closure)
+        result = None
+        if closure is not None:
+            with torch.enable_grad():
+                result = closure()
+        self.collect_gradients()
+        if config.fp16:
+            self.overflow = self.step_was_skipped = self._agreed_overflow()
+            self.loss_scaler.update_scale(self.overflow)
+            if self.overflow:
+                self.targets.skip_update()
+                return result
+        if clips:
+            self._global_grad_norm = self._clip(config.sdp_gradient_clipping)
+        self.targets.refresh_masters()
+        self.optimizer.step()
+        self.targets.finish_update()
+        return result
+
+    def zero_grad(self, set_to_none: bool = True, set_grads_to_None: bool | None = None) -> None:
         """Forget the gradients of the parameters that this rank holds."""
+        set_to_none = set_to_none if set_grads_to_None is None else set_grads_to_None
         self.optimizer.zero_grad(set_to_none=set_to_none)
+        self._found = None
+        if not self.targets.are_trivial:
+            self.targets.forget_gradients(set_to_none=set_to_none)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; after the partition of the model it keeps what this rank holds."""
         self.optimizer.add_param_group(param_group)
         self._note_new_groups()
         self._keep_local_parameters_of_all()
+        self.targets.settle()
 
     def __getattr__(self, name: str) -> Any:
         if name == "optimizer":
@@ -163,12 +200,155 @@ class DistributedOptimizer(torch.optim.Optimizer):
     def __getstate__(self) -> Any:
         return self.__dict__
 
+    def _check_parameters(self) -> None:
+        """At the first update: the parameters should be those of wrapped models."""
+        self._has_checked_parameters = True
+        models = self._runtime.session.models
+        parameters = list(self.all_parameters())
+        foreign = [
+            parameter for parameter in parameters if all(model.table.row_of(parameter) is None for model in models)
+        ]
+        if not models or not foreign:
+            return
+        shapes = ", ".join(str(tuple(parameter.shape)) for parameter in foreign[:3]) + ("..." if foreign[3:] else "")
+        remedy = (
+            "\n  wrong: optimizer = SGD(other_model.parameters())\n"
+            "  right: model = smp.DistributedModel(model); optimizer = SGD(model.parameters())"
+        )
+        if len(foreign) == len(parameters):
+            raise SMPConfigError(
+                f"smp.DistributedOptimizer: none of its {len(parameters)} parameters (of shape {shapes}) belongs to a "
+                f"wrapped model, so that it would train nothing of it{remedy}"
+            )
+        logger.warning(
+            "%d of %d parameters of a smp.DistributedOptimizer (of shape %s) belong to no wrapped model: their "
+            "gradients are not reduced over the data-parallel ranks; make them part of the model",
+            len(foreign), len(parameters), shapes,
+        )  # fmt: skip
+
+    # Precision
+
+    def collect_gradients(self) -> None:
+        """Make the gradients of masters and shards those of the model, without the scale of the loss; local, and cheap
+        if they are.
+        """
+        config = self._runtime.session.config
+        found = self.targets.collect_gradients(self.loss_scaler.loss_scale, is_checked=config.fp16)
+        if found is not None:
+            self._found = found
+
+    def _agreed_overflow(self) -> bool:
+        groups, found = self._runtime.session.groups, self._found
+        if found is None:
+            found = torch.zeros((), device=self._runtime.session.device)
+        group = groups.world if self._runtime.shares_out_parameters else groups.mp
+        self._found = None
+        if group.size > 1:
+            gradient_norm.reduce(found, group, dist.ReduceOp.MAX, self._runtime, "overflow")
+        return bool(found)
+
+    def clip_master_grads(self, max_norm: float) -> torch.Tensor:
+        """Scale the gradients so that their norm over the whole model is at most ``max_norm``; returns the norm.
+
+        Call it before ``step()``; works in every precision. Collective over MP_GROUP, over the world where parameters
+        are shared out among ranks. Source: smp-api section 7.
+        """
+        norm = self._global_grad_norm = self._clip(max_norm)
+        return norm
+
+    def _clip(self, max_norm: float) -> torch.Tensor:
+        tensors = [tensor for group in self.optimizer.param_groups for tensor in group["params"]]
+        return gradient_norm.clip_grad_norm_(tensors, max_norm)
+
+    @property
+    def loss_scale(self) -> float:
+        """What the loss of a backward is multiplied by: 1 except with fp16."""
+        return self.loss_scaler.loss_scale
+
+    @property
+    def dynamic_loss_scale(self) -> bool:
+        """Whether the scale follows the overflows."""
+        return self.loss_scaler.is_dynamic
+
+    def scale_loss(self, loss: torch.Tensor) -> torch.Tensor:
+        """The loss times the scale; ``model.backward`` does that itself. Source: smp-api section 18."""
+        return loss * self.loss_scale
+
+    def backward(self, loss: torch.Tensor, update_master_grads: bool = False) -> None:
+        """``model.backward(loss)`` of the model whose parameters these are. Source: smp-api section 18."""
+        for model in self._runtime.session.models:
+            if any(model.table.row_of(parameter) is not None for parameter in self.all_parameters()):
+                model.backward(loss)
+                break
+        else:
+            loss.backward()
+        if update_master_grads:
+            self.collect_gradients()
+
+    def update_master_grads(self) -> None:
+        """Make the gradients of the masters those of the model, without the scale of the loss. ``step`` and
+        ``clip_master_grads`` do it themselves. Source: smp-api section 18.
+        """
+        self.collect_gradients()
+
+    def init_master_params(self) -> None:
+        """Make the masters anew from the parameters of the model. Source: smp-api section 18."""
+        self.targets.reload_masters()
+
+    def reload_model_params(self) -> None:
+        """Take over the values of the model's parameters in the masters. Source: smp-api section 18."""
+        self.targets.reload_masters()
+
+    @property
+    def master_params_created(self) -> bool:
+        """Whether there are masters."""
+        return bool(self.targets.masters())
+
+    @property
+    def fp32_from_fp16_groups(self) -> list[list[nn.Parameter]]:
+        """The masters, by group. Source: smp-api section 18."""
+        return [
+            [tensor for tensor in group["params"] if (found := self.targets.of_tensor(tensor)) and found.has_master]
+            for group in self.optimizer.param_groups
+        ]
+
+    # Indices
+
+    def _param_id_to_index(self) -> dict[int, int]:
+        """Position of each parameter in the whole model's optimizer, by identity."""
+        return {id(parameter): index for index, parameter in enumerate(self.all_parameters())}
+
+    def param_name_to_index(self) -> dict[str, int]:
+        """Position of each parameter in the whole model's optimizer, by its name in the model. Source: smp-api section
+        18.
+        """
+        result = {}
+        for index, parameter in enumerate(self.all_parameters()):
+            row = next((row for model in self._runtime.session.models if (row := model.table.row_of(parameter))), None)
+            if row is not None:
+                result[row.name] = index
+        return result
+
+    @property
+    def _param_index_to_param_local(self) -> dict[int, nn.Parameter]:
+        """The parameters of this rank, by their position in the whole model's optimizer."""
+        models = self._runtime.session.models
+        return {
+            index: parameter
+            for index, parameter in enumerate(self.all_parameters())
+            if all(model.is_local(parameter) for model in models)
+        }
+
     # Partition
+
+    def all_groups(self) -> list[list[nn.Parameter]]:
+        """All parameters given to the optimizer, by group, also those that live on other stages."""
+        self._note_new_groups()
+        return self._all
 
     def all_parameters(self) -> Iterable[nn.Parameter]:
         """All parameters given to the optimizer, also those that live on other stages."""
-        self._note_new_groups()
-        return (parameter for group in self._all for parameter in group)
+        return (parameter for group in self.all_groups() for parameter in group)
 
     def keep_local_parameters(self, model: Any) -> None:
         """Drop the parameters of ``model`` that live on other stages, in place; called at its partition."""
@@ -179,16 +359,33 @@ class DistributedOptimizer(torch.optim.Optimizer):
                 if not model.is_local(parameter):
                     self.optimizer.state.pop(parameter, None)
             group["params"][:] = kept
-        if self._waiting_state is not None and not self._has_unpartitioned_parameters():
-            state, self._waiting_state = self._waiting_state, None
-            self.load_state_dict(state)
+        if model.partitioned:
+            self.settle()
+
+    def settle(self) -> None:
+        """The parameters of a model are in place: masters and shards take the place of its parameters."""
+        self.targets.settle()
+        if self._waiting_state is not None and not self.has_unpartitioned_parameters():
+            (state, gather_if_shard), self._waiting_state = self._waiting_state, None
+            self.load_state_dict(state, gather_if_shard)
 
     def _keep_local_parameters_of_all(self) -> None:
         for model in self._runtime.session.models:
             if model.partitioned and self._runtime.is_pipelined:
                 self.keep_local_parameters(model)
 
-    def _has_unpartitioned_parameters(self) -> bool:
+    def renew_targets(self) -> None:
+        """The shards of a model have been cut anew, before the first step: take the new ones."""
+        self.targets.clear()
+        models = self._runtime.session.models
+        for group, everything in zip(self.optimizer.param_groups, self.all_groups(), strict=True):
+            group["params"][:] = [
+                parameter for parameter in everything if all(model.is_local(parameter) for model in models)
+            ]
+        self.targets.settle()
+
+    def has_unpartitioned_parameters(self) -> bool:
+        """Whether some of the parameters belong to a model whose partition is still to come."""
         if not self._runtime.is_pipelined:
             return False
         waiting = [model.table for model in self._runtime.session.models if not model.partitioned]
@@ -197,139 +394,35 @@ class DistributedOptimizer(torch.optim.Optimizer):
     # State dicts
 
     def local_state_dict(self, gather_if_shard: bool = True) -> dict[str, Any]:
-        """The state of the parameters of this rank, indexed as in the whole model, with ``_smp_is_partial: True``;
-        local.
+        """The state of the parameters of this rank, indexed as in the whole model, with ``_smp_is_partial: True``.
+
+        Local; where parameters are shared out among ranks, those put the state of each together, which is collective
+        over DP_GROUP. ``gather_if_shard=False``: this rank's shards alone; such a state is loaded with the same. With
+        masters and loss scaling these are in it, too. Source: smp-api section 7.
         """
-        index_of = self._indices()
-        state = {
-            index_of[id(parameter)]: dict(values)
-            for parameter, values in self.optimizer.state.items()
-            if id(parameter) in index_of
-        }
-        return {"state": state, "param_groups": self._whole_groups(), PARTIAL_KEY: True}
+        return optimizer_states.local_state_dict(self, gather_if_shard)
 
     def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
-        """The whole state, merged and un-sliced, on the CPU; collective over MP_GROUP. Source: smp-api section 7."""
-        local = self.local_state_dict()["state"]
-        if self._runtime.session.groups.mp.size == 1:
-            return {"state": local, "param_groups": self._whole_groups()}
-        on_cpu = {index: {key: _cpu(value) for key, value in values.items()} for index, values in local.items()}
-        return {"state": self._merged(on_cpu), "param_groups": self._whole_groups()}
+        """The whole state, merged and un-sliced, on the CPU; collective over MP_GROUP, and over DP_GROUP where
+        parameters are shared out. Source: smp-api section 7.
+        """
+        return optimizer_states.full_state_dict(self)
 
     def orig_state_dict(self) -> dict[str, Any]:
         """The inner optimizer's own state dict; local. Source: smp-api section 18."""
         return self.optimizer.state_dict()  # type: ignore[no-any-return]
 
     def load_state_dict(self, state_dict: Mapping[str, Any], gather_if_shard: bool = True) -> None:  # type: ignore[override]
-        """Load a whole state, or the partial one of this partition.
+        """Load a whole state, or the partial one of this partition; ``gather_if_shard=False``: the shards of this rank.
 
         Before the partition the values of the groups are taken at once, the state is kept until then. Collective over
         MP_GROUP for a partial state. Raises SMPConfigError when the groups differ. Source: smp-api section 7.
         """
-        self._check_groups(state_dict["param_groups"])
-        if self._has_unpartitioned_parameters():
-            for saved, group in zip(state_dict["param_groups"], self.optimizer.param_groups, strict=True):
-                group.update((key, value) for key, value in saved.items() if key != "params")
-            self._waiting_state = state_dict
-            return
-        state: Mapping[int, Any] = state_dict["state"]
-        if state_dict.get(PARTIAL_KEY) and self._runtime.session.groups.mp.size > 1:
-            state = self._merged(state)
-        index_of = self._indices()
-        local_groups, local_state = [], {}
-        position = 0
-        for saved, group in zip(state_dict["param_groups"], self.optimizer.param_groups, strict=True):
-            positions = []
-            for parameter in group["params"]:
-                values = state.get(index_of[id(parameter)])
-                if values is not None:
-                    local_state[position] = {key: self._local_part(parameter, value) for key, value in values.items()}
-                positions.append(position)
-                position += 1
-            local_groups.append(
-                {**{key: value for key, value in saved.items() if key != "params"}, "params": positions}
-            )
-        self.optimizer.load_state_dict({"state": local_state, "param_groups": local_groups})
+        optimizer_states.load_state_dict(self, state_dict, gather_if_shard)
 
-    def _check_groups(self, saved: Sequence[Mapping[str, Any]]) -> None:
-        self._note_new_groups()
-        lengths, own = [len(group["params"]) for group in saved], [len(group) for group in self._all]
-        if lengths != own:
-            raise SMPConfigError(
-                f"optimizer.load_state_dict: the state has {len(lengths)} groups of {lengths} parameters, the "
-                "optimizer "
-                f"{len(own)} of {own}: load a state of an optimizer over the same parameters in the same groups"
-            )
-
-    def _indices(self) -> dict[int, int]:
-        """Position of each parameter in the whole model's optimizer, by identity."""
-        return {id(parameter): index for index, parameter in enumerate(self.all_parameters())}
-
-    def _whole_groups(self) -> list[dict[str, Any]]:
-        result, start = [], 0
-        for group, everything in zip(self.optimizer.param_groups, self._all, strict=True):
-            entry = {key: value for key, value in group.items() if key != "params"}
-            entry["params"] = list(range(start, start + len(everything)))
-            start += len(everything)
-            result.append(entry)
-        return result
-
-    def _row(self, parameter: nn.Parameter) -> tuple[ParameterTable, ParameterRow] | None:
-        for model in self._runtime.session.models:
-            row = model.table.row_of(parameter)
-            if row is not None:
-                return model.table, row
-        return None
-
-    def _merged(self, local: Mapping[int, Mapping[str, Any]]) -> dict[int, dict[str, Any]]:
-        """The whole state from the ``local`` ones of an MP_GROUP; collective over it."""
-        groups = self._runtime.session.groups
-        own = (groups.pp.rank_in_group, groups.tp.rank_in_group, self._names(), dict(local))
-        parts = allgather(own, CommGroup.MP_GROUP)
-        for pp_rank, tp_rank, names, _ in parts:
-            if names != own[2]:
-                raise SMPConfigError(
-                    f"the optimizers of pp_rank {pp_rank}, tp_rank {tp_rank} and of pp_rank {own[0]}, tp_rank {own[1]} "
-                    f"were not built over the same parameters ({len(names)} and {len(own[2])}), so that their states "
-                    "cannot be merged: build the optimizer before the first step, or from the parameters of "
-                    "model.virtual_named_parameters()"
-                )
-        parameters = list(self.all_parameters())
-        slices: dict[int, dict[int, Mapping[str, Any]]] = {}
-        for _, tp_rank, _, entries in sorted(parts, key=lambda part: part[:2]):
-            for index, values in entries.items():
-                slices.setdefault(index, {}).setdefault(tp_rank, values)
-        result = {}
-        for index in sorted(slices):
-            by_rank = [slices[index][tp_rank] for tp_rank in sorted(slices[index])]
-            found = self._row(parameters[index])
-            split = found[1].split if found is not None else None
-            merged = dict(by_rank[0])
-            if split is not None:
-                shape = torch.Size(split.local_shape(0, groups.tp.size))  # of rank 0, whose values these are
-                for key, value in merged.items():
-                    if isinstance(value, torch.Tensor) and value.shape == shape:
-                        merged[key] = split.join([values[key] for values in by_rank])
-            result[index] = merged
-        return result
-
-    def _names(self) -> list[str]:
-        rows = (self._row(parameter) for parameter in self.all_parameters())
-        return [found[1].name if found is not None else "" for found in rows]
-
-    def _local_part(self, parameter: nn.Parameter, value: Any) -> Any:
-        found = self._row(parameter)
-        if found is None or found[1].split is None or not isinstance(value, torch.Tensor):
-            return value
-        split = found[1].split
-        if value.shape != torch.Size(split.full_shape) or value.shape == parameter.shape:
-            return value
-        tp = self._runtime.session.groups.tp
-        return split.slice_of(value, tp.rank_in_group, tp.size).clone()
-
-
-def _cpu(value: Any) -> Any:
-    return value.cpu() if isinstance(value, torch.Tensor) else value
+    def note_state_for_later(self, state_dict: Mapping[str, Any], gather_if_shard: bool) -> None:
+        """Load it when the model is partitioned."""
+        self._waiting_state = (state_dict, gather_if_shard)
 
 
 def _names_beside_torch_s(inner_class: type) -> list[str]:

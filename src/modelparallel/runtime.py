@@ -150,6 +150,13 @@ class Runtime:
         """Whether there is more than one stage."""
         return self.engine.num_stages > 1
 
+    @property
+    def shares_out_parameters(self) -> bool:
+        """Whether parameters may be shared out among ranks; by the configuration, so that all ranks say the same."""
+        config = self.session.config
+        has_replicas = self.session.groups.dp.size > 1
+        return has_replicas and (config.shard_optimizer_state or config.sharded_data_parallel_degree > 1)
+
     def live_optimizers(self) -> list[DistributedOptimizer]:
         """The wrapped optimizers that still exist."""
         alive = [(reference, optimizer) for reference in self.optimizers if (optimizer := reference()) is not None]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.utils.clip_grad
 import torch.utils.checkpoint
 from torch import nn
 from torch._C import (  # the torch-function mode stack: modes are suspended while a module runs at its home
@@ -215,6 +218,92 @@ def noticed_tensor_hooks(notice: Callable[[], None]) -> Iterator[None]:
         yield
     finally:
         torch.Tensor.register_hook = original  # type: ignore[method-assign]
+
+
+def intercept_clip_grad_norm(
+    norm_of: Callable[[Sequence[torch.Tensor], float, bool], torch.Tensor | None],
+    clip: Callable[[Sequence[torch.Tensor], float, torch.Tensor], bool],
+) -> Callable[[], None]:
+    """Let ``torch.nn.utils.clip_grad_norm_``, however it was imported, ask ``norm_of(parameters, norm_type,
+    error_if_nonfinite)`` for the norm, unless that says None, and ``clip(parameters, max_norm, norm)`` to scale the
+    gradients, unless that says False. Returns what takes it back.
+
+    It calls two private functions through the globals of its module. The first is given gradients only, and a rank may
+    hold none, so the parameters are taken from the caller's variables.
+    """
+    module: Any = torch.nn.utils.clip_grad
+    get_total_norm, clip_with_norm = module._get_total_norm, module._clip_grads_with_norm_
+
+    def total_norm(
+        tensors: Any, norm_type: float = 2.0, error_if_nonfinite: bool = False, foreach: bool | None = None
+    ) -> Any:
+        parameters = sys._getframe(1).f_locals.get("parameters")
+        if isinstance(parameters, list):
+            norm = norm_of(parameters, norm_type, error_if_nonfinite)
+            if norm is not None:
+                return norm
+        return get_total_norm(tensors, norm_type, error_if_nonfinite, foreach)
+
+    def clip_grads(parameters: Any, max_norm: float, norm: torch.Tensor, foreach: bool | None = None) -> None:
+        if isinstance(parameters, torch.Tensor):
+            parameters = [parameters]
+        parameters = list(parameters)
+        if not clip(parameters, max_norm, norm):
+            clip_with_norm(parameters, max_norm, norm, foreach)
+
+    module._get_total_norm, module._clip_grads_with_norm_ = total_norm, clip_grads
+
+    def take_back() -> None:
+        module._get_total_norm, module._clip_grads_with_norm_ = get_total_norm, clip_with_norm
+
+    return take_back
+
+
+def intercept_clip_grad_value(clip: Callable[[Sequence[torch.Tensor], float], bool]) -> Callable[[], None]:
+    """Let ``torch.nn.utils.clip_grad_value_`` ask ``clip(parameters, clip_value)`` first, and do nothing if that says
+    True. Returns what takes it back. It is public, but nothing in it can be replaced for those who have imported it.
+    """
+    module: Any = torch.nn.utils.clip_grad
+    original = module.clip_grad_value_
+
+    @functools.wraps(original)
+    def clip_grad_value_(parameters: Any, clip_value: float, foreach: bool | None = None) -> None:
+        parameters = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
+        if not clip(parameters, float(clip_value)):
+            original(parameters, clip_value, foreach)
+
+    def put(function: Any) -> None:
+        module.clip_grad_value_ = torch.nn.utils.clip_grad_value_ = function
+
+    put(clip_grad_value_)
+    return lambda: put(original)
+
+
+def intercept_unscaling(
+    is_ours: Callable[[Any], bool], before: Callable[[Any], None], after: Callable[[dict[Any, torch.Tensor]], None]
+) -> Callable[[], None]:
+    """Where a ``GradScaler`` unscales the gradients of an optimizer that ``is_ours``: call ``before(optimizer)``, and
+    ``after`` with what it has found by device, to be changed in place. Returns what takes it back.
+
+    The method is private, but it is the one place through which ``unscale_`` and ``step`` go.
+    """
+    scaler: Any = torch.amp.GradScaler
+    original = scaler._unscale_grads_
+
+    def unscale(self: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+        if not is_ours(optimizer):
+            return original(self, optimizer, *args, **kwargs)
+        before(optimizer)
+        found = original(self, optimizer, *args, **kwargs)
+        after(found)
+        return found
+
+    scaler._unscale_grads_ = unscale
+
+    def take_back() -> None:
+        scaler._unscale_grads_ = original
+
+    return take_back
 
 
 def current_backward_id() -> int:

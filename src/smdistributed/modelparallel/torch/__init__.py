@@ -21,7 +21,6 @@ PREFIX = __name__ + "."
 
 # Paths of the original library whose contents are not built yet: importing them must say so, and not "No module named".
 NOT_BUILT = (
-    "amp",
     "optimizers",
     "sharded_data_parallel_checkpoint",
 )

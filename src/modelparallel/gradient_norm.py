@@ -1,0 +1,252 @@
+"""One norm of the gradient: over all stages, slices and shards, the same number on every rank, and what clips by it.
+
+[Note: one norm] A rank holds a part of the model, so a norm of what it holds is a number of its own, and clipping by it
+changes the direction of the update in silence. Here each element of the model is counted once: a parameter that several
+ranks hold is added up by one of them (tp_rank 0; the home of a copied parameter; the rank that a shard says), and the
+parts are summed in float64 over the MP_GROUP, over the world where parameters are shared out among replicas.
+``torch.nn.utils.clip_grad_norm_`` takes the norm and clips by two functions of its own module, which are replaced
+(`torch_compat.intercept_clip_grad_norm`) once a model is wrapped in a job where that matters: so a plain script, and
+Hugging Face's Trainer, get this norm too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from modelparallel import runtime as runtime_module
+from modelparallel.data_parallel.waits import wait_for
+from modelparallel.errors import SMPConfigError, SMPError
+from modelparallel.model_parameters import ModelParameters
+from modelparallel.torch_compat import intercept_clip_grad_norm, intercept_clip_grad_value
+
+if TYPE_CHECKING:
+    from modelparallel.comm.groups import Group
+    from modelparallel.plan.parameters import ParameterRow
+    from modelparallel.runtime import Runtime
+    from modelparallel.shards import Shard
+
+
+class NonFiniteGradientError(SMPError, RuntimeError):
+    """The norm of the gradient is infinite or not a number."""
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A gradient that is here, and whether this rank counts it: of the ranks of an MP_GROUP, and of the world."""
+
+    gradient: torch.Tensor
+    is_counted_in_replica: bool
+    is_counted_in_world: bool
+
+
+def clip_grad_norm_(
+    model: nn.Module | torch.Tensor | Iterable[torch.Tensor],
+    max_norm: float,
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+) -> torch.Tensor:
+    """Scale the gradients so that their norm, over all stages, slices and shards, is at most ``max_norm``.
+
+    model: a wrapped model, or some of its parameters (each rank gives those that it holds). norm_type: 2 or any other
+    order > 0, ``inf`` for the largest element. Returns the norm before that, a scalar tensor, equal on all ranks and to
+    that of one process. With fp16 it is that of the gradients without the scale of the loss. Call it after the step
+    function, before ``optimizer.step()``; collective over the MP_GROUP, over the world with ``shard_optimizer_state``
+    or sharded data parallelism. Raises NonFiniteGradientError if that is asked for.
+    """
+    runtime = runtime_module.current()
+    if isinstance(model, nn.Module) and not isinstance(model, ModelParameters):
+        raise SMPConfigError(
+            f"smp.clip_grad_norm_: got a {type(model).__name__} that is not wrapped: pass the smp.DistributedModel, or "
+            "parameters of it"
+        )
+    if isinstance(model, ModelParameters):
+        tensors: list[torch.Tensor] = list(model.parameters())
+        _check_partition(model)
+    else:
+        tensors = [model] if isinstance(model, torch.Tensor) else list(model)
+    parts = parts_of(runtime, tensors)
+    norm = total_norm(runtime, parts, norm_type)
+    if error_if_nonfinite:
+        check_finite(norm)
+    clip_parts(parts, max_norm, norm)
+    return norm
+
+
+def _check_partition(model: ModelParameters) -> None:
+    if not model._is_partitioned:
+        raise SMPConfigError(
+            "smp.clip_grad_norm_: the model is not partitioned yet, so there are no gradients: call it after the step "
+            "function"
+        )
+
+
+def total_norm(runtime: Runtime, parts: Sequence[_Part], norm_type: float) -> torch.Tensor:
+    """The norm of order ``norm_type`` over all ranks; collective, see :func:`clip_grad_norm_`."""
+    order = float(norm_type)
+    if not order > 0:
+        raise SMPConfigError(f"norm_type: expected a number > 0 or inf, got {norm_type!r}")
+    groups, device = runtime.session.groups, runtime.session.device
+    is_shared_out = runtime.shares_out_parameters
+    group = groups.world if is_shared_out else groups.mp
+    own = [
+        _local(part.gradient)
+        for part in parts
+        if (part.is_counted_in_world if is_shared_out else part.is_counted_in_replica)
+    ]
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    with torch.no_grad():
+        norms = [norm.double().to(device) for norm in _norms(own, order)]
+        if norms:
+            stacked = torch.stack(norms)
+            total = stacked.max() if math.isinf(order) else stacked.pow(order).sum()
+    if group.size > 1:
+        reduce(total, group, dist.ReduceOp.MAX if math.isinf(order) else dist.ReduceOp.SUM, runtime)
+    norm = total if math.isinf(order) else total.pow(1.0 / order)
+    return norm if _is_double(runtime) else norm.float()
+
+
+def _norms(gradients: Sequence[torch.Tensor], order: float) -> list[torch.Tensor]:
+    filled = [gradient for gradient in gradients if gradient.numel()]
+    # Squares of half numbers overflow; full precision for those, and one kernel for all the others.
+    whole = [gradient for gradient in filled if gradient.dtype not in (torch.float16, torch.bfloat16)]
+    half = [gradient for gradient in filled if gradient.dtype in (torch.float16, torch.bfloat16)]
+    norms = list(torch._foreach_norm(whole, order)) if whole else []
+    norms.extend(torch.linalg.vector_norm(gradient, order, dtype=torch.float32) for gradient in half)
+    return norms
+
+
+def reduce(value: torch.Tensor, group: Group, operation: Any, runtime: Runtime, what: str = "norm") -> None:
+    """All-reduce one number in place; collective over ``group``."""
+    work = dist.all_reduce(value, operation, group=group.process_group, async_op=True)
+    timeout = runtime.session.config.timeout_seconds
+    wait_for(work, timeout, f"the {what} of the gradient over all ranks", group, value.device)
+
+
+def _is_double(runtime: Runtime) -> bool:
+    """Equal on all ranks: the tables hold all parameters, wherever they are."""
+    return any(row.dtype == torch.float64 for model in runtime.session.models for row in model.table.rows())
+
+
+def parts_of(runtime: Runtime, tensors: Iterable[torch.Tensor]) -> list[_Part]:
+    """The gradients, here, of parameters of wrapped models, of their shards or masters, and of foreign ones; local.
+
+    Where an optimizer updates masters or shards it is their gradients, without the scale of the loss.
+    """
+    models = runtime.session.models
+    optimizers = [optimizer for optimizer in runtime.live_optimizers() if not optimizer.targets.are_trivial]
+    for optimizer in optimizers:
+        optimizer.collect_gradients()
+    for model in models:
+        if model.gradients.shards is not None:
+            model.gradients.shards.collect_gradients()
+    parts: list[_Part] = []
+    for tensor in tensors:
+        found = next((target for other in optimizers if (target := other.targets.of_tensor(tensor)) is not None), None)
+        parameter = found.parameter if found is not None else tensor
+        owner = next((model for model in models if model.table.row_of(parameter) is not None), None)
+        members: Sequence[tuple[torch.Tensor, Shard | None]] = [(tensor, None)]
+        if found is not None:
+            members = [(tensor, found.shard)]
+        elif (holder := next((other for other in optimizers if other.targets.has(parameter)), None)) is not None:
+            members = [(target.tensor, target.shard) for target in holder.targets.of_parameter(parameter)]
+        elif owner is not None and owner.gradients.shards is not None and owner.gradients.shards.has(parameter):
+            members = [(shard.tensor, shard) for shard in owner.gradients.shards.shards_of(parameter)]
+        row = owner.table.row_of(parameter) if owner is not None else None
+        parts.extend(_part(runtime, member.grad, row, shard) for member, shard in members if member.grad is not None)
+    return parts
+
+
+def _part(runtime: Runtime, gradient: torch.Tensor, row: ParameterRow | None, shard: Shard | None) -> _Part:
+    groups = runtime.session.groups
+    is_first_replica = groups.rdp.rank_in_group == 0
+    if row is None:  # of no model of ours: equal on all ranks, as far as we can know
+        is_first = groups.mp.rank_in_group == 0
+        return _Part(gradient, is_first, is_first and is_first_replica)
+    is_home = row.home is None or row.home == runtime.engine.stage
+    if shard is not None:
+        return _Part(gradient, is_home and shard.is_counted, is_home and shard.is_counted)
+    is_counted = is_home and (row.split is not None or groups.tp.rank_in_group == 0)
+    return _Part(gradient, is_counted, is_counted and is_first_replica)
+
+
+@torch.no_grad()
+def clip_parts(parts: Sequence[_Part], max_norm: float, norm: torch.Tensor) -> None:
+    """Multiply the gradients that are here by max_norm / (norm + 1e-6) if that is below 1."""
+    coefficient = torch.clamp(float(max_norm) / (norm.double() + 1e-6), max=1.0)
+    by_kind: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
+    for part in parts:
+        local = _local(part.gradient)
+        by_kind.setdefault((local.device, local.dtype), []).append(local)
+    for (device, dtype), members in by_kind.items():
+        factor = coefficient.to(device, dtype if dtype == torch.float64 else torch.float32)
+        torch._foreach_mul_(members, factor)
+
+
+def check_finite(norm: torch.Tensor) -> None:
+    """Raise NonFiniteGradientError for a norm that is infinite or not a number."""
+    if not bool(torch.isfinite(norm)):
+        raise NonFiniteGradientError(
+            f"the norm of the gradient over all ranks is {float(norm)}, so it cannot be clipped: look for an overflow "
+            "(fp16: a smaller loss scale) or a division by zero in the model; error_if_nonfinite=False clips all the "
+            "same"
+        )
+
+
+def intercept_clipping(runtime: Runtime) -> None:
+    """Let ``torch.nn.utils.clip_grad_norm_`` give this norm from now on, and ``clip_grad_value_`` reach masters and
+    shards, until the session ends.
+
+    Nothing changes for parameters of models that are not wrapped, and for jobs in which every rank holds all.
+    """
+    groups = runtime.session.groups
+
+    def are_ours(parameters: Sequence[torch.Tensor]) -> bool:
+        models = runtime.session.models
+        has_masters = any(not optimizer.targets.are_trivial for optimizer in runtime.live_optimizers())
+        if groups.mp.size == 1 and not has_masters and not runtime.shares_out_parameters:
+            return False
+        if not parameters:  # a stage without any of them takes part in the sum
+            return any(model.partitioned for model in models)
+        own = {id(parameter) for model in models for _, parameter in model.table.parameters()}
+        return any(id(tensor) in own for tensor in parameters) or any(
+            optimizer.targets.of_tensor(tensor) is not None
+            for optimizer in runtime.live_optimizers()
+            for tensor in parameters
+        )
+
+    def norm_of(parameters: Sequence[torch.Tensor], norm_type: float, error_if_nonfinite: bool) -> torch.Tensor | None:
+        if not are_ours(parameters):
+            return None
+        norm = total_norm(runtime, parts_of(runtime, parameters), norm_type)
+        if error_if_nonfinite:
+            check_finite(norm)
+        return norm
+
+    def clip(parameters: Sequence[torch.Tensor], max_norm: float, norm: torch.Tensor) -> bool:
+        if not are_ours(parameters):
+            return False
+        clip_parts(parts_of(runtime, parameters), max_norm, norm)
+        return True
+
+    def clip_value(parameters: Sequence[torch.Tensor], value: float) -> bool:
+        if not are_ours(parameters):
+            return False
+        with torch.no_grad():
+            for part in parts_of(runtime, parameters):
+                _local(part.gradient).clamp_(-value, value)
+        return True
+
+    runtime.session.closers.append(intercept_clip_grad_norm(norm_of, clip))
+    runtime.session.closers.append(intercept_clip_grad_value(clip_value))
+
+
+def _local(tensor: Any) -> torch.Tensor:
+    local: torch.Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return local

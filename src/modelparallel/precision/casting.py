@@ -1,0 +1,77 @@
+"""Models, inputs and outputs in another floating dtype (smp-api section 7)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from modelparallel import trees
+
+if TYPE_CHECKING:
+    from modelparallel.parameter_table import Config
+
+
+def half_dtype(config: Config) -> torch.dtype | None:
+    """What ``fp16`` or ``bf16`` train in; None: what the model is in."""
+    return torch.float16 if config.fp16 else torch.bfloat16 if config.bf16 else None
+
+
+def cast_tensors(module: nn.Module, dtype: torch.dtype, keep: set[int] | None = None) -> None:
+    """Cast the floating parameters and buffers of ``module`` in place; parameters stay the same objects.
+
+    keep: identities of tensors that stay as they are.
+    """
+    kept = keep or set()
+
+    def cast(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+    for part in module.modules():
+        for parameter in part._parameters.values():
+            if parameter is None or id(parameter) in kept:
+                continue
+            if parameter.is_floating_point() and parameter.dtype != dtype:
+                parameter.data = cast(parameter.data)
+                if parameter.grad is not None:
+                    parameter.grad = cast(parameter.grad)
+        for name, buffer in part._buffers.items():
+            if buffer is not None and buffer.is_floating_point() and buffer.dtype != dtype and id(buffer) not in kept:
+                part._buffers[name] = cast(buffer)
+
+
+def cast_floating(values: Any, dtype: torch.dtype, only: torch.dtype | None = None) -> Any:
+    """``values``, nested, with the floating tensors in ``dtype``; ``only``: those of this dtype alone."""
+
+    def cast(leaf: Any) -> Any:
+        if not isinstance(leaf, torch.Tensor) or not leaf.is_floating_point() or leaf.dtype == dtype:
+            return leaf
+        return leaf.to(dtype) if only is None or leaf.dtype == only else leaf
+
+    return trees.map_leaves(cast, values)
+
+
+class _ScaledBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(context: Any, tensor: torch.Tensor, scale_of: Any) -> torch.Tensor:
+        context.scale_of = scale_of
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(context: Any, *gradients: Any) -> Any:
+        return gradients[0] * context.scale_of(), None
+
+
+def scaled_backward(values: Any, scale_of: Any) -> Any:
+    """``values``, nested, whose gradients are multiplied by ``scale_of()`` on their way back.
+
+    For a backward that does not know of the scale of the loss: it has the same effect as scaling the loss.
+    """
+
+    def scaled(leaf: Any) -> Any:
+        if isinstance(leaf, torch.Tensor) and leaf.requires_grad:
+            return _ScaledBackward.apply(leaf, scale_of)
+        return leaf
+
+    return trees.map_leaves(scaled, values)

@@ -1,0 +1,35 @@
+"""Everything together: {pp} x {tp} x {sharding} x {precision} x {recomputation}, on 4 and 8 processes.
+
+A sample that meets every value with every other runs always; all cells with ``make test-all``. The table of cells is in
+docs/memory.md.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from training_cells import Cell, all_cells, verify
+
+SAMPLE = [
+    Cell(4, 2, 1, "ddp", "fp32", True),
+    Cell(4, 1, 2, "ddp", "bf16", False),
+    Cell(4, 2, 1, "optimizer", "fp16", True),
+    Cell(4, 1, 2, "optimizer", "fp32", True),
+    Cell(4, 1, 2, "sdp", "fp16", False),
+    Cell(4, 2, 1, "sdp", "bf16", True),
+    Cell(4, 1, 1, "sdp", "fp32", False),
+    Cell(4, 2, 2, "sdp", "fp32", False),
+    Cell(8, 2, 2, "sdp", "fp32", True),
+    Cell(8, 2, 2, "optimizer", "bf16", False),
+]
+
+
+@pytest.mark.parametrize("cell", SAMPLE, ids=str)
+def test_a_sample_of_the_matrix(cell):
+    verify(cell)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cell", [cell for cell in all_cells() if cell not in SAMPLE], ids=str)
+def test_the_whole_matrix(cell):
+    verify(cell)
