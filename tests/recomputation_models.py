@@ -9,6 +9,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Runs:
@@ -66,6 +67,18 @@ def saved_bytes(module: nn.Module) -> Iterator[SavedBytes]:
     found = SavedBytes(module.parameters())
     with torch.autograd.graph.saved_tensors_hooks(found.pack, lambda tensor: tensor):
         yield found
+
+
+class CountProducts(TorchDispatchMode):
+    """Counts matrix products with a bias: two in the forward of each block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.number = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.number += func is torch.ops.aten.addmm.default
+        return func(*args, **(kwargs or {}))
 
 
 @contextmanager

@@ -118,6 +118,8 @@ def is_documented(layout: Layout, program: Program, outcomes: Sequence[Outcome])
         return True  # modules that are not called cannot be placed
     if "changes its buffers (running statistics) and is called again" in texts:
         return any(op.kind in COMPOUND_OPS for op in (*program.ops, *program.inner_ops))
+    if "an input of a region of torch.utils.checkpoint was written to in place" in texts:
+        return "region" in {op.kind for op in (*program.ops, *program.inner_ops)}  # as with torch's own
     is_about_state = "that is kept outside the step is written to" in texts or "a value of microbatch" in texts
     return program.has_late_state and is_about_state
 

@@ -15,7 +15,7 @@ from modelparallel.errors import RecomputationError, SMPConfigError, StepUsageEr
 from modelparallel.memory import groups_of
 from parity import assert_parity
 from rank_tests import RankTests, on
-from recomputation_models import Block, Runs, num_runs, same_random_numbers, saved_bytes
+from recomputation_models import Block, CountProducts, Runs, num_runs, same_random_numbers, saved_bytes
 
 ONE = RankTests(1, {"microbatches": 2})
 
@@ -438,18 +438,21 @@ def test_selective_keeps_the_results_of_the_named_operations() -> None:
         seen.append(context.is_recompute)
         return CheckpointPolicy.MUST_SAVE if op in ops else CheckpointPolicy.PREFER_RECOMPUTE
 
-    seen: list[bool] = []
-    for given in (ops, policy):
+    def products(mode: str, given: Any) -> int:
         model = smp.DistributedModel(stack())
-        smp.set_activation_checkpointing(model.get_module(), mode="selective", policy=given)
-        products: list[bool] = []
-        for block in model.get_module():
-            block.up.register_forward_hook(lambda *found, into=products: into.append(found[2].requires_grad))
-        found = plain_step(model, batch())
+        smp.set_activation_checkpointing(model.get_module(), mode=mode, policy=given)
+        with CountProducts() as counter:
+            found = plain_step(model, batch())
         assert found[0] == expected[0]
         assert_parity(found[1], expected[1], dtype=torch.float64)
-        assert len(products) == 6
-    assert seen.count(False) > 0
+        return counter.number
+
+    seen: list[bool] = []
+    # Two products for each of three blocks, and again in the second run where they are not kept.
+    assert products("full", None) == 12
+    assert products("selective", ops) == products("selective", policy) == 6
+    assert products("selective", [torch.ops.aten.tanh.default]) == 12
+    assert seen and not any(seen)  # torch asks in the first run only
 
 
 # Wrong use

@@ -103,12 +103,12 @@ def run_all(kind: str, hows: list[str], is_split: bool) -> list[Any]:
 SETTINGS = [
     # (model, ways, processes, parameters)
     ("gpt2", ["enable", "enable reentrant", "all", "layers"], 2, {"pipeline_parallel_degree": 2}),
-    ("gpt2", ["enable", "enable reentrant", "all", "layers"], 1, {}),
-    ("llama", ["enable", "enable reentrant", "all", "layers"], 3,
-     {"pipeline_parallel_degree": 3, "pipeline": "zero_bubble"}),
+    pytest.param("gpt2", ["enable", "enable reentrant", "all", "layers"], 1, {}, marks=pytest.mark.slow),
+    pytest.param("llama", ["enable", "enable reentrant", "all", "layers"], 3,
+     {"pipeline_parallel_degree": 3, "pipeline": "zero_bubble"}, marks=pytest.mark.slow),
     ("llama", ["enable", "enable reentrant", "all", "layers"], 4,
      {"pipeline_parallel_degree": 2, "tensor_parallel_degree": 2}),
-    ("llama", ["enable", "all", "layers"], 2, {"tensor_parallel_degree": 2}),
+    pytest.param("llama", ["enable", "all", "layers"], 2, {"tensor_parallel_degree": 2}, marks=pytest.mark.slow),
     ("stack", ["all", "blocks"], 4, {"pipeline_parallel_degree": 2}),
     ("stack", ["all", "blocks"], 2, {"pipeline_parallel_degree": 2, "virtual_pipeline_degree": 2}),
 ]  # fmt: skip
@@ -131,3 +131,53 @@ def test_c083_same_training_with_every_axis(kind: str, hows: list[str], num_rank
         plain = [sum(column) for column in zip(*(results[0][2] for results in found), strict=True)]
         num_traces = min(plain) % 12
         assert ranks == [2 * number - num_traces for number in plain]
+
+
+class Quiet(nn.Module):
+    """A block without a counter, which compiled code would have to be made anew for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.up, self.down, self.drop = nn.LayerNorm(8), nn.Linear(8, 32), nn.Linear(32, 8), nn.Dropout(0.3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.drop(self.down(torch.tanh(self.up(self.norm(x)))))
+
+
+def run_compiled() -> dict[tuple[str, str], tuple[list[float], dict[str, Tensor]]]:
+    @smp.step
+    def train_step(model: Any, x: Tensor) -> Tensor:
+        loss = model(x).square().mean()
+        model.backward(loss)
+        return loss
+
+    found = {}
+    for backend in ("none", "aot_eager", "eager"):
+        for strategy in ("none", "each", "contiguous"):
+            torch.manual_seed(1)
+            made = nn.Sequential(*(Quiet() for _ in range(4))).to(F64).train()
+            model = smp.DistributedModel(made, compile=False if backend == "none" else {"backend": backend})
+            for block in made[2:]:
+                smp.set_partition(block, smp.pp_size() - 1)
+            if strategy != "none":
+                smp.set_activation_checkpointing(model.get_module(), strategy=strategy)
+            losses = []
+            with same_random_numbers():
+                for step in range(3):
+                    x = torch.randn(8, 8, dtype=F64, generator=torch.Generator().manual_seed(step))
+                    losses.append(float(train_step(model, x).reduce_mean()))
+            found[backend, strategy] = losses, {name: p.grad for name, p in model.local_named_parameters()}
+    return found
+
+
+@pytest.mark.parametrize(("num_stages", "schedule"), [(1, "simple"), (2, "zero_bubble")])
+def test_compiled_modules_are_recomputed(num_stages: int, schedule: str) -> None:
+    parameters = {
+        "pipeline_parallel_degree": num_stages, "microbatches": 4, "pipeline": schedule, "timeout_seconds": 60,
+        **({"auto_partition": False, "default_partition": 0} if num_stages > 1 else {}),
+    }  # fmt: skip
+    for found in run_ranks(run_compiled, num_stages, parameters=parameters, timeout=170):
+        expected = found["none", "none"]
+        for how, (losses, gradients) in found.items():
+            assert losses == pytest.approx(expected[0], rel=1e-12), how
+            assert_parity(gradients, expected[1], dtype=F64)

@@ -11,7 +11,6 @@ import pytest
 import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import modelparallel as smp
 from engine_runs import compare, outcomes
@@ -19,7 +18,7 @@ from modelparallel import runtime
 from modelparallel.errors import PartitionError, SMPConfigError, StepUsageError
 from parity import assert_parity
 from rank_tests import RankTests, on
-from recomputation_models import Block, num_runs, same_random_numbers, saved_bytes
+from recomputation_models import Block, CountProducts, num_runs, same_random_numbers, saved_bytes
 from recomputation_programs import CASES
 
 MODULE = "recomputation_programs"
@@ -35,12 +34,13 @@ def expected(num_microbatches: int) -> dict:
 @pytest.mark.parametrize(
     ("num_stages", "how", "more"),
     [
-        (2, "torch", {"pipeline": "interleaved"}),
+        pytest.param(2, "torch", {"pipeline": "interleaved"}, marks=pytest.mark.slow),
         (2, "torch", {"pipeline": "zero_bubble"}),
         (2, "reentrant", {"pipeline": "simple"}),
         (3, "torch", {"pipeline": "zero_bubble"}),
-        (3, "reentrant", {"pipeline": "interleaved"}),
+        pytest.param(3, "reentrant", {"pipeline": "interleaved"}, marks=pytest.mark.slow),
         (4, "torch", {"pipeline": "interleaved"}),
+        pytest.param(4, "reentrant", {"pipeline": "zero_bubble"}, marks=pytest.mark.slow),
     ],
 )
 def test_c083_regions_over_stages_give_the_same_gradients(num_stages: int, how: str, more: dict) -> None:
@@ -267,18 +267,6 @@ def test_selective_recomputation_over_stages() -> None:
         assert found[0] == expected[0]
         assert_parity(found[1], expected[1], dtype=torch.float64)
     assert numbers[1] < numbers[0]
-
-
-class CountProducts(TorchDispatchMode):
-    """Counts matrix products with a bias: two in the forward of each block."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.number = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.number += func is torch.ops.aten.addmm.default
-        return func(*args, **(kwargs or {}))
 
 
 @on(TWO)

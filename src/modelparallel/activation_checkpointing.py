@@ -208,7 +208,7 @@ def _recomputed_parts(module: nn.Module) -> list[nn.Module]:
 
 def _check_stages(runtime: Runtime, module: nn.Module, title: str) -> None:
     """Source: smp-semantics-checks 84."""
-    homes = runtime.engine.homes_of(module)
+    homes = runtime.engine.homes_of(module) if runtime.is_pipelined else ()
     if len(homes) < 2 or id(module) in runtime.engine.known_to_span:
         return
     text = (

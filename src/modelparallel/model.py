@@ -392,8 +392,8 @@ class DistributedModel(ModelParameters):
                 engine.place_buffer(self.module.get_submodule(owner), attribute)
         engine.place_model(self.module)
         engine.costs.update(plan.work)
-        if not plan.costs and self._compiler is None and not any(map(has_own_compiled_call, self.module.modules())):
-            engine.count_work = work_of_call
+        is_compiled = self._compiler is not None or any(map(has_own_compiled_call, self.module.modules()))
+        engine.count_work = None if plan.costs or is_compiled else work_of_call  # counting keeps code from compiling
         units = set(self._units)
         for name, home in plan.modules:
             placed = self.module.get_submodule(name)

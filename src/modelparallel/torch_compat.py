@@ -403,13 +403,19 @@ class ThreadState:
         ]
         self._is_autocast_cache_enabled = torch.is_autocast_cache_enabled()
         self._function_modes = [_get_function_stack_at(index) for index in range(_len_torch_function_stack())]
-        self._dispatch_modes = _get_current_dispatch_mode_stack()
+        self._dispatch_modes: list[Any] | None = _get_current_dispatch_mode_stack()
         self._saved_tensor_hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+
+    def keep_dispatch_modes(self) -> None:
+        """Let :meth:`active` leave the dispatch modes as it finds them: those of here may be closed by then."""
+        self._dispatch_modes = None
 
     @contextmanager
     def active(self) -> Iterator[None]:
         """Put the state in force on this thread."""
         before = ThreadState()
+        if self._dispatch_modes is None:
+            before.keep_dispatch_modes()
         before._clear_modes()
         self._push()
         try:
@@ -423,7 +429,7 @@ class ThreadState:
     def _clear_modes(self) -> None:
         for _ in range(_len_torch_function_stack()):
             _pop_torch_function_stack()
-        for _ in _get_current_dispatch_mode_stack():
+        for _ in () if self._dispatch_modes is None else _get_current_dispatch_mode_stack():
             _pop_mode()
 
     def _push(self, *, with_hooks: bool = True) -> None:
@@ -434,7 +440,7 @@ class ThreadState:
         torch.set_autocast_cache_enabled(self._is_autocast_cache_enabled)
         for mode in self._function_modes:
             _push_on_torch_function_stack(mode)
-        for mode in self._dispatch_modes:
+        for mode in self._dispatch_modes or ():
             _push_mode(mode)
         if with_hooks and self._saved_tensor_hooks is not None:
             torch._C._autograd._push_saved_tensors_default_hooks(*self._saved_tensor_hooks)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -167,6 +168,7 @@ class PipelineEngine:
         #: Where inputs of recomputed regions may be in the meantime; None: they stay.
         self.activation_store: ActivationStore | None = None
         self.mode = _GlueMode(self)
+        self._homes: weakref.WeakKeyDictionary[nn.Module, frozenset[int]] = weakref.WeakKeyDictionary()
         self._entries: list[calls.PlacedModule] = []
         self._roots: list[nn.Module] = []
         self._assigned_buffers: list[tuple[nn.Module, str, torch.Tensor | None]] = []
@@ -184,6 +186,7 @@ class PipelineEngine:
 
     def place_tensor(self, tensor: torch.Tensor, name: str, home: int) -> None:
         """Note the home of a parameter or stateful buffer. Call it before the other stages drop the storage."""
+        self._homes.clear()
         self.placed[id(tensor)] = PlacedTensor(name, home, tuple(tensor.shape), tensor.stride())
         self._kept.append(tensor)
 
@@ -235,6 +238,7 @@ class PipelineEngine:
     def place_module(self, module: nn.Module, name: str, home: int, *, is_unit: bool) -> None:
         """From now on calls of ``module`` inside a step run on ``home``."""
         entry = calls.PlacedModule(module, name, home, unit_number(name) if is_unit else None)
+        self._homes.clear()
 
         def call(*args: Any, **kwargs: Any) -> Any:
             if self.is_native:
@@ -276,6 +280,9 @@ class PipelineEngine:
 
     def homes_of(self, module: nn.Module) -> frozenset[int]:
         """The stages on which the weights of ``module`` are; empty without any, and before the partition."""
+        known = self._homes.get(module)
+        if known is not None:
+            return known
         entries = {id(entry.module): entry.home for entry in self._entries}
         homes: set[int] = set()
         pending = [module]
@@ -287,7 +294,8 @@ class PipelineEngine:
             own = (*part._parameters.values(), *part._buffers.values())
             homes.update(self.placed[id(tensor)].home for tensor in own if id(tensor) in self.placed)
             pending.extend(part.children())
-        return frozenset(homes)
+        self._homes[module] = found = frozenset(homes)
+        return found
 
     def training_modes(self) -> dict[str, bool]:
         """Which placed modules are in training mode."""

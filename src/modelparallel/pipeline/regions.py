@@ -123,6 +123,7 @@ class Region:
         self._modules = modules
         self._buffers: list[KeptBuffers] = []
         self._thread_state = ThreadState()
+        self._thread_state.keep_dispatch_modes()
         self._generators = SavedGenerators(engine.device, has_numpy=self._record is not None)
         self._preserves_random = preserves_random or self._record is not None
         self._frames = None if engine.frames is None else engine.frames.at_this_point()
