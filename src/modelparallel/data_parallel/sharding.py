@@ -245,9 +245,10 @@ class ShardedParameters:
         items = [item_of[id(parameter.owner[0]), parameter.owner[1]] for parameter in inner.parameters]
         entries = [_Entry(item, parameter) for item, parameter in zip(items, inner.parameters, strict=True)]
         group = _Group(title, inner, entries, is_root=is_root)
-        module.set_gradient_divide_factor(self._groups.divisor)
-        # gloo has no operation that sums and divides at once.
-        module.set_force_sum_reduction_for_comms(True)
+        if self._groups.divisor != self._groups.shard.size * self._groups.replicate.size:
+            module.set_gradient_divide_factor(self._groups.divisor)
+            # gloo has no operation that sums and divides by any number at once.
+            module.set_force_sum_reduction_for_comms(True)
         module.set_custom_all_gather(_NamedGather(group.title, self._groups, self._timeout_seconds))
         module.set_custom_reduce_scatter(_NamedReduceScatter(group.title, self._groups, self._timeout_seconds))
         if self._groups.tp.size > 1 and any(entry.needs_tp_sum for entry in group.entries):
