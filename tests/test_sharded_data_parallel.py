@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 import modelparallel as smp
 from distributed_run import own_share
 from modelparallel.config import validate_parameters
-from modelparallel.errors import SMPConfigError
+from modelparallel.errors import SMPConfigError, UnsupportedError
 from parity import assert_parity
 from rank_tests import RankTests, on
 from sharded_training import (
@@ -316,6 +316,13 @@ def test_parameters_may_be_frozen_between_steps():
     _step(model, gpt_loss, batch)
     for name, parameter in model.named_parameters():
         assert (parameter.grad is None) == name.startswith("blocks.0."), name
+
+
+@on(DP2)
+def test_optimizers_that_need_whole_parameters_are_refused_by_name():
+    model = smp.DistributedModel(make_gpt())
+    with pytest.raises(UnsupportedError, match=r"Muon needs whole parameters, and sharded_data_parallel_degree=2"):
+        model.gradients.sharding.require_whole_parameters("Muon")
 
 
 @on(DP2)

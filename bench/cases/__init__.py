@@ -12,6 +12,7 @@ from bench.cases import (
     partition,
     pipeline,
     schedules,
+    sharded,
     tensor_parallel,
     transformer_block,
 )
@@ -25,6 +26,7 @@ _MODULES = (
     overhead,
     engine_overhead,
     data_parallel,
+    sharded,
     tensor_parallel,
     transformer_block,
     language_models,

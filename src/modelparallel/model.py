@@ -116,6 +116,7 @@ class DistributedModel(ModelParameters):
         with construction.take_in(module):
             module = replace_marked_modules(module, active.groups.tp, config.match_weights, config.prescaled_batch)
         runtime.note_replaced(before, module)
+        del before  # whole parameters, which may be about to be sharded
         for optimizer in runtime.live_optimizers():
             optimizer.replace_parameters()
         self.module = module

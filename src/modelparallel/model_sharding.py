@@ -56,7 +56,16 @@ def shard_parameters(
         session.groups.rdp, config.sharded_data_parallel_degree, session.made_groups, config.timeout_seconds
     )
     groups = ShardingGroups(shard, replicate, session.groups.tp, session.groups.dp.size)
-    old = {known.name: known.parameter for known in plan.parameters}
+
+    def replace(replaced: Sequence[tuple[str, nn.Parameter, nn.Parameter, nn.Parameter]]) -> None:
+        for name, old, sharded, whole in replaced:
+            table.replace_tensor(name, sharded, (whole,))
+            runtime.engine.replace_tensor(old, (sharded, whole))
+            runtime.note_replacement(name, old, sharded)
+        for optimizer in optimizers:
+            optimizer.replace_parameters()
+
+    optimizers = runtime.live_optimizers()
     result = ShardedParameters(
         None if runtime.is_pipelined else module,
         plan.groups,
@@ -67,13 +76,8 @@ def shard_parameters(
         gathers_by_visit=by_visit,
         max_live=config.sdp_max_live_parameters,
         timeout_seconds=config.timeout_seconds,
+        replace=replace,
     )
-    for name, sharded, whole in result.faces():
-        table.replace_tensor(name, sharded, (whole,))
-        runtime.engine.replace_tensor(old[name], (sharded, whole))
-        runtime.note_replacement(name, old[name], sharded)
-    for optimizer in runtime.live_optimizers():
-        optimizer.replace_parameters()
     if session.groups.world.rank_in_group == 0:
         _log(result, table, by_visit, config)
     return result

@@ -21,7 +21,7 @@ too: FSDP's hook behind the reduce-scatter does that for the shards.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +32,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from modelparallel.data_parallel.waits import check_agreement, wait_for
+from modelparallel.errors import UnsupportedError
 from modelparallel.shards import Shard
 from modelparallel.torch_compat import (
     FSDPGroup,
@@ -73,14 +74,15 @@ class ShardingGroups:
         )
 
 
-@dataclass(frozen=True)
+@dataclass
 class ShardedParameter:
     """What is known of one parameter when it is sharded. ``is_split``: by tensor parallelism; ``needs_tp_sum``: its
-    gradient is that of this rank's samples alone.
+    gradient is that of this rank's samples alone. ``parameter``: the one in the model until then, afterwards None, so
+    that its memory is free before the next is sharded.
     """
 
     name: str
-    parameter: nn.Parameter
+    parameter: nn.Parameter | None
     is_split: bool
     needs_tp_sum: bool
 
@@ -162,6 +164,9 @@ class _NamedReduceScatter(_NamedGather):
         return None
 
 
+Replace = Callable[[Sequence[tuple[str, nn.Parameter, nn.Parameter, nn.Parameter]]], None]
+
+
 class ShardedParameters:
     """The sharded parameters of one model: FSDP's groups, and when they gather and reduce. See the notes above.
 
@@ -171,9 +176,10 @@ class ShardedParameters:
         parameters: all parameters that are to be sharded. Others stay as they are.
         gathers_by_visit: ``sdp_gather`` is "visit".
         max_live: ``sdp_max_live_parameters``: elements that may be gathered at a time.
+        replace: is told (name, old parameter, sharded parameter, gathered parameter) of those of each group.
 
-    Making it replaces the parameters in the modules: the old ones have no use afterwards. Collective over the mesh, as
-    are all methods that say so; each rank calls them in the same order.
+    Making it replaces the parameters in the modules, group by group: the old ones have no use afterwards, and nobody
+    should keep them. Collective over the mesh, as are all methods that say so; each rank calls them in the same order.
     """
 
     def __init__(
@@ -188,6 +194,7 @@ class ShardedParameters:
         gathers_by_visit: bool,
         max_live: int,
         timeout_seconds: float,
+        replace: Replace,
     ) -> None:
         self._groups = groups
         self._device = device
@@ -200,35 +207,68 @@ class ShardedParameters:
         self._will_synchronize = False
         self._num_no_sync = 0
         self._backward_id: int | None = None
-        listing = [f"{known.name} {tuple(known.parameter.shape)} {known.parameter.dtype}" for known in parameters]
+        listing = [
+            f"{known.name} {tuple(known.parameter.shape)} {known.parameter.dtype}"
+            for known in parameters
+            if known.parameter is not None
+        ]
         check_agreement(groups.shard, device, listing, "the parameters that are sharded", timeout_seconds)
-        self._all = _shard_modules(root, plan, parameters, groups, device, policy)
+        tops = [root] if root is not None else [module for modules in plan.values() for module in modules]
+        item_of, kept_whole = _names_of(tops, parameters)
+        options: Any = {"mesh": groups.mesh(device), "mp_policy": policy, "ignored_params": kept_whole}
+        #: In the order in which they are gathered.
+        self._all: list[_Group] = []
+        for title, modules in plan.items():
+            fully_shard(modules[0] if len(modules) == 1 else list(modules), **options)
+            self._add_group(title, modules[0], item_of, replace, is_root=False)
+        if root is not None:
+            fully_shard(root, **options)
+            self._add_group("the root", root, item_of, replace, is_root=True)
         self._entries = [entry for group in self._all for entry in group.entries]
         self._by_parameter = {id(entry.inner.sharded): entry for entry in self._entries}
-        for group in self._all:
-            self._prepare_group(group, gathers_by_visit)
         if gathers_by_visit and not self._is_pipelined:
             _bound_prefetch(self._all, max_live)
         self._set_backward(self._reduces_in_backward)
 
-    def _prepare_group(self, group: _Group, gathers_by_visit: bool) -> None:
-        module: Any = group.inner.module
-        module.set_gradient_divide_factor(self._groups.divisor)
-        # gloo has no operation that sums and divides at once.
-        module.set_force_sum_reduction_for_comms(True)
+    def _add_group(
+        self,
+        title: str,
+        module: Any,
+        item_of: Mapping[tuple[int, str], ShardedParameter],
+        replace: Replace,
+        *,
+        is_root: bool,
+    ) -> None:
+        if not FSDPGroup.exists(module):
+            return  # all that it has is in other groups, or stays whole
+        inner = FSDPGroup(module, self._device)
+        items = [item_of[id(parameter.owner[0]), parameter.owner[1]] for parameter in inner.parameters]
+        entries = [_Entry(item, parameter) for item, parameter in zip(items, inner.parameters, strict=True)]
+        group = _Group(title, inner, entries, is_root=is_root)
+        if self._groups.divisor != self._groups.shard.size * self._groups.replicate.size:
+            module.set_gradient_divide_factor(self._groups.divisor)
+            # gloo has no operation that sums and divides by any number at once.
+            module.set_force_sum_reduction_for_comms(True)
         module.set_custom_all_gather(_NamedGather(group.title, self._groups, self._timeout_seconds))
         module.set_custom_reduce_scatter(_NamedReduceScatter(group.title, self._groups, self._timeout_seconds))
         if self._groups.tp.size > 1 and any(entry.needs_tp_sum for entry in group.entries):
             module.set_all_reduce_hook(lambda flat: self._sum_over_tp(group, flat))
-        if not gathers_by_visit:
+        if not self.gathers_by_visit:
             module.set_reshard_after_forward(False, recurse=False)
             if self._is_pipelined:
                 group.inner.take_off_hooks()
         if not self._is_pipelined:
             group.inner.notice_backward(lambda: self._notice(group))
         # Once, so that the gathered parameters exist, which other parts of the library want to know.
-        group.inner.gather()
-        group.inner.free()
+        inner.gather()
+        inner.free()
+        self._all.append(group)
+        replaced = []
+        for item, entry in zip(items, entries, strict=True):
+            old, item.parameter = item.parameter, None
+            assert old is not None and entry.inner.whole is not None
+            replaced.append((item.name, old, entry.inner.sharded, entry.inner.whole))
+        replace(replaced)
 
     # What others ask (shards.ParameterShards)
 
@@ -266,11 +306,18 @@ class ShardedParameters:
     def finish_update(self) -> None:
         """Nothing: the parameters are gathered when they are next used."""
 
-    def faces(self) -> Iterable[tuple[str, nn.Parameter, nn.Parameter]]:
-        """(name, sharded parameter, gathered parameter) of all. Local."""
-        for entry in self._entries:
-            assert entry.inner.whole is not None
-            yield entry.name, entry.inner.sharded, entry.inner.whole
+    def require_whole_parameters(self, optimizer: str) -> None:
+        """Raise for an optimizer that needs whole parameters (norms of layers, factored moments, matrix roots). Local.
+
+        A shard is some rows of a parameter. The ``DTensor`` parameter stands for the whole of it, but holds no more: an
+        update rule that is not element-wise would have to be written for ``DTensor``, which not all of torch's
+        operations serve; what they do not serve would be wrong in silence where it acts on rows alone.
+        """
+        raise UnsupportedError(
+            f"{optimizer} needs whole parameters, and sharded_data_parallel_degree={self._groups.shard.size} leaves "
+            "rows of them to each process: use an element-wise optimizer (SGD, Adam, AdamW, FusedAdam), or "
+            "shard_optimizer_state: True in place of sharded_data_parallel_degree"
+        )
 
     def placed(self, parameter: torch.Tensor, full: torch.Tensor) -> torch.Tensor:
         """A ``DTensor`` laid out as the sharded ``parameter``, with the values of the whole tensor. Local."""
@@ -427,19 +474,13 @@ class ShardedParameters:
                 part.copy_(total)
 
 
-def _shard_modules(
-    root: nn.Module | None,
-    plan: Mapping[str, Sequence[nn.Module]],
-    parameters: Sequence[ShardedParameter],
-    groups: ShardingGroups,
-    device: torch.device,
-    policy: MixedPrecisionPolicy,
-) -> list[_Group]:
-    """Call ``fully_shard``, the inner modules first; the groups in the order in which they are gathered."""
+def _names_of(
+    tops: Sequence[nn.Module], parameters: Sequence[ShardedParameter]
+) -> tuple[dict[tuple[int, str], ShardedParameter], set[nn.Parameter]]:
+    """The sharded parameters by (module, attribute), and those in the modules that stay whole."""
     known = {id(item.parameter): item for item in parameters}
     # The same parameter may be reached by several names; FSDP tells it by the first it comes across.
     item_of: dict[tuple[int, str], ShardedParameter] = {}
-    tops = [root] if root is not None else [module for modules in plan.values() for module in modules]
     whole: set[nn.Parameter] = set()
     for top in tops:
         for module in top.modules():
@@ -450,24 +491,7 @@ def _shard_modules(
                     item_of[id(module), name] = known[id(parameter)]
                 else:
                     whole.add(parameter)
-    mesh = groups.mesh(device)
-    options: Any = {"mesh": mesh, "mp_policy": policy, "ignored_params": whole}
-    result = []
-
-    def add(title: str, module: nn.Module, *, is_root: bool) -> None:
-        if not FSDPGroup.exists(module):
-            return
-        inner = FSDPGroup(module, device)
-        entries = [_Entry(item_of[id(p.owner[0]), p.owner[1]], p) for p in inner.parameters]
-        result.append(_Group(title, inner, entries, is_root=is_root))
-
-    for title, modules in plan.items():
-        fully_shard(modules[0] if len(modules) == 1 else list(modules), **options)
-        add(title, modules[0], is_root=False)
-    if root is not None:
-        fully_shard(root, **options)
-        add("the root", root, is_root=True)
-    return result
+    return item_of, whole
 
 
 def _bound_prefetch(groups: Sequence[_Group], max_live: int) -> None:
