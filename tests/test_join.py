@@ -212,7 +212,6 @@ def test_ranks_without_batches_go_on_updating_their_shards():
                 for step in range(counts[replica_index()]):
                     optimizer.zero_grad()
                     train_step(model, *batch(replica_index(), step))
-                    model.gradients.joining.announce_update(optimizer)  # as optimizer.step() is to do
                     optimizer.step()
             expected = simulate(counts, by_initial=by_initial, num_microbatches=2, broadcasts=False)
             verify(model, expected)

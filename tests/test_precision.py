@@ -23,6 +23,7 @@ FP16_TP2 = RankTests(2, {"tensor_parallel_degree": 2, "fp16": True})
 FP16_4 = RankTests(4, {**PP2, "fp16": True})
 BF16_4 = RankTests(4, {**PP2, "bf16": True})
 FP32_PP2 = RankTests(2, PP2)
+FULL_DP2 = RankTests(2, {"_fp32_grad_accumulation": True, "bf16": True, "microbatches": 4})
 SINGLE = RankTests(1, {"microbatches": 2, "fp16": True})
 
 
@@ -154,6 +155,27 @@ def test_c060_pipeline_and_data_parallelism_in_fp16():
 @on(BF16_4)
 def test_bf16_with_masters():
     compare(torch.bfloat16, sgd, 1e-2)
+
+
+@on(FULL_DP2)
+def test_gradients_are_accumulated_in_fp32():
+    """Against gradients that are added up in fp32 from microbatches in bf16."""
+    model = smp.DistributedModel(make_net())
+    optimizer = smp.DistributedOptimizer(sgd(model.parameters()))
+    optimizer.zero_grad()
+    train_step(model, *own_part(make_batches(1, 16)[0]))
+    plain = make_net().bfloat16()
+    total = {name: torch.zeros_like(value, dtype=torch.float32) for name, value in plain.named_parameters()}
+    for x, y in zip(*(tensor.split(2) for tensor in make_batches(1, 16)[0]), strict=True):
+        plain.zero_grad()
+        (F.cross_entropy(plain(x.bfloat16()).float(), y) / 4).backward()
+        for name, value in plain.named_parameters():
+            total[name] += value.grad.float() / 2
+    gradients = {name: value.grad for name, value in model.named_parameters()}
+    assert all(gradient.dtype == torch.float32 for gradient in gradients.values())
+    assert_close(gradients, total, 1e-6)
+    optimizer.step()
+    assert all(parameter.dtype == torch.bfloat16 for parameter in model.parameters())
 
 
 @on(FP16_PP2, FP16_DP2, FP16_TP2)

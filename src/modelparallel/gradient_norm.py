@@ -22,7 +22,7 @@ from torch import nn
 
 from modelparallel import runtime as runtime_module
 from modelparallel.data_parallel.waits import wait_for
-from modelparallel.errors import SMPConfigError, SMPError
+from modelparallel.errors import SMPConfigError, SMPError, StepUsageError
 from modelparallel.model_parameters import ModelParameters
 from modelparallel.torch_compat import intercept_clip_grad_norm, intercept_clip_grad_value
 
@@ -94,6 +94,12 @@ def total_norm(runtime: Runtime, parts: Sequence[_Part], norm_type: float) -> to
         raise SMPConfigError(f"norm_type: expected a number > 0 or inf, got {norm_type!r}")
     groups, device = runtime.session.groups, runtime.session.device
     is_shared_out = runtime.shares_out_parameters
+    if is_shared_out and any(model.gradients.joining.is_joining for model in runtime.session.models):
+        raise StepUsageError(
+            "the norm of the gradient is a sum over all ranks where parameters are shared out among them "
+            "(shard_optimizer_state), but inside model.join() ranks that ran out of batches do not take part: clip "
+            "without join(), or leave shard_optimizer_state out"
+        )
     group = groups.world if is_shared_out else groups.mp
     own = [
         _local(part.gradient)

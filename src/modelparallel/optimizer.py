@@ -168,6 +168,8 @@ class DistributedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 result = closure()
+        for model in self.targets.models():
+            model.gradients.joining.announce_update(self)
         self.collect_gradients()
         if config.fp16:
             self.overflow = self.step_was_skipped = self._agreed_overflow()

@@ -94,6 +94,10 @@ class Targets:
         """Of the models whose parameters are updated, those that are shared out."""
         return [shards for model in self._models if (shards := model.gradients.shards) is not None]
 
+    def models(self) -> list[DistributedModel]:
+        """The models that parameters of this optimizer belong to."""
+        return self._models
+
     def _is_shared_out(self, parameter: nn.Parameter) -> bool:
         return any(shards.has(parameter) for shards in self.shards())
 

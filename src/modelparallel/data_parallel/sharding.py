@@ -34,14 +34,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from modelparallel.data_parallel.waits import check_agreement, wait_for
 from modelparallel.errors import UnsupportedError
 from modelparallel.shards import Shard
-from modelparallel.torch_compat import (
-    FSDPGroup,
-    FSDPParameter,
-    current_backward_id,
-    queue_backward_callback,
-    start_all_gather,
-    start_reduce_scatter,
-)
+from modelparallel.torch_compat import current_backward_id, queue_backward_callback
+from modelparallel.torch_compat.fsdp import FSDPGroup, FSDPParameter, start_all_gather, start_reduce_scatter
 
 if TYPE_CHECKING:
     from modelparallel.comm.groups import Group
@@ -306,7 +300,7 @@ class ShardedParameters:
     def finish_update(self) -> None:
         """Nothing: the parameters are gathered when they are next used."""
 
-    def require_whole_parameters(self, optimizer: str) -> None:
+    def require_whole_parameters(self, optimizer_name: str) -> bool:
         """Raise for an optimizer that needs whole parameters (norms of layers, factored moments, matrix roots). Local.
 
         A shard is some rows of a parameter. The ``DTensor`` parameter stands for the whole of it, but holds no more: an
@@ -314,8 +308,8 @@ class ShardedParameters:
         operations serve; what they do not serve would be wrong in silence where it acts on rows alone.
         """
         raise UnsupportedError(
-            f"{optimizer} needs whole parameters, and sharded_data_parallel_degree={self._groups.shard.size} leaves "
-            "rows of them to each process: use an element-wise optimizer (SGD, Adam, AdamW, FusedAdam), or "
+            f"{optimizer_name} needs whole parameters, and sharded_data_parallel_degree={self._groups.shard.size} "
+            "leaves rows of them to each process: use an element-wise optimizer (SGD, Adam, AdamW, FusedAdam), or "
             "shard_optimizer_state: True in place of sharded_data_parallel_degree"
         )
 

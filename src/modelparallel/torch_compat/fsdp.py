@@ -1,0 +1,197 @@
+"""The private names of ``torch.distributed`` that sharded data parallelism needs, each with the reason."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+
+def start_all_gather(output: torch.Tensor, part: torch.Tensor, group: dist.ProcessGroup) -> dist.Work:
+    """Gather equal flat parts into ``output``, asynchronously. Older versions of torch have another name for it."""
+    gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    work: dist.Work = gather(output, part, group=group, async_op=True)
+    return work
+
+
+def start_reduce_scatter(output: torch.Tensor, whole: torch.Tensor, op: Any, group: dist.ProcessGroup) -> dist.Work:
+    """Reduce ``whole`` and keep this rank's flat part of it, asynchronously. Named as :func:`start_all_gather`."""
+    scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+    work: dist.Work = scatter(output, whole, op=op, group=group, async_op=True)
+    return work
+
+
+# FSDP2. [Note: fully_shard] ``torch.distributed.fsdp.fully_shard`` and the methods of its modules are public. What a
+# pipeline needs beside them is not: reducing gradients when all backward pieces are through (torch's own pipelining
+# does that through the same private names, ``stage.py``, ``perform_reduce_grad``), and looking at the two parameters
+# that stand for one, the shard and the gathered one. These two classes are all of it.
+
+
+class FSDPParameter:
+    """One parameter in FSDP's care: a shard (a ``DTensor``) between uses, a gathered one while it is used."""
+
+    def __init__(self, inner: Any) -> None:
+        self._inner = inner
+
+    @property
+    def owner(self) -> tuple[nn.Module, str]:
+        """The first module that holds it, and the name there."""
+        return self._inner._module_info.module, self._inner._module_info.param_name
+
+    @property
+    def sharded(self) -> nn.Parameter:
+        """The ``DTensor`` parameter that optimizers see."""
+        parameter: nn.Parameter = self._inner.sharded_param
+        return parameter
+
+    @property
+    def local(self) -> torch.Tensor:
+        """This rank's rows of it, contiguous."""
+        tensor: torch.Tensor = self._inner._sharded_local_tensor
+        return tensor
+
+    @property
+    def local_gradient(self) -> torch.Tensor | None:
+        """The reduced gradient of these rows."""
+        gradient: Any = self.sharded.grad
+        return None if gradient is None else gradient._local_tensor
+
+    @property
+    def whole(self) -> nn.Parameter | None:
+        """The gathered parameter: always the same object, without memory while it is not gathered; None before the
+        first gathering.
+        """
+        return getattr(self._inner, "_unsharded_param", None)
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether it has a gradient that is not reduced yet."""
+        whole = self.whole
+        return self._inner.unsharded_accumulated_grad is not None or (whole is not None and whole.grad is not None)
+
+    def wait_with_zeros(self) -> None:
+        """Have a gradient of zeros to reduce, if there is none."""
+        whole = self.whole
+        if whole is not None and not self.is_waiting:
+            whole.grad = torch.zeros_like(whole)
+
+    def forget_waiting(self) -> None:
+        """Forget the gradient that is not reduced yet."""
+        self._inner.unsharded_accumulated_grad = None
+        if self.whole is not None:
+            self.whole.grad = None
+
+    def placed(self, full: torch.Tensor) -> torch.Tensor:
+        """A ``DTensor`` laid out as the parameter, with the values of the whole tensor ``full``. Local."""
+        local = self.local
+        rows = self._inner.padded_sharded_param_size[0]
+        start = min(self._inner.mesh_info.shard_mesh_rank * rows, full.shape[0])
+        part = full[start : start + local.shape[0]].to(device=local.device, dtype=local.dtype)
+        result: torch.Tensor = self._inner.to_sharded_dtensor(part.reshape(local.shape).contiguous())
+        return result
+
+    @property
+    def padded_numel(self) -> int:
+        """Elements that each rank has in a flat buffer of shards."""
+        return int(self._inner.padded_sharded_param_size.numel())
+
+    @property
+    def start(self) -> int:
+        """Where this rank's elements begin in the flat parameter."""
+        size, rank = self._inner.padded_sharded_param_size, self._inner.mesh_info.shard_mesh_rank
+        return min(rank * int(size.numel()), self.sharded.numel())
+
+
+class FSDPGroup:
+    """The parameters that one call of ``fully_shard`` gathers and reduces together."""
+
+    def __init__(self, module: nn.Module, device: torch.device) -> None:
+        from torch.distributed.fsdp import fully_shard
+
+        self.module = module
+        self._state: Any = fully_shard.state(module)  # type: ignore[attr-defined]
+        self._inner: Any = self._state._fsdp_param_groups[0]
+        self._device = device
+        self.parameters = [FSDPParameter(inner) for inner in self._inner.fsdp_params]
+
+    @staticmethod
+    def exists(module: nn.Module) -> bool:
+        """Whether ``fully_shard`` has found a parameter for this module's own group."""
+        from torch.distributed.fsdp import fully_shard
+
+        return bool(fully_shard.state(module)._fsdp_param_groups)  # type: ignore[attr-defined]
+
+    def take_off_hooks(self) -> None:
+        """Let calls of the module pass; gathering and reducing is up to the caller from now on."""
+        self._state._pre_forward_hook_handle.remove()
+        self._state._post_forward_hook_handle.remove()
+        self._state._comm_ctx.lazy_init(self._device)
+        self._inner.comm_ctx = self._state._comm_ctx
+        self._inner.lazy_init()
+
+    def notice_backward(self, notice: Callable[[], None]) -> None:
+        """Call ``notice`` where the backward through the group ends, before its gradients are reduced."""
+        original = self._inner.post_backward
+
+        def post_backward(*unused: Any) -> None:
+            notice()
+            original(*unused)
+
+        self._inner.post_backward = post_backward
+
+    @property
+    def reduces(self) -> bool:
+        """Whether gradients are reduced where the backward through the group ends."""
+        return bool(self._inner.reduce_grads)
+
+    def set_backward(self, *, reduces: bool, frees: bool) -> None:
+        """What the next backward does where it leaves the group: reduce gradients, free the whole parameters."""
+        self._inner.reduce_grads = self._inner.all_reduce_grads = reduces
+        self._inner.reshard_after_backward = frees
+
+    @property
+    def is_gathered(self) -> bool:
+        """Whether the whole parameters are in memory."""
+        return bool(self._inner.is_unsharded)
+
+    def gather(self) -> None:
+        """Gather the parameters; collective over the sharding group."""
+        self._inner.lazy_init()
+        self._inner.unshard()
+        self._inner.wait_for_unshard()
+
+    def free(self) -> None:
+        """Free the whole parameters, whatever FSDP would do by itself now."""
+        self._inner._to_sharded()
+
+    def reduce(self) -> None:
+        """Reduce the gradients that wait, add them to those of the shards, and free the whole parameters; collective
+        over the mesh.
+        """
+        inner, context = self._inner, self._inner.comm_ctx
+        if not hasattr(context, "reduce_scatter_stream"):
+            context.lazy_init(self._device)
+            inner.lazy_init()
+        before = inner.reduce_grads, inner.all_reduce_grads, inner.reshard_after_backward
+        inner.reduce_grads = inner.all_reduce_grads = inner.reshard_after_backward = True
+        try:
+            inner.post_backward()
+            inner.finalize_backward()
+            for state in context.reduce_scatter_states:
+                if state.event is not None:
+                    context.device_handle.current_stream().wait_event(state.event)
+            context.reduce_scatter_states.clear()
+        finally:
+            inner.reduce_grads, inner.all_reduce_grads, inner.reshard_after_backward = before
+            inner._training_state = type(inner._training_state).IDLE
+
+    def reset(self) -> None:
+        """Forget what a forward or backward that raised has left open; the gradients that wait stay."""
+        if self._state._is_root and hasattr(self._state, "_reset_iter_state"):
+            self._state._reset_iter_state()
+        else:
+            self._inner._training_state = type(self._inner._training_state).IDLE
+        self.free()
