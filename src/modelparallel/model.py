@@ -19,6 +19,7 @@ from modelparallel.amp import agree_on_found_infs
 from modelparallel.compilation import ModuleCompiler, checked_options, take_off_compiled_calls
 from modelparallel.errors import CannotTraceError, PartitionError, SMPConfigError, StepUsageError
 from modelparallel.gradient_norm import intercept_clipping
+from modelparallel.memory.deferred import is_deferred
 from modelparallel.model_arguments import check_arguments
 from modelparallel.model_gradients import ModelGradients
 from modelparallel.model_parameters import ModelParameters
@@ -131,7 +132,8 @@ class DistributedModel(ModelParameters):
         if not self._precision.casts_when_placed:
             self._precision.cast_module(module)
         if not runtime.is_pipelined:
-            construction.place_deferred(module, active.device)
+            if not self._precision.casts_when_placed:  # otherwise parameters are born sharded
+                construction.place_deferred(module, active.device)
             module.to(active.device)
         self._table = ParameterTable(module)
         self.__dict__["gradients"] = ModelGradients(
@@ -379,13 +381,15 @@ class DistributedModel(ModelParameters):
             log_plan(plan)
         self._table.set_homes(plan.home_of_tensor)
         device = runtime.session.device
-        construction.place_deferred(self.module, device, self.is_local)
+        if not self._precision.casts_when_placed:  # otherwise parameters are born sharded
+            construction.place_deferred(self.module, device, self.is_local)
         for source in (self._table.parameters(), self._table.buffers()):
             for row, tensor in source:
                 if row.home is not None:
                     engine.place_tensor(tensor, row.name, row.home)
                 if self._table.is_local(row, engine.stage):
-                    tensor.data = tensor.data.to(device)
+                    if not is_deferred(tensor):
+                        tensor.data = tensor.data.to(device)
                 else:
                     tensor.data = stand_in(tensor, device)
         for owner, attribute in (name.rpartition(".")[::2] for name, _ in plan.tensors):

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from modelparallel.construction import place_deferred
 from modelparallel.data_parallel import (
     BroadcastTensor,
     CommHook,
@@ -23,6 +24,7 @@ from modelparallel.data_parallel import (
     shareable,
 )
 from modelparallel.errors import SMPConfigError
+from modelparallel.memory.deferred import is_deferred
 from modelparallel.model_join import ModelJoin
 from modelparallel.model_sharding import shard_parameters
 from modelparallel.pipeline.replicas import ReplicatedParameters
@@ -90,18 +92,16 @@ class ModelGradients:
             self._replicas = ReplicatedParameters.of(self._table, self._runtime.engine.transport)
             if self._replicas is not None:
                 self._replicas.make_equal()
-        tensors = [
-            BroadcastTensor(row.name, tensor, self._group_of(row))
-            for source in (self._table.parameters(), self._table.buffers())
-            for row, tensor in source
-            if self._table.is_local(row, stage)
-        ]
-        broadcast_parameters(tensors, timeout_seconds=session.config.timeout_seconds)
-        del tensors
+        self._make_equal(lambda tensor: not is_deferred(tensor))
         if groups.dp.size == 1:
             return
         self.sharding = shard_parameters(
-            module, units, self._table, self._runtime, finds_unused=self._finds_unused_parameters
+            module,
+            units,
+            self._table,
+            self._runtime,
+            finds_unused=self._finds_unused_parameters,
+            place=self._place_late,
         )
         self.shards = self.sharding
         if self.sharding is not None:
@@ -127,6 +127,31 @@ class ModelGradients:
             self.reducer.begin_join(self.joining.announce_reduction)
         if self._comm_hook is not None:
             self.reducer.register_comm_hook(self._comm_hook)
+
+    def _make_equal(self, is_wanted: Callable[[torch.Tensor], bool]) -> None:
+        """Give the parameters and buffers that are wanted the values of the first rank that holds them."""
+        stage = self._runtime.engine.stage
+        tensors = [
+            BroadcastTensor(row.name, tensor, self._group_of(row))
+            for source in (self._table.parameters(), self._table.buffers())
+            for row, tensor in source
+            if self._table.is_local(row, stage) and is_wanted(tensor)
+        ]
+        broadcast_parameters(tensors, timeout_seconds=self._runtime.session.config.timeout_seconds)
+
+    def _place_late(self, part: nn.Module, others: set[int]) -> None:
+        """Before parameters are sharded: those of ``part`` that wait for storage get it, but for ``others``."""
+        stage = self._runtime.engine.stage
+        inside = {id(tensor) for tensor in (*part.parameters(), *part.buffers())} - others
+        waiting = {
+            id(tensor)
+            for source in (self._table.parameters(), self._table.buffers())
+            for row, tensor in source
+            if id(tensor) in inside and self._table.is_local(row, stage) and is_deferred(tensor)
+        }
+        if waiting:
+            place_deferred(part, self._runtime.session.device, lambda tensor: id(tensor) in waiting)
+        self._make_equal(lambda tensor: id(tensor) in waiting)
 
     def register_comm_hook(self, state: object, function: Callable[..., Any]) -> None:
         """Reduce gradients by a communication hook; before or after the partition. See `DistributedModel`."""

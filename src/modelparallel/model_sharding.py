@@ -8,7 +8,7 @@ gathered one is another face of it, which the pipeline meets when a module runs,
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -31,12 +31,20 @@ logger = logging.getLogger("modelparallel")
 
 
 def shard_parameters(
-    module: nn.Module, units: Sequence[str], table: ParameterTable, runtime: Runtime, *, finds_unused: bool
+    module: nn.Module,
+    units: Sequence[str],
+    table: ParameterTable,
+    runtime: Runtime,
+    *,
+    finds_unused: bool,
+    place: Callable[[nn.Module, set[int]], None],
 ) -> ShardedParameters | None:
     """Shard the parameters of ``module`` that are local and large enough; None where sharding is not asked for.
 
     ``units``: the names of the modules that run on this stage. ``finds_unused``: the argument
-    ``find_unused_parameters`` of the model. Collective over the data-parallel group; the values must be equal by now.
+    ``find_unused_parameters`` of the model. ``place(part, others)``: gives what is in ``part`` and waits for storage
+    its storage and its values, but for ``others`` (identities): parameters that are sharded get theirs group by group.
+    Collective over the data-parallel group; the values must be equal by now.
     """
     session, config = runtime.session, runtime.session.config
     if config.sharded_data_parallel_degree == 1:
@@ -55,6 +63,7 @@ def shard_parameters(
     shard, replicate = divide_group(
         session.groups.rdp, config.sharded_data_parallel_degree, session.made_groups, config.timeout_seconds
     )
+    place(module, {id(known.parameter) for known in plan.parameters})
     groups = ShardingGroups(shard, replicate, session.groups.tp, session.groups.dp.size)
 
     def replace(replaced: Sequence[tuple[str, nn.Parameter, nn.Parameter, nn.Parameter]]) -> None:
@@ -76,6 +85,7 @@ def shard_parameters(
         gathers_by_visit=by_visit,
         max_live=config.sdp_max_live_parameters,
         timeout_seconds=config.timeout_seconds,
+        place=lambda part: place(part, set()),
         replace=replace,
     )
     if session.groups.world.rank_in_group == 0:

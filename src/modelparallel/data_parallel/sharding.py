@@ -170,6 +170,7 @@ class ShardedParameters:
         parameters: all parameters that are to be sharded. Others stay as they are.
         gathers_by_visit: ``sdp_gather`` is "visit".
         max_live: ``sdp_max_live_parameters``: elements that may be gathered at a time.
+        place: called with a module before the parameters in it are sharded; they may get storage only then.
         replace: is told (name, old parameter, sharded parameter, gathered parameter) of those of each group.
 
     Making it replaces the parameters in the modules, group by group: the old ones have no use afterwards, and nobody
@@ -188,6 +189,7 @@ class ShardedParameters:
         gathers_by_visit: bool,
         max_live: int,
         timeout_seconds: float,
+        place: Callable[[nn.Module], None],
         replace: Replace,
     ) -> None:
         self._groups = groups
@@ -213,9 +215,12 @@ class ShardedParameters:
         #: In the order in which they are gathered.
         self._all: list[_Group] = []
         for title, modules in plan.items():
+            for module in modules:
+                place(module)
             fully_shard(modules[0] if len(modules) == 1 else list(modules), **options)
             self._add_group(title, modules[0], item_of, replace, is_root=False)
         if root is not None:
+            place(root)
             fully_shard(root, **options)
             self._add_group("the root", root, item_of, replace, is_root=True)
         self._entries = [entry for group in self._all for entry in group.entries]

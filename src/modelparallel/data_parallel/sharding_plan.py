@@ -118,7 +118,7 @@ def _candidates(table: ParameterTable, stage: int, tp_size: int, threshold: int)
         if (
             size >= max(threshold, 1)
             and not row.replicas
-            and type(parameter) is nn.Parameter
+            and (type(parameter) is nn.Parameter or hasattr(parameter, "waits_for_storage"))
             and parameter.ndim > 0
             and parameter.dtype == main_dtype
             and parameter.layout == torch.strided
