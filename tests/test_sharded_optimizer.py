@@ -105,6 +105,9 @@ OPTIMIZERS = {
     "Adadelta": lambda parameters: torch.optim.Adadelta(parameters, lr=1.0),
     "Adafactor": lambda parameters: torch.optim.Adafactor(parameters, lr=0.01),
     "NormScaled": NormScaled,
+    "FusedAdam": lambda parameters: smp.optimizers.FusedAdam(parameters, lr=0.01, weight_decay=0.01),
+    "FusedLAMB": lambda parameters: smp.optimizers.FusedLAMB(parameters, lr=0.01, max_grad_norm=0.1),
+    "FusedNovoGrad": lambda parameters: smp.optimizers.FusedNovoGrad(parameters, lr=0.01),
 }
 
 
