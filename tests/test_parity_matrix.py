@@ -6,6 +6,8 @@ docs/memory.md.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from training_cells import Cell, all_cells, verify
@@ -33,3 +35,13 @@ def test_a_sample_of_the_matrix(cell):
 @pytest.mark.parametrize("cell", [cell for cell in all_cells() if cell not in SAMPLE], ids=str)
 def test_the_whole_matrix(cell):
     verify(cell)
+
+
+def test_the_table_of_cells_is_in_the_documents():
+    document = (Path(__file__).parent.parent / "docs" / "memory.md").read_text()
+    lines = [line.strip("| ").split(" | ") for line in document.splitlines() if line.count("|") == 7]
+    table = {tuple(int(value) for value in line[:3]): line[3:] for line in lines if line[0].isdigit()}
+    for cell in all_cells():
+        said = table[cell.num_ranks, cell.pp, cell.tp][("ddp", "optimizer", "sdp").index(cell.sharding)]
+        assert said == ("trains" if cell.refusal is None else "refused"), cell
+    assert len(table) == 8
