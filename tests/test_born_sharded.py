@@ -11,6 +11,7 @@ from torch import nn
 
 import modelparallel as smp
 from pool import run_ranks
+from training_cells import Cell, train_on_rank
 
 WIDTH, LAYERS = 1536, 12
 LAYER_BYTES = 4 * WIDTH * WIDTH
@@ -77,3 +78,23 @@ def test_parameters_are_born_sharded_with_the_values_of_eager_construction(num_r
         assert all(torch.equal(values[name], value) for name, value in expected.items())
         assert peak <= share + 5 * LAYER_BYTES, (peak / LAYER_BYTES, other / LAYER_BYTES)
         assert other >= LAYERS * LAYER_BYTES
+
+
+@pytest.mark.parametrize(
+    "cell",
+    [
+        Cell(2, 2, 1, "ddp", "fp16", True),
+        Cell(4, 2, 1, "sdp", "bf16", False),
+        Cell(4, 1, 2, "sdp", "fp32", True),
+        Cell(2, 1, 1, "optimizer", "bf16", False),
+    ],
+    ids=str,
+)
+def test_c094_late_models_train_as_those_built_at_once(cell):
+    late, at_once = (
+        run_ranks(train_on_rank, cell.num_ranks, cell, is_late, parameters=cell.parameters(), timeout=120)
+        for is_late in (True, False)
+    )
+    for (losses, norms, weights), (expected_losses, expected_norms, expected) in zip(late, at_once, strict=True):
+        assert losses == expected_losses and norms == expected_norms
+        assert all(torch.equal(weights[name], value) for name, value in expected.items())

@@ -137,8 +137,10 @@ def train_step(model: Any, tokens: Tensor, targets: Tensor) -> Tensor:
     return loss
 
 
-def train_on_rank(cell: Cell) -> tuple[list[float], list[float], dict[str, Tensor]]:
-    net = make_gpt()
+def train_on_rank(cell: Cell, is_late: bool = False) -> tuple[list[float], list[float], dict[str, Tensor]]:
+    """Losses, norms and weights; ``is_late``: of a model that is built without storage."""
+    with smp.delay_param_initialization(is_late):
+        net = make_gpt()
     if cell.tp > 1:
         for block in net.blocks:
             for layer in (block.attention, block.projection, block.inner, block.outer):
