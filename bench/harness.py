@@ -120,8 +120,9 @@ def measure_pairs(
     ``clock`` counts the processor time of this process instead, for overheads of code that does not wait.
     """
     spent: tuple[list[float], list[float]] = ([], [])
+    turns = list(zip((ours, peer), spent, strict=True))
     for number in range(num_warmup + num_pairs):
-        for function, times in zip((ours, peer), spent, strict=True):
+        for function, times in turns:
             if dist.is_initialized():
                 dist.barrier()
             start = clock()
@@ -129,6 +130,7 @@ def measure_pairs(
             end = clock()
             if number >= num_warmup:
                 times.append(end - start)
+        turns.reverse()  # who comes second finds memory that the first has just freed
     return _slowest(spent[0]), _slowest(spent[1])
 
 
