@@ -18,7 +18,7 @@ def test_measurements_alternate_and_leave_the_warmup_out():
     ours, peer = harness.measure_pairs(
         lambda: calls.append("ours"), lambda: calls.append("peer"), 4, num_warmup=2, clock=lambda: float(next(clock))
     )
-    assert calls == ["ours", "peer"] * 6
+    assert calls == ["ours", "peer", "peer", "ours"] * 3
     assert ours == peer == [1.0] * 4
 
 
