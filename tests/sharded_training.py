@@ -198,6 +198,18 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def updated_tensors(model: Any) -> list[Tensor]:
+    """What an optimizer of this rank updates: shards where a parameter is shared out, in the order of the model."""
+    shards = model.gradients.shards
+    return [
+        tensor
+        for _, parameter in model.local_named_parameters()
+        for tensor in (
+            [shard.tensor for shard in shards.shards_of(parameter)] if shards.has(parameter) else [parameter]
+        )
+    ]
+
+
 def live_bytes() -> int:
     """Bytes of all tensors that exist in this process, each memory once."""
     gc.collect()

@@ -120,6 +120,11 @@ def is_documented(layout: Layout, program: Program, outcomes: Sequence[Outcome])
         return any(op.kind in COMPOUND_OPS for op in (*program.ops, *program.inner_ops))
     if "an input of a region of torch.utils.checkpoint was written to in place" in texts:
         return "region" in {op.kind for op in (*program.ops, *program.inner_ops)}  # as with torch's own
+    if "is recomputed (activation checkpointing) writes values to a tensor from outside of it" in texts:
+        # A model inside a region writes to its buffers.
+        return "region" in {op.kind for op in program.ops} and bool(
+            {op.kind for op in program.inner_ops} & {*STATE_OPS}
+        )
     is_about_state = "that is kept outside the step is written to" in texts or "a value of microbatch" in texts
     return program.has_late_state and is_about_state
 
