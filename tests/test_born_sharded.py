@@ -85,7 +85,7 @@ def test_parameters_are_born_sharded_with_the_values_of_eager_construction(num_r
     [
         Cell(2, 2, 1, "ddp", "fp16", True),
         Cell(4, 2, 1, "sdp", "bf16", False),
-        Cell(4, 1, 2, "sdp", "fp32", True),
+        Cell(2, 1, 1, "sdp", "fp32", True),
         Cell(2, 1, 1, "optimizer", "bf16", False),
     ],
     ids=str,

@@ -8,6 +8,7 @@ from bench.cases import (
     growth,
     language_models,
     memory,
+    memory_ladder,
     overhead,
     partition,
     pipeline,
@@ -31,5 +32,6 @@ _MODULES = (
     transformer_block,
     language_models,
     memory,
+    memory_ladder,
 )
 CASES: dict[str, Case] = {case.name: case for module in _MODULES for case in module.CASES}
