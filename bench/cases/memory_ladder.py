@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
-from collections.abc import Sequence
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,7 @@ from bench.cases.case import Case
 from bench.cases.memory import MEBIBYTE, reset_peak, status_bytes
 from bench.harness import Result, plain_result
 from bench.models import GPT, GPTSize, language_loss, token_batch
+from bench.pipelines import train_step
 from bench.ranks import run_on_ranks
 
 SIZE = GPTSize(num_layers=13, hidden=1024, num_heads=16, vocabulary=16384, sequence=64)
@@ -134,12 +135,6 @@ def train_on_rank(rung: Rung) -> dict[str, int]:
     ids, targets = token_batch(SIZE, BATCH)
     base = status_bytes("VmRSS")
 
-    @smp.step
-    def train_step(model: Any, ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        loss = language_loss(model(ids), targets)
-        model.backward(loss)
-        return loss
-
     torch.manual_seed(0)
     model: Any = smp.DistributedModel(GPT(SIZE), **rung.model)
     if rung.recomputes:
@@ -157,16 +152,8 @@ def train_on_rank(rung: Rung) -> dict[str, int]:
         optimizer.zero_grad()
     names = [name for name, _ in model.local_named_parameters()]
     blocks = {name.split(".")[1] for name in names if name.startswith("blocks.")}
-    elements = sum(row.full_shape.numel() if hasattr(row.full_shape, "numel") else _product(row.full_shape)
-                   for row in model.table.rows() if row.name in set(names))  # fmt: skip
+    elements = sum(math.prod(row.full_shape) for row, _ in model.table.parameters() if row.name in set(names))
     return {"peak": status_bytes("VmHWM") - base, "elements": elements, "blocks": len(blocks)}
-
-
-def _product(shape: Sequence[int]) -> int:
-    result = 1
-    for length in shape:
-        result *= length
-    return result
 
 
 def measure(num_pairs: int) -> list[Result]:

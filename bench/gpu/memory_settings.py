@@ -18,7 +18,8 @@ from torch import nn
 
 import modelparallel as smp
 from bench.gpu.language_models import synchronize
-from bench.models import GPT, GPTSize, language_loss, token_batch
+from bench.models import GPT, GPTSize, token_batch
+from bench.pipelines import train_step
 from bench.ranks import run_on_ranks
 
 LARGE = GPTSize(num_layers=48, hidden=1600, num_heads=25, vocabulary=50304, sequence=1024)
@@ -36,12 +37,6 @@ def train_on_rank(size: GPTSize, samples: int, num_steps: int, recomputes: bool)
     """Losses, seconds of the later steps, and the peak of the allocator in MiB."""
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     ids, targets = (tensor.to(device) for tensor in token_batch(size, samples))
-
-    @smp.step
-    def train_step(model: Any, ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        loss = language_loss(model(ids), targets)
-        model.backward(loss)
-        return loss
 
     torch.manual_seed(0)
     with smp.delay_param_initialization():

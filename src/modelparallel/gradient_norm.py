@@ -24,6 +24,7 @@ from modelparallel import runtime as runtime_module
 from modelparallel.data_parallel.waits import wait_for
 from modelparallel.errors import SMPConfigError, SMPError, StepUsageError
 from modelparallel.model_parameters import ModelParameters
+from modelparallel.shards import local_part
 from modelparallel.torch_compat import intercept_clip_grad_norm, intercept_clip_grad_value
 
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ def total_norm(runtime: Runtime, parts: Sequence[_Part], norm_type: float) -> to
         )
     group = groups.world if is_shared_out else groups.mp
     own = [
-        _local(part.gradient)
+        local_part(part.gradient)
         for part in parts
         if (part.is_counted_in_world if is_shared_out else part.is_counted_in_replica)
     ]
@@ -188,7 +189,7 @@ def clip_parts(parts: Sequence[_Part], max_norm: float, norm: torch.Tensor) -> N
     coefficient = torch.clamp(float(max_norm) / (norm.double() + 1e-6), max=1.0)
     by_kind: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
     for part in parts:
-        local = _local(part.gradient)
+        local = local_part(part.gradient)
         by_kind.setdefault((local.device, local.dtype), []).append(local)
     for (device, dtype), members in by_kind.items():
         factor = coefficient.to(device, dtype if dtype == torch.float64 else torch.float32)
@@ -246,13 +247,8 @@ def intercept_clipping(runtime: Runtime) -> None:
             return False
         with torch.no_grad():
             for part in parts_of(runtime, parameters):
-                _local(part.gradient).clamp_(-value, value)
+                local_part(part.gradient).clamp_(-value, value)
         return True
 
     runtime.session.closers.append(intercept_clip_grad_norm(norm_of, clip))
     runtime.session.closers.append(intercept_clip_grad_value(clip_value))
-
-
-def _local(tensor: Any) -> torch.Tensor:
-    local: torch.Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-    return local

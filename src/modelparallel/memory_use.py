@@ -16,7 +16,8 @@ from modelparallel.errors import OutOfMemoryError
 from modelparallel.plan.memory_estimate import MemoryEstimate, MemorySettings, ParameterGroup, estimate_memory
 from modelparallel.plan.partition_table import readable_bytes
 from modelparallel.ranks_and_messages import allgather
-from modelparallel.topology import CommGroup
+from modelparallel.shards import local_part
+from modelparallel.topology import CommGroup, GroupKind
 
 if TYPE_CHECKING:
     from modelparallel.model import DistributedModel
@@ -170,7 +171,7 @@ def predicted_memory(runtime: Runtime) -> MemoryEstimate:
             count = math.prod(shape)
             kind = (row.dtype.itemsize, parameter.requires_grad)
             kinds[kind] = kinds.get(kind, 0) + count
-            group = groups.rdp if row.reducer_axis == "rdp" else groups.dp
+            group = groups.of(GroupKind(row.reducer_axis))
             reduced += count * row.dtype.itemsize if parameter.requires_grad and group.size > 1 else 0
         for row, buffer in model.table.buffers():
             if model.table.is_local(row, stage):
@@ -230,7 +231,7 @@ def _bytes(tensors: Iterable[Any], seen: set[int]) -> int:
     """Of the storages behind ``tensors`` that are new."""
     total = 0
     for tensor in tensors:
-        local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+        local = local_part(tensor)
         if local.layout != torch.strided:
             continue
         storage = local.untyped_storage()

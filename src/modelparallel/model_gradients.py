@@ -28,6 +28,7 @@ from modelparallel.memory.deferred import is_deferred
 from modelparallel.model_join import ModelJoin
 from modelparallel.model_sharding import shard_parameters
 from modelparallel.pipeline.replicas import ReplicatedParameters
+from modelparallel.topology import GroupKind
 
 if TYPE_CHECKING:
     import torch
@@ -87,7 +88,6 @@ class ModelGradients:
         sharded and not ``kept`` (identities) to the precision that the model is to compute in.
         """
         session, groups = self._runtime.session, self._runtime.session.groups
-        stage = self._runtime.engine.stage
         if self._runtime.is_pipelined:
             self._replicas = ReplicatedParameters.of(self._table, self._runtime.engine.transport)
             if self._replicas is not None:
@@ -106,7 +106,7 @@ class ModelGradients:
         self.shards = self.sharding
         if self.sharding is not None:
             cast(module, {id(value) for value in module.parameters() if self.sharding.has(value)})
-        local = [(row, parameter) for row, parameter in self._table.parameters() if self._table.is_local(row, stage)]
+        local = list(self._local(self._table.parameters()))
         own_shards = self._share_out(local) if session.config.shard_optimizer_state else None
         if own_shards is not None:
             self.shards = own_shards
@@ -130,25 +130,12 @@ class ModelGradients:
 
     def _make_equal(self, is_wanted: Callable[[torch.Tensor], bool]) -> None:
         """Give the parameters and buffers that are wanted the values of the first rank that holds them."""
-        stage = self._runtime.engine.stage
-        tensors = [
-            BroadcastTensor(row.name, tensor, self._group_of(row))
-            for source in (self._table.parameters(), self._table.buffers())
-            for row, tensor in source
-            if self._table.is_local(row, stage) and is_wanted(tensor)
-        ]
-        broadcast_parameters(tensors, timeout_seconds=self._runtime.session.config.timeout_seconds)
+        self._broadcast(((row, tensor) for row, tensor in self._everything() if is_wanted(tensor)), is_checked=True)
 
     def _place_late(self, part: nn.Module, others: set[int]) -> None:
         """Before parameters are sharded: those of ``part`` that wait for storage get it, but for ``others``."""
-        stage = self._runtime.engine.stage
         inside = {id(tensor) for tensor in (*part.parameters(), *part.buffers())} - others
-        waiting = {
-            id(tensor)
-            for source in (self._table.parameters(), self._table.buffers())
-            for row, tensor in source
-            if id(tensor) in inside and self._table.is_local(row, stage) and is_deferred(tensor)
-        }
+        waiting = {id(tensor) for _, tensor in self._everything() if id(tensor) in inside and is_deferred(tensor)}
         if waiting:
             place_deferred(part, self._runtime.session.device, lambda tensor: id(tensor) in waiting)
         self._make_equal(lambda tensor: id(tensor) in waiting)
@@ -211,8 +198,7 @@ class ModelGradients:
         )
 
     def _group_of(self, row: ParameterRow) -> Group:
-        groups = self._runtime.session.groups
-        return groups.rdp if row.reducer_axis == "rdp" else groups.dp
+        return self._runtime.session.groups.of(GroupKind(row.reducer_axis))
 
     # Memory
 
@@ -340,20 +326,24 @@ class ModelGradients:
 
     def send_everything(self) -> None:
         """Make parameters and buffers equal to those of a rank that was at work last; collective over the groups."""
-        self._broadcast(self._local(self._table.parameters()))
-        self._broadcast(self._local(self._table.buffers()))
+        self._broadcast(self._everything())
+
+    def _everything(self) -> Iterator[tuple[ParameterRow, torch.Tensor]]:
+        """The parameters that this rank holds, then its buffers."""
+        yield from self._local(self._table.parameters())
+        yield from self._local(self._table.buffers())
 
     def _local(self, source: Iterable[tuple[ParameterRow, Any]]) -> Iterator[tuple[ParameterRow, Any]]:
         stage = self._runtime.engine.stage
         return ((row, tensor) for row, tensor in source if self._table.is_local(row, stage))
 
-    def _broadcast(self, source: Iterable[tuple[ParameterRow, torch.Tensor]]) -> None:
+    def _broadcast(self, source: Iterable[tuple[ParameterRow, torch.Tensor]], *, is_checked: bool = False) -> None:
         entries = []
         for row, tensor in source:
             group = self._group_of(row)
             entries.append(BroadcastTensor(row.name, tensor, group, self.joining.source_of(group)))
         timeout = self._runtime.session.config.timeout_seconds
-        broadcast_parameters(entries, is_checked=False, timeout_seconds=timeout)
+        broadcast_parameters(entries, is_checked=is_checked, timeout_seconds=timeout)
 
     def begin_join(self) -> None:
         """Ranks may run out of batches from now on; called by `ModelJoin`."""

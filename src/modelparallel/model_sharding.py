@@ -18,6 +18,7 @@ from modelparallel.comm.groups import divide_group
 from modelparallel.data_parallel.sharding import ShardedParameters, ShardingGroups
 from modelparallel.data_parallel.sharding_plan import plan_sharding
 from modelparallel.errors import SMPConfigError
+from modelparallel.precision import half_dtype
 from modelparallel.torch_compat import has_own_compiled_call
 
 if TYPE_CHECKING:
@@ -120,7 +121,7 @@ def gathers_by_visit(config: Config, *, is_pipelined: bool, finds_unused: bool) 
 
 
 def _policy(config: Config) -> MixedPrecisionPolicy:
-    half = torch.float16 if config.fp16 else torch.bfloat16 if config.bf16 else None
+    half = half_dtype(config)
     reduced = torch.float32 if half is not None and config.fp32_grad_accumulation else None
     return MixedPrecisionPolicy(param_dtype=half, reduce_dtype=reduced)
 

@@ -17,6 +17,7 @@ from modelparallel.model_states import PARTIAL_KEY
 from modelparallel.parameters import ParameterTable
 from modelparallel.plan.parameters import ParameterRow
 from modelparallel.ranks_and_messages import allgather
+from modelparallel.shards import local_part
 from modelparallel.topology import CommGroup
 
 if TYPE_CHECKING:
@@ -151,8 +152,7 @@ def _local_state(optimizer: DistributedOptimizer, gather_if_shard: bool) -> dict
 def _flat(target: Target, value: Any) -> Any:
     """A value of the target's shape as one line of elements."""
     if isinstance(value, torch.Tensor) and value.shape == target.tensor.shape:
-        local = value.to_local() if hasattr(value, "to_local") else value
-        return local.detach().reshape(-1)
+        return local_part(value).detach().reshape(-1)
     return value
 
 
@@ -196,7 +196,7 @@ def _values_of_target(
         return own
     start, stop = target.shard.start, target.shard.stop
     return {
-        key: value.reshape(-1)[start:stop].reshape(_local_shape(target)).clone()
+        key: value.reshape(-1)[start:stop].reshape(local_part(target.tensor).shape).clone()
         if isinstance(value, torch.Tensor) and value.ndim and value.shape == parameter.shape
         else value
         for key, value in own.items()
@@ -221,12 +221,6 @@ def _values_of_same_shard(
             "configuration, or save with gather_if_shard=True"
         )
     return {key: _copied(value) for key, value in values.items() if key != RANGE_KEY}
-
-
-def _local_shape(target: Target) -> torch.Size:
-    tensor: Any = target.tensor
-    local: torch.Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-    return local.shape
 
 
 # Slices and stages

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from modelparallel.errors import SMPConfigError
 from modelparallel.precision import half_dtype, make_master, unscale, update_masters, write_back
+from modelparallel.shards import local_part
 
 if TYPE_CHECKING:
     from modelparallel.model import DistributedModel
@@ -176,11 +177,11 @@ class Targets:
         for target in members:
             if target.has_master:
                 gradient = target.source.grad
-                master = None if gradient is None else _local(gradient.to(target.tensor.dtype, copy=True))
+                master = None if gradient is None else local_part(gradient.to(target.tensor.dtype, copy=True))
                 target.tensor.grad = master
         found = torch.zeros((), dtype=torch.float32, device=self._runtime.session.device)
         if is_checked:
-            gradients = [_local(target.tensor.grad) for target in members if target.tensor.grad is not None]
+            gradients = [local_part(target.tensor.grad) for target in members if target.tensor.grad is not None]
             unscale(gradients, scale, found)
         self._collected = _gradients_of(members)
         return found
@@ -271,9 +272,3 @@ def _are_same(
         old is new and old_version == new_version
         for (old, old_version), (new, new_version) in zip(before, now, strict=True)
     )
-
-
-def _local(tensor: Any) -> torch.Tensor:
-    """The part of a DTensor that is here; another tensor as it is."""
-    local: torch.Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-    return local

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
+import torch
 from torch import nn
 
 if TYPE_CHECKING:
@@ -68,3 +69,9 @@ class ParameterShards(Protocol):
         """The tensors of the shards have new values: the ranks that use the whole parameters get them. Collective over
         the groups of the shards; not called after an update that all ranks skipped.
         """
+
+
+def local_part(tensor: Any) -> torch.Tensor:
+    """The part of a ``DTensor`` that is in this process; another tensor as it is."""
+    local: torch.Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return local

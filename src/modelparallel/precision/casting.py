@@ -24,21 +24,13 @@ def cast_tensors(module: nn.Module, dtype: torch.dtype, keep: set[int] | None = 
     keep: identities of tensors that stay as they are.
     """
     kept = keep or set()
-
-    def cast(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.to(dtype) if tensor.is_floating_point() else tensor
-
     for part in module.modules():
-        for parameter in part._parameters.values():
-            if parameter is None or id(parameter) in kept:
+        for tensor in (*part._parameters.values(), *part._buffers.values()):
+            if tensor is None or id(tensor) in kept or not tensor.is_floating_point() or tensor.dtype == dtype:
                 continue
-            if parameter.is_floating_point() and parameter.dtype != dtype:
-                parameter.data = cast(parameter.data)
-                if parameter.grad is not None:
-                    parameter.grad = cast(parameter.grad)
-        for buffer in part._buffers.values():
-            if buffer is not None and buffer.is_floating_point() and buffer.dtype != dtype and id(buffer) not in kept:
-                buffer.data = cast(buffer.data)
+            tensor.data = tensor.data.to(dtype)
+            if isinstance(tensor, nn.Parameter) and tensor.grad is not None:
+                tensor.grad = tensor.grad.to(dtype)
 
 
 def cast_floating(values: Any, dtype: torch.dtype, only: torch.dtype | None = None) -> Any:
