@@ -99,3 +99,15 @@ class WaitTimeoutError(CommunicationError, TimeoutError):
 
 class UnsupportedError(SMPError, NotImplementedError):
     """A combination that the library refuses by design."""
+
+
+class CheckpointError(SMPError, RuntimeError):
+    """A checkpoint cannot be written or read."""
+
+
+class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
+    """There is no such checkpoint, or no file of it."""
+
+
+class CheckpointCorruptError(CheckpointError):
+    """A checkpoint is not complete, or its files are not what was written."""
