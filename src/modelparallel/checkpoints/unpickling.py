@@ -44,12 +44,14 @@ DCP_METADATA_NAMES: frozenset[tuple[str, str]] = frozenset(
 
 
 class _ListedUnpickler(pickle.Unpickler):
-    def __init__(self, stream: IO[bytes], allowed: Collection[tuple[str, str]], where: str) -> None:
+    def __init__(self, stream: IO[bytes], allowed: Collection[tuple[str, str]] | None, where: str) -> None:
         super().__init__(stream)
         self._allowed, self._where = allowed, where
         self._attributes: dict[Any, dict[str, Any]] = {}
 
     def find_class(self, module: str, name: str) -> Any:
+        if self._allowed is None:
+            return super().find_class(module, name)
         if (module, name) not in self._allowed:
             raise CheckpointError(
                 f"{self._where} is a pickle that names {module}.{name}, which is not among what may be in it; to open "
@@ -83,12 +85,13 @@ class _ListedUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError("it refers to objects outside of itself")
 
 
-def load_pickle(stream: IO[bytes], allowed: Collection[tuple[str, str]], where: str = "the file") -> Any:
+def load_pickle(stream: IO[bytes], allowed: Collection[tuple[str, str]] | None, where: str = "the file") -> Any:
     """Read one pickle in which only the classes and functions of a list may occur. Local.
 
     Args:
         stream: a binary file.
-        allowed: (module, name) of each, exactly as the pickle names them; `DCP_METADATA_NAMES`, or more.
+        allowed: (module, name) of each, exactly as the pickle names them; `DCP_METADATA_NAMES`, or more. None: anything
+            may occur, for callers whose user has said that the pickle is to be trusted.
         where: what is read, for the error.
 
     Raises:
@@ -96,6 +99,7 @@ def load_pickle(stream: IO[bytes], allowed: Collection[tuple[str, str]], where: 
         CheckpointCorruptError: it is not a whole pickle.
     """
     unpickler = _ListedUnpickler(stream, allowed, where)
+    changed: list[str] = []
     try:
         result = unpickler.load()
     except CheckpointError:
@@ -105,7 +109,8 @@ def load_pickle(stream: IO[bytes], allowed: Collection[tuple[str, str]], where: 
             f"{where} is not a whole pickle ({type(error).__name__}: {error}). Load another checkpoint"
         ) from error
     finally:
-        changed = unpickler.restore()
+        if allowed is not None:
+            changed = unpickler.restore()
     if changed:
         raise CheckpointError(
             f"{where} is a pickle that changes {', '.join(changed)}, which no checkpoint does: do not trust it"
