@@ -5,7 +5,8 @@ and digest of every file), or, for a full checkpoint, files beside each other wi
 record is written when all files are on the disk, so a checkpoint with a record is whole, and one without does not
 count. The names of a checkpoint X on a local disk, by their life:
 
-    .X.draft      being written. Killed here: left over, removed by the next save of X or after a day.
+    .X.draft      being written (.X.draft-<token> where a job gives itself a token). Killed here: left over, removed
+                  by the next save of X or after a day.
     .X.old        the checkpoint that was X; it is moved aside when its successor is complete. Killed here: X is
                   missing, readers read .X.old, and `recover` moves it back.
     .X.ready      (full) complete, its files are being moved to their places. Killed here: readers find a file here or
@@ -264,7 +265,7 @@ class Draft:
         checked_name(name, store.root)
         self.name, self.is_full = name, is_full
         self._target = store
-        self._folder = _hidden(name, f"{token}.draft" if token else "draft")
+        self._folder = _hidden(name, f"draft-{token}" if token else "draft")
         self._owner = ""
         if not store.is_remote:
             self.store = store.child(self._folder)
@@ -297,7 +298,7 @@ class Draft:
                 kind = "folder" if self.is_full else "file"
                 raise CheckpointError(f"{target.path_of(self.name)!r} is a {kind}: save under another tag or path")
             head, tail = _split(self.name)
-            pattern = re.compile(re.escape(f".{tail}.") + r"(\w+\.)?draft")
+            pattern = re.compile(re.escape(f".{tail}.draft") + r"(-\w+)?")
             for left_over in target.names(head.rstrip("/")):
                 if pattern.fullmatch(left_over):
                     _remove_checkpoint(target, head + left_over)
@@ -564,7 +565,7 @@ def prune(store: Store, keep: int, pattern: str = "*_partial") -> list[str]:
                 store.remove_folder(entry)
         elif re.fullmatch(r"\..+\.[0-9a-f]{8}\.gone", entry):
             store.remove_folder(entry)
-        elif re.fullmatch(r"\..+\.draft", entry) and _is_dead_draft(store, entry):
+        elif re.fullmatch(r"\..+\.draft(-\w+)?", entry) and _is_dead_draft(store, entry):
             _remove_checkpoint(store, entry)
     return removed
 

@@ -16,6 +16,7 @@ from modelparallel.errors import CheckpointError
 PART_SUFFIX = ".part"
 BUFFER_BYTES = 1 << 20
 
+CHECK_ADDRESS = "check the address, the credentials and their permissions, and the network"
 REMEDIES = {
     errno.ENOSPC: "free space there, or keep fewer checkpoints (num_kept_partial_checkpoints), and save again",
     errno.EDQUOT: "the disk quota is used up: free space or raise it, and save again",
@@ -80,7 +81,8 @@ def write_failure(path: str, written: int, error: BaseException) -> CheckpointEr
     number = (error.errno if isinstance(error, OSError) else None) or 0
     code = f" ({errno.errorcode[number]})" if number in errno.errorcode else ""
     cause = (os.strerror(number) if number else "") or f"{type(error).__name__}: {error}"
-    remedy = REMEDIES.get(number, "see the cause above")
+    is_remote = "://" in path
+    remedy = REMEDIES.get(number, CHECK_ADDRESS if is_remote and not number else "see the cause above")
     return CheckpointError(
         f"{shown(path)!r} could not be written: {cause}{code} after {written} bytes. Nothing that was there before is "
         f"changed. Remedy: {remedy}"

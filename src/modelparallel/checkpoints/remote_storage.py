@@ -66,9 +66,11 @@ class RemoteStore(Store):
         with self._explaining("looking up", name):
             self.fs.invalidate_cache()
             try:
-                return self.fs.info(self._key(name))
+                found = self.fs.info(self._key(name))
             except FileNotFoundError:
                 return None
+        # Some servers go on showing a folder whose last file was removed.
+        return None if found["type"] == "directory" and not self.sizes(name) else found
 
     def exists(self, name: str = "") -> bool:
         return self._information(name) is not None

@@ -124,7 +124,10 @@ class Store(ABC):
 
     @abstractmethod
     def names(self, folder: str = "") -> list[str]:
-        """What lies directly in a folder, files and folders, sorted; empty where there is no such folder."""
+        """What lies directly in a folder, files and folders, sorted; empty where there is no such folder.
+
+        Some object stores also show folders whose last file was removed; `exists` knows better.
+        """
 
     @abstractmethod
     def sizes(self, folder: str = "") -> dict[str, int]:
