@@ -202,6 +202,8 @@ def test_a_crash_at_any_operation_leaves_whole_checkpoints(tmp_path, scenario):
             if scenario != "pruning":
                 assert complete[("a", is_full)] in ("v2", "v3")
             assert complete, "nothing is left"
+            visible = {entry.name for entry in os.scandir(store.root) if entry.is_dir() and entry.name[0] != "."}
+            assert visible <= {name for name, kind in complete if not kind}, "what is removed is renamed first"
             newest = read_newest(store)
             assert newest in {name for name, _ in complete}
             return frozenset(complete.items())
@@ -228,6 +230,7 @@ def test_an_error_at_any_operation_leaves_whole_checkpoints(tmp_path, scenario, 
     for path, raised in failing_runs(tmp_path, action, is_full, OSError(number, os.strerror(number))):
         store = Store.of(path)
         assert not isinstance(raised, Crash)
+        assert (path / "a").exists(), "after an error, unlike after a crash, all is in its place"
         version = version_of(store, "a", is_full)
         if raised is not None:
             num_errors += 1
