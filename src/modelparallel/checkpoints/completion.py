@@ -415,9 +415,9 @@ class Draft:
         if target.exists(name) and target.exists(aside):
             # Both are there if a job died while it removed the one aside, or if somebody has spoilt the one in place.
             _remove_checkpoint(target, name if problems_of(target, name, checks_digests=False) else aside)
-        if target.exists(name):
-            target.rename_folder(name, aside)
         try:
+            if target.exists(name):
+                target.rename_folder(name, aside)
             target.rename_folder(self._folder, name)
         except CheckpointError:
             with suppress(CheckpointError):
