@@ -14,6 +14,8 @@ from modelparallel.activation_checkpointing import (
     checkpoint_wrapper,
     set_activation_checkpointing,
 )
+from modelparallel.checkpoints.resuming import resume_from_checkpoint
+from modelparallel.checkpoints.saving import save_checkpoint
 from modelparallel.construction import (
     delay_param_initialization,
     delayed_parameter_initialization,
@@ -140,6 +142,8 @@ __all__ = [
     "rdp_rank",
     "rdp_size",
     "recv_from",
+    "resume_from_checkpoint",
+    "save_checkpoint",
     "send",
     "set_activation_checkpointing",
     "set_partition",

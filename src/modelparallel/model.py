@@ -28,7 +28,7 @@ from modelparallel.model_sharding import check_can_shard
 from modelparallel.module_view import alias_inherited_forwards, attach_module_attribute
 from modelparallel.nn.huggingface import register_families
 from modelparallel.parameters import ParameterTable, stand_in
-from modelparallel.partitioning import Trace, find_units, log_plan, make_plan, trace_step, work_of_call
+from modelparallel.partitioning import Trace, check_plan, find_units, log_plan, make_plan, trace_step, work_of_call
 from modelparallel.pipeline.pushes import push
 from modelparallel.pipeline.scheduling import step_predictor
 from modelparallel.pipeline.stage_tensor import StageTensor
@@ -71,6 +71,10 @@ class DistributedModel(ModelParameters):
     """
 
     _precision: ModelPrecision
+    #: The plan of a checkpoint, which the partition takes.
+    stored_plan: PartitionPlan | None = None
+    #: Whether cpu() has taken the partitioned model back.
+    has_left = False
 
     def __init__(
         self,
@@ -102,11 +106,10 @@ class DistributedModel(ModelParameters):
         self._compiler = None if options is None else ModuleCompiler(options)
         self._plan: PartitionPlan | None = None
         self._is_partitioned = False
-        # Whether cpu() has taken the partitioned model back.
-        self.has_left = False
         # What a partial state dict held that was loaded before the partition.
         self.early_names: set[str] | None = None
         self._overrides: list[tuple[nn.Module, int]] = []
+        self._loads: list[Callable[[], None]] = []
         self._post_partition_hooks: OrderedDict[int, Hook] = OrderedDict()
         self._post_step_hooks: OrderedDict[int, Hook] = OrderedDict()
         self.has_run_post_partition_hooks = False
@@ -355,7 +358,29 @@ class DistributedModel(ModelParameters):
             overrides=self._overrides,
             default_partition=config.default_partition,
             load_from=self.plan_file if config.load_partition else None,
+            stored=self.stored_plan,
         )
+
+    def use_stored_plan(self, plan: PartitionPlan) -> None:
+        """Take the plan of a checkpoint at the partition. Local; on all ranks alike.
+
+        Raises PartitionError if it is for another number of stages or another model, and is not taken.
+        """
+        config = self._runtime.session.config
+        wanted, found = (
+            (config.pipeline_parallel_degree, config.virtual_pipeline_degree),
+            (plan.num_stages, plan.virtual_degree),
+        )
+        if wanted != found:
+            raise PartitionError(f"it is for (stages, virtual degree) = {found}, and this job has {wanted}")
+        check_plan(plan, self.module)
+        self.stored_plan = plan
+
+    def load_when_partitioned(self, load: Callable[[], None]) -> None:
+        """Call ``load`` at the partition, when every rank has its part and before any hook. Local; on all ranks alike,
+        since it may be collective over the world.
+        """
+        self._loads.append(load)
 
     def trace(self, run: Callable[[], None]) -> Trace:
         """What ``run``, a step on the unsplit models, does with this one; they are left as they were."""
@@ -413,6 +438,9 @@ class DistributedModel(ModelParameters):
         self._is_partitioned = True
         for optimizer in runtime.live_optimizers():
             optimizer.keep_local_parameters(self)
+        loads, self._loads = self._loads, []
+        for load in loads:
+            load()
         self.run_post_partition_hooks()
 
     def _compile_call(self, module: nn.Module, name: str) -> bool:

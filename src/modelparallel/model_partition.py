@@ -58,6 +58,7 @@ def _agreed_plan(
     made: tuple[PartitionPlan, list[int]] | None = None
     problem: BaseException | None = None
     is_traced = config.auto_partition and not config.skip_tracing and not config.load_partition
+    is_traced = is_traced and model.stored_plan is None
     try:
         # The whole TP_GROUP traces, since split layers talk to each other.
         if groups.pp.rank_in_group == 0 and groups.rdp.rank_in_group == 0:

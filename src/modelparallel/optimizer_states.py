@@ -6,7 +6,7 @@ optimizer updates in its place: shards are put together, tensor-parallel slices 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +14,6 @@ from torch import nn
 
 from modelparallel.errors import SMPConfigError
 from modelparallel.model_states import PARTIAL_KEY
-from modelparallel.parameters import ParameterTable
 from modelparallel.plan.parameters import ParameterRow
 from modelparallel.ranks_and_messages import allgather
 from modelparallel.shards import local_part
@@ -70,22 +69,37 @@ def load_state_dict(optimizer: DistributedOptimizer, state_dict: Mapping[str, An
     if state_dict.get(PARTIAL_KEY) and optimizer._runtime.session.groups.mp.size > 1 and gather_if_shard:
         state = _merged(optimizer, state)
     index_of = {id(parameter): index for index, parameter in enumerate(optimizer.all_parameters())}
+
+    def own_values(parameter: nn.Parameter, target: Target | None) -> dict[str, Any] | None:
+        values = state.get(index_of[id(parameter)])
+        return None if values is None else _values_of_target(optimizer, parameter, target, values)
+
+    take_state(optimizer, state_dict["param_groups"], own_values)
+
+
+def take_state(
+    optimizer: DistributedOptimizer,
+    groups: Sequence[Mapping[str, Any]],
+    own_values: Callable[[nn.Parameter, Target | None], dict[str, Any] | None],
+) -> None:
+    """Give the inner optimizer new settings of its groups and a new state. Local.
+
+    ``own_values`` gives the state of a parameter's target (None: of the parameter itself), with the value of its master
+    under ``MASTER_KEY`` if there is one; None where there is no state.
+    """
     local_groups: list[dict[str, Any]] = []
     local_state: dict[int, dict[str, Any]] = {}
     masters: list[tuple[Target, torch.Tensor]] = []
     position = 0
-    for saved, group in zip(state_dict["param_groups"], optimizer.param_groups, strict=True):
+    for saved, group in zip(groups, optimizer.param_groups, strict=True):
         positions = []
         for tensor in group["params"]:
             target = optimizer.targets.of_tensor(tensor)
-            parameter = tensor if target is None else target.parameter
-            values = state.get(index_of[id(parameter)])
-            if values is not None:
-                own = _values_of_target(optimizer, parameter, target, values)
-                if MASTER_KEY in own:
-                    master = own.pop(MASTER_KEY)
-                    if target is not None and target.has_master:
-                        masters.append((target, master))
+            own = own_values(tensor if target is None else target.parameter, target)
+            if own is not None:
+                master = own.pop(MASTER_KEY, None)
+                if master is not None and target is not None and target.has_master:
+                    masters.append((target, master))
                 if own:
                     local_state[position] = own
             positions.append(position)
@@ -95,6 +109,7 @@ def load_state_dict(optimizer: DistributedOptimizer, state_dict: Mapping[str, An
     with torch.no_grad():
         for target, master in masters:
             target.tensor.copy_(master)
+            target.version = target.parameter._version  # it is the truth, whatever was loaded into the parameter
 
 
 def _check_groups(optimizer: DistributedOptimizer, saved: Sequence[Mapping[str, Any]]) -> None:
@@ -163,8 +178,8 @@ def _put_together(
     own_tp_rank = optimizer._runtime.session.groups.tp.rank_in_group
     by_index: dict[int, dict[int, tuple[int, dict[str, Any]]]] = {}
     for index, tp_rank, start, stop, values in pieces:
-        found = _row(optimizer, parameters[index])
-        is_split = found is not None and found[1].split is not None
+        found = row_of(optimizer, parameters[index])
+        is_split = found is not None and found.split is not None
         if not is_split or tp_rank == own_tp_rank:
             by_index.setdefault(index, {}).setdefault(start, (stop, values))
     state: dict[int, dict[str, Any]] = {}
@@ -213,8 +228,8 @@ def _values_of_same_shard(
     held = tuple(values[RANGE_KEY])
     own = None if target is None or target.shard is None else (target.shard.start, target.shard.stop)
     if own != held:
-        found = _row(optimizer, parameter)
-        name = found[1].name if found is not None else "?"
+        found = row_of(optimizer, parameter)
+        name = found.name if found is not None else "?"
         raise SMPConfigError(
             f"optimizer.load_state_dict(gather_if_shard=False): the state has elements {held[0]} to {held[1]} of "
             f"'{name}', this rank updates {own}: load the shards on the ranks that saved them, with the same "
@@ -226,12 +241,10 @@ def _values_of_same_shard(
 # Slices and stages
 
 
-def _row(optimizer: DistributedOptimizer, parameter: nn.Parameter) -> tuple[ParameterTable, ParameterRow] | None:
-    for model in optimizer._runtime.session.models:
-        row = model.table.row_of(parameter)
-        if row is not None:
-            return model.table, row
-    return None
+def row_of(optimizer: DistributedOptimizer, parameter: torch.Tensor) -> ParameterRow | None:
+    """What the wrapped models know of a parameter of the optimizer; None for a foreign one. Local."""
+    rows = (model.table.row_of(parameter) for model in optimizer._runtime.session.models)
+    return next((row for row in rows if row is not None), None)
 
 
 def _merged(optimizer: DistributedOptimizer, local: Mapping[int, Mapping[str, Any]]) -> dict[int, dict[str, Any]]:
@@ -255,8 +268,8 @@ def _merged(optimizer: DistributedOptimizer, local: Mapping[int, Mapping[str, An
     result = {}
     for index in sorted(slices):
         by_rank = [slices[index][tp_rank] for tp_rank in sorted(slices[index])]
-        found = _row(optimizer, parameters[index])
-        split = found[1].split if found is not None else None
+        found = row_of(optimizer, parameters[index])
+        split = found.split if found is not None else None
         merged = dict(by_rank[0])
         if split is not None:
             shape = torch.Size(split.local_shape(0, groups.tp.size))  # of rank 0, whose values these are
@@ -268,15 +281,15 @@ def _merged(optimizer: DistributedOptimizer, local: Mapping[int, Mapping[str, An
 
 
 def _names(optimizer: DistributedOptimizer) -> list[str]:
-    rows = (_row(optimizer, parameter) for parameter in optimizer.all_parameters())
-    return [found[1].name if found is not None else "" for found in rows]
+    rows = (row_of(optimizer, parameter) for parameter in optimizer.all_parameters())
+    return [found.name if found is not None else "" for found in rows]
 
 
 def _local_part(optimizer: DistributedOptimizer, parameter: nn.Parameter, value: Any) -> Any:
-    found = _row(optimizer, parameter)
-    if found is None or found[1].split is None or not isinstance(value, torch.Tensor):
+    found = row_of(optimizer, parameter)
+    if found is None or found.split is None or not isinstance(value, torch.Tensor):
         return value
-    split = found[1].split
+    split = found.split
     if value.shape != torch.Size(split.full_shape) or value.shape == parameter.shape:
         return value
     tp = optimizer._runtime.session.groups.tp

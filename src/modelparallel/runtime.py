@@ -78,6 +78,8 @@ class Runtime:
         self.step: RunningStep | None = None
         self.num_steps = 0
         self.optimizers: list[weakref.ref[DistributedOptimizer]] = []
+        #: The checkpoint that was last saved in the background (``checkpoints.writing.PendingSave``).
+        self.background_save: Any = None
         # Parameters that tensor parallelism has replaced, by identity: (name, the old one, the new one if there is
         # one).
         # An optimizer that was built before wrapping holds the old ones; nothing else may keep them alive.

@@ -138,6 +138,27 @@ def divide_group(
     return result[0], result[1]
 
 
+def gloo_group(
+    group: Group,
+    purpose: str,
+    made: MutableMapping[tuple[str, tuple[int, ...]], dist.ProcessGroup],
+    timeout_seconds: float,
+) -> dist.ProcessGroup:
+    """A gloo process group of the ranks of ``group`` for one purpose alone, so that its operations need no common order
+    with others (they may run in a thread of their own). Collective over ``group`` when it is first asked for. ``made``
+    as in :func:`build_groups`.
+    """
+    if (purpose, group.ranks) not in made:
+        made[purpose, group.ranks] = dist.new_group(
+            list(group.ranks),
+            timeout=datetime.timedelta(seconds=timeout_seconds),
+            backend="gloo",
+            use_local_synchronization=True,
+            group_desc=f"modelparallel {purpose}",
+        )
+    return made[purpose, group.ranks]
+
+
 def _check_agreement(settings: Mapping[str, Any], global_rank: int, process_group: dist.ProcessGroup) -> None:
     """Compare the configuration of all ranks; all of them raise `DivergenceError` if one differs."""
     gathered: list[Any] = [None] * process_group.size()

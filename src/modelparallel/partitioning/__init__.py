@@ -1,6 +1,6 @@
 """The partitioner: which stage is the home of which module (marks -> trace -> costs -> solve -> plan)."""
 
-from modelparallel.partitioning.assign import log_plan, make_plan
+from modelparallel.partitioning.assign import check_plan, log_plan, make_plan
 from modelparallel.partitioning.costs import Trace, microbatches_in_flight, sizes_only
 from modelparallel.partitioning.manual import manual_plan
 from modelparallel.partitioning.operations import work_of_call
@@ -10,6 +10,7 @@ from modelparallel.partitioning.units import find_units
 
 __all__ = [
     "Trace",
+    "check_plan",
     "find_units",
     "log_plan",
     "make_plan",

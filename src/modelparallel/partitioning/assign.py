@@ -40,6 +40,7 @@ def make_plan(
     overrides: Sequence[tuple[nn.Module, int]] = (),
     default_partition: int = 0,
     load_from: str | Path | None = None,
+    stored: PartitionPlan | None = None,
 ) -> PartitionPlan:
     """The partition plan of the user's module ``root`` for ``num_stages`` stages (smp-api section 6).
 
@@ -54,6 +55,7 @@ def make_plan(
             see :func:`~modelparallel.partitioning.solve.solve`; the last three count only in the automatic partition.
         marks, overrides, default_partition: see :func:`~modelparallel.partitioning.manual.manual_plan`.
         load_from: the file of a plan saved with ``PartitionPlan.save``.
+        stored: a plan of the model for as many stages, which is taken (of a checkpoint).
         tied_weights: "colocate" places modules that share a parameter on one stage; "replicate" places each where it
             fits best, with a copy of the parameter; "auto" does what is cheaper (see :func:`_cheaper`).
 
@@ -62,7 +64,9 @@ def make_plan(
             fit the model or the number of stages.
     """
     units = find_units(root) if units is None else tuple(units)
-    if load_from is not None:
+    if stored is not None:
+        plan = replace(stored, origin="loaded")
+    elif load_from is not None:
         plan = _loaded(load_from, num_stages)
     elif not is_automatic:
         active = num_stages + 2 if active_microbatches is None else active_microbatches
@@ -91,14 +95,19 @@ def make_plan(
         )
         known = trace or sizes_only(root, units)
         plan = _with_ties(find, root, known, tied_weights) if known.ties else find(known)
+    check_plan(plan, root)
+    if tied_weights == "colocate":
+        check_sharing(root, plan)
+    return plan
+
+
+def check_plan(plan: PartitionPlan, root: nn.Module) -> None:
+    """Raise PartitionError unless ``plan`` places all that the user's module ``root`` has, and nothing else."""
     plan.check(
         [name for name, _ in root.named_parameters()],
         module_names=[name for name, _ in root.named_modules()],
         buffer_names=[name for name, _ in root.named_buffers()],
     )
-    if tied_weights == "colocate":
-        check_sharing(root, plan)
-    return plan
 
 
 def _loaded(path: str | Path, num_stages: int) -> PartitionPlan:

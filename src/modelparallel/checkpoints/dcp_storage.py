@@ -1,0 +1,149 @@
+"""The storage side of ``torch.distributed.checkpoint``: its file format, in files of the documented names.
+
+[Note: files of a partial checkpoint] DCP writes the tensors of a rank one after another into one file, and says in
+``.metadata`` where each lies, so files may have any name. They have those of the documented layout (smp-api section
+14): ``model_<pp>_<tp>.pt``, ``optimizer_<pp>_<tp>.pt`` and, for masters and loss scales, ``fp16_states_<pp>_<tp>.pt``;
+ranks with rdp_rank > 0 append ``_<rdp>``. ``.metadata`` is a pickle; it is read with an allow-list of classes.
+"""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch.distributed.checkpoint import (
+    FileSystemReader,
+    FileSystemWriter,
+    Metadata,
+    SavePlan,
+    SavePlanner,
+)
+from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
+
+from modelparallel.checkpoints.completion import Draft
+from modelparallel.checkpoints.contents import MASTER_KEY
+from modelparallel.checkpoints.file_streams import FileRecord
+from modelparallel.checkpoints.storage import HashingFileSystem, Store
+from modelparallel.checkpoints.unpickling import DCP_METADATA_NAMES, load_pickle
+from modelparallel.errors import CheckpointError
+from modelparallel.optimizer_states import SCALER_KEY
+
+METADATA_NAME = ".metadata"
+#: The key of what ranks tell the coordinator beside the places of their tensors.
+_RECORDS = "modelparallel file records"
+
+
+@dataclass(frozen=True)
+class RankInfo:
+    """Where a rank stands; the part of its files' names that tells them apart."""
+
+    pp_rank: int
+    tp_rank: int
+    rdp_rank: int
+
+    @property
+    def suffix(self) -> str:
+        """As in ``model_<suffix>.pt``."""
+        return f"{self.pp_rank}_{self.tp_rank}" + (f"_{self.rdp_rank}" if self.rdp_rank else "")
+
+
+def file_group(key: str) -> str:
+    """The noun of the file that the entry ``key`` is in."""
+    noun, _, rest = key.partition(".")
+    if noun.partition("_")[0] != "optimizer":
+        return "model" if noun.partition("_")[0] == "model" else "job"
+    return "fp16_states" if rest.endswith(f".{MASTER_KEY}") or rest == SCALER_KEY else "optimizer"
+
+
+class DraftWriter(FileSystemWriter):
+    """Writes into a draft; the coordinator makes it a checkpoint when all ranks are done."""
+
+    def __init__(
+        self,
+        draft: Draft,
+        rank: RankInfo,
+        extra_files: Mapping[str, bytes],
+        facts: Mapping[str, Any],
+        after: Callable[[], None],
+    ) -> None:
+        """``extra_files`` are written by the coordinator, ``facts`` go into the completion record, ``after`` is called
+        when the checkpoint is in place.
+        """
+        super().__init__("unused", sync_files=False)
+        self._draft = draft
+        self._rank_info = rank
+        self._extra_files = extra_files
+        self._facts = facts
+        self._after = after
+        self._files = HashingFileSystem(draft.store)
+        self.fs: Any = self._files
+        self.path: Any = ""
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        """Nothing is made before every rank has a plan."""
+        return plan
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        """On the coordinator, when all ranks wait: what an earlier attempt left goes away."""
+        self._draft.start()
+        return plans
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """This rank's files. Local."""
+        by_group: dict[str, list[Any]] = {}
+        for item in plan.items:
+            by_group.setdefault(file_group(item.index.fqn), []).append(item)
+        files: queue.Queue[Any] = queue.Queue()
+        for group, items in by_group.items():
+            name = f"{group}_{self._rank_info.suffix}.pt"
+            files.put((name, name, items))
+        written = self._write_data(planner, files)
+        self._files.raise_failure()
+        records = WriteResult(MetadataIndex(_RECORDS), 0, dict(self._files.records))
+        result: Future[list[WriteResult]] = Future()
+        result.set_result([*written.value(), records])
+        return result
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """On the coordinator: the index, the remaining files and the completion record."""
+        records: dict[str, FileRecord] = {}
+        for result in results:
+            for entry in [entry for entry in result if entry.index.fqn == _RECORDS]:
+                result.remove(entry)
+                repeated = records.keys() & entry.storage_data.keys()
+                if repeated:
+                    raise CheckpointError(f"two ranks have written {sorted(repeated)} of one checkpoint")
+                records.update(entry.storage_data)
+        super().finish(metadata, results)
+        for name, data in self._extra_files.items():
+            records[name] = self._draft.store.write(name, data)
+        self._draft.commit({**records, METADATA_NAME: self._files.records[METADATA_NAME]}, self._facts)
+        self._after()
+
+
+class RecordedReader(FileSystemReader):
+    """Reads a checkpoint whose ``.metadata`` is known, from the files of its completion record alone."""
+
+    def __init__(self, store: Store, metadata: Metadata, expected: Mapping[str, FileRecord] | None) -> None:
+        super().__init__("unused")
+        self.fs: Any = HashingFileSystem(store, expected)
+        self.path: Any = ""
+        self._known = metadata
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """What was read before. Local."""
+        return self._known
+
+
+def read_metadata(store: Store, trusts_pickles: bool = False) -> Metadata:
+    """The index of the checkpoint in ``store``. Local. Raises CheckpointError for what is none."""
+    with store.open(METADATA_NAME, "rb") as stream:
+        where = repr(store.path_of(METADATA_NAME))
+        metadata = load_pickle(stream, None if trusts_pickles else DCP_METADATA_NAMES, where)
+    if not isinstance(metadata, Metadata):
+        raise CheckpointError(f"{store.path_of(METADATA_NAME)!r} is no index of a checkpoint")
+    return metadata

@@ -1,0 +1,268 @@
+"""``smp.resume_from_checkpoint`` (smp-api section 14)."""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from modelparallel import runtime as runtime_module
+from modelparallel.checkpoints import completion, job_state
+from modelparallel.checkpoints.contents import numbered
+from modelparallel.checkpoints.full import load_full
+from modelparallel.checkpoints.opening import open_object
+from modelparallel.checkpoints.reading import OptimizerLoad, StoredCheckpoint, check_model, check_optimizer, load_model
+from modelparallel.checkpoints.saving import PARTIAL_ENDING
+from modelparallel.checkpoints.storage import Store
+from modelparallel.checkpoints.writing import PLAN_NAME, USER_CONTENT_NAME
+from modelparallel.errors import (
+    CheckpointCorruptError,
+    CheckpointError,
+    CheckpointNotFoundError,
+    PartitionError,
+    StepUsageError,
+)
+from modelparallel.plan.partition import PartitionPlan
+from modelparallel.ranks_and_messages import allgather
+from modelparallel.topology import CommGroup
+
+if TYPE_CHECKING:
+    from modelparallel.model import DistributedModel
+    from modelparallel.optimizer import DistributedOptimizer
+    from modelparallel.runtime import Runtime
+
+logger = logging.getLogger("modelparallel")
+
+NEWEST_COMPLETE = "newest-complete"
+
+
+def resume_from_checkpoint(
+    path: str | os.PathLike[str],
+    tag: str | None = None,
+    partial: bool = True,
+    strict: bool = True,
+    load_optimizer: bool = True,
+    load_sharded_optimizer_state: bool = True,
+    translate_function: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+    *,
+    data_loader: Any = None,
+    allowed_types: Sequence[Any] = (),
+    trust_pickles: bool = False,
+    verify: bool = True,
+) -> Any:
+    """Load a checkpoint into the wrapped models and optimizers; collective over the world, with equal arguments.
+
+    The job may have another shape than the one that saved. Call it after both wrappers exist, before or after the first
+    step. In a pipeline that is not partitioned yet the tensors are read at the partition, each rank its own; the stored
+    plan is used if it is for as many stages.
+
+    Arguments:
+        path, tag: as given to ``smp.save_checkpoint``. ``tag=None``: what ``<path>/newest`` names.
+            ``"newest-complete"``: the newest one that is whole; damaged ones are passed over, with a warning.
+        partial: False: the model alone, from one file: ``<path>/<tag>`` of a full checkpoint, or an ordinary state dict
+            of torch or Hugging Face.
+        strict: names must be the same; False takes what both have.
+        load_optimizer: also the optimizers, masters and scales.
+        load_sharded_optimizer_state: False: of the optimizers only masters and the loss scale.
+        translate_function: maps the names of a full state dict to the model's, in place of the active translation.
+        data_loader: gets the state that was saved of one.
+        allowed_types: classes that ``user_content`` may hold objects of, beside tensors and plain types.
+        trust_pickles: open any object in the checkpoint, which runs code that is in it.
+        verify: compare all files with the digests in the completion record first; the ranks share the work.
+
+    Returns ``user_content``, None if there is none. Raises CheckpointNotFoundError, CheckpointCorruptError for one that
+    is not whole, CheckpointError for one of another model. Source: smp-api section 14.
+    """
+    runtime = runtime_module.current()
+    models: list[DistributedModel] = runtime.session.models
+    if not models:
+        raise StepUsageError("smp.resume_from_checkpoint: wrap the model with smp.DistributedModel first")
+    job_state.check_loader(data_loader)
+    if runtime.background_save is not None:
+        runtime.background_save.wait()
+    store = Store.of(path)
+    if not partial:
+        return load_full(
+            path,
+            _agreed_tag(runtime, store) if tag is None else tag,
+            model=models[0],
+            optimizer=next(iter(runtime.live_optimizers()), None) if load_optimizer else None,
+            strict=strict,
+            translate_function=translate_function,
+            allowed_types=allowed_types,
+            trust_pickles=trust_pickles,
+        )
+    name = _find(runtime, store, tag, verify)
+    folder = store.child(completion.folder_of(store, name))
+    record = completion.read_record(store, name)
+    checkpoint = StoredCheckpoint(runtime, folder, record.files, allowed=allowed_types, trusts_pickles=trust_pickles)
+    for index, model in enumerate(models):
+        check_model(model, numbered("model", index), checkpoint.entries, strict)
+    optimizers = runtime.live_optimizers() if load_optimizer else []
+    _use_stored_plans(folder, record, models)
+    loads = _Loads(checkpoint, models, optimizers, masters_only=not load_sharded_optimizer_state)
+    _load_job_state(runtime, checkpoint, record.facts, data_loader, loads)
+    loads.start()
+    if runtime.session.groups.world.rank_in_group == 0:
+        logger.info("resuming from %s, saved after %s steps", folder.path_of(), record.facts.get("num_steps"))
+    if USER_CONTENT_NAME not in record.files:
+        return None
+    with folder.open(USER_CONTENT_NAME) as stream:
+        return open_object(
+            stream, f"{folder.path_of(USER_CONTENT_NAME)!r}", allowed_types, trusts_pickles=trust_pickles
+        )
+
+
+# Which
+
+
+def _agreed_tag(runtime: Runtime, store: Store) -> str:
+    """The tag of the newest full checkpoint, the same on all ranks. Collective over the world."""
+    found: tuple[str | None, str] | None = None
+    if runtime.session.groups.world.rank_in_group == 0:
+        newest = completion.read_newest(store)
+        missing = f"there is no file 'newest' in {store.path_of()!r}: give a tag"
+        if newest is not None and newest.endswith(PARTIAL_ENDING):
+            missing = f"the newest checkpoint in {store.path_of()!r} is the partial one {newest!r}: pass partial=True"
+            newest = None
+        found = newest, missing
+    tag, problem = allgather(found, CommGroup.WORLD)[0]
+    if tag is None:
+        raise CheckpointNotFoundError(problem)
+    return str(tag)
+
+
+def _find(runtime: Runtime, store: Store, tag: str | None, verifies: bool) -> str:
+    """The name of a whole checkpoint, the same on all ranks. Collective over the world."""
+    rank = runtime.session.groups.world.rank_in_group
+    answers = allgather(_candidates(store, tag) if rank == 0 else None, CommGroup.WORLD)
+    names, problem = answers[0]
+    if problem is not None:
+        raise CheckpointNotFoundError(problem)
+    problems: list[str] = []
+    for name in names:
+        problems = _problems(runtime, store, name, verifies)
+        if not problems:
+            return str(name)
+        if tag == NEWEST_COMPLETE and rank == 0:
+            logger.warning("%s is not whole and is passed over: %s", store.path_of(name), "; ".join(problems[:3]))
+    try:
+        completion.read_record(store, names[0])
+    except CheckpointNotFoundError as error:
+        raise CheckpointNotFoundError(str(error)) from None
+    shown, more = "; ".join(problems[:5]), f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+    if tag == NEWEST_COMPLETE:
+        raise CheckpointNotFoundError(f"no checkpoint in {store.path_of()!r} is whole; of the last: {shown}{more}")
+    raise CheckpointCorruptError(
+        f"{store.path_of(names[0])!r} is not what was written: {shown}{more}. Resume from another tag, or from "
+        f"tag={NEWEST_COMPLETE!r}, which passes over damaged ones"
+    )
+
+
+def _candidates(store: Store, tag: str | None) -> tuple[list[str], str | None]:
+    """(names to try in turn, what is wrong). On the first rank."""
+    try:
+        completion.recover(store)
+    except CheckpointError as error:  # a path that is only read from
+        logger.info("%s", error)
+    if tag == NEWEST_COMPLETE:
+        names = completion.complete_names(store, f"*{PARTIAL_ENDING}")[::-1]
+        return names, None if names else f"there is no complete partial checkpoint in {store.path_of()!r}"
+    if tag is not None:
+        return [tag + PARTIAL_ENDING], None
+    newest = completion.read_newest(store)
+    if newest is None:
+        return [], (
+            f"there is no file 'newest' in {store.path_of()!r}, so no checkpoint was completed there: check the path, "
+            "or give a tag"
+        )
+    return [newest if newest.endswith(PARTIAL_ENDING) else newest + PARTIAL_ENDING], None
+
+
+def _problems(runtime: Runtime, store: Store, name: str, verifies: bool) -> list[str]:
+    """What is wrong with a checkpoint, each rank having looked at its share of the files. Collective over the world."""
+    world = runtime.session.groups.world
+    try:
+        own = completion.problems_of(store, name, (world.rank_in_group, world.size), checks_digests=verifies)
+    except CheckpointError as error:
+        own = [str(error)]
+    found = [problem for problems in allgather(own, CommGroup.WORLD) for problem in problems]
+    return list(dict.fromkeys(found))
+
+
+# What
+
+
+@dataclass
+class _Loads:
+    """What is still to be read: each model when it is partitioned, each optimizer when all its models are."""
+
+    checkpoint: StoredCheckpoint
+    models: Sequence[DistributedModel]
+    optimizers: Sequence[DistributedOptimizer]
+    masters_only: bool
+
+    def start(self) -> None:
+        """Read what can be read now. Collective over the world."""
+        for index, model in enumerate(self.models):
+            if model.partitioned:
+                load_model(self.checkpoint, model, numbered("model", index))
+            else:
+                model.load_when_partitioned(functools.partial(self._load_late, model, index))
+        self._load_optimizers()
+
+    def _load_late(self, model: DistributedModel, index: int) -> None:
+        load_model(self.checkpoint, model, numbered("model", index))
+        self._load_optimizers()
+
+    def _load_optimizers(self) -> None:
+        if all(model.partitioned for model in self.models):
+            for index, optimizer in enumerate(self.optimizers):
+                OptimizerLoad(
+                    self.checkpoint, optimizer, numbered("optimizer", index), masters_only=self.masters_only
+                ).run()
+
+
+def _use_stored_plans(folder: Store, record: completion.CompletionRecord, models: Sequence[DistributedModel]) -> None:
+    """Models that are not partitioned yet take the stored plan if it is for as many stages."""
+    if PLAN_NAME not in record.files:
+        return
+    plans = json.loads(folder.read(PLAN_NAME))
+    for model, plan in zip(models, plans, strict=False):
+        if plan is None or model.partitioned:
+            continue
+        try:
+            model.use_stored_plan(PartitionPlan.from_json(json.dumps(plan)))
+        except PartitionError as error:
+            logger.info("the partition plan of the checkpoint is not used: %s", error)
+
+
+def _load_job_state(
+    runtime: Runtime,
+    checkpoint: StoredCheckpoint,
+    facts: Mapping[str, Any],
+    data_loader: Any,
+    loads: _Loads,
+) -> None:
+    """Random states, steps, the data loader, and the settings of the optimizers' groups. Collective over the world."""
+    shape = facts["shape"]
+    saved = (int(shape["pp"]), int(shape["tp"]), int(shape["rdp"]))
+    wanted = job_state.wanted_keys(runtime.session.groups, saved, checkpoint.entries, data_loader)
+    settings = {
+        numbered("optimizer", index): optimizer
+        for index, optimizer in enumerate(loads.optimizers)
+        if f"{numbered('optimizer', index)}.param_groups" in checkpoint.entries
+    }
+    keys = [*wanted.values(), *(f"{prefix}.param_groups" for prefix in settings)]
+    found = checkpoint.read([], list(dict.fromkeys(keys)), "loading the state of the job")
+    for prefix, optimizer in settings.items():
+        groups = found[f"{prefix}.param_groups"]
+        check_optimizer(optimizer, prefix, groups)
+        # At once, also where the state waits for the partition: schedulers read the learning rate.
+        for saved_group, group in zip(groups, optimizer.param_groups, strict=True):
+            group.update((key, value) for key, value in saved_group.items() if key != "params")
+    job_state.take_job_state(runtime, wanted, found.__getitem__, data_loader)

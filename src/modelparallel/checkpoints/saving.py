@@ -1,0 +1,184 @@
+"""``smp.save_checkpoint`` (smp-api section 14)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from modelparallel import runtime as runtime_module
+from modelparallel.checkpoints.completion import Draft, new_token, prune, write_newest
+from modelparallel.checkpoints.file_streams import checked_name
+from modelparallel.checkpoints.full import save_full
+from modelparallel.checkpoints.job_state import check_loader
+from modelparallel.checkpoints.storage import Store
+from modelparallel.checkpoints.writing import PendingSave, take_snapshot, write_partial
+from modelparallel.errors import CheckpointError, DivergenceError, SMPConfigError, StepUsageError
+from modelparallel.model import DistributedModel
+from modelparallel.optimizer import DistributedOptimizer
+from modelparallel.ranks_and_messages import allgather
+from modelparallel.topology import CommGroup
+
+if TYPE_CHECKING:
+    from modelparallel.runtime import Runtime
+
+PARTIAL_ENDING = "_partial"
+
+
+def save_checkpoint(
+    path: str | os.PathLike[str],
+    tag: str,
+    partial: bool = True,
+    model: DistributedModel | Sequence[DistributedModel] | None = None,
+    optimizer: DistributedOptimizer | Sequence[DistributedOptimizer] | None = None,
+    user_content: Any = None,
+    translate_if_full: bool = True,
+    num_kept_partial_checkpoints: int | None = None,
+    *,
+    data_loader: Any = None,
+    full_optimizer: bool = False,
+    async_save: bool = False,
+    if_saving: str = "wait",
+) -> PendingSave | None:
+    """Save a checkpoint that counts only when it is whole; collective over the world, with equal arguments.
+
+    Arguments:
+        path: a folder, which is made, or a URL that fsspec knows (``s3://...``); the same place on all ranks.
+        tag: names the checkpoint: ``<path>/<tag>_partial/`` or ``<path>/<tag>``.
+        partial: every rank writes its share: model, optimizer, masters, loss scale, random states; a job of any other
+            shape resumes from it. False: rank 0 writes the merged model into one file.
+        model, optimizer: what is saved; None: the wrapped ones of this process.
+        user_content: anything ``torch.save`` takes, from rank 0; ``smp.resume_from_checkpoint`` returns it.
+        translate_if_full: a full checkpoint has Hugging Face's names where layers of its families were replaced.
+        num_kept_partial_checkpoints: the oldest complete ones beyond this number are removed.
+        data_loader: its ``state_dict()`` is kept, too (``StatefulDataLoader``, ``smp.GlobalBatchSampler``).
+        full_optimizer: with ``partial=False``, also ``<path>/optimizer_<tag>``.
+        async_save: return when the tensors are copied, and write in the background; partial checkpoints only.
+        if_saving: what to do while an earlier one is still being written: "wait" for it or "refuse".
+
+    Returns the :class:`PendingSave` of an ``async_save``, else None. An ``async_save`` that fails says so at its
+    ``wait()``, at the next save, or when the process ends.
+
+    Raises CheckpointError on every rank when one cannot write (what was saved before is untouched), SMPConfigError for
+    wrong arguments, StepUsageError before the partition. Source: smp-api section 14.
+    """
+    runtime = runtime_module.current()
+    models, optimizers = _chosen(runtime, model, optimizer)
+    _check(runtime, tag, partial, models, num_kept_partial_checkpoints, async_save, if_saving, full_optimizer)
+    check_loader(data_loader)
+    _settle_earlier(runtime, if_saving)
+    store = Store.of(path)
+    name = tag + PARTIAL_ENDING if partial else tag
+    token = _agreed_token(runtime, (str(os.fspath(path)), tag, partial, async_save, len(models), len(optimizers)))
+    if not partial:
+        save_full(
+            path,
+            tag,
+            model=models[0],
+            optimizer=optimizers[0] if full_optimizer else None,
+            user_content=user_content,
+            translate_if_full=translate_if_full,
+        )
+        return None
+
+    def put_in_order() -> None:
+        write_newest(store, name)
+        if num_kept_partial_checkpoints is not None:
+            prune(store, num_kept_partial_checkpoints)
+
+    snapshot = take_snapshot(runtime, models, optimizers, user_content, data_loader)
+    pending = write_partial(runtime, tag, Draft(store, name, token), snapshot, put_in_order, in_background=async_save)
+    if not async_save:
+        return None
+    if runtime.background_save is None:
+        runtime.session.closers.append(lambda: _finish_at_exit(runtime))
+    runtime.background_save = pending
+    return pending
+
+
+def _chosen(runtime: Runtime, model: Any, optimizer: Any) -> tuple[list[DistributedModel], list[DistributedOptimizer]]:
+    models = list(runtime.session.models) if model is None else _as_list(model)
+    optimizers = list(runtime.live_optimizers()) if optimizer is None else _as_list(optimizer)
+    for number, thing in enumerate((*models, *optimizers)):
+        kind = DistributedModel if number < len(models) else DistributedOptimizer
+        if not isinstance(thing, kind):
+            raise SMPConfigError(
+                f"smp.save_checkpoint: expected a smp.{kind.__name__}, got {type(thing).__name__}: give the wrapped one"
+            )
+    return models, optimizers
+
+
+def _as_list(thing: Any) -> list[Any]:
+    return list(thing) if isinstance(thing, list | tuple) else [thing]
+
+
+def _check(
+    runtime: Runtime,
+    tag: str,
+    partial: bool,
+    models: Sequence[DistributedModel],
+    num_kept: int | None,
+    async_save: bool,
+    if_saving: str,
+    full_optimizer: bool,
+) -> None:
+    if not isinstance(tag, str) or not tag or "/" in tag or tag.startswith("."):
+        raise SMPConfigError(
+            f"smp.save_checkpoint: tag={tag!r}: expected a name without '/' that does not begin with '.'"
+        )
+    checked_name(tag, "the path")
+    if not models:
+        raise StepUsageError("smp.save_checkpoint: there is no smp.DistributedModel to save: wrap the model first")
+    waiting = [model for model in models if not model.partitioned]
+    if waiting:
+        raise StepUsageError(
+            "smp.save_checkpoint: the model is not partitioned yet, or has left the pipeline by model.cpu(): save "
+            "after the first call of a step function"
+        )
+    if num_kept is not None and (isinstance(num_kept, bool) or not isinstance(num_kept, int) or num_kept < 1):
+        raise SMPConfigError(
+            f"smp.save_checkpoint: num_kept_partial_checkpoints={num_kept!r}: expected a number from 1"
+        )
+    if if_saving not in ("wait", "refuse"):
+        raise SMPConfigError(f"smp.save_checkpoint: if_saving={if_saving!r}: expected 'wait' or 'refuse'")
+    if async_save and not partial:
+        raise SMPConfigError("smp.save_checkpoint: async_save=True needs partial=True: a full checkpoint is gathered")
+    if not partial and len(models) != 1:
+        raise SMPConfigError(
+            f"smp.save_checkpoint(partial=False): the file of a full checkpoint holds one model, and there are "
+            f"{len(models)}: say which (model=...), or save a partial checkpoint, which holds all"
+        )
+    if full_optimizer and partial:
+        raise SMPConfigError("smp.save_checkpoint: full_optimizer=True is for partial=False; a partial one has it")
+
+
+def _settle_earlier(runtime: Runtime, if_saving: str) -> None:
+    """An earlier save in the background ends first, on all ranks, or is an error on all."""
+    pending: PendingSave | None = runtime.background_save
+    if pending is None:
+        return
+    if if_saving == "refuse":
+        is_busy = any(allgather(not pending.done(), CommGroup.WORLD))
+        if is_busy:
+            raise CheckpointError(
+                f"smp.save_checkpoint: the checkpoint {pending.tag!r} is still being written (if_saving='refuse'): "
+                "save less often, or wait for it"
+            )
+    pending.wait()
+
+
+def _finish_at_exit(runtime: Runtime) -> None:
+    if runtime.background_save is not None:
+        runtime.background_save.wait()
+
+
+def _agreed_token(runtime: Runtime, arguments: tuple[Any, ...]) -> str:
+    """A text of rank 0 for this save; all ranks must save the same. Collective over the world."""
+    answers = allgather((arguments, new_token()), CommGroup.WORLD)
+    for rank, (other, _) in enumerate(answers):
+        if other != answers[0][0]:
+            raise DivergenceError(
+                f"smp.save_checkpoint was called with (path, tag, partial, async_save, models, optimizers) = "
+                f"{answers[0][0]} on rank 0 and {other} on rank {rank}: call it with equal arguments on all ranks"
+            )
+    return str(answers[0][1])
