@@ -54,6 +54,12 @@ class RankFailure:
             return self.exit_code
         return 128 - self.exit_code
 
+    @property
+    def reason(self) -> str:
+        """Who failed and why, in one line: `rank 1 was killed by SIGKILL`."""
+        summary = self.summary.removeprefix("it ")
+        return f"rank {self.global_rank}{': ' if summary == self.summary else ' '}{summary}"
+
     def render(self, num_processes: int, seconds: float) -> str:
         """The text for the user: who, where the log is, and last the traceback."""
         head = (
