@@ -180,7 +180,8 @@ def _job(
     chosen_device, available = resolve_device(device)
     published: dict[str, Any] | None = None
     least, most = (0, 0) if nproc is None else parse_process_counts(nproc)
-    num_processes, fewer = most or available or 1, ()
+    num_processes = most or available or 1
+    fewer: list[int] = []
     if parameters is None and least != most:
         raise LaunchError(
             f"--nproc {nproc}: a range needs --parameters, which say which numbers of processes fit the model: add it "

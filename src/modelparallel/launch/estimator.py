@@ -253,7 +253,8 @@ class PyTorch:
         channels = input_channels(inputs)
         device, available = resolve_device(device_asked)
         parameters: dict[str, Any] | None = None
-        num_processes, mpi_options, fewer = 1, "", ()
+        num_processes, mpi_options = 1, ""
+        fewer: list[int] = []
         if self.distribution is not None:
             # With min_processes the job may begin with fewer than processes_per_host.
             must_have_all = device == "cuda" and self.min_processes is None

@@ -66,8 +66,9 @@ class RankStory:
 
 
 def explain(folder: JobFolder) -> str:
-    """The story of the job in ``folder``; of its latest attempt, if it was started again. Raises LaunchError if there is
-    no job.
+    """The story of the job in ``folder``; of its latest attempt, if it was started again.
+
+    Raises LaunchError if there is no job.
     """
     return "\n".join([_explain_attempt(folder), *_earlier_attempts(folder)])
 
@@ -76,9 +77,7 @@ def _earlier_attempts(folder: JobFolder) -> list[str]:
     attempts = [attempt for attempt in read_attempts(folder) if folder.attempt(attempt.number).root.exists()]
     if not attempts:
         return []
-    told = [
-        f"  {attempt}; its story: modelparallel explain {folder.attempt(attempt.number).root}" for attempt in attempts
-    ]
+    told = [f"  {attempt}: modelparallel explain {folder.attempt(attempt.number).root}" for attempt in attempts]
     return ["", "it was started again after:", *told]
 
 

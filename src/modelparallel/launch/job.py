@@ -41,9 +41,9 @@ class JobSpec:
     `parameters` are the checked model parallel parameters, None for a job that is not model parallel; then nothing is
     published about them and the script's own `smp.init(...)` decides.
 
-    `max_restarts` is how often the job is started again after a failure. `fewer_processes` are the numbers of processes,
-    below `num_processes` and the largest first, with which it may then start. `devices` are those of the local ranks in
-    order, by the names that CUDA_VISIBLE_DEVICES takes; None for all of this host.
+    `max_restarts` is how often the job is started again after a failure. `fewer_processes` are the numbers of
+    processes, below `num_processes` and the largest first, with which it may then start. `devices` are those of the
+    local ranks in order, by the names that CUDA_VISIBLE_DEVICES takes; None for all of this host.
     """
 
     name: str
@@ -72,8 +72,8 @@ class JobSpec:
 @dataclass(frozen=True)
 class JobResult:
     """How a job ended. `exit_code` is 0, that of the first failing process (128 + signal number if it was killed by a
-    signal), 124 after the timeout, 130 after Ctrl-C, 143 after SIGTERM. `failure` and `exit_code` are those of the last of
-    the `attempts`; `seconds` are of all together. `is_stopped`: from outside, so that a restart was not due.
+    signal), 124 after the timeout, 130 after Ctrl-C, 143 after SIGTERM. `failure` and `exit_code` are those of the last
+    of the `attempts`; `seconds` are of all together. `is_stopped`: from outside, so that a restart was not due.
     """
 
     exit_code: int

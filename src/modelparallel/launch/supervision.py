@@ -22,8 +22,8 @@ _STACK_SECONDS = 0.5
 
 
 class RankMonitor:
-    """Follows one job, attempt after attempt. `deaths` and `exit_codes` are those of the latest attempt, filled while it
-    runs; an exit code is known here only for processes that this process itself started.
+    """Follows one job, attempt after attempt. `deaths` and `exit_codes` are those of the latest attempt, filled while
+    it runs; an exit code is known here only for processes that this process itself started.
     """
 
     def __init__(self) -> None:
