@@ -185,7 +185,7 @@ def _job(
     if parameters is None and least != most:
         raise LaunchError(
             f"--nproc {nproc}: a range needs --parameters, which say which numbers of processes fit the model: add it "
-            "('{}' for a model on one device without copies), or give one number"
+            """('{"ddp": true}' for copies of a whole model), or give one number"""
         )
     if parameters is not None:
         given = parse_parameters(parameters, "--parameters")

@@ -1,8 +1,10 @@
 """Which device the processes of a job use, decided before any of them starts; and which still work after a failure."""
 
+import contextlib
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from typing import Literal
 
@@ -12,7 +14,7 @@ Device = Literal["cpu", "cuda"]
 
 #: Names the devices that a process may see, to CUDA.
 VISIBLE_VARIABLE = "CUDA_VISIBLE_DEVICES"
-#: Seconds that one device has to answer. Most of them pass with the import of torch and the start of CUDA.
+#: Seconds that the devices have to answer. Most of them pass with the import of torch and the start of CUDA.
 _PROBE_SECONDS = 120.0
 _PROBE = "import torch; assert torch.ones(1, device='cuda:0').sum().item() == 1"
 
@@ -77,12 +79,15 @@ def working_devices(environment: Mapping[str, str]) -> tuple[str, ...]:
         )
         for name in device_names(environment)
     }
+    deadline = time.monotonic() + _PROBE_SECONDS
     working = []
     for name, probe in probes.items():
         try:
-            if probe.wait(timeout=_PROBE_SECONDS) == 0:
+            if probe.wait(timeout=max(0.0, deadline - time.monotonic())) == 0:
                 working.append(name)
         except subprocess.TimeoutExpired:
-            # Not waited for: a process that hangs in the driver cannot be collected before the driver lets it go.
             probe.kill()
+            # A process that hangs in the driver cannot be collected before the driver lets it go.
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                probe.wait(timeout=1.0)
     return tuple(working)

@@ -121,11 +121,10 @@ class JobHandle:
     def _checked(self) -> JobResult:
         if self._result is None:
             raise LaunchError(f"job {self.name} has not been run: call fit()")
-        if self._result.exit_code != 0:
-            raise JobFailedError(
-                self._result.message, self._result.exit_code, self._result.failure, self._result.folder
-            )
-        return self._result
+        result = self._result
+        if result.exit_code != 0:
+            raise JobFailedError(result.message, result.exit_code, result.failure, result.folder, result.attempts)
+        return result
 
 
 class PyTorch:

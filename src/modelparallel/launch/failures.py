@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from modelparallel.errors import LaunchError
+from modelparallel.launch.attempts import Attempt
 from modelparallel.launch.folder import JobFolder
 
 #: A process that was killed counts as dead this long before its death was seen: its peers report the broken connection
@@ -70,10 +71,18 @@ class RankFailure:
 
 
 class JobFailedError(LaunchError):
-    """A job was started and did not succeed. `exit_code`, `failure` (or None) and `folder` say more."""
+    """A job was started and did not succeed. `exit_code`, `failure` (or None), `folder` and `attempts` say more."""
 
-    def __init__(self, message: str, exit_code: int, failure: RankFailure | None, folder: JobFolder) -> None:
+    def __init__(
+        self,
+        message: str,
+        exit_code: int,
+        failure: RankFailure | None,
+        folder: JobFolder,
+        attempts: tuple[Attempt, ...] = (),
+    ) -> None:
         super().__init__(message)
+        self.attempts = attempts
         self.exit_code = exit_code
         self.failure = failure
         self.folder = folder

@@ -138,8 +138,7 @@ def _run_attempts(job: JobSpec, monitor: RankMonitor) -> tuple[JobResult, list[A
         attempts.append(attempt)
         if job.max_restarts:
             write_attempts(job.folder, attempts)
-        # A rank that ended by SIGINT: somebody interrupted the job.
-        is_over = result.exit_code in (0, 128 + signal.SIGINT) or result.is_stopped or monitor.stop_reason is not None
+        is_over = result.exit_code == 0 or result.is_stopped or monitor.stop_reason is not None
         if is_over or len(attempts) > job.max_restarts:
             return result, attempts
         try:
