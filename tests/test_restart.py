@@ -48,13 +48,14 @@ def launch_training(tmp_path, *arguments, script_arguments=()):
     command = [sys.executable, "-m", "modelparallel", "run", "--device", "cpu", "--job-dir", str(tmp_path / "job")]
     command += ["--parameters", json.dumps(PARAMETERS), *arguments]
     command += [str(Path(__file__).with_name("restart_job.py")), str(tmp_path), *script_arguments]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=170)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     print(result.stdout, result.stderr)
     assert result.returncode == 0
     return result, [torch.load(path, weights_only=True) for path in sorted(tmp_path.glob("weights*.pt"))]
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(400)
 def test_killed_rank_restarts_and_ends_with_the_same_weights(tmp_path):
     whole = tmp_path / "whole"
     whole.mkdir()
@@ -74,6 +75,7 @@ def test_killed_rank_restarts_and_ends_with_the_same_weights(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(400)
 def test_training_goes_on_with_fewer_ranks(tmp_path):
     whole = tmp_path / "whole"
     whole.mkdir()
@@ -91,6 +93,7 @@ def test_training_goes_on_with_fewer_ranks(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(400)
 def test_training_goes_on_under_torchrun_s_own_restarts(tmp_path):
     """On several hosts torchrun starts the script; its agent keeps the store between the attempts."""
     whole = tmp_path / "whole"
@@ -101,7 +104,7 @@ def test_training_goes_on_under_torchrun_s_own_restarts(tmp_path):
     command += [str(Path(__file__).with_name("restart_job.py")), str(tmp_path)]
     command += ["--dies-in-step", "3", "--dying-rank", "1", "--deaths", "1"]
     environment = {**os.environ, "SM_HP_MP_PARAMETERS": json.dumps(PARAMETERS), "MODELPARALLEL_DEVICE": "cpu"}
-    result = subprocess.run(command, capture_output=True, text=True, timeout=170, env=environment)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
     for path in sorted(tmp_path.glob("weights*.pt")):
         torch.testing.assert_close(torch.load(path, weights_only=True), expected, rtol=0, atol=0)
@@ -395,3 +398,16 @@ def test_processes_that_cannot_be_ended_stop_the_restarts(tmp_path, devices, mon
     assert result.exit_code == 1 and len(result.attempts) == 1
     assert "1 processes of attempt 1 cannot be ended within 30 s" in result.message
     assert result.message.rstrip().endswith("ValueError: failure 0")
+
+
+def test_interrupt_between_two_attempts_ends_the_job(tmp_path, devices, monkeypatch):
+    def interrupt(environment):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(job, "working_devices", interrupt)
+    result = run_job(
+        job_of(tmp_path, write_script(tmp_path, FAILING), arguments=("1-raise",), max_restarts=3), io.StringIO()
+    )
+    assert (result.exit_code, len(result.attempts), result.failure) == (130, 1, None)
+    assert "stopped by SIGINT before attempt 2" in result.message
+    assert result.folder.failure_file.exists()

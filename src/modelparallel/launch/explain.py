@@ -77,7 +77,7 @@ def _earlier_attempts(folder: JobFolder) -> list[str]:
     attempts = [attempt for attempt in read_attempts(folder) if folder.attempt(attempt.number).root.exists()]
     if not attempts:
         return []
-    told = [f"  {attempt}: modelparallel explain {folder.attempt(attempt.number).root}" for attempt in attempts]
+    told = [f"  {attempt}; more: modelparallel explain {folder.attempt(attempt.number).root}" for attempt in attempts]
     return ["", "it was started again after:", *told]
 
 
