@@ -14,6 +14,7 @@ import math
 import os
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -27,6 +28,7 @@ from modelparallel.launch.devices import check_devices, resolve_device
 from modelparallel.launch.explain import explain as explain_job
 from modelparallel.launch.folder import JobFolder, default_folder, new_job_name
 from modelparallel.launch.job import Backend, JobSpec, check_script, run_job
+from modelparallel.launch.process_counts import fitting_counts, parse_process_counts
 from modelparallel.pipeline.grids import figures_text, grid_svg, grid_text
 from modelparallel.pipeline.schedule_checks import check_schedule
 from modelparallel.pipeline.scheduling import make_schedule
@@ -64,8 +66,12 @@ def run(
     context: typer.Context,
     script: Annotated[str, typer.Argument(help="The training script; what follows it are its own arguments.")],
     nproc: Annotated[
-        int | None,
-        typer.Option(min=1, help="Number of processes. Default: one per GPU; on the CPU, as many as the degrees need."),
+        str | None,
+        typer.Option(
+            help="Number of processes, or a range: 4:8 starts with as many as fit, and after a failure may go on with "
+            "fewer. Default: one per GPU; on the CPU, as many as the degrees need.",
+            metavar="N|MIN:MAX",
+        ),
     ] = None,
     backend: Annotated[str, typer.Option(help="elastic (torch's agent) or mpi (mpirun of Open MPI).")] = "",
     device: Annotated[str, typer.Option(help="auto, cpu (rehearse CUDA on the CPU) or cuda.")] = "auto",
@@ -79,15 +85,19 @@ def run(
         Path | None, typer.Option(help="The job folder. Default: ./modelparallel-jobs/<script>-<time>.")
     ] = None,
     timeout: Annotated[float | None, typer.Option(min=0.1, help="Stop the job after so many seconds.")] = None,
+    max_restarts: Annotated[
+        int, typer.Option(min=0, help="Start all processes again after a failure, up to so many times.")
+    ] = 0,
 ) -> None:
     """Run SCRIPT in several processes on this machine.
 
     The script runs in the current directory with its own arguments; each line of output begins with the rank. The exit
-    code is that of the first failing process, 124 after the timeout, 130 after Ctrl-C, 2 if nothing was started.
+    code is that of the first failing process (of the last attempt, with --max-restarts), 124 after the timeout, 130
+    after Ctrl-C, 2 if nothing was started.
     """
     try:
         job = _job(script, context.args, nproc, backend, device, parameters, channel or [], job_dir, timeout)
-        result = run_job(job)
+        result = run_job(replace(job, max_restarts=max_restarts))
     except SMPError as error:
         _stop(str(error), USAGE_EXIT_CODE)
     if result.exit_code != 0:
@@ -154,7 +164,7 @@ def explain(
 def _job(
     script: str,
     arguments: list[str],
-    nproc: int | None,
+    nproc: str | None,
     backend: str,
     device: str,
     parameters: str | None,
@@ -169,11 +179,20 @@ def _job(
         raise LaunchError(f"--backend {chosen_backend!r}: expected elastic or mpi")
     chosen_device, available = resolve_device(device)
     published: dict[str, Any] | None = None
-    num_processes = nproc or available or 1
+    least, most = (0, 0) if nproc is None else parse_process_counts(nproc)
+    num_processes = most or available or 1
+    fewer: list[int] = []
+    if parameters is None and least != most:
+        raise LaunchError(
+            f"--nproc {nproc}: a range needs --parameters, which say which numbers of processes fit the model: add it "
+            """('{"ddp": true}' for copies of a whole model), or give one number"""
+        )
     if parameters is not None:
         given = parse_parameters(parameters, "--parameters")
         config = validate_parameters(given, num_processes=None)
-        num_processes = nproc or available or config.pipeline_parallel_degree * config.tensor_parallel_degree
+        num_processes = most or available or config.pipeline_parallel_degree * config.tensor_parallel_degree
+        if least != most:
+            num_processes, *fewer = fitting_counts(config, least, most, available, f"--nproc {nproc}")
         config.check_world(num_processes)
         published = {**given, **config.given}
         published["partitions"] = published["pipeline_parallel_degree"] = config.pipeline_parallel_degree
@@ -194,6 +213,7 @@ def _job(
         channels=input_channels(dict(map(channel_option, channels))),
         preferred_port=int((published or {}).get("ddp_port", 7777)),
         timeout=timeout,
+        fewer_processes=tuple(fewer),
     )
 
 

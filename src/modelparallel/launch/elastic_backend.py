@@ -13,6 +13,7 @@ from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs, Signa
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from modelparallel.launch.attempts import MAX_RESTARTS_VARIABLE, RESTART_COUNT_VARIABLE
 from modelparallel.launch.environment import HOST_ADDRESS, interpreter, worker_command
 from modelparallel.launch.failures import JobInterrupted
 from modelparallel.launch.folder import JobFolder
@@ -45,6 +46,9 @@ class _JobLogsSpecs(LogsSpecs):
                 # The agent's own variables (its address, its store) are the right ones.
                 variables.setdefault(name, value)
             variables["OMP_NUM_THREADS"] = self._environment["OMP_NUM_THREADS"]
+            # The agent counts its own restarts, and each attempt has an agent of its own ([Note: attempts]).
+            variables["TORCHELASTIC_RESTART_COUNT"] = self._environment[RESTART_COUNT_VARIABLE]
+            variables["TORCHELASTIC_MAX_RESTARTS"] = self._environment[MAX_RESTARTS_VARIABLE]
             error_file = str(self._folder.status / f"rank_{global_rank}.elastic.json")
             variables["TORCHELASTIC_ERROR_FILE"] = error_file
             destinations.error_files[local_rank] = error_file

@@ -13,6 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from modelparallel.event_files import DIRECTORY_VARIABLE
+from modelparallel.launch.attempts import MAX_RESTARTS_VARIABLE, RESTART_COUNT_VARIABLE
 from modelparallel.launch.processes import JOB_VARIABLE
 
 if TYPE_CHECKING:
@@ -143,8 +144,13 @@ def toolkit_environment(job: JobSpec) -> dict[str, str]:
     return environment
 
 
-def job_environment(job: JobSpec, port: int, outer: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Every variable that the launcher sets for the processes of a job, over those of its own environment."""
+def job_environment(
+    job: JobSpec, port: int, outer: Mapping[str, str] | None = None, *, restart_count: int = 0
+) -> dict[str, str]:
+    """Every variable that the launcher sets for the processes of a job, over those of its own environment.
+
+    `restart_count`: how often the job was started before.
+    """
     outer = os.environ if outer is None else outer
     environment = {
         # One process per core is the rule in training; torchrun has the same default of one thread.
@@ -163,7 +169,11 @@ def job_environment(job: JobSpec, port: int, outer: Mapping[str, str] | None = N
         "MASTER_PORT": str(port),
         JOB_VARIABLE: str(job.folder.description),
         DIRECTORY_VARIABLE: str(job.folder.events),
+        RESTART_COUNT_VARIABLE: str(restart_count),
+        MAX_RESTARTS_VARIABLE: str(job.max_restarts),
     }
+    if job.devices is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(job.devices)
     if job.device == "cpu":
         # The CPU was chosen on a machine that may have GPUs: libraries must not find them.
         environment["CUDA_VISIBLE_DEVICES"] = ""

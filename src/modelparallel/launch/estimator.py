@@ -21,6 +21,7 @@ from modelparallel.launch.environment import command_arguments
 from modelparallel.launch.failures import JobFailedError
 from modelparallel.launch.folder import JobFolder, default_folder, new_job_name
 from modelparallel.launch.job import Backend, JobResult, JobSpec, check_script, run_job
+from modelparallel.launch.process_counts import checked_range, fitting_counts
 from modelparallel.launch.supervision import RankMonitor
 
 logger = logging.getLogger("modelparallel.launch")
@@ -120,11 +121,10 @@ class JobHandle:
     def _checked(self) -> JobResult:
         if self._result is None:
             raise LaunchError(f"job {self.name} has not been run: call fit()")
-        if self._result.exit_code != 0:
-            raise JobFailedError(
-                self._result.message, self._result.exit_code, self._result.failure, self._result.folder
-            )
-        return self._result
+        result = self._result
+        if result.exit_code != 0:
+            raise JobFailedError(result.message, result.exit_code, result.failure, result.folder, result.attempts)
+        return result
 
 
 class PyTorch:
@@ -142,13 +142,16 @@ class PyTorch:
         environment: more variables for the script.
         base_job_name: begins the job's name.
         checkpoint_local_path: where the job folder's `checkpoints` leads; a path below /opt/ml is in the job folder.
-        max_run: seconds after which the job is stopped.
+        max_run: seconds after which the job is stopped, all attempts together.
 
     Arguments that only exist here:
         job_dir: the job folder; default ./modelparallel-jobs/<job name>.
         backend: "elastic" or "mpi"; default: the variable MODELPARALLEL_BACKEND, else "elastic".
         device: "auto", "cpu" or "cuda"; default: what `instance_type` says.
         pass_mp_parameters: whether the script also gets `--mp_parameters k=v,...`, as in the cloud.
+        max_restarts: how often the job is started again after a failure; the script goes on from its checkpoint.
+        min_processes: with how few processes it may go on, if devices are lost or a rank fails again and again; default
+            `processes_per_host`. Only numbers that the degrees allow are used.
 
     Every other argument of the original is accepted and named in the log; an unknown one is an error.
     Spec: smp-config sections 2, 3 and 5.
@@ -175,6 +178,8 @@ class PyTorch:
         backend: str | None = None,
         device: str | None = None,
         pass_mp_parameters: bool = True,
+        max_restarts: int = 0,
+        min_processes: int | None = None,
         **others: Any,
     ) -> None:
         self.entry_point = entry_point
@@ -190,6 +195,10 @@ class PyTorch:
         self.backend = _chosen_backend(backend)
         self.device = device
         self.pass_mp_parameters = pass_mp_parameters
+        self.max_restarts = _checked_count(max_restarts, "max_restarts", 0)
+        self.min_processes = None if min_processes is None else _checked_count(min_processes, "min_processes", 1)
+        if min_processes is not None and distribution is None:
+            raise LaunchError("min_processes: without distribution the job has one process")
         self.latest_training_job: JobHandle | None = None
         _check_names(others)
         named = {
@@ -244,12 +253,19 @@ class PyTorch:
         device, available = resolve_device(device_asked)
         parameters: dict[str, Any] | None = None
         num_processes, mpi_options = 1, ""
+        fewer: list[int] = []
         if self.distribution is not None:
+            # With min_processes the job may begin with fewer than processes_per_host.
+            must_have_all = device == "cuda" and self.min_processes is None
             checked = validate_distribution(
-                self.distribution, self.instance_count, devices_per_host=available if device == "cuda" else None
+                self.distribution, self.instance_count, devices_per_host=available if must_have_all else None
             )
             parameters = checked.parameters
             num_processes, mpi_options = checked.num_processes, checked.custom_mpi_options
+            if self.min_processes is not None:
+                where = f"min_processes={self.min_processes}, processes_per_host={num_processes}"
+                least, most = checked_range(self.min_processes, num_processes, where)
+                num_processes, *fewer = fitting_counts(checked.config, least, most, available, where)
         check_devices(num_processes, device, available)
         hyperparameters = dict(self.hyperparameters)
         arguments = dict(hyperparameters)
@@ -281,6 +297,8 @@ class PyTorch:
             preferred_port=int((parameters or {}).get("ddp_port", 7777)),
             timeout=self.max_run,
             checkpoints=self._checkpoints(),
+            max_restarts=self.max_restarts,
+            fewer_processes=tuple(fewer),
         )
 
     def _local_device(self) -> str:
@@ -331,6 +349,12 @@ def _check_names(others: Mapping[str, Any]) -> None:
     for name in others:
         if name not in known:
             raise LaunchError(f"estimator: unknown argument {name!r}: did you mean {nearest(name, known)!r}?")
+
+
+def _checked_count(value: Any, name: str, least: int) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise LaunchError(f"{name}: expected int >= {least}, got {value!r}")
+    return value
 
 
 def _chosen_backend(backend: str | None) -> Backend:

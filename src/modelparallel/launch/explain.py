@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from modelparallel.errors import LaunchError
+from modelparallel.launch.attempts import read_attempts
 from modelparallel.launch.folder import JobFolder
 
 # What an error is that only passes on the failure of another rank.
@@ -65,7 +66,22 @@ class RankStory:
 
 
 def explain(folder: JobFolder) -> str:
-    """The story of the job in ``folder``. Raises LaunchError if there is no job."""
+    """The story of the job in ``folder``; of its latest attempt, if it was started again.
+
+    Raises LaunchError if there is no job.
+    """
+    return "\n".join([_explain_attempt(folder), *_earlier_attempts(folder)])
+
+
+def _earlier_attempts(folder: JobFolder) -> list[str]:
+    attempts = [attempt for attempt in read_attempts(folder) if folder.attempt(attempt.number).root.exists()]
+    if not attempts:
+        return []
+    told = [f"  {attempt}; more: modelparallel explain {folder.attempt(attempt.number).root}" for attempt in attempts]
+    return ["", "it was started again after:", *told]
+
+
+def _explain_attempt(folder: JobFolder) -> str:
     stories = _read(folder)
     errors = {rank: story.error for rank, story in stories.items() if story.error is not None}
     if not errors and not any(story.is_silent for story in stories.values()):

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from modelparallel.errors import LaunchError
+from modelparallel.launch.attempts import Attempt
 from modelparallel.launch.folder import JobFolder
 
 #: A process that was killed counts as dead this long before its death was seen: its peers report the broken connection
@@ -54,6 +55,12 @@ class RankFailure:
             return self.exit_code
         return 128 - self.exit_code
 
+    @property
+    def reason(self) -> str:
+        """Who failed and why, in one line: `rank 1 was killed by SIGKILL`."""
+        summary = self.summary.removeprefix("it ")
+        return f"rank {self.global_rank}{': ' if summary == self.summary else ' '}{summary}"
+
     def render(self, num_processes: int, seconds: float) -> str:
         """The text for the user: who, where the log is, and last the traceback."""
         head = (
@@ -64,10 +71,18 @@ class RankFailure:
 
 
 class JobFailedError(LaunchError):
-    """A job was started and did not succeed. `exit_code`, `failure` (or None) and `folder` say more."""
+    """A job was started and did not succeed. `exit_code`, `failure` (or None), `folder` and `attempts` say more."""
 
-    def __init__(self, message: str, exit_code: int, failure: RankFailure | None, folder: JobFolder) -> None:
+    def __init__(
+        self,
+        message: str,
+        exit_code: int,
+        failure: RankFailure | None,
+        folder: JobFolder,
+        attempts: tuple[Attempt, ...] = (),
+    ) -> None:
         super().__init__(message)
+        self.attempts = attempts
         self.exit_code = exit_code
         self.failure = failure
         self.folder = folder

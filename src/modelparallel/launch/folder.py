@@ -6,6 +6,8 @@
     logs/launcher.log                    what the launcher said; elastic.log, mpirun.log: what the backend said
     events/rank<rank>.jsonl              what a rank wrote down of its last events when a step failed
     status/                              how each process tells the launcher that it started, failed or finished
+    attempts/<number>/                   logs, events and status of an attempt that was followed by another one
+    attempts/attempts.json               how each attempt ended, if the job may restart
 
 Only names and files; who runs what in it is in job.py.
 """
@@ -98,6 +100,18 @@ class JobFolder:
         """The file from which every process of the job reads what it has to do."""
         return self.status / "job.json"
 
+    @property
+    def attempts(self) -> Path:
+        return self.root / "attempts"
+
+    @property
+    def attempts_file(self) -> Path:
+        return self.attempts / "attempts.json"
+
+    def attempt(self, number: int) -> "JobFolder":
+        """Where `put_aside` has put logs, events and status of an attempt; the rest of a job's files is not there."""
+        return JobFolder(self.attempts / str(number))
+
     def rank_log(self, global_rank: int) -> Path:
         return self.logs / f"rank_{global_rank}.log"
 
@@ -114,10 +128,10 @@ class JobFolder:
         return self.status / f"rank_{global_rank}.finished.json"
 
     def prepare(self, source_dir: Path, channels: Mapping[str, Path], checkpoints: Path | None = None) -> None:
-        """Make the directories and links. Logs, status, events and failure of an earlier run in this folder go;
-        model, output data and checkpoints stay, so that a job can go on where it stopped.
+        """Make the directories and links. Logs, status, events, attempts and failure of an earlier run in this
+        folder go; model, output data and checkpoints stay, so that a job can go on where it stopped.
         """
-        for old in (self.logs, self.status, self.events, self.input):
+        for old in (self.logs, self.status, self.events, self.attempts, self.input):
             shutil.rmtree(old, ignore_errors=True)
         self.failure_file.unlink(missing_ok=True)
         for directory in (
@@ -144,6 +158,21 @@ class JobFolder:
         else:
             checkpoints.mkdir(parents=True, exist_ok=True)
             _link(self.checkpoints, checkpoints)
+
+    def put_aside(self, number: int) -> None:
+        """Move logs, events and status of an attempt that has ended to a folder of its own; the launcher's log stays.
+        No process of the attempt is alive.
+        """
+        target = self.attempt(number)
+        target.root.mkdir(parents=True)
+        for directory in (self.logs, self.status, self.events):
+            if directory.exists():
+                directory.rename(target.root / directory.name)
+        for directory in (self.logs, self.status):
+            directory.mkdir()
+        kept = target.logs / self.launcher_log.name
+        if kept.exists():
+            kept.rename(self.launcher_log)
 
     def write_input_config(self, name: str, content: Mapping[str, Any]) -> None:
         """Write input/config/<name>.json."""

@@ -2,14 +2,18 @@
 
 import json
 import logging
+import os
+import signal
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
 from modelparallel.errors import LaunchError
+from modelparallel.launch.attempts import Attempt, history, next_start, write_attempts
+from modelparallel.launch.devices import Device, device_names, working_devices
 from modelparallel.launch.environment import job_environment, resource_config
 from modelparallel.launch.failures import JobInterrupted, RankFailure, first_failure
 from modelparallel.launch.folder import JobFolder
@@ -18,7 +22,6 @@ from modelparallel.launch.rendezvous_port import reserved_port
 from modelparallel.launch.supervision import RankMonitor
 
 Backend = Literal["elastic", "mpi"]
-Device = Literal["cpu", "cuda"]
 
 logger = logging.getLogger("modelparallel.launch")
 
@@ -26,6 +29,8 @@ logger = logging.getLogger("modelparallel.launch")
 TIMEOUT_EXIT_CODE = 124
 #: Seconds that helpers of the script (data loader workers, ...) have to end after it succeeded.
 LEFTOVER_SECONDS = 2.0
+#: Seconds that the killed processes of a failed attempt have to be gone before the next one starts.
+LEAVE_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,10 @@ class JobSpec:
     `arguments` is the script's full command line. `hyperparameters` is what is published in SM_HPS and SM_HP_*.
     `parameters` are the checked model parallel parameters, None for a job that is not model parallel; then nothing is
     published about them and the script's own `smp.init(...)` decides.
+
+    `max_restarts` is how often the job is started again after a failure. `fewer_processes` are the numbers of
+    processes, below `num_processes` and the largest first, with which it may then start. `devices` are those of the
+    local ranks in order, by the names that CUDA_VISIBLE_DEVICES takes; None for all of this host.
     """
 
     name: str
@@ -55,12 +64,16 @@ class JobSpec:
     preferred_port: int = 7777
     timeout: float | None = None
     checkpoints: Path | None = None
+    max_restarts: int = 0
+    fewer_processes: tuple[int, ...] = ()
+    devices: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
 class JobResult:
     """How a job ended. `exit_code` is 0, that of the first failing process (128 + signal number if it was killed by a
-    signal), 124 after the timeout, 130 after Ctrl-C, 143 after SIGTERM.
+    signal), 124 after the timeout, 130 after Ctrl-C, 143 after SIGTERM. `failure` and `exit_code` are those of the last
+    of the `attempts`; `seconds` are of all together. `is_stopped`: from outside, so that a restart was not due.
     """
 
     exit_code: int
@@ -68,6 +81,8 @@ class JobResult:
     folder: JobFolder
     failure: RankFailure | None = None
     message: str = ""
+    is_stopped: bool = False
+    attempts: tuple[Attempt, ...] = ()
 
 
 def check_script(script: Path, what: str = "entry point") -> None:
@@ -81,21 +96,89 @@ def check_script(script: Path, what: str = "entry point") -> None:
 def run_job(job: JobSpec, output: TextIO | None = None, monitor: RankMonitor | None = None) -> JobResult:
     """Run the job to its end and say how it ended. Output of the processes goes to `output` (default: stdout), each
     line prefixed by its rank. Failures of the script are in the result; only a job that could not be started raises.
+
+    After a failure all processes are ended and started again, up to `job.max_restarts` times; not after a timeout, a
+    signal to this process, or `monitor.request_stop`.
     """
     output = output or sys.stdout
     check_script(job.script)
     folder = job.folder
-    with folder.held(), reserved_port(job.preferred_port) as port:
+    with folder.held():
         folder.prepare(job.source_dir, job.channels, job.checkpoints)
-        _describe(job)
-        environment = job_environment(job, port)
         monitor = monitor or RankMonitor()
-        monitor.attach(folder, job.num_processes, output, job.timeout)
+        monitor.attach(folder, output, job.timeout)
         monitor.say(_opening_line(job))
         for line in _notices(job):
             monitor.say(line)
         started = time.monotonic()
-        monitor.start()
+        result, attempts = _run_attempts(job, monitor)
+        seconds = time.monotonic() - started
+        message = result.message
+        if len(attempts) > 1:
+            # The traceback stays the last thing that is shown.
+            message = (
+                f"job {job.name} {'was stopped' if result.is_stopped else 'failed'} in attempt {len(attempts)} of "
+                f"{job.max_restarts + 1}, after {seconds:.1f} s:\n"
+                f"{history(attempts, folder)}\n{message}"
+            )
+        if result.exit_code == 0:
+            restarts = f", in attempt {len(attempts)} of {job.max_restarts + 1}" if len(attempts) > 1 else ""
+            monitor.say(f"job {job.name} finished in {seconds:.1f} s{restarts}")
+            message = ""
+        else:
+            folder.failure_file.write_text(message + "\n", encoding="utf-8")
+        return replace(result, seconds=seconds, message=message, attempts=tuple(attempts))
+
+
+def _run_attempts(job: JobSpec, monitor: RankMonitor) -> tuple[JobResult, list[Attempt]]:
+    """Start the job until it succeeds, must not be started again, or was started often enough: the last result."""
+    attempts: list[Attempt] = []
+    while True:
+        result, attempt = _run_attempt(job, monitor, len(attempts) + 1)
+        attempts.append(attempt)
+        if job.max_restarts:
+            write_attempts(job.folder, attempts)
+        is_over = result.exit_code == 0 or result.is_stopped or monitor.stop_reason is not None
+        if is_over or len(attempts) > job.max_restarts:
+            return result, attempts
+        try:
+            job = _prepare_restart(job, monitor, attempts)
+        except LaunchError as error:
+            return replace(result, message=f"{error}\n{result.message}"), attempts
+        except KeyboardInterrupt:
+            message = f"job {job.name} was stopped by SIGINT before attempt {len(attempts) + 1}"
+            return replace(result, exit_code=128 + signal.SIGINT, failure=None, message=message), attempts
+
+
+def _prepare_restart(job: JobSpec, monitor: RankMonitor, attempts: list[Attempt]) -> JobSpec:
+    """What to start next. Raises `LaunchError` if there is nothing that can be."""
+    if num_left := end_leftovers(job.folder.description, patience=LEAVE_SECONDS):
+        raise LaunchError(
+            f"{num_left} processes of attempt {len(attempts)} cannot be ended within {LEAVE_SECONDS:g} s (they hang in "
+            "the system, as after a fault of a device or a file server): the job is not started again beside them"
+        )
+    names: tuple[str, ...] = ()
+    working: tuple[str, ...] = ()
+    if job.device == "cuda":
+        surroundings = {**os.environ, **job.environment}
+        names, working = device_names(surroundings), working_devices(surroundings)
+    start = next_start((job.num_processes, *job.fewer_processes), attempts, names, working)
+    job.folder.put_aside(len(attempts))
+    last = attempts[-1]
+    monitor.say(f"attempt {len(attempts) + 1} of {job.max_restarts + 1} after: {last.reason}")
+    if start.why:
+        devices = "" if start.devices is None else f" on devices {', '.join(start.devices)}"
+        monitor.say(f"{start.num_processes} processes{devices} (there were {last.num_processes}): {start.why}")
+    fewer = tuple(count for count in job.fewer_processes if count < start.num_processes)
+    return replace(job, num_processes=start.num_processes, fewer_processes=fewer, devices=start.devices)
+
+
+def _run_attempt(job: JobSpec, monitor: RankMonitor, number: int) -> tuple[JobResult, Attempt]:
+    folder, moment, started = job.folder, time.time(), time.monotonic()
+    with reserved_port(job.preferred_port) as port:
+        _describe(job)
+        environment = job_environment(job, port, restart_count=number - 1)
+        monitor.start(job.num_processes)
         interrupted: JobInterrupted | None = None
         exit_codes: dict[int, int] = {}
         code = 1
@@ -105,14 +188,13 @@ def run_job(job: JobSpec, output: TextIO | None = None, monitor: RankMonitor | N
             interrupted = interruption
         finally:
             end_leftovers(folder.description, patience=LEFTOVER_SECONDS if code == 0 else 0.0)
-            monitor.close()
-        seconds = time.monotonic() - started
-        result = _outcome(job, monitor, code, exit_codes, interrupted, seconds)
-        if result.exit_code == 0:
-            monitor.say(f"job {job.name} finished in {seconds:.1f} s")
-        else:
-            folder.failure_file.write_text(result.message + "\n", encoding="utf-8")
-        return result
+            monitor.finish()
+    seconds = time.monotonic() - started
+    result = _outcome(job, monitor, code, exit_codes, interrupted, seconds)
+    first_rank = None if result.failure is None else result.failure.global_rank
+    reason = result.message if result.failure is None else result.failure.reason
+    attempt = Attempt(number, job.num_processes, moment, seconds, result.exit_code, first_rank, reason, job.devices)
+    return result, attempt
 
 
 def _run_backend(
@@ -175,11 +257,12 @@ def _outcome(
 ) -> JobResult:
     if interrupted is not None:
         message = f"job {job.name} was stopped by {interrupted.signal.name} after {seconds:.1f} s"
-        return JobResult(128 + interrupted.signal, seconds, job.folder, message=message)
+        return JobResult(128 + interrupted.signal, seconds, job.folder, message=message, is_stopped=True)
     if monitor.stop_reason is not None:
         is_timeout = monitor.has_timed_out
         message = f"job {job.name} was stopped after {seconds:.1f} s: {monitor.stop_reason}"
-        return JobResult(TIMEOUT_EXIT_CODE if is_timeout else 143, seconds, job.folder, message=message)
+        exit_code = TIMEOUT_EXIT_CODE if is_timeout else 143
+        return JobResult(exit_code, seconds, job.folder, message=message, is_stopped=True)
     if code == 0:
         return JobResult(0, seconds, job.folder)
     failure = first_failure(job.folder, monitor.deaths, {**exit_codes, **monitor.exit_codes}, job.num_processes)

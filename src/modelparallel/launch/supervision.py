@@ -22,8 +22,8 @@ _STACK_SECONDS = 0.5
 
 
 class RankMonitor:
-    """Follows one job. `deaths` and `exit_codes` are filled while it runs; an exit code is known here only for
-    processes that this process itself started.
+    """Follows one job, attempt after attempt. `deaths` and `exit_codes` are those of the latest attempt, filled while
+    it runs; an exit code is known here only for processes that this process itself started.
     """
 
     def __init__(self) -> None:
@@ -39,16 +39,22 @@ class RankMonitor:
         self._stop_at: float | None = None
         self._was_terminated = False
 
-    def attach(self, folder: JobFolder, num_processes: int, output: TextIO, timeout: float | None) -> None:
-        """Say which job to follow."""
+    def attach(self, folder: JobFolder, output: TextIO, timeout: float | None) -> None:
+        """Say which job to follow; its time, all attempts together, runs from now on."""
         self._folder = folder
-        self._num_processes = num_processes
         self._console = Console(output, folder)
-        self._relays = [LogRelay(folder, global_rank, self._console) for global_rank in range(num_processes)]
         self._timeout = timeout
+        self._deadline = None if timeout is None else time.monotonic() + timeout
 
-    def start(self) -> None:
-        self._deadline = None if self._timeout is None else time.monotonic() + self._timeout
+    def start(self, num_processes: int) -> None:
+        """Follow an attempt with so many processes. A stop that was asked for before it counts for it, too."""
+        self._num_processes = num_processes
+        self._relays = [LogRelay(self._folder, global_rank, self._console) for global_rank in range(num_processes)]
+        self.deaths, self.exit_codes = {}, {}
+        self._started.clear()
+        self._failed_at = self._stop_at = None
+        self._was_terminated = False
+        self._closing.clear()
         self._thread = threading.Thread(target=self._run, name="modelparallel-monitor", daemon=True)
         self._thread.start()
 
@@ -66,8 +72,8 @@ class RankMonitor:
         """Whether any process of the job is known to be alive."""
         return bool(self._alive)
 
-    def close(self) -> None:
-        """Show the rest of the logs and end the thread. All processes of the job have ended."""
+    def finish(self) -> None:
+        """Show the rest of the logs and end the thread. All processes of the attempt have ended."""
         self._closing.set()
         if self._thread is not None:
             self._thread.join()

@@ -1,0 +1,90 @@
+"""A training job that goes on from its newest checkpoint, and can be told to die; also a script to launch."""
+
+import argparse
+import os
+import signal
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import modelparallel as smp
+
+PARAMETERS = {"pipeline_parallel_degree": 2, "microbatches": 2, "ddp": True, "timeout_seconds": 60}
+NUM_STEPS = 6
+GLOBAL_BATCH = 16
+STEPS_BETWEEN_CHECKPOINTS = 2
+
+
+def make_model():
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 4))
+
+
+def own_batch(step):
+    """This rank's part of the global batch of the step, which is the same for every number of ranks."""
+    generator = torch.Generator().manual_seed(step)
+    x = torch.randn(GLOBAL_BATCH, 8, generator=generator)
+    y = torch.randint(0, 4, (GLOBAL_BATCH,), generator=generator)
+    return x[smp.dp_rank() :: smp.dp_size()], y[smp.dp_rank() :: smp.dp_size()]
+
+
+def save(folder, step, model, optimizer):
+    """Whole states in one file, which is there completely or not at all."""
+    states = {"step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    if smp.rank() == 0:
+        partial = folder / "partial"
+        torch.save(states, partial)
+        partial.replace(folder / "newest.pt")
+    smp.barrier()
+
+
+def resume(folder, model, optimizer):
+    """The number of steps that the newest checkpoint has behind it."""
+    if not (folder / "newest.pt").exists():
+        return 0
+    states = torch.load(folder / "newest.pt", weights_only=True)
+    model.load_state_dict(states["model"])
+    optimizer.load_state_dict(states["optimizer"])
+    return states["step"]
+
+
+def train(folder, dies_in_step=None, dying_rank=None):
+    """Train to the end, from the newest checkpoint; returns the weights. The process of the dying rank kills itself
+    between forward and backward of a step.
+    """
+    folder = Path(folder)
+    model = smp.DistributedModel(make_model())
+    optimizer = smp.DistributedOptimizer(torch.optim.Adam(model.parameters(), lr=0.05))
+
+    @smp.step
+    def train_step(model, x, y, step):
+        loss = F.cross_entropy(model(x), y)
+        if step == dies_in_step and smp.rank() == dying_rank:
+            os.kill(os.getpid(), signal.SIGKILL)
+        model.backward(loss)
+        return loss
+
+    first = resume(folder, model, optimizer)
+    for step in range(first, NUM_STEPS):
+        print(f"step {step} of {smp.size()} ranks", flush=True)
+        optimizer.zero_grad()
+        train_step(model, *own_batch(step), step)
+        optimizer.step()
+        if (step + 1) % STEPS_BETWEEN_CHECKPOINTS == 0:
+            save(folder, step + 1, model, optimizer)
+    return dict(model.state_dict())
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder")
+    parser.add_argument("--dies-in-step", type=int)
+    parser.add_argument("--dying-rank", type=int)
+    parser.add_argument("--deaths", type=int, default=0, help="in so many attempts")
+    args = parser.parse_args()
+    smp.init()
+    dies = int(os.environ["TORCHELASTIC_RESTART_COUNT"]) < args.deaths
+    weights = train(args.folder, args.dies_in_step if dies else None, args.dying_rank)
+    torch.save(weights, Path(args.folder) / f"weights{smp.rank()}.pt")
