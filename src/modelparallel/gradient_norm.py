@@ -40,11 +40,21 @@ class NonFiniteGradientError(SMPError, RuntimeError):
 
 @dataclass(frozen=True)
 class _Part:
-    """A gradient that is here, and whether this rank counts it: of the ranks of an MP_GROUP, and of the world."""
+    """A gradient that is here, and whether this rank counts it: of the ranks of an MP_GROUP, and of the world.
+
+    ``scale``: that of the loss, where the gradient still has it (fp16, a parameter that no optimizer updates).
+    """
 
     gradient: torch.Tensor
     is_counted_in_replica: bool
     is_counted_in_world: bool
+    scale: float = 1.0
+
+    @property
+    def exact(self) -> torch.Tensor:
+        """What is here of the gradient, without the scale of the loss."""
+        local = local_part(self.gradient)
+        return local if self.scale == 1.0 else local.float() / self.scale
 
 
 def clip_grad_norm_(
@@ -102,11 +112,7 @@ def total_norm(runtime: Runtime, parts: Sequence[_Part], norm_type: float) -> to
             "without join(), or leave shard_optimizer_state out"
         )
     group = groups.world if is_shared_out else groups.mp
-    own = [
-        local_part(part.gradient)
-        for part in parts
-        if (part.is_counted_in_world if is_shared_out else part.is_counted_in_replica)
-    ]
+    own = [part.exact for part in parts if (part.is_counted_in_world if is_shared_out else part.is_counted_in_replica)]
     total = torch.zeros((), dtype=torch.float64, device=device)
     with torch.no_grad():
         norms = [norm.double().to(device) for norm in _norms(own, order)]
@@ -166,21 +172,27 @@ def parts_of(runtime: Runtime, tensors: Iterable[torch.Tensor]) -> list[_Part]:
         elif owner is not None and owner.gradients.shards is not None and owner.gradients.shards.has(parameter):
             members = [(shard.tensor, shard) for shard in owner.gradients.shards.shards_of(parameter)]
         row = owner.table.row_of(parameter) if owner is not None else None
-        parts.extend(_part(runtime, member.grad, row, shard) for member, shard in members if member.grad is not None)
+        is_updated = found is not None or any(other.targets.has(parameter) for other in optimizers)
+        scale = 1.0 if owner is None or is_updated else owner.loss_scale
+        parts.extend(
+            _part(runtime, member.grad, row, shard, scale) for member, shard in members if member.grad is not None
+        )
     return parts
 
 
-def _part(runtime: Runtime, gradient: torch.Tensor, row: ParameterRow | None, shard: Shard | None) -> _Part:
+def _part(
+    runtime: Runtime, gradient: torch.Tensor, row: ParameterRow | None, shard: Shard | None, scale: float
+) -> _Part:
     groups = runtime.session.groups
     is_first_replica = groups.rdp.rank_in_group == 0
     if row is None:  # of no model of ours: equal on all ranks, as far as we can know
         is_first = groups.mp.rank_in_group == 0
-        return _Part(gradient, is_first, is_first and is_first_replica)
+        return _Part(gradient, is_first, is_first and is_first_replica, scale)
     is_home = row.home is None or row.home == runtime.engine.stage
     if shard is not None:
-        return _Part(gradient, is_home and shard.is_counted, is_home and shard.is_counted)
+        return _Part(gradient, is_home and shard.is_counted, is_home and shard.is_counted, scale)
     is_counted = is_home and (row.split is not None or groups.tp.rank_in_group == 0)
-    return _Part(gradient, is_counted, is_counted and is_first_replica)
+    return _Part(gradient, is_counted, is_counted and is_first_replica, scale)
 
 
 @torch.no_grad()

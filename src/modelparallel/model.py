@@ -244,6 +244,11 @@ class DistributedModel(ModelParameters):
             seeds = [_scaled_seed(root, seed, scale) for root, seed in zip(roots, seeds, strict=True)]
         torch.autograd.backward(roots, seeds)
 
+    @property
+    def loss_scale(self) -> float:
+        """What the loss of a backward is multiplied by: 1 except with fp16. Local."""
+        return self._precision.loss_scale()
+
     def _push_small_outputs(self, output: Any) -> None:
         program = self._runtime.engine.program
         limit = self._runtime.engine.push_limit_bytes

@@ -302,10 +302,10 @@ class ModelGradients:
             if self.sharding is not None:
                 self.sharding.leave_no_sync()
 
-    def forget(self) -> None:
-        """Forget all gradients of parameters that are shared out (``zero_grad``). Local."""
+    def forget(self, *, set_to_none: bool) -> None:
+        """``zero_grad`` of the parameters that are shared out. Local."""
         if self.shards is not None:
-            self.shards.forget_gradients()
+            self.shards.forget_gradients(set_to_none=set_to_none)
 
     # Buffers, and ranks with fewer batches
 

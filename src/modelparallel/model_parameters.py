@@ -69,9 +69,9 @@ class ModelParameters(nn.Module):
                 yield name, buffer
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget the gradients of the parameters that this rank holds, reduced or not."""
+        """Forget the gradients of the parameters that this rank holds, reduced or not, or fill them with zeros."""
         super().zero_grad(set_to_none)
-        self.gradients.forget()
+        self.gradients.forget(set_to_none=set_to_none)
 
     def virtual_named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """(name, parameter) of all parameters in the order of the model, equal on all ranks.

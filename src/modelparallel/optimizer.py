@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from modelparallel import runtime as runtime_module
 from modelparallel.errors import SMPConfigError
 from modelparallel.memory_use import explaining_memory
 from modelparallel.optimizer_norms import DistributedNorms
-from modelparallel.optimizer_targets import Targets
+from modelparallel.optimizer_targets import Targets, updates_each_element_alone
 from modelparallel.precision import LossScaler
 
 logger = logging.getLogger("modelparallel")
@@ -73,6 +73,8 @@ class DistributedOptimizer(torch.optim.Optimizer):
         # Not torch.optim.Optimizer.__init__: groups and state are those of the inner optimizer.
         self.__dict__["optimizer"] = optimizer
         self._runtime = runtime_module.current()
+        if self._runtime.session.groups.mp.size > 1:
+            updates_each_element_alone(optimizer)  # raises for one that looks at all parameters together
         self._all: list[list[nn.Parameter]] = []
         self._waiting_state: tuple[Mapping[str, Any], bool] | None = None
         self.loss_scaler = scaler if self._runtime.session.config.fp16 else LossScaler(1.0, None)
@@ -162,7 +164,9 @@ class DistributedOptimizer(torch.optim.Optimizer):
             self._check_parameters()
         config = self._runtime.session.config
         clips = config.sharded_data_parallel_degree > 1
-        if self.targets.are_trivial and not clips and not config.fp16:
+        # A closure may run the first step, in which the model is partitioned and shards take the parameters' place.
+        is_settled = closure is None or not self.has_unpartitioned_parameters()
+        if self.targets.are_trivial and not clips and not config.fp16 and is_settled:
             return self.optimizer.step() if closure is None else self.optimizer.step(closure)
         result = None
         if closure is not None:
@@ -184,9 +188,15 @@ class DistributedOptimizer(torch.optim.Optimizer):
         self.targets.finish_update()
         return result
 
-    def zero_grad(self, set_to_none: bool = True, set_grads_to_None: bool | None = None) -> None:
-        """Forget the gradients of the parameters that this rank holds."""
-        set_to_none = set_to_none if set_grads_to_None is None else set_grads_to_None
+    def zero_grad(self, set_to_none: bool | None = None, set_grads_to_None: bool | None = None) -> None:
+        """Forget the gradients of the parameters that this rank holds, or fill them with zeros.
+
+        Default: what the inner optimizer does by default (``set_grad_none`` of the fused ones; to None else).
+        """
+        if set_to_none is None:
+            set_to_none = set_grads_to_None
+        if set_to_none is None:
+            set_to_none = getattr(self.optimizer, "set_grad_none", True)
         self.optimizer.zero_grad(set_to_none=set_to_none)
         self._found = None
         if not self.targets.are_trivial:
@@ -215,6 +225,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
         self._has_checked_parameters = True
         models = self._runtime.session.models
         parameters = list(self.all_parameters())
+        self._warn_of_slices(parameters)
         foreign = [
             parameter for parameter in parameters if all(model.table.row_of(parameter) is None for model in models)
         ]
@@ -235,6 +246,19 @@ class DistributedOptimizer(torch.optim.Optimizer):
             "gradients are not reduced over the data-parallel ranks; make them part of the model",
             len(foreign), len(parameters), shapes,
         )  # fmt: skip
+
+    def _warn_of_slices(self, parameters: Sequence[nn.Parameter]) -> None:
+        if hasattr(self.optimizer, "norms") or updates_each_element_alone(self.optimizer):
+            return
+        rows = [row for model in self._runtime.session.models for parameter in parameters
+                if (row := model.table.row_of(parameter)) is not None and row.split is not None]  # fmt: skip
+        if rows and self._runtime.session.groups.world.rank_in_group == 0:
+            logger.warning(
+                "%s may look at parameters as a whole, but of %d of them ('%s') each tensor-parallel rank has a slice: "
+                "norms and factors are then those of slices, and training differs from that of one process (set "
+                "is_elementwise = True on its class if it updates each element by itself)",
+                type(self.optimizer).__name__, len(rows), rows[0].name,
+            )  # fmt: skip
 
     # Precision
 

@@ -28,7 +28,9 @@ if TYPE_CHECKING:
 @dataclass(eq=False)
 class Target:
     """``tensor`` stands for ``parameter`` in the optimizer. ``source`` holds what the model computes with: the
-    parameter or its shard; ``tensor`` is that, or its master.
+    parameter or its shard; ``tensor`` is that, or its master, or its *twin*: with the memory of ``source`` and a
+    gradient of its own, for where that of ``source`` is kept with the scale of the loss (a later backward may add to
+    it) and that of ``tensor`` without (it may be clipped).
     """
 
     parameter: nn.Parameter
@@ -38,8 +40,14 @@ class Target:
     # Of the parameter, when source and master were last equal.
     version: int = -1
 
+    is_twin: bool = False
+
     @property
     def has_master(self) -> bool:
+        return self.tensor is not self.source and not self.is_twin
+
+    @property
+    def has_own_gradient(self) -> bool:
         return self.tensor is not self.source
 
 
@@ -147,8 +155,13 @@ class Targets:
         half = half_dtype(self._runtime.session.config)
         targets = []
         for source, shard in sources:
-            has_master = half is not None and source.dtype == half
-            targets.append(Target(parameter, source, make_master(source) if has_master else source, shard))
+            if half is not None and source.dtype == half:
+                targets.append(Target(parameter, source, make_master(source), shard))
+            elif self._runtime.session.config.fp16:
+                twin = nn.Parameter(source.detach(), requires_grad=source.requires_grad)
+                targets.append(Target(parameter, source, twin, shard, is_twin=True))
+            else:
+                targets.append(Target(parameter, source, source, shard))
         if all(target.tensor is parameter for target in targets) and targets:
             return None
         for target in targets:
@@ -175,7 +188,7 @@ class Targets:
         if self._collected is not None and _are_same(self._collected, _gradients_of(members)):
             return None
         for target in members:
-            if target.has_master:
+            if target.has_own_gradient:
                 gradient = target.source.grad
                 master = None if gradient is None else local_part(gradient.to(target.tensor.dtype, copy=True))
                 target.tensor.grad = master
@@ -212,8 +225,7 @@ class Targets:
         """The targets have new values: the model gets them. Collective over the groups of the shards."""
         masters = self.masters()
         write_back([target.source for target in masters], [target.tensor for target in masters])
-        for target in masters:
-            target.tensor.grad = None
+        self._forget_own_gradients()
         for shards in self.shards():
             shards.finish_update()
         for target in masters:
@@ -221,10 +233,14 @@ class Targets:
         self._collected = None
 
     def skip_update(self) -> None:
-        """The gradients were no good: forget those of the masters."""
-        for target in self.masters():
-            target.tensor.grad = None
+        """The gradients were no good: forget those that were made for the update."""
+        self._forget_own_gradients()
         self._collected = None
+
+    def _forget_own_gradients(self) -> None:
+        for target in self.all():
+            if target.has_own_gradient:
+                target.tensor.grad = None
 
     def forget_gradients(self, *, set_to_none: bool) -> None:
         """``zero_grad`` of what the targets stand for."""
@@ -235,7 +251,7 @@ class Targets:
             else:
                 target.source.grad = None
         for shards in self.shards():
-            shards.forget_gradients()
+            shards.forget_gradients(set_to_none=set_to_none)
         self._collected = None
 
 
@@ -252,9 +268,9 @@ def updates_each_element_alone(optimizer: torch.optim.Optimizer) -> bool:
         return bool(said)
     if isinstance(optimizer, torch.optim.LBFGS):
         raise SMPConfigError(
-            "LBFGS looks at all parameters together, so that neither shard_optimizer_state nor "
-            "sharded_data_parallel_degree > 1 can share them out among ranks: use another optimizer, or switch these "
-            "off"
+            "LBFGS looks at all parameters together, so that no rank may hold only a part of them: use another "
+            "optimizer, or leave out pipeline_parallel_degree, tensor_parallel_degree, shard_optimizer_state and "
+            "sharded_data_parallel_degree"
         )
     kind = type(optimizer)
     return kind.__module__.startswith("torch.optim") and kind.__name__ not in ("Adafactor", "Muon")

@@ -69,7 +69,9 @@ class Runtime:
         if of.config.offload_activations:
             self._unused_store = HostStore(of.device, of.config.activation_loading_horizon)
             self.engine.activation_store = self._unused_store
-        if of.groups.tp.size > 1:
+        if of.config.sharded_data_parallel_degree > 1 and of.config.sdp_gather == "visit":
+            self.engine.plans.lockstep_group = of.groups.dp  # each visit of a module gathers its parameters
+        elif of.groups.tp.size > 1:
             self.engine.plans.lockstep_group = of.groups.tp
         self.engine.plans.are_logged = of.groups.world.rank_in_group == 0  # not by every replica of the first stage
         self._transport = transport

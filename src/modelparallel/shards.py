@@ -62,8 +62,10 @@ class ParameterShards(Protocol):
         already so. Called before gradients are read: by an optimizer's step, a norm, a loss scaler.
         """
 
-    def forget_gradients(self) -> None:
-        """Forget the gradients of shards, and of the parameters that are shared out (``zero_grad``). Local."""
+    def forget_gradients(self, *, set_to_none: bool) -> None:
+        """Forget the gradients of shards, or fill them with zeros, and forget those of the parameters that are shared
+        out (``zero_grad``). Local.
+        """
 
     def finish_update(self) -> None:
         """The tensors of the shards have new values: the ranks that use the whole parameters get them. Collective over

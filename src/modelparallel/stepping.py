@@ -136,8 +136,9 @@ class StepFunction:
         if engine.transport.take_failure_seen() and engine.stage == 0:
             engine.forget()
         try:
-            arguments, (seed, called, knowledge) = share_inputs(
-                engine.transport, arguments, (seed, self._title, engine.knowledge()), number, runtime.session.device
+            extra = (seed, self._title, engine.knowledge(), _trained_flags(runtime))
+            arguments, (seed, called, knowledge, trained) = share_inputs(
+                engine.transport, arguments, extra, number, runtime.session.device
             )
             if called != self._title:
                 raise DivergenceError(
@@ -145,6 +146,7 @@ class StepFunction:
                     f"calls {called}: all ranks of a PP_GROUP must call the same step functions in the same order"
                 )
             engine.agree(knowledge)
+            _check_trained(runtime, trained)
         except BaseException as error:
             engine.transport.abandon(error)
             raise
@@ -259,6 +261,29 @@ def _check_microbatches(runtime: Runtime, microbatches: Microbatches) -> None:
         tensors = [leaf for leaf in trees.leaves(dict(arguments)) if isinstance(leaf, torch.Tensor) and leaf.ndim]
         lengths.append(tensors[0].shape[0] if tensors else 0)
     check_microbatches(active.groups.tp, len(lengths), lengths, active.config.microbatches)
+
+
+def _trained_flags(runtime: Runtime) -> bytes:
+    """For each parameter of the wrapped models, wherever it lives, whether it is trained."""
+    models = runtime.session.models
+    return bytes([parameter.requires_grad for model in models for _, parameter in model.table.parameters()])
+
+
+def _check_trained(runtime: Runtime, first: bytes) -> None:
+    """Compare with pp_rank 0: what is frozen decides what travels backwards, also from and to other stages."""
+    own = _trained_flags(runtime)
+    if own == first or len(own) != len(first):
+        return
+    names = [row.name for model in runtime.session.models for row, _ in model.table.parameters()]
+    index = next(index for index, flag in enumerate(own) if flag != first[index])
+    raise DivergenceError(
+        f"parameter '{names[index]}' has requires_grad={bool(own[index])} on pp_rank {runtime.engine.stage} and "
+        f"{bool(first[index])} on pp_rank 0: freeze and unfreeze parameters on all stages alike, those of other stages, "
+        "too\n"
+        "  wrong: for name, parameter in model.named_parameters():  # after the first step what this rank holds\n"
+        "  right: for name, parameter in model.virtual_named_parameters():  # all, in every place\n"
+        "             parameter.requires_grad_(...)"
+    )
 
 
 def _normal(leaf: Any) -> Any:

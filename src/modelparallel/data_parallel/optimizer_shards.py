@@ -134,13 +134,16 @@ class OptimizerShards:
         for bucket in self.buckets:
             bucket.take_back()
 
-    def forget_gradients(self) -> None:
-        """Forget the gradients of shards and of whole parameters."""
+    def forget_gradients(self, *, set_to_none: bool) -> None:
+        """Forget the gradients of shards, or fill them with zeros, and forget those of whole parameters."""
         for entry in self._entries:
             entry.parameter.grad = None
         for shards in self._shards.values():
             for shard in shards:
-                shard.tensor.grad = None
+                if set_to_none or shard.tensor.grad is None:
+                    shard.tensor.grad = None
+                else:
+                    shard.tensor.grad.zero_()
 
     def finish_update(self) -> None:
         """All ranks get the new values; collective over the groups. Raises WaitTimeoutError or CommunicationError."""

@@ -283,6 +283,7 @@ class ShardedParameters:
         local = entry.inner.local
         if entry.tensor is None or entry.tensor.data_ptr() != local.data_ptr():
             entry.tensor = nn.Parameter(local.detach(), requires_grad=parameter.requires_grad)
+            entry.tensor.grad = entry.inner.local_gradient
         is_first_copy = self._groups.replicate.rank_in_group == 0
         is_counted = is_first_copy and (entry.is_split or self._groups.tp.rank_in_group == 0)
         start = entry.inner.start
@@ -294,11 +295,14 @@ class ShardedParameters:
             if entry.tensor is not None:
                 entry.tensor.grad = entry.inner.local_gradient
 
-    def forget_gradients(self) -> None:
-        """Forget reduced gradients, and those that wait for a reduction. Local."""
+    def forget_gradients(self, *, set_to_none: bool) -> None:
+        """Forget reduced gradients, or fill them with zeros, and forget those that wait for a reduction. Local."""
         for entry in self._entries:
-            entry.inner.sharded.grad = None
             entry.inner.forget_waiting()
+            if not set_to_none and entry.inner.sharded.grad is not None:
+                entry.inner.sharded.grad.zero_()
+                continue
+            entry.inner.sharded.grad = None
             if entry.tensor is not None:
                 entry.tensor.grad = None
 

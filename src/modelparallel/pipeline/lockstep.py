@@ -1,8 +1,9 @@
-"""The pipelines of a tensor-parallel group, in lockstep.
+"""The pipelines of a tensor-parallel or a sharding group, in lockstep.
 
 [Note: lockstep] With tensor parallelism every stage is a group of processes, one in each of t pipelines, and what runs
 on it runs on all of them together: split layers exchange tensors in forward and backward. So all t pipelines must run
-the same actions in the same order, although their batches differ and nobody sees the messages of the others.
+the same actions in the same order, although their batches differ and nobody sees the messages of the others. With
+``sdp_gather: visit`` the same holds for the data-parallel ranks, since each call of a module gathers its parameters.
 
 - They use one plan. Costs that were counted on batches of different lengths may give different ones; then all take
   their units as equal.
@@ -26,9 +27,9 @@ from modelparallel.comm.groups import Group
 from modelparallel.errors import StepUsageError
 
 IN_TURN = (
-    "Pipeline schedule: stages are visited several times, and with tensor parallelism such steps run one microbatch "
-    "after another. Let each stage be visited once to run them together: tied_weights: replicate, and no "
-    "virtual_pipeline_degree"
+    "Pipeline schedule: stages are visited several times, and with tensor parallelism or sdp_gather: visit such steps "
+    "run one microbatch after another. Let each stage be visited once to run them together (tied_weights: replicate, "
+    "and no virtual_pipeline_degree), or set sdp_gather: step"
 )
 
 

@@ -138,9 +138,15 @@ class FSDPGroup:
 
         def post_backward(*unused: Any) -> None:
             notice()
+            self._take_dtypes()
             original(*unused)
 
         self._inner.post_backward = post_backward
+
+    def _take_dtypes(self) -> None:
+        # FSDP takes those of the parameters that were trained when it was made, and has none if all were frozen.
+        if self._inner._orig_dtype is None:
+            self._inner._init_mp_dtypes()
 
     @property
     def reduces(self) -> bool:
@@ -177,6 +183,7 @@ class FSDPGroup:
             inner.lazy_init()
         before = inner.reduce_grads, inner.all_reduce_grads, inner.reshard_after_backward
         inner.reduce_grads = inner.all_reduce_grads = inner.reshard_after_backward = True
+        self._take_dtypes()
         try:
             inner.post_backward()
             inner.finalize_backward()
