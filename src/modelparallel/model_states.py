@@ -92,7 +92,7 @@ def load_state_dict(
     model: DistributedModel, state: Mapping[str, Any], strict: bool, same_partition_load: bool
 ) -> torch.nn.modules.module._IncompatibleKeys:
     """Load a full dict, or a partial one of this partition; returns torch's record of missing and unexpected names."""
-    entries = dict(state) if PARTIAL_KEY in state else _translated(model, state)
+    entries = dict(state) if PARTIAL_KEY in state else translated(model, state)
     is_partial = bool(entries.pop(PARTIAL_KEY, False))
     groups = model._runtime.session.groups
     if is_partial and not same_partition_load and groups.mp.size > 1:
@@ -118,22 +118,28 @@ def load_state_dict(
     return torch.nn.modules.module._IncompatibleKeys(missing, unexpected)
 
 
-def _translated(model: DistributedModel, state: Mapping[str, Any]) -> dict[str, Any]:
-    """A plain dict, with the names of transformers of the families that were replaced in the model translated.
+def translated(model: DistributedModel, state: Mapping[str, Any]) -> dict[str, Any]:
+    """A plain dict, with the names of transformers of the families that were replaced in the model translated, and tied
+    names completed. Local.
 
     A dict that is under the model's own names already comes back as it is.
     """
     entries = dict(state)
     for _, to_smp in translations_of(model.module):
         entries = to_smp(entries)
-    if entries.keys() == state.keys():
-        return entries
-    for row, _ in model.table.parameters():  # files of transformers hold one of the names of a tied tensor
-        held = [name for name in (row.name, *row.aliases) if name in entries]
-        if held:
-            entries.update({name: entries[held[0]] for name in row.aliases if name not in entries})
-            entries.setdefault(row.name, entries[held[0]])
-    return entries
+    return entries if entries.keys() == state.keys() else with_tied_names(model, entries)
+
+
+def with_tied_names(model: DistributedModel, entries: Mapping[str, Any]) -> dict[str, Any]:
+    """The dict with all names of each tied tensor of which it has one: files of transformers hold one. Local."""
+    result = dict(entries)
+    for source in (model.table.parameters(), model.table.buffers()):
+        for row, _ in source:
+            names = (row.name, *row.aliases)
+            held = [name for name in names if name in result]
+            if held:
+                result.update({name: result[held[0]] for name in names if name not in result})
+    return result
 
 
 def check_early_part(model: DistributedModel) -> None:
