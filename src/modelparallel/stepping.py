@@ -27,6 +27,8 @@ from modelparallel.step_output import merge_outputs
 if TYPE_CHECKING:
     from modelparallel.config import Config
 
+_MAX_SEED = (1 << 62) - 1
+
 
 class StepFunction:
     """What ``@smp.step`` makes of a function.
@@ -101,13 +103,14 @@ class StepFunction:
     def _step(self, runtime: Runtime, arguments: dict[str, Any]) -> Any:
         config = runtime.session.config
         number = runtime.num_steps - 1
-        seed = torch.initial_seed() if config.seed is None else config.seed
+        # Drawn: a script that resumes and puts the state of torch's generator back, as scripts do, has the same numbers.
+        seed = int(torch.randint(_MAX_SEED, (), device="cpu")) if config.seed is None else config.seed
         if runtime.is_pipelined:
             arguments, seed = self._shared(runtime, arguments, seed, number)
         microbatches = self._split(arguments, config)
         running = RunningStep()
         try:
-            outputs = self._run(runtime, running, microbatches, seed, number)
+            outputs = self._run(runtime, running, microbatches, seed, 0 if config.seed is None else number)
         except BaseException:
             for model in running.models:
                 model.abort_step()
