@@ -11,8 +11,8 @@ from torch.distributed.tensor import DTensor
 from modelparallel.errors import SMPError, UnsupportedError
 from modelparallel.nn.huggingface import translations_of
 from modelparallel.plan.parameters import ParameterRow
-from modelparallel.ranks_and_messages import allgather
-from modelparallel.topology import CommGroup
+from modelparallel.ranks_and_messages import allgather, recv_from, send
+from modelparallel.topology import CommGroup, RankType
 
 if TYPE_CHECKING:
     from modelparallel.model import DistributedModel
@@ -60,9 +60,17 @@ def full_state_dict(model: DistributedModel, gather_to_rank0: bool) -> dict[str,
     on_cpu = {name: value.cpu() if isinstance(value, torch.Tensor) else value for name, value in local.items()}
     if groups.mp.size == 1:
         merged = {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in on_cpu.items()}
+    elif not gather_to_rank0:
+        own = (groups.pp.rank_in_group, groups.tp.rank_in_group, on_cpu)
+        merged = merge(model, allgather(own, CommGroup.MP_GROUP))
+    elif 0 not in groups.mp.ranks:
+        return {}
+    elif groups.world.rank_in_group != 0:
+        send((groups.pp.rank_in_group, groups.tp.rank_in_group, on_cpu), 0, RankType.MP_RANK)
+        return {}
     else:
-        parts = allgather((groups.pp.rank_in_group, groups.tp.rank_in_group, on_cpu), CommGroup.MP_GROUP)
-        merged = merge(model, parts)
+        parts = [recv_from(mp_rank, RankType.MP_RANK) for mp_rank in range(1, groups.mp.size)]
+        merged = merge(model, [(groups.pp.rank_in_group, groups.tp.rank_in_group, on_cpu), *parts])
     if gather_to_rank0 and groups.world.rank_in_group != 0:
         return {}
     return merged

@@ -103,7 +103,7 @@ class StepFunction:
     def _step(self, runtime: Runtime, arguments: dict[str, Any]) -> Any:
         config = runtime.session.config
         number = runtime.num_steps - 1
-        # Drawn: a script that resumes and puts the state of torch's generator back, as scripts do, has the same numbers.
+        # Drawn, so that a script which resumes, and puts the state of torch's generator back, has the same numbers.
         seed = int(torch.randint(_MAX_SEED, (), device="cpu")) if config.seed is None else config.seed
         if runtime.is_pipelined:
             arguments, seed = self._shared(runtime, arguments, seed, number)

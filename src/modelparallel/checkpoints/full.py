@@ -3,7 +3,7 @@
     <path>/<tag>                  the merged state dict
     <path>/user_content_<tag>     what the script keeps beside it
     <path>/optimizer_<tag>        only with ``full_optimizer=True``, ours and not the original's
-    <path>/complete_<tag>.json    sizes and digests of these files; written when they are there
+    <path>/complete_<tag>.json    sizes and digests of these files (completion.py)
     <path>/newest                 the tag; written last
 
 Also a state dict that plain torch or transformers has written is read, which has no record (weights.py).
@@ -17,15 +17,23 @@ from typing import TYPE_CHECKING, Any
 
 from modelparallel import model_states
 from modelparallel.checkpoints.agreement import agreed
-from modelparallel.checkpoints.file_streams import FileRecord
-from modelparallel.checkpoints.full_records import check_record, write_record
+from modelparallel.checkpoints.completion import (
+    CompletionRecord,
+    Draft,
+    file_of,
+    is_unfinished,
+    problems_of,
+    read_record,
+    write_newest,
+)
+from modelparallel.checkpoints.file_streams import FileRecord, shown
 from modelparallel.checkpoints.storage import Store
 from modelparallel.checkpoints.torch_files import write_torch_file
 from modelparallel.checkpoints.user_content import Allowed, read_restricted, read_user_content, write_user_content
 from modelparallel.checkpoints.weights import find_weights, read_weights
-from modelparallel.errors import CheckpointError, CheckpointNotFoundError
+from modelparallel.errors import CheckpointCorruptError, CheckpointError, CheckpointNotFoundError
 from modelparallel.nn.huggingface import translations_of
-from modelparallel.ranks_and_messages import rank
+from modelparallel.ranks_and_messages import rank, size
 
 if TYPE_CHECKING:
     from modelparallel.model import DistributedModel
@@ -52,25 +60,38 @@ def save_full(
         optimizer: its whole state.
         user_content: what `read_user_content` may read; None: no file.
 
-    Raises CheckpointError on all ranks when a file cannot be written. A checkpoint of the same tag is replaced file by
-    file; if that is interrupted, it is found to be damaged. Source: smp-api section 14.
+    Raises CheckpointError on all ranks when a file cannot be written; what was there before is untouched then. Source:
+    smp-api section 14.
     """
     check_tag(tag)
     state = None if model is None else model.state_dict(gather_to_rank0=True)
     optimizer_state = None if optimizer is None else optimizer.state_dict()
     with agreed():
         if rank() == 0:
-            store = Store.of(path)
-            records: dict[str, FileRecord] = {}
-            if model is not None and state is not None:
-                for to_transformers, _ in translations_of(model.module) if translate_if_full else ():
+            if model is not None and state is not None and translate_if_full:
+                for to_transformers, _ in translations_of(model.module):
                     state = to_transformers(state)
-                records[tag] = write_torch_file(store, tag, state)
-            if optimizer_state is not None:
-                records[_optimizer_name(tag)] = write_torch_file(store, _optimizer_name(tag), optimizer_state)
-            if user_content is not None:
-                records[_content_name(tag)] = write_user_content(store, _content_name(tag), user_content)
-            write_record(store, tag, records)
+            _write(Store.of(path), tag, state, optimizer_state, user_content)
+
+
+def _write(store: Store, tag: str, state: Any, optimizer_state: Any, user_content: Any) -> None:
+    draft = Draft(store, tag, is_full=True)
+    records: dict[str, FileRecord] = {}
+    draft.start()
+    try:
+        if state is not None:
+            records[tag] = write_torch_file(draft.store, tag, state)
+        if optimizer_state is not None:
+            records[_optimizer_name(tag)] = write_torch_file(draft.store, _optimizer_name(tag), optimizer_state)
+        if user_content is not None:
+            records[_content_name(tag)] = write_user_content(draft.store, _content_name(tag), user_content)
+        draft.commit(records, {"kind": "full", "world_size": size()})
+    except BaseException:
+        draft.discard()
+        raise
+    write_newest(store, tag)
+    for name in {tag, _optimizer_name(tag), _content_name(tag)} - records.keys():
+        store.remove(name, missing_ok=True)  # of an earlier checkpoint of this tag, which had more
 
 
 def load_full(
@@ -104,21 +125,24 @@ def load_full(
     path = os.fspath(path)
     check_tag(tag)
     state: dict[str, Any] | None = None
-    optimizer_state = None
+    optimizer_state = content = None
     with agreed():
         store = Store.of(path)
-        files = check_record(store, tag)
+        record = _checked_record(store, tag)
+        files = {} if record is None else record.files
         if model is not None:
-            state = _weights_of(model, path, find_weights(path, tag), translate_function, trust_pickles)
-        elif not store.exists(tag) and not files:
-            raise CheckpointNotFoundError(f"there is no full checkpoint {tag!r} in {store.path_of()!r}")
+            name = file_of(store, tag, tag) if tag in files else find_weights(path, tag)
+            state = _weights_of(model, path, name, translate_function, trust_pickles)
+        elif record is None and not store.exists(tag):
+            raise CheckpointNotFoundError(f"there is no full checkpoint {tag!r} in {shown(path)!r}: check path and tag")
         name = _optimizer_name(tag)
         if optimizer is not None and name in files:
-            optimizer_state = read_restricted(store, name, "the optimizer's state", allowed_types, trust_pickles, mmap=True)
+            place = file_of(store, tag, name)
+            optimizer_state = read_restricted(store, place, "optimizer state", allowed_types, trust_pickles, mmap=True)
         name = _content_name(tag)
         # A file without a record beside an ordinary state dict counts, too: it is where the original has it.
-        is_counted = not files or name in files
-        content = read_user_content(store, name, allowed_types, trust_pickles) if is_counted else None
+        if record is None or name in files:
+            content = read_user_content(store, file_of(store, tag, name), allowed_types, trust_pickles)
     if model is not None and state is not None:
         model.load_state_dict(state, strict=strict)  # masters of a half model follow by themselves
     if optimizer is not None and optimizer_state is not None:
@@ -132,6 +156,23 @@ def check_tag(tag: str) -> None:
         raise CheckpointError(
             f"tag={tag!r}: a tag becomes the name of a file; give a string without '/', '\\' and ':', such as 'step100'"
         )
+
+
+def _checked_record(store: Store, tag: str) -> CompletionRecord | None:
+    """The record of the checkpoint, if it has one; this rank's share of the files is what was written."""
+    try:
+        record = read_record(store, tag, is_full=True)
+    except CheckpointNotFoundError:
+        if is_unfinished(store, tag, is_full=True):
+            raise
+        return None
+    problems = problems_of(store, tag, (rank(), size()), is_full=True)
+    if problems:
+        raise CheckpointCorruptError(
+            f"the full checkpoint {tag!r} in {shown(store.path_of())!r} is damaged: {'; '.join(problems[:5])}. Load "
+            "another one"
+        )
+    return record
 
 
 def _weights_of(

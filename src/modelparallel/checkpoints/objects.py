@@ -1,7 +1,7 @@
 """``smp.save`` and ``smp.load``: one object in a file of this rank (smp-api sections 14 and 18).
 
-[Note: names of parts] An object that each rank has a part of is in one file per part, and the name says whose it is. The
-original has had three ways to say that, and scripts build all three by hand:
+[Note: names of parts] An object that each rank has a part of is in one file per part, and the name says whose it is.
+The original has had three ways to say that, and scripts build all three by hand:
 
     <f>_<mp_rank>                               without tensor parallelism
     <f>_<pp_rank>_<tp_rank>                     with it
@@ -132,7 +132,6 @@ def _not_found(f: str, paths: list[str], is_partial: bool) -> str:
         return f"{text}, and nothing else of this name"
     if is_partial and name in beside:
         return f"{text}, but a file of the whole object, {name}: load it with partial=False"
-    return (
-        f"{text}, but {', '.join(beside[:8])}{', ...' if len(beside) > 8 else ''}: "
-        + ("they were saved with other degrees of parallelism" if is_partial else "load parts with partial=True")
+    return f"{text}, but {', '.join(beside[:8])}{', ...' if len(beside) > 8 else ''}: " + (
+        "they were saved with other degrees of parallelism" if is_partial else "load parts with partial=True"
     )

@@ -1,8 +1,8 @@
 """What a script keeps beside its model: any objects, read back without running code that they bring along.
 
 [Note: allow-list] A pickle may name any callable. ``user_content`` is read by torch's restricted unpickler, which knows
-tensors, numbers, strings and containers; this file adds what training scripts put there (parsed arguments, numpy arrays,
-paths), and the caller may add classes of his own by name.
+tensors, numbers, strings and containers; this file adds what training scripts put there (parsed arguments, numpy
+arrays, paths), and the caller may add classes of his own by name.
 """
 
 from __future__ import annotations
@@ -42,7 +42,9 @@ def write_user_content(store: Store, name: str, content: Any) -> FileRecord:
         ) from error
 
 
-def read_user_content(store: Store, name: str, allowed_types: Sequence[Allowed] = (), trust_pickles: bool = False) -> Any:
+def read_user_content(
+    store: Store, name: str, allowed_types: Sequence[Allowed] = (), trust_pickles: bool = False
+) -> Any:
     """The content of a file; None if there is no such file, or an empty one (Hugging Face's Trainer leaves one as a
     mark). Local.
 
@@ -52,7 +54,7 @@ def read_user_content(store: Store, name: str, allowed_types: Sequence[Allowed] 
 
     Raises CheckpointError that names a class which is not allowed, CheckpointCorruptError for a damaged file.
     """
-    if not store.exists(name) or not _size(store, name):
+    if not store.size_of(name):
         return None
     return read_restricted(store, name, "user_content", allowed_types, trust_pickles)
 
@@ -65,7 +67,9 @@ def read_restricted(
     trust_pickles: bool = False,
     **arguments: Any,
 ) -> Any:
-    """A file of ``torch.save``, on the CPU, that may name what [Note: allow-list] says; errors as `read_user_content`."""
+    """A file of ``torch.save``, on the CPU, that may name what [Note: allow-list] says; fails as `read_user_content`.
+    Local.
+    """
     if trust_pickles:
         return read_torch_file(store, name, map_location="cpu", weights_only=False, **arguments)
     try:
@@ -78,11 +82,6 @@ def read_restricted(
             f"{what} in {store.path_of(name)} {culprit}. If you know the file: allowed_types=[the class] allows it, "
             "trust_pickles=True allows everything, and lets the file run any code"
         ) from error
-
-
-def _size(store: Store, name: str) -> int:
-    with store.open(name) as stream:
-        return int(stream.seek(0, 2))
 
 
 def _usual_types() -> list[Any]:

@@ -28,8 +28,8 @@ _INDEX = ".index.json"
 
 
 def find_weights(path: str, tag: str) -> str:
-    """The name in the folder of the weights with this tag; for ``pytorch_model.bin`` also what else transformers writes.
-    Local.
+    """The name in the folder of the weights with this tag; for ``pytorch_model.bin`` also what transformers may have
+    written instead. Local.
 
     Raises CheckpointNotFoundError that lists what was looked for.
     """
@@ -107,8 +107,8 @@ def _weight_map(path: str, name: str) -> dict[str, str]:
             raise TypeError("its weight_map has something else than names of files")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointCorruptError(
-            f"{shown(store.path_of(file))!r} is not an index of weights ({type(error).__name__}: {error}): take another "
-            "copy"
+            f"{shown(store.path_of(file))!r} is not an index of weights ({type(error).__name__}: {error}): take "
+            "another copy"
         ) from error
     return dict(weight_map)
 
@@ -117,8 +117,8 @@ def _check_names(path: str, index: str, file: str, tensors: Iterable[str], found
     missing = [tensor for tensor in tensors if tensor not in found]
     if missing:
         raise CheckpointCorruptError(
-            f"{index} in {shown(path)!r} says that {file} holds {', '.join(missing[:5])}, and it does not: the files are "
-            "not of one checkpoint; take another copy"
+            f"{index} in {shown(path)!r} says that {file} holds {', '.join(missing[:5])}, and it does not: the files "
+            "are not of one checkpoint; take another copy"
         )
 
 

@@ -20,8 +20,8 @@ _PASSING = frozenset(
 )
 _MAX_PASSING = 12
 
-#: Files of libraries that take CUDA for granted in a job of ours: `TrainingArguments` makes each process's GPU the current
-#: device.
+#: Files of libraries that take CUDA for granted in a job of ours: `TrainingArguments` makes each process's GPU the
+#: current device.
 _CUDA_BY_DEFAULT = (os.path.join(os.sep, "transformers", "training_args.py"),)
 
 
