@@ -126,9 +126,10 @@ def load_full(
     check_tag(tag)
     state: dict[str, Any] | None = None
     optimizer_state = content = None
-    with agreed():
+    with agreed():  # before anything of it is opened on any rank
         store = Store.of(path)
         record = _checked_record(store, tag)
+    with agreed():
         files = {} if record is None else record.files
         if model is not None:
             name = file_of(store, tag, tag) if tag in files else find_weights(path, tag)
