@@ -589,14 +589,13 @@ def body(program: Program, model: Any, x: Tensor, *, has_backward: bool) -> Any:
     return results[program.output % len(results)]()
 
 
-def run_program(program: Program, number: int, *, is_placed: bool) -> Outcome:
+def run_program(program: Program, *, is_placed: bool) -> Outcome:
     """All steps of a program in this process, as a user's script would do it."""
     import modelparallel as smp
     from modelparallel import runtime
 
     outcome = Outcome()
     start = time.perf_counter()
-    runtime.current().num_steps = 100 * number  # random numbers depend on it, and erroneous programs are left out
     torch.manual_seed(program.seed)
     random.seed(program.seed)
     try:
@@ -645,4 +644,4 @@ def run_program(program: Program, number: int, *, is_placed: bool) -> Outcome:
 
 def run_programs(programs: dict[int, Program], is_placed: bool) -> dict[int, Outcome]:
     """The body of a rank; programs by their number in the set."""
-    return {number: run_program(program, number, is_placed=is_placed) for number, program in programs.items()}
+    return {number: run_program(program, is_placed=is_placed) for number, program in programs.items()}

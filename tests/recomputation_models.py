@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -83,14 +82,7 @@ class CountProducts(TorchDispatchMode):
 
 @contextmanager
 def same_random_numbers() -> Iterator[None]:
-    """The steps inside draw what those of any other such context draw, although their numbers differ."""
-    from modelparallel import runtime, stepping
-    from modelparallel.pipeline.randomness import RandomFrames
-
-    first = runtime.current().num_steps
-
-    def frames(device: torch.device, seed: int, step: int, *more: Any) -> RandomFrames:
-        return RandomFrames(device, 7, step - first, *more)
-
-    with mock.patch.object(stepping, "RandomFrames", frames):
+    """The steps inside draw what those of any other such context draw."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(7)
         yield

@@ -266,3 +266,14 @@ def test_installed_packages_below_the_script_are_libraries(tmp_path):
 
 def test_declaring_operators_again_is_harmless():
     assert declare_torchvision_operators() == declare_torchvision_operators()
+
+
+def test_training_arguments_of_transformers_ask_as_the_script_does(tmp_path):
+    from transformers import training_args
+
+    script = ScriptCode([tmp_path])
+    frames = []
+    source = "import sys\nkeep(sys._getframe())"
+    for path in (training_args.__file__, str(Path(training_args.__file__).with_name("trainer.py"))):
+        exec(compile(source, path, "exec"), {"keep": frames.append})
+    assert [script.owns(frame) for frame in frames] == [True, False]

@@ -14,6 +14,7 @@ from modelparallel.activation_checkpointing import (
     checkpoint_wrapper,
     set_activation_checkpointing,
 )
+from modelparallel.checkpoints.objects import load, save
 from modelparallel.checkpoints.resuming import resume_from_checkpoint
 from modelparallel.checkpoints.saving import save_checkpoint
 from modelparallel.construction import (
@@ -123,6 +124,7 @@ __all__ = [
     "init",
     "is_initialized",
     "is_tracing",
+    "load",
     "local_rank",
     "local_size",
     "memory_report",
@@ -143,6 +145,7 @@ __all__ = [
     "rdp_size",
     "recv_from",
     "resume_from_checkpoint",
+    "save",
     "save_checkpoint",
     "send",
     "set_activation_checkpointing",

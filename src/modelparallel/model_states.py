@@ -11,8 +11,8 @@ from torch.distributed.tensor import DTensor
 from modelparallel.errors import SMPError, UnsupportedError
 from modelparallel.nn.huggingface import translations_of
 from modelparallel.plan.parameters import ParameterRow
-from modelparallel.ranks_and_messages import allgather
-from modelparallel.topology import CommGroup
+from modelparallel.ranks_and_messages import allgather, recv_from, send
+from modelparallel.topology import CommGroup, RankType
 
 if TYPE_CHECKING:
     from modelparallel.model import DistributedModel
@@ -60,9 +60,17 @@ def full_state_dict(model: DistributedModel, gather_to_rank0: bool) -> dict[str,
     on_cpu = {name: value.cpu() if isinstance(value, torch.Tensor) else value for name, value in local.items()}
     if groups.mp.size == 1:
         merged = {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in on_cpu.items()}
+    elif not gather_to_rank0:
+        own = (groups.pp.rank_in_group, groups.tp.rank_in_group, on_cpu)
+        merged = merge(model, allgather(own, CommGroup.MP_GROUP))
+    elif 0 not in groups.mp.ranks:
+        return {}
+    elif groups.world.rank_in_group != 0:
+        send((groups.pp.rank_in_group, groups.tp.rank_in_group, on_cpu), 0, RankType.MP_RANK)
+        return {}
     else:
-        parts = allgather((groups.pp.rank_in_group, groups.tp.rank_in_group, on_cpu), CommGroup.MP_GROUP)
-        merged = merge(model, parts)
+        parts = [recv_from(mp_rank, RankType.MP_RANK) for mp_rank in range(1, groups.mp.size)]
+        merged = merge(model, [(groups.pp.rank_in_group, groups.tp.rank_in_group, on_cpu), *parts])
     if gather_to_rank0 and groups.world.rank_in_group != 0:
         return {}
     return merged
@@ -92,7 +100,7 @@ def load_state_dict(
     model: DistributedModel, state: Mapping[str, Any], strict: bool, same_partition_load: bool
 ) -> torch.nn.modules.module._IncompatibleKeys:
     """Load a full dict, or a partial one of this partition; returns torch's record of missing and unexpected names."""
-    entries = dict(state) if PARTIAL_KEY in state else _translated(model, state)
+    entries = dict(state) if PARTIAL_KEY in state else translated(model, state)
     is_partial = bool(entries.pop(PARTIAL_KEY, False))
     groups = model._runtime.session.groups
     if is_partial and not same_partition_load and groups.mp.size > 1:
@@ -118,22 +126,28 @@ def load_state_dict(
     return torch.nn.modules.module._IncompatibleKeys(missing, unexpected)
 
 
-def _translated(model: DistributedModel, state: Mapping[str, Any]) -> dict[str, Any]:
-    """A plain dict, with the names of transformers of the families that were replaced in the model translated.
+def translated(model: DistributedModel, state: Mapping[str, Any]) -> dict[str, Any]:
+    """A plain dict, with the names of transformers of the families that were replaced in the model translated, and tied
+    names completed. Local.
 
     A dict that is under the model's own names already comes back as it is.
     """
     entries = dict(state)
     for _, to_smp in translations_of(model.module):
         entries = to_smp(entries)
-    if entries.keys() == state.keys():
-        return entries
-    for row, _ in model.table.parameters():  # files of transformers hold one of the names of a tied tensor
-        held = [name for name in (row.name, *row.aliases) if name in entries]
-        if held:
-            entries.update({name: entries[held[0]] for name in row.aliases if name not in entries})
-            entries.setdefault(row.name, entries[held[0]])
-    return entries
+    return entries if entries.keys() == state.keys() else with_tied_names(model, entries)
+
+
+def with_tied_names(model: DistributedModel, entries: Mapping[str, Any]) -> dict[str, Any]:
+    """The dict with all names of each tied tensor of which it has one: files of transformers hold one. Local."""
+    result = dict(entries)
+    for source in (model.table.parameters(), model.table.buffers()):
+        for row, _ in source:
+            names = (row.name, *row.aliases)
+            held = [name for name in names if name in result]
+            if held:
+                result.update({name: result[held[0]] for name in names if name not in result})
+    return result
 
 
 def check_early_part(model: DistributedModel) -> None:

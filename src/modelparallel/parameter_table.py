@@ -291,7 +291,7 @@ class Config(BaseModel):
         "Extension."
     )
     seed: OptionalWhole = _parameter(
-        None, "Seed of the random streams.", kind="int", default_text="torch.initial_seed() of pp_rank 0"
+        None, "Seed of the random streams.", kind="int", default_text="drawn from torch's generator at each step"
     )
     timeout_seconds: Real = _parameter(
         600.0,

@@ -27,6 +27,8 @@ from modelparallel.step_output import merge_outputs
 if TYPE_CHECKING:
     from modelparallel.config import Config
 
+_MAX_SEED = (1 << 62) - 1
+
 
 class StepFunction:
     """What ``@smp.step`` makes of a function.
@@ -101,13 +103,14 @@ class StepFunction:
     def _step(self, runtime: Runtime, arguments: dict[str, Any]) -> Any:
         config = runtime.session.config
         number = runtime.num_steps - 1
-        seed = torch.initial_seed() if config.seed is None else config.seed
+        # Drawn, so that a script which resumes, and puts the state of torch's generator back, has the same numbers.
+        seed = int(torch.randint(_MAX_SEED, (), device="cpu")) if config.seed is None else config.seed
         if runtime.is_pipelined:
             arguments, seed = self._shared(runtime, arguments, seed, number)
         microbatches = self._split(arguments, config)
         running = RunningStep()
         try:
-            outputs = self._run(runtime, running, microbatches, seed, number)
+            outputs = self._run(runtime, running, microbatches, seed, 0 if config.seed is None else number)
         except BaseException:
             for model in running.models:
                 model.abort_step()
@@ -278,8 +281,8 @@ def _check_trained(runtime: Runtime, first: bytes) -> None:
     index = next(index for index, flag in enumerate(own) if flag != first[index])
     raise DivergenceError(
         f"parameter '{names[index]}' has requires_grad={bool(own[index])} on pp_rank {runtime.engine.stage} and "
-        f"{bool(first[index])} on pp_rank 0: freeze and unfreeze parameters on all stages alike, those of other stages, "
-        "too\n"
+        f"{bool(first[index])} on pp_rank 0: freeze and unfreeze parameters on all stages alike, those of other "
+        "stages, too\n"
         "  wrong: for name, parameter in model.named_parameters():  # after the first step what this rank holds\n"
         "  right: for name, parameter in model.virtual_named_parameters():  # all, in every place\n"
         "             parameter.requires_grad_(...)"

@@ -25,9 +25,9 @@ from modelparallel.checkpoints.contents import (
 )
 from modelparallel.checkpoints.dcp_storage import RecordedReader, read_metadata
 from modelparallel.checkpoints.file_streams import FileRecord
-from modelparallel.checkpoints.opening import open_object
 from modelparallel.checkpoints.pieces import Piece, whole_piece
 from modelparallel.checkpoints.planners import PieceLoadPlanner, check_shape, is_object
+from modelparallel.checkpoints.user_content import open_object
 from modelparallel.checkpoints.writing import explained, world_process_group
 from modelparallel.errors import CheckpointError
 
@@ -55,7 +55,7 @@ class StoredCheckpoint:
         store: Store,
         expected: Mapping[str, FileRecord] | None,
         *,
-        allowed: Sequence[type] = (),
+        allowed: Sequence[Any] = (),
         trusts_pickles: bool = False,
     ) -> None:
         self._runtime = runtime
@@ -88,7 +88,7 @@ class StoredCheckpoint:
 
     def opened(self, data: io.BytesIO, what: str) -> Any:
         """The object of saved bytes. Raises CheckpointError for classes that are not allowed. Local."""
-        return open_object(data, what, self._allowed, trusts_pickles=self._trusts_pickles)
+        return open_object(data, what, self._allowed, self._trusts_pickles)
 
 
 # Models

@@ -14,10 +14,10 @@ from modelparallel import runtime as runtime_module
 from modelparallel.checkpoints import completion, job_state
 from modelparallel.checkpoints.contents import numbered
 from modelparallel.checkpoints.full import load_full
-from modelparallel.checkpoints.opening import open_object
 from modelparallel.checkpoints.reading import OptimizerLoad, StoredCheckpoint, check_model, check_optimizer, load_model
 from modelparallel.checkpoints.saving import PARTIAL_ENDING
 from modelparallel.checkpoints.storage import Store
+from modelparallel.checkpoints.user_content import Allowed, read_user_content
 from modelparallel.checkpoints.writing import PLAN_NAME, USER_CONTENT_NAME
 from modelparallel.errors import (
     CheckpointCorruptError,
@@ -47,15 +47,16 @@ def resume_from_checkpoint(
     strict: bool = True,
     load_optimizer: bool = True,
     load_sharded_optimizer_state: bool = True,
-    translate_function: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+    translate_function: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None,
     *,
     data_loader: Any = None,
-    allowed_types: Sequence[Any] = (),
+    allowed_types: Sequence[Allowed] = (),
     trust_pickles: bool = False,
     verify: bool = True,
 ) -> Any:
     """Load a checkpoint into the wrapped models and optimizers; collective over the world, with equal arguments.
 
+    Where the process has more of them than the checkpoint, the ones that were wrapped last get it, in order.
     The job may have another shape than the one that saved. Call it after both wrappers exist, before or after the first
     step. In a pipeline that is not partitioned yet the tensors are read at the partition, each rank its own; the stored
     plan is used if it is for as many stages.
@@ -89,8 +90,8 @@ def resume_from_checkpoint(
         return load_full(
             path,
             _agreed_tag(runtime, store) if tag is None else tag,
-            model=models[0],
-            optimizer=next(iter(runtime.live_optimizers()), None) if load_optimizer else None,
+            model=models[-1],
+            optimizer=next(reversed(runtime.live_optimizers()), None) if load_optimizer else None,
             strict=strict,
             translate_function=translate_function,
             allowed_types=allowed_types,
@@ -100,9 +101,11 @@ def resume_from_checkpoint(
     folder = store.child(completion.folder_of(store, name))
     record = completion.read_record(store, name)
     checkpoint = StoredCheckpoint(runtime, folder, record.files, allowed=allowed_types, trusts_pickles=trust_pickles)
+    models = _last(models, int(record.facts.get("num_models", 1)), "models")
     for index, model in enumerate(models):
         check_model(model, numbered("model", index), checkpoint.entries, strict)
-    optimizers = runtime.live_optimizers() if load_optimizer else []
+    num_optimizers = int(record.facts.get("num_optimizers", 1)) if load_optimizer else 0
+    optimizers = _last(runtime.live_optimizers(), num_optimizers, "optimizers")
     _use_stored_plans(folder, record, models)
     loads = _Loads(checkpoint, models, optimizers, masters_only=not load_sharded_optimizer_state)
     _load_job_state(runtime, checkpoint, record.facts, data_loader, loads)
@@ -111,10 +114,7 @@ def resume_from_checkpoint(
         logger.info("resuming from %s, saved after %s steps", folder.path_of(), record.facts.get("num_steps"))
     if USER_CONTENT_NAME not in record.files:
         return None
-    with folder.open(USER_CONTENT_NAME) as stream:
-        return open_object(
-            stream, f"{folder.path_of(USER_CONTENT_NAME)!r}", allowed_types, trusts_pickles=trust_pickles
-        )
+    return read_user_content(folder, USER_CONTENT_NAME, allowed_types, trust_pickles)
 
 
 # Which
@@ -195,6 +195,16 @@ def _problems(runtime: Runtime, store: Store, name: str, verifies: bool) -> list
 
 
 # What
+
+
+def _last(things: Sequence[Any], count: int, noun: str) -> list[Any]:
+    """The ``count`` that were wrapped last, in the order of wrapping: those of the checkpoint."""
+    if len(things) < count:
+        raise CheckpointError(
+            f"the checkpoint holds {count} {noun} and this process has wrapped {len(things)}: wrap them all first, in "
+            "the order in which they were saved"
+        )
+    return list(things[len(things) - count :])
 
 
 @dataclass

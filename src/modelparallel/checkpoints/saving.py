@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from modelparallel import runtime as runtime_module
 from modelparallel.checkpoints.completion import Draft, new_token, prune, write_newest
-from modelparallel.checkpoints.file_streams import checked_name
-from modelparallel.checkpoints.full import save_full
+from modelparallel.checkpoints.full import check_tag, save_full
 from modelparallel.checkpoints.job_state import check_loader
 from modelparallel.checkpoints.storage import Store
 from modelparallel.checkpoints.writing import PendingSave, take_snapshot, write_partial
@@ -122,15 +121,11 @@ def _check(
     if_saving: str,
     full_optimizer: bool,
 ) -> None:
-    if not isinstance(tag, str) or not tag or "/" in tag or tag.startswith("."):
-        raise SMPConfigError(
-            f"smp.save_checkpoint: tag={tag!r}: expected a name without '/' that does not begin with '.'"
-        )
-    checked_name(tag, "the path")
+    check_tag(tag)
     if not models:
         raise StepUsageError("smp.save_checkpoint: there is no smp.DistributedModel to save: wrap the model first")
     waiting = [model for model in models if not model.partitioned]
-    if waiting:
+    if waiting and partial:
         raise StepUsageError(
             "smp.save_checkpoint: the model is not partitioned yet, or has left the pipeline by model.cpu(): save "
             "after the first call of a step function"

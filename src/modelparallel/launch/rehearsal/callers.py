@@ -1,7 +1,8 @@
 """Who is asking: the user's script, or a library?
 
 A frame belongs to the script if its code comes from a file below one of the script's directories, and not from a
-standard library, an installed package or this library; or if it has no file and runs in `__main__`.
+standard library, an installed package or this library; or if it has no file and runs in `__main__`. A file of a
+library counts as the script's where the library chooses CUDA for a job of this kind without asking whether it is there.
 """
 
 import os
@@ -18,6 +19,10 @@ _PASSING = frozenset(
     {"to", "cuda", "pin_memory", "wrapper", "inner", "wrapped", "<lambda>", "<listcomp>", "<dictcomp>", "<genexpr>"}
 )
 _MAX_PASSING = 12
+
+#: Files of libraries that take CUDA for granted in a job of ours: `TrainingArguments` makes each process's GPU the
+#: current device.
+_CUDA_BY_DEFAULT = (os.path.join(os.sep, "transformers", "training_args.py"),)
 
 
 class ScriptCode:
@@ -52,6 +57,8 @@ class ScriptCode:
 
     def _is_script_file(self, name: str) -> bool:
         path = os.path.realpath(name)
+        if path.endswith(_CUDA_BY_DEFAULT):
+            return True
         if not path.startswith(self.directories):
             return False
         return not path.startswith(self._excluded) and not {"site-packages", "dist-packages"} & set(Path(path).parts)

@@ -1,0 +1,36 @@
+"""All ranks come to the same end: what fails on one rank raises on every rank, and none is left waiting."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from modelparallel.errors import CheckpointCorruptError, CheckpointError, CheckpointNotFoundError
+from modelparallel.ranks_and_messages import allgather
+from modelparallel.topology import CommGroup
+
+
+@contextmanager
+def agreed() -> Iterator[None]:
+    """Work of each rank alone, after which all ranks hear of each other's failures. Collective over the world.
+
+    A rank whose block raised raises that error; the others raise a CheckpointError of the same class with its text. No
+    communication must be in the block that an error could keep a rank from.
+    """
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as raised:
+        error = raised
+    mine = None if error is None else (type(error).__name__, str(error))
+    reports = allgather(mine, CommGroup.WORLD)
+    if error is not None:
+        raise error
+    for rank, report in enumerate(reports):
+        if report is not None:
+            raise _error_class(report[0])(f"rank {rank} failed: {report[0]}: {report[1]}")
+
+
+def _error_class(name: str) -> type[CheckpointError]:
+    known: tuple[type[CheckpointError], ...] = (CheckpointNotFoundError, CheckpointCorruptError)
+    return next((cls for cls in known if cls.__name__ == name), CheckpointError)
