@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import modelparallel as smp
+from modelparallel.errors import CheckpointNotFoundError
 
 PARAMETERS = {"pipeline_parallel_degree": 2, "microbatches": 2, "ddp": True, "timeout_seconds": 60}
 NUM_STEPS = 6
@@ -30,24 +31,12 @@ def own_batch(step):
     return x[smp.dp_rank() :: smp.dp_size()], y[smp.dp_rank() :: smp.dp_size()]
 
 
-def save(folder, step, model, optimizer):
-    """Whole states in one file, which is there completely or not at all."""
-    states = {"step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
-    if smp.rank() == 0:
-        partial = folder / "partial"
-        torch.save(states, partial)
-        partial.replace(folder / "newest.pt")
-    smp.barrier()
-
-
-def resume(folder, model, optimizer):
-    """The number of steps that the newest checkpoint has behind it."""
-    if not (folder / "newest.pt").exists():
+def resume(folder):
+    """The number of steps that the newest complete checkpoint has behind it."""
+    try:
+        return smp.resume_from_checkpoint(folder / "checkpoints", tag="newest-complete")["step"]
+    except CheckpointNotFoundError:
         return 0
-    states = torch.load(folder / "newest.pt", weights_only=True)
-    model.load_state_dict(states["model"])
-    optimizer.load_state_dict(states["optimizer"])
-    return states["step"]
 
 
 def train(folder, dies_in_step=None, dying_rank=None):
@@ -66,14 +55,14 @@ def train(folder, dies_in_step=None, dying_rank=None):
         model.backward(loss)
         return loss
 
-    first = resume(folder, model, optimizer)
+    first = resume(folder)
     for step in range(first, NUM_STEPS):
         print(f"step {step} of {smp.size()} ranks", flush=True)
         optimizer.zero_grad()
         train_step(model, *own_batch(step), step)
         optimizer.step()
         if (step + 1) % STEPS_BETWEEN_CHECKPOINTS == 0:
-            save(folder, step + 1, model, optimizer)
+            smp.save_checkpoint(folder / "checkpoints", f"step{step + 1}", user_content={"step": step + 1})
     return dict(model.state_dict())
 
 
