@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import resource
 from pathlib import Path
 
@@ -13,8 +14,12 @@ from torch import nn
 import modelparallel as smp
 from modelparallel import runtime
 from modelparallel.errors import OutOfMemoryError, SMPError
+from modelparallel.launch.folder import JobFolder
+from modelparallel.launch.memory_summary import memory_summary
 from modelparallel.memory_use import is_out_of_memory
 from modelparallel.plan.memory_estimate import MemorySettings, ParameterGroup, estimate_memory
+from modelparallel.plan.partition_table import readable_bytes
+from modelparallel.session import shutdown
 from pool import run_ranks
 from rank_tests import RankTests, on
 
@@ -212,3 +217,39 @@ def test_running_out_of_memory_says_who_holds_what_and_what_helps(where):
     assert "predicted: parameters 1.0 MiB, gradients 1.0 MiB, optimizer state 2.0 MiB" in text
     ways = text.partition("what would help:\n")[2].splitlines()
     assert len(ways) == 3 and "shard_optimizer_state" in text and "microbatches: 4" in text
+
+
+@smp.step
+def square_step(model, x):
+    loss = model(x).square().mean()
+    model.backward(loss)
+    return loss
+
+
+def leave_memory_behind():
+    model = smp.DistributedModel(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)))
+    optimizer = smp.DistributedOptimizer(torch.optim.Adam(model.parameters()))
+    for _ in range(2):
+        square_step(model, torch.randn(4, 64))
+        optimizer.step()
+    held = smp.memory_report(is_local=True).ranks[0].held
+    shutdown()
+    return held
+
+
+def test_a_job_ends_with_the_memory_of_each_stage(tmp_path):
+    folder = JobFolder(tmp_path)
+    parameters = {"pipeline_parallel_degree": 2, "microbatches": 2, "ddp": True}
+    environ = {"SMP_EVENT_DIR": str(folder.events)}
+    held = run_ranks(leave_memory_behind, 4, parameters=parameters, environ=environ)
+    lines = memory_summary(folder)
+    assert len(lines) == 2 and all(
+        f"memory of stage {stage} (2 ranks, most on rank" in lines[stage] for stage in (0, 1)
+    )
+    record = json.loads((folder.events / "rank1.memory.json").read_text())
+    assert record["held"] == pytest.approx(held[1], rel=0.1)  # the first step had more in flight
+    assert 0 < record["predicted"] < record["resident_peak"]
+    assert f"{readable_bytes(record['predicted'])} predicted, process peak " in "".join(lines)
+    (folder.events / "rank9.memory.json").write_text('{"stage": 7')  # killed meanwhile
+    assert memory_summary(folder) == lines
+    assert memory_summary(JobFolder(tmp_path / "other")) == []

@@ -77,5 +77,7 @@ def test_c043_c044_launched_jobs_equal_one_process(script, backend, tmp_path):
     command += [str(Path(__file__).with_name("seed_job.py")), script, str(tmp_path)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=170)
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
+    stages = range(PARAMETERS[script]["pipeline_parallel_degree"])
+    assert all(f"[launcher] memory of stage {stage} (" in result.stdout for stage in stages), result.stdout[-4000:]
     results = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(8)]
     check(script, results, torch.float32)

@@ -12,6 +12,7 @@ from bench.cases import (
     overhead,
     partition,
     pipeline,
+    precision,
     schedules,
     sharded,
     tensor_parallel,
@@ -33,5 +34,6 @@ _MODULES = (
     language_models,
     memory,
     memory_ladder,
+    precision,
 )
 CASES: dict[str, Case] = {case.name: case for module in _MODULES for case in module.CASES}

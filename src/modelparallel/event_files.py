@@ -41,6 +41,11 @@ class EventFile:
     path: Path
     is_written_at_exit: bool
 
+    @property
+    def memory_path(self) -> Path:
+        """The file beside it for the memory of the rank, see ``memory_use.note_update``."""
+        return self.path.with_suffix(".memory.json")
+
     @staticmethod
     def from_environment(global_rank: int, environ: Mapping[str, str] | None = None) -> EventFile | None:
         """What the variables ask for; None for nothing. Raises SMPConfigError for a value that is not known."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -22,6 +24,8 @@ from modelparallel.topology import CommGroup, GroupKind
 if TYPE_CHECKING:
     from modelparallel.model import DistributedModel
     from modelparallel.runtime import Runtime
+
+logger = logging.getLogger("modelparallel")
 
 _STATUS = Path("/proc/self/status")
 
@@ -153,6 +157,32 @@ def rank_memory(runtime: Runtime) -> RankMemory:
         _of_process("VmHWM"),
         predicted_memory(runtime),
     )
+
+
+def note_update(runtime: Runtime, path: Path | None) -> None:
+    """An optimizer has made an update. After the first one, note what is held, and write it to ``path`` with the peaks
+    when the process ends, for the launcher's summary of the job. Local.
+    """
+    if path is None or runtime.has_noted_memory:
+        return
+    runtime.has_noted_memory = True
+    after_first = rank_memory(runtime)
+    runtime.session.closers.append(lambda: _write_summary(runtime, after_first, path))
+
+
+def _write_summary(runtime: Runtime, after_first: RankMemory, path: Path) -> None:
+    device = runtime.session.device
+    record = {
+        "global_rank": after_first.global_rank, "stage": after_first.stage, "held": after_first.held,
+        "predicted": after_first.predicted.total,
+        "device_peak": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+        "resident_peak": _of_process("VmHWM"),
+    }  # fmt: skip
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(record) + "\n", encoding="utf-8")
+    except OSError as problem:
+        logger.warning("cannot write the memory of rank %d to %s: %s", after_first.global_rank, path, problem)
 
 
 def predicted_memory(runtime: Runtime) -> MemoryEstimate:

@@ -14,7 +14,7 @@ from torch import nn
 from modelparallel import gradient_norm, optimizer_states
 from modelparallel import runtime as runtime_module
 from modelparallel.errors import SMPConfigError
-from modelparallel.memory_use import explaining_memory
+from modelparallel.memory_use import explaining_memory, note_update
 from modelparallel.optimizer_norms import DistributedNorms
 from modelparallel.optimizer_targets import Targets, updates_each_element_alone
 from modelparallel.precision import LossScaler
@@ -157,7 +157,9 @@ class DistributedOptimizer(torch.optim.Optimizer):
         then, and over the world where parameters are shared out among ranks.
         """
         with explaining_memory(self._runtime, "in optimizer.step()"):
-            return self._update(closure)
+            result = self._update(closure)
+        note_update(self._runtime, self._runtime.memory_path)
+        return result
 
     def _update(self, closure: Callable[[], Any] | None) -> Any:
         if not self._has_checked_parameters:

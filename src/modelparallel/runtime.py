@@ -51,6 +51,9 @@ class Runtime:
     def __init__(self, of: session.Session) -> None:
         self.session = of
         self._event_file = EventFile.from_environment(of.identity.global_rank)
+        #: Where the memory of this rank is written for the launcher; None: nowhere.
+        self.memory_path = None if self._event_file is None else self._event_file.memory_path
+        self.has_noted_memory = False
         self._has_failed = False
         transport = None
         if of.groups.pp.size > 1:

@@ -62,7 +62,7 @@ class ParameterShards(Protocol):
         already so. Called before gradients are read: by an optimizer's step, a norm, a loss scaler.
         """
 
-    def forget_gradients(self, *, set_to_none: bool) -> None:
+    def forget_gradients(self, *, set_to_none: bool = True) -> None:
         """Forget the gradients of shards, or fill them with zeros, and forget those of the parameters that are shared
         out (``zero_grad``). Local.
         """

@@ -134,7 +134,7 @@ class OptimizerShards:
         for bucket in self.buckets:
             bucket.take_back()
 
-    def forget_gradients(self, *, set_to_none: bool) -> None:
+    def forget_gradients(self, *, set_to_none: bool = True) -> None:
         """Forget the gradients of shards, or fill them with zeros, and forget those of whole parameters."""
         for entry in self._entries:
             entry.parameter.grad = None

@@ -295,7 +295,7 @@ class ShardedParameters:
             if entry.tensor is not None:
                 entry.tensor.grad = entry.inner.local_gradient
 
-    def forget_gradients(self, *, set_to_none: bool) -> None:
+    def forget_gradients(self, *, set_to_none: bool = True) -> None:
         """Forget reduced gradients, or fill them with zeros, and forget those that wait for a reduction. Local."""
         for entry in self._entries:
             entry.inner.forget_waiting()

@@ -17,6 +17,7 @@ from modelparallel.launch.devices import Device, device_names, working_devices
 from modelparallel.launch.environment import job_environment, resource_config
 from modelparallel.launch.failures import JobInterrupted, RankFailure, first_failure
 from modelparallel.launch.folder import JobFolder
+from modelparallel.launch.memory_summary import memory_summary
 from modelparallel.launch.processes import end_leftovers
 from modelparallel.launch.rendezvous_port import reserved_port
 from modelparallel.launch.supervision import RankMonitor
@@ -122,6 +123,8 @@ def run_job(job: JobSpec, output: TextIO | None = None, monitor: RankMonitor | N
                 f"{history(attempts, folder)}\n{message}"
             )
         if result.exit_code == 0:
+            for line in memory_summary(folder):
+                monitor.say(line)
             restarts = f", in attempt {len(attempts)} of {job.max_restarts + 1}" if len(attempts) > 1 else ""
             monitor.say(f"job {job.name} finished in {seconds:.1f} s{restarts}")
             message = ""
