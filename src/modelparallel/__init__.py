@@ -16,6 +16,7 @@ from modelparallel.activation_checkpointing import (
 )
 from modelparallel.checkpoints.objects import load, save
 from modelparallel.checkpoints.resuming import resume_from_checkpoint
+from modelparallel.checkpoints.sampling import GlobalBatchSampler
 from modelparallel.checkpoints.saving import save_checkpoint
 from modelparallel.construction import (
     delay_param_initialization,
@@ -93,6 +94,7 @@ __all__ = [
     "CommGroup",
     "DistributedModel",
     "DistributedOptimizer",
+    "GlobalBatchSampler",
     "RankType",
     "StepOutput",
     "__version__",

@@ -82,6 +82,9 @@ class Runtime:
             of.closers.append(self._write_at_exit)
         self.step: RunningStep | None = None
         self.num_steps = 0
+        # What earlier processes of a resumed job have run: random numbers count from the job's first step, and
+        # messages from this process's.
+        self.num_earlier_steps = 0
         self.optimizers: list[weakref.ref[DistributedOptimizer]] = []
         #: The checkpoint that was last saved in the background (``checkpoints.writing.PendingSave``).
         self.background_save: Any = None

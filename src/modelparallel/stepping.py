@@ -110,7 +110,8 @@ class StepFunction:
         microbatches = self._split(arguments, config)
         running = RunningStep()
         try:
-            outputs = self._run(runtime, running, microbatches, seed, 0 if config.seed is None else number)
+            place = 0 if config.seed is None else number + runtime.num_earlier_steps
+            outputs = self._run(runtime, running, microbatches, seed, place)
         except BaseException:
             for model in running.models:
                 model.abort_step()

@@ -40,7 +40,8 @@ def job_objects(runtime: Runtime, data_loader: Any) -> dict[str, Any]:
     """The entries of this rank: random states, steps, and where the data loader stands. Local."""
     groups = runtime.session.groups
     place = "_".join(map(str, coordinates(groups)))
-    result = {f"{RANDOM_KEY}.{place}": random_states(runtime.session.device), STEPS_KEY: runtime.num_steps}
+    num_steps = runtime.num_steps + runtime.num_earlier_steps
+    result = {f"{RANDOM_KEY}.{place}": random_states(runtime.session.device), STEPS_KEY: num_steps}
     if data_loader is not None:
         result[f"{LOADER_KEY}.{groups.dp.rank_in_group}"] = data_loader.state_dict()
     return result
@@ -130,6 +131,6 @@ def take_job_state(runtime: Runtime, wanted: Mapping[str, str], read: Callable[[
     if "random" in wanted:
         set_random_states(read(wanted["random"]), runtime.session.device)
     if "steps" in wanted:
-        runtime.num_steps = int(read(wanted["steps"]))
+        runtime.num_earlier_steps = int(read(wanted["steps"])) - runtime.num_steps
     if "data_loader" in wanted:
         data_loader.load_state_dict(read(wanted["data_loader"]))

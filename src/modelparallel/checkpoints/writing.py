@@ -80,7 +80,7 @@ def take_snapshot(
         "kind": "partial",
         "modelparallel": __version__,
         "torch": torch.__version__,
-        "num_steps": runtime.num_steps,
+        "num_steps": runtime.num_steps + runtime.num_earlier_steps,
         "shape": {"pp": pp_size, "tp": tp_size, "rdp": rdp_size},
         "sharded_data_parallel_degree": runtime.session.config.sharded_data_parallel_degree,
         "num_models": len(models),
