@@ -113,7 +113,8 @@ CASES = [
         "sharded_gpt",
         "Sharded dp=2, GPT of 8 layers x 512: forward and `loss.backward()` of `smp.DistributedModel` with everything "
         "sharded against FSDP2 used directly (each block, and the root), both over the same process groups; peak "
-        "resident memory with Adam above what the process had before (`MALLOC_MMAP_THRESHOLD_=131072`), the median of three.",
+        "resident memory with Adam above what the process had before (`MALLOC_MMAP_THRESHOLD_=131072`), the median of "
+        "three.",
         lambda num_pairs: measure(num_pairs, DEGREE, "sharded_gpt"),
     ),
     Case(
