@@ -57,7 +57,9 @@ def check_matrix(names: list[str], num_stages: int, kind: str, num_microbatches:
                 assert max(part.peaks[1:]) <= active, (name, part.peaks)
 
 
-@pytest.mark.parametrize(("kind", "active"), [("interleaved", 2), ("zero_bubble", 3)])
+@pytest.mark.parametrize(
+    ("kind", "active"), [pytest.param("interleaved", 2, marks=pytest.mark.slow), ("zero_bubble", 3)]
+)
 def test_programs_under_two_schedules(kind: str, active: int) -> None:
     check_matrix(QUICK, 2, kind, 4, active)
 

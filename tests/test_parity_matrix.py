@@ -16,13 +16,12 @@ SAMPLE = [
     Cell(4, 2, 1, "ddp", "fp32", True),
     Cell(4, 1, 2, "ddp", "bf16", False),
     Cell(4, 2, 1, "optimizer", "fp16", True),
-    Cell(4, 1, 2, "optimizer", "fp32", True),
+    Cell(4, 1, 2, "optimizer", "bf16", True),
     Cell(4, 1, 2, "sdp", "fp16", False),
     Cell(4, 2, 1, "sdp", "bf16", True),
     Cell(4, 1, 1, "sdp", "fp32", False),
     Cell(4, 2, 2, "sdp", "fp32", False),
     Cell(8, 2, 2, "sdp", "fp32", True),
-    Cell(8, 2, 2, "optimizer", "bf16", False),
 ]
 
 

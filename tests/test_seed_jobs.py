@@ -67,8 +67,15 @@ def test_c043_tensor_and_pipeline_parallel_job_equals_one_process():
     check(script, run_ranks(train, 8, script, torch.float64, parameters=PARAMETERS[script], timeout=120), torch.float64)
 
 
-@pytest.mark.parametrize("backend", ["elastic", "mpi"])
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize(
+    ("script", "backend"),
+    [
+        (SCRIPTS[0], "mpi"),
+        (SCRIPTS[1], "elastic"),
+        pytest.param(SCRIPTS[0], "elastic", marks=pytest.mark.slow),
+        pytest.param(SCRIPTS[1], "mpi", marks=pytest.mark.slow),
+    ],
+)
 def test_c043_c044_launched_jobs_equal_one_process(script, backend, tmp_path):
     if backend == "mpi" and shutil.which("mpirun", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}") is None:
         pytest.skip("mpirun is not installed")

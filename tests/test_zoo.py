@@ -26,7 +26,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     **{schedule: {"pipeline": schedule} for schedule in SCHEDULES},
     "no_pushes": {"pipeline": SCHEDULES[-1], "push_limit_bytes": 0},
 }
-# Those that `make test` trains; `make test-all` trains all of them, in all settings.
+# Those that `make test` trains, each second one on the most stages and the others on the fewest; `make test-all` trains
+# all of them, in all settings.
 QUICK = (
     "llama qwen2 gemma2 gpt2_tied gptj opt falcon bert_tied albert deberta_v2 xlnet distilbert longformer t5 bart "
     "marian mixtral qwen2_moe switch mamba2 jamba vit swin convnext resnet segformer wav2vec2 whisper clip "
@@ -175,18 +176,21 @@ def groups(names: list[str], size: int = 12) -> dict[str, tuple[str, ...]]:
 
 
 DRAWING = [name for name, entry in ZOO.items() if entry.draws]
+SETTLED = [name for name in QUICK if name not in DRAWING]
 GROUP_OF = {
     **groups(DRAWING),
-    **groups([name for name in QUICK if name not in DRAWING]),
+    **groups(SETTLED[::2]),
+    **groups(SETTLED[1::2]),
     **groups([name for name in ZOO if name not in DRAWING and name not in QUICK]),
 }
 RUNS = [(stages, optimizer, setting) for stages, optimizer in zip(NUM_STAGES, OPTIMIZERS, strict=True)
         for setting in SETTINGS]  # fmt: skip
-QUICK_RUNS = [RUNS[len(SCHEDULES)], RUNS[-2]]  # on the fewest stages without pushes, on the most as is the default
+# On the fewest stages without pushes, on the most as is the default.
+QUICK_RUNS = {RUNS[len(SCHEDULES)]: {*DRAWING, *SETTLED[1::2]}, RUNS[-2]: {*DRAWING, *SETTLED[::2]}}
 CASES = [
     pytest.param(
         name, *run, id=f"{name}-pp{run[0]}-{run[2]}",
-        marks=() if run in QUICK_RUNS and name in (*QUICK, *DRAWING) else pytest.mark.slow,
+        marks=() if name in QUICK_RUNS.get(run, ()) else pytest.mark.slow,
     )
     for run in RUNS for name in GROUP_OF
 ]  # fmt: skip
