@@ -2,6 +2,9 @@
 
 from modelparallel.errors import (
     CannotTraceError,
+    CheckpointCorruptError,
+    CheckpointError,
+    CheckpointNotFoundError,
     CommunicationError,
     DeferredTensorError,
     DivergenceError,
@@ -24,6 +27,9 @@ from modelparallel.errors import (
 
 __all__ = [
     "CannotTraceError",
+    "CheckpointCorruptError",
+    "CheckpointError",
+    "CheckpointNotFoundError",
     "CommunicationError",
     "DeferredTensorError",
     "DivergenceError",
