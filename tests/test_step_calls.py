@@ -223,11 +223,21 @@ def test_an_error_of_every_rank_leaves_the_next_step_intact():
 
 
 @on(*ALL)
-def test_random_numbers_of_the_script_are_not_used_up_by_a_step():
+def test_a_step_takes_one_random_number_from_the_script_whatever_it_draws():
+    """Its seed; so a script that puts the generator's state back repeats what the step drew."""
     torch.manual_seed(11)
+    before = torch.get_rng_state()
+    torch.randint(2**62 - 1, ())
     expected = torch.get_rng_state()
-    smp.step(lambda x: x + torch.rand(2))(torch.ones(4, 2))
-    assert torch.equal(torch.get_rng_state(), expected)
+    for draw in (lambda: 0.0, lambda: torch.rand(2), lambda: torch.rand(3, 2).sum() + torch.rand(())):
+        torch.set_rng_state(before)
+        smp.step(lambda x, draw=draw: x + draw())(torch.ones(4, 2))
+        assert torch.equal(torch.get_rng_state(), expected)
+    drawing = smp.step(lambda x: x + torch.rand(2))
+    torch.set_rng_state(before)
+    first, second = drawing(torch.zeros(4, 2)).concat(), drawing(torch.zeros(4, 2)).concat()
+    torch.set_rng_state(before)
+    assert torch.equal(drawing(torch.zeros(4, 2)).concat(), first) and not torch.equal(second, first)
 
 
 # Calls that differ between the ranks: in process sets of their own, since the connections are of no use afterwards
