@@ -269,6 +269,47 @@ def test_a_rank_that_cannot_write_fails_the_save_everywhere_and_spoils_nothing()
     assert smp.resume_from_checkpoint(folder) == "mended"
 
 
+class BrokenLoader:
+    """Fails on the last rank alone."""
+
+    def state_dict(self):
+        if smp.rank() == smp.size() - 1:
+            raise OSError("the index of the data is gone")
+        return {"place": 3}
+
+    def load_state_dict(self, state):
+        self.state_dict()
+
+
+class GoodLoader(BrokenLoader):
+    def state_dict(self):
+        return {"place": 3}
+
+    def load_state_dict(self, state):
+        self.place = state["place"]
+
+
+@on(PP2, PP2_DP2)
+def test_what_fails_on_one_rank_before_the_files_fails_everywhere():
+    folder, is_last = shared_folder(), smp.rank() == smp.size() - 1
+    model, optimizer = make_job(0)
+    train(model, optimizer, range(1))
+    cause = (
+        (OSError, "the index of the data is gone") if is_last else (CheckpointError, f"rank {smp.size() - 1} failed")
+    )
+    with pytest.raises(cause[0], match=cause[1]):
+        smp.save_checkpoint(folder, "t", model=model, optimizer=optimizer, data_loader=BrokenLoader())
+    content = (lambda: 0) if smp.rank() == 0 else None
+    with pytest.raises(CheckpointError, match="user_content cannot be saved"):
+        smp.save_checkpoint(folder, "t", model=model, optimizer=optimizer, user_content=content)
+    smp.save_checkpoint(folder, "t", model=model, optimizer=optimizer, data_loader=GoodLoader())
+    with pytest.raises(cause[0], match=cause[1]):
+        smp.resume_from_checkpoint(folder, data_loader=BrokenLoader())
+    loader = GoodLoader()
+    smp.resume_from_checkpoint(folder, data_loader=loader)
+    assert loader.place == 3
+
+
 @on(PP2)
 def test_damage_is_found_by_all_and_passed_over_where_that_is_asked_for():
     folder = shared_folder()

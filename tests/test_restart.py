@@ -43,6 +43,13 @@ def devices(monkeypatch):
 # Training goes on
 
 
+def uninterrupted(tmp_path, num_ranks):
+    """The weights after a training that nobody disturbs."""
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    return run_ranks(train, num_ranks, str(whole), parameters=PARAMETERS)[0]
+
+
 def launch_training(tmp_path, *arguments, script_arguments=()):
     """`modelparallel run` of the training script; returns (result, one weights dict a rank of the last attempt)."""
     command = [sys.executable, "-m", "modelparallel", "run", "--device", "cpu", "--job-dir", str(tmp_path / "job")]
@@ -57,9 +64,7 @@ def launch_training(tmp_path, *arguments, script_arguments=()):
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_killed_rank_restarts_and_ends_with_the_same_weights(tmp_path):
-    whole = tmp_path / "whole"
-    whole.mkdir()
-    expected = run_ranks(train, 2, str(whole), parameters=PARAMETERS)[0]
+    expected = uninterrupted(tmp_path, 2)
     death = ("--dies-in-step", "3", "--dying-rank", "1", "--deaths", "1")
     result, weights = launch_training(tmp_path, "--nproc", "2", "--max-restarts", "3", script_arguments=death)
     assert len(weights) == 2
@@ -77,9 +82,7 @@ def test_killed_rank_restarts_and_ends_with_the_same_weights(tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_training_goes_on_with_fewer_ranks(tmp_path):
-    whole = tmp_path / "whole"
-    whole.mkdir()
-    expected = run_ranks(train, 4, str(whole), parameters=PARAMETERS)[0]
+    expected = uninterrupted(tmp_path, 4)
     death = ("--dies-in-step", "3", "--dying-rank", "3", "--deaths", "2")
     result, weights = launch_training(tmp_path, "--nproc", "2:4", "--max-restarts", "3", script_arguments=death)
     assert len(weights) == 2
@@ -96,9 +99,7 @@ def test_training_goes_on_with_fewer_ranks(tmp_path):
 @pytest.mark.timeout(400)
 def test_training_goes_on_under_torchrun_s_own_restarts(tmp_path):
     """On several hosts torchrun starts the script; its agent keeps the store between the attempts."""
-    whole = tmp_path / "whole"
-    whole.mkdir()
-    expected = run_ranks(train, 2, str(whole), parameters=PARAMETERS)[0]
+    expected = uninterrupted(tmp_path, 2)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1"]
     command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
     command += [str(Path(__file__).with_name("restart_job.py")), str(tmp_path)]

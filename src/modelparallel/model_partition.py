@@ -57,8 +57,8 @@ def _agreed_plan(
     config, groups, models = runtime.session.config, runtime.session.groups, runtime.session.models
     made: tuple[PartitionPlan, list[int]] | None = None
     problem: BaseException | None = None
-    is_traced = config.auto_partition and not config.skip_tracing and not config.load_partition
-    is_traced = is_traced and model.stored_plan is None
+    has_plan = config.load_partition or model.stored_plan is not None
+    is_traced = config.auto_partition and not config.skip_tracing and not has_plan
     try:
         # The whole TP_GROUP traces, since split layers talk to each other.
         if groups.pp.rank_in_group == 0 and groups.rdp.rank_in_group == 0:

@@ -58,22 +58,16 @@ def full_state_dict(model: DistributedModel, gather_to_rank0: bool) -> dict[str,
     local = local_state_dict(model)
     local.pop(PARTIAL_KEY)
     on_cpu = {name: value.cpu() if isinstance(value, torch.Tensor) else value for name, value in local.items()}
-    if groups.mp.size == 1:
-        merged = {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in on_cpu.items()}
-    elif not gather_to_rank0:
-        own = (groups.pp.rank_in_group, groups.tp.rank_in_group, on_cpu)
-        merged = merge(model, allgather(own, CommGroup.MP_GROUP))
-    elif 0 not in groups.mp.ranks:
-        return {}
-    elif groups.world.rank_in_group != 0:
-        send((groups.pp.rank_in_group, groups.tp.rank_in_group, on_cpu), 0, RankType.MP_RANK)
-        return {}
-    else:
-        parts = [recv_from(mp_rank, RankType.MP_RANK) for mp_rank in range(1, groups.mp.size)]
-        merged = merge(model, [(groups.pp.rank_in_group, groups.tp.rank_in_group, on_cpu), *parts])
+    own = (groups.pp.rank_in_group, groups.tp.rank_in_group, on_cpu)
     if gather_to_rank0 and groups.world.rank_in_group != 0:
+        if 0 in groups.mp.ranks:
+            send(own, 0, RankType.MP_RANK)
         return {}
-    return merged
+    if groups.mp.size == 1:
+        return {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in on_cpu.items()}
+    if gather_to_rank0:
+        return merge(model, [own, *(recv_from(mp_rank, RankType.MP_RANK) for mp_rank in range(1, groups.mp.size))])
+    return merge(model, allgather(own, CommGroup.MP_GROUP))
 
 
 def merge(model: DistributedModel, parts: Sequence[tuple[int, int, Mapping[str, Any]]]) -> dict[str, Any]:

@@ -358,12 +358,8 @@ class DistributedOptimizer(torch.optim.Optimizer):
         """Position of each parameter in the whole model's optimizer, by its name in the model. Source: smp-api section
         18.
         """
-        result = {}
-        for index, parameter in enumerate(self.all_parameters()):
-            row = next((row for model in self._runtime.session.models if (row := model.table.row_of(parameter))), None)
-            if row is not None:
-                result[row.name] = index
-        return result
+        names = optimizer_states.names_of(self, self.all_parameters())
+        return {name: index for index, name in enumerate(names) if name}
 
     @property
     def _param_index_to_param_local(self) -> dict[int, nn.Parameter]:

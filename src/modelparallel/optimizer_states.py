@@ -250,7 +250,12 @@ def row_of(optimizer: DistributedOptimizer, parameter: torch.Tensor) -> Paramete
 def _merged(optimizer: DistributedOptimizer, local: Mapping[int, Mapping[str, Any]]) -> dict[int, dict[str, Any]]:
     """The whole state from the ``local`` ones of an MP_GROUP; collective over it."""
     groups = optimizer._runtime.session.groups
-    own = (groups.pp.rank_in_group, groups.tp.rank_in_group, _names(optimizer), dict(local))
+    own = (
+        groups.pp.rank_in_group,
+        groups.tp.rank_in_group,
+        names_of(optimizer, optimizer.all_parameters()),
+        dict(local),
+    )
     parts = allgather(own, CommGroup.MP_GROUP)
     for pp_rank, tp_rank, names, _ in parts:
         if names != own[2]:
@@ -280,9 +285,10 @@ def _merged(optimizer: DistributedOptimizer, local: Mapping[int, Mapping[str, An
     return result
 
 
-def _names(optimizer: DistributedOptimizer) -> list[str]:
-    rows = (row_of(optimizer, parameter) for parameter in optimizer.all_parameters())
-    return [found.name if found is not None else "" for found in rows]
+def names_of(optimizer: DistributedOptimizer, parameters: Iterable[torch.Tensor]) -> list[str]:
+    """The names in their models of parameters of the optimizer; "" for foreign ones. Local."""
+    rows = (row_of(optimizer, parameter) for parameter in parameters)
+    return [row.name if row is not None else "" for row in rows]
 
 
 def _local_part(optimizer: DistributedOptimizer, parameter: nn.Parameter, value: Any) -> Any:

@@ -140,7 +140,8 @@ class StepFunction:
         if engine.transport.take_failure_seen() and engine.stage == 0:
             engine.forget()
         try:
-            extra = (seed, self._title, engine.knowledge(), _trained_flags(runtime))
+            own_trained = _trained_flags(runtime)
+            extra = (seed, self._title, engine.knowledge(), own_trained)
             arguments, (seed, called, knowledge, trained) = share_inputs(
                 engine.transport, arguments, extra, number, runtime.session.device
             )
@@ -150,7 +151,7 @@ class StepFunction:
                     f"calls {called}: all ranks of a PP_GROUP must call the same step functions in the same order"
                 )
             engine.agree(knowledge)
-            _check_trained(runtime, trained)
+            _check_trained(runtime, own_trained, trained)
         except BaseException as error:
             engine.transport.abandon(error)
             raise
@@ -273,9 +274,8 @@ def _trained_flags(runtime: Runtime) -> bytes:
     return bytes([parameter.requires_grad for model in models for _, parameter in model.table.parameters()])
 
 
-def _check_trained(runtime: Runtime, first: bytes) -> None:
+def _check_trained(runtime: Runtime, own: bytes, first: bytes) -> None:
     """Compare with pp_rank 0: what is frozen decides what travels backwards, also from and to other stages."""
-    own = _trained_flags(runtime)
     if own == first or len(own) != len(first):
         return
     names = [row.name for model in runtime.session.models for row, _ in model.table.parameters()]

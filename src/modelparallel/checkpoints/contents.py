@@ -12,7 +12,7 @@ and only its home offers it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -53,15 +53,14 @@ def numbered(noun: str, index: int) -> str:
 # Models
 
 
-def model_contents(model: DistributedModel, prefix: str, *, is_saved: bool) -> Contents:
-    """What this rank holds of ``model``; ``is_saved``: of that, what it should offer to write. Local."""
+def model_contents(model: DistributedModel, prefix: str) -> Contents:
+    """What this rank should offer to write of ``model``. Local."""
     result = Contents()
     stage = model._runtime.engine.stage
     for row, tensor in rows_of(model):
-        if model.table.is_local(row, stage) and (not is_saved or row.home in (None, stage)):
+        if row.home in (None, stage):
             result.pieces.extend(model_pieces(model, row, tensor, f"{prefix}.{row.name}"))
-    if is_saved:
-        result.objects.update({f"{prefix}.{name}": value for name, value in _other_entries(model)})
+    result.objects.update({f"{prefix}.{name}": value for name, value in _other_entries(model)})
     return result
 
 
@@ -133,14 +132,8 @@ def group_settings(optimizer: DistributedOptimizer) -> list[dict[str, Any]]:
     result = []
     for group, everything in zip(optimizer.param_groups, optimizer.all_groups(), strict=True):
         settings = {key: value for key, value in group.items() if key != "params"}
-        result.append({**settings, "params": group_names(optimizer, everything)})
+        result.append({**settings, "params": optimizer_states.names_of(optimizer, everything)})
     return result
-
-
-def group_names(optimizer: DistributedOptimizer, parameters: Iterable[nn.Parameter]) -> list[str]:
-    """The names in their models of parameters of the optimizer; "" for foreign ones. Local."""
-    rows = (optimizer_states.row_of(optimizer, parameter) for parameter in parameters)
-    return [row.name if row is not None else "" for row in rows]
 
 
 def has_shape_of_target(value: Any, target: Target) -> bool:

@@ -53,10 +53,11 @@ class RankInfo:
 
 def file_group(key: str) -> str:
     """The noun of the file that the entry ``key`` is in."""
-    noun, _, rest = key.partition(".")
-    if noun.partition("_")[0] != "optimizer":
-        return "model" if noun.partition("_")[0] == "model" else "job"
-    return "fp16_states" if rest.endswith(f".{MASTER_KEY}") or rest == SCALER_KEY else "optimizer"
+    first, _, rest = key.partition(".")
+    noun = first.partition("_")[0]
+    if noun == "optimizer" and (rest.endswith(f".{MASTER_KEY}") or rest == SCALER_KEY):
+        return "fp16_states"
+    return noun
 
 
 class DraftWriter(FileSystemWriter):

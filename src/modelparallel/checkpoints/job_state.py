@@ -92,22 +92,21 @@ def set_random_states(states: Mapping[str, Any], device: torch.device) -> None:
         numpy.random.set_state((NUMPY_NAME, *(states["numpy"][field] for field in NUMPY_FIELDS)))
 
 
-def wanted_keys(
-    groups: Groups, saved_sizes: tuple[int, int, int], keys: Mapping[str, Any], data_loader: Any
-) -> dict[str, str]:
-    """Which entries this rank takes: by "random", "steps" and "data_loader". Local.
+def wanted_keys(groups: Groups, facts: Mapping[str, Any], keys: Mapping[str, Any], data_loader: Any) -> dict[str, str]:
+    """Which entries this rank takes: by "random", "steps" and "data_loader". Local. ``facts``: of the completion
+    record.
 
     Raises CheckpointError if a data loader is given and its place cannot be told from the checkpoint.
     """
+    saved_sizes = tuple(int(facts["shape"][axis]) for axis in ("pp", "tp", "rdp"))
     place = "_".join(str(own % saved) for own, saved in zip(coordinates(groups), saved_sizes, strict=True))
     wanted = {"random": f"{RANDOM_KEY}.{place}", "steps": STEPS_KEY}
     if data_loader is not None:
-        wanted["data_loader"] = _loader_key(groups, saved_sizes, keys, data_loader)
+        wanted["data_loader"] = _loader_key(groups, saved_sizes[1] * saved_sizes[2], keys, data_loader)
     return {what: key for what, key in wanted.items() if key in keys}
 
 
-def _loader_key(groups: Groups, saved_sizes: tuple[int, int, int], keys: Mapping[str, Any], data_loader: Any) -> str:
-    saved_dp_size = saved_sizes[1] * saved_sizes[2]
+def _loader_key(groups: Groups, saved_dp_size: int, keys: Mapping[str, Any], data_loader: Any) -> str:
     own = f"{LOADER_KEY}.{groups.dp.rank_in_group}"
     first = f"{LOADER_KEY}.0"
     if first not in keys:

@@ -8,7 +8,7 @@ of several blocks, or a range of a flat parameter, is no ``DTensor``.
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -105,12 +105,9 @@ class PieceLoadPlanner(DefaultLoadPlanner):
         for piece in self._pieces:
             by_key.setdefault(piece.key, []).append(piece)
         for key, pieces in by_key.items():
-            described = stored[key]
-            check_shape(key, described, pieces[0].full_shape)
-            assert isinstance(described, TensorStorageMetadata)
+            described = tensor_entry(key, stored[key], pieces[0].full_shape)
             chunks = [ChunkStorageMetadata(torch.Size(piece.offsets), torch.Size(piece.sizes)) for piece in pieces]
-            for item in create_read_items_for_chunk_list(key, described, chunks):
-                items.append(item)
+            items.extend(create_read_items_for_chunk_list(key, described, chunks))
             self._by_place.update({(key, number): piece.tensor for number, piece in enumerate(pieces)})
         for key in self._object_keys:
             index = MetadataIndex(key)
@@ -132,8 +129,8 @@ class PieceLoadPlanner(DefaultLoadPlanner):
         return tensor
 
 
-def check_shape(key: str, described: Any, full_shape: tuple[int, ...]) -> None:
-    """Raise CheckpointError unless the entry ``key`` of a checkpoint is a tensor of that shape."""
+def tensor_entry(key: str, described: Any, full_shape: tuple[int, ...]) -> TensorStorageMetadata:
+    """What a checkpoint says of the tensor ``key``. Raises CheckpointError unless it is a tensor of that shape."""
     if not isinstance(described, TensorStorageMetadata):
         raise CheckpointError(f"'{key}' is a tensor in this job and an object in the checkpoint")
     if tuple(described.size) != tuple(full_shape):
@@ -141,13 +138,9 @@ def check_shape(key: str, described: Any, full_shape: tuple[int, ...]) -> None:
             f"'{key}' has shape {tuple(described.size)} in the checkpoint and {tuple(full_shape)} in this job: resume "
             "with the model that was saved"
         )
+    return described
 
 
 def is_object(described: Any) -> bool:
     """Whether an entry of a checkpoint is an object and no tensor."""
     return isinstance(described, BytesStorageMetadata)
-
-
-def shapes(stored: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """The shapes of the tensors among the entries of a checkpoint."""
-    return {key: tuple(entry.size) for key, entry in stored.items() if isinstance(entry, TensorStorageMetadata)}

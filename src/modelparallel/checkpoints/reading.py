@@ -14,8 +14,6 @@ from torch.distributed.checkpoint.api import CheckpointException
 from modelparallel import optimizer_states
 from modelparallel.checkpoints.contents import (
     MASTER_KEY,
-    Contents,
-    group_names,
     model_pieces,
     named_parameters,
     own_key,
@@ -26,7 +24,7 @@ from modelparallel.checkpoints.contents import (
 from modelparallel.checkpoints.dcp_storage import RecordedReader, read_metadata
 from modelparallel.checkpoints.file_streams import FileRecord
 from modelparallel.checkpoints.pieces import Piece, whole_piece
-from modelparallel.checkpoints.planners import PieceLoadPlanner, check_shape, is_object
+from modelparallel.checkpoints.planners import PieceLoadPlanner, is_object, tensor_entry
 from modelparallel.checkpoints.user_content import open_object
 from modelparallel.checkpoints.writing import explained, world_process_group
 from modelparallel.errors import CheckpointError
@@ -75,7 +73,7 @@ class StoredCheckpoint:
         found: dict[str, Any] = {}
 
         def take(key: str, data: io.BytesIO) -> None:
-            found[key] = self.opened(data, f"the entry '{key}'")
+            found[key] = open_object(data, f"the entry '{key}'", self._allowed, self._trusts_pickles)
 
         planner = PieceLoadPlanner(pieces, object_keys, take)
         reader = RecordedReader(self.store, self._metadata, self._expected)
@@ -85,10 +83,6 @@ class StoredCheckpoint:
         except (CheckpointException, Exception) as error:
             raise explained(error, doing, self._runtime.session.groups.world.rank_in_group) from error
         return found
-
-    def opened(self, data: io.BytesIO, what: str) -> Any:
-        """The object of saved bytes. Raises CheckpointError for classes that are not allowed. Local."""
-        return open_object(data, what, self._allowed, self._trusts_pickles)
 
 
 # Models
@@ -108,7 +102,7 @@ def check_model(model: DistributedModel, prefix: str, entries: Mapping[str, Any]
             "modules), or pass strict=False to take what both have"
         )
     for key in expected.keys() & stored:
-        check_shape(key, entries[key], expected[key].full_shape)
+        tensor_entry(key, entries[key], expected[key].full_shape)
 
 
 def _listed(keys: Sequence[str]) -> str:
@@ -119,13 +113,12 @@ def _listed(keys: Sequence[str]) -> str:
 def load_model(checkpoint: StoredCheckpoint, model: DistributedModel, prefix: str) -> None:
     """Fill what this rank holds of a partitioned model. Collective over the world."""
     entries = checkpoint.entries
-    contents = Contents()
     stage = model._runtime.engine.stage
+    pieces: list[Piece] = []
     for row, tensor in rows_of(model):
-        if model.table.is_local(row, stage):
-            key = _best_source(entries, prefix, row, tensor)
-            contents.pieces.extend(model_pieces(model, row, tensor, key))
-    pieces = [piece for piece in contents.pieces if piece.key in entries]
+        key = _best_source(entries, prefix, row, tensor)
+        if key in entries and model.table.is_local(row, stage):
+            pieces.extend(model_pieces(model, row, tensor, key))
     names = [key for key, entry in entries.items() if key.startswith(f"{prefix}.") and is_object(entry)]
     objects = checkpoint.read(pieces, names, "loading the model")
     if objects:
@@ -150,7 +143,7 @@ def _best_source(entries: Mapping[str, Any], prefix: str, row: ParameterRow, ten
 
 def check_optimizer(optimizer: DistributedOptimizer, prefix: str, groups: Sequence[Mapping[str, Any]]) -> None:
     """Whether the groups of the checkpoint are those of ``optimizer``. Local. Raises CheckpointError."""
-    own = [group_names(optimizer, group) for group in optimizer.all_groups()]
+    own = [optimizer_states.names_of(optimizer, group) for group in optimizer.all_groups()]
     saved = [list(group["params"]) for group in groups]
     if [sorted(names) for names in saved] != [sorted(names) for names in own]:
         pairs = zip(saved, own, strict=False)
@@ -166,15 +159,23 @@ def check_optimizer(optimizer: DistributedOptimizer, prefix: str, groups: Sequen
 class OptimizerLoad:
     """Makes room for the state of one optimizer and gives it to the optimizer when it is read.
 
-    ``masters_only``: the fp32 masters and the scale of the loss, not the state.
+    ``groups``: the settings that the checkpoint has of its groups. ``masters_only``: the fp32 masters and the scale of
+    the loss, not the state.
     """
 
     def __init__(
-        self, checkpoint: StoredCheckpoint, optimizer: DistributedOptimizer, prefix: str, *, masters_only: bool
+        self,
+        checkpoint: StoredCheckpoint,
+        optimizer: DistributedOptimizer,
+        prefix: str,
+        groups: Sequence[Mapping[str, Any]],
+        *,
+        masters_only: bool,
     ) -> None:
         self._checkpoint = checkpoint
         self._optimizer = optimizer
         self._prefix = prefix
+        self._groups = groups
         self._masters_only = masters_only
         self._stored = state_keys(checkpoint.entries, prefix)
         self._pieces: list[Piece] = []
@@ -191,10 +192,10 @@ class OptimizerLoad:
             if row.home is None or stage in row.holders:
                 for target in optimizer.targets.of_parameter(parameter):
                     self._make_room(row, target)
-        settings, scaler = f"{prefix}.param_groups", f"{prefix}.{optimizer_states.SCALER_KEY}"
-        jobs = [key for key in (settings, scaler) if key in self._checkpoint.entries]
+        scaler = f"{prefix}.{optimizer_states.SCALER_KEY}"
+        scalers = [scaler] if scaler in self._checkpoint.entries else []
         found = self._checkpoint.read(
-            self._pieces, [*jobs, *sorted(self._object_keys)], "loading the state of the optimizer"
+            self._pieces, [*scalers, *sorted(self._object_keys)], "loading the state of the optimizer"
         )
         for identity, entry, key in self._objects_of:
             self._values[identity][entry] = found[key]
@@ -202,9 +203,8 @@ class OptimizerLoad:
             optimizer.loss_scaler.load_state_dict(found[scaler])
         if self._masters_only:
             self._give_masters()
-        elif settings in found:
-            check_optimizer(optimizer, prefix, found[settings])
-            optimizer_states.take_state(optimizer, found[settings], self._values_of)
+        else:
+            optimizer_states.take_state(optimizer, self._groups, self._values_of)
 
     def _values_of(self, parameter: nn.Parameter, target: Target | None) -> dict[str, Any] | None:
         return self._values.get(id(parameter if target is None else target.tensor))
@@ -265,7 +265,7 @@ class OptimizerLoad:
 
     def _room_for(self, key: str, row: ParameterRow, target: Target, dtype: torch.dtype) -> torch.Tensor:
         room = torch.zeros(target.tensor.shape, dtype=dtype, device=target.tensor.device)
-        check_shape(key, self._checkpoint.entries[key], row.full_shape)
+        tensor_entry(key, self._checkpoint.entries[key], row.full_shape)
         self._pieces.extend(target_pieces(self._optimizer, key, row, target, room))
         return room
 

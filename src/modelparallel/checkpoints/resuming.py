@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from modelparallel import runtime as runtime_module
 from modelparallel.checkpoints import completion, job_state
+from modelparallel.checkpoints.agreement import agreed
 from modelparallel.checkpoints.contents import numbered
 from modelparallel.checkpoints.full import load_full
 from modelparallel.checkpoints.reading import OptimizerLoad, StoredCheckpoint, check_model, check_optimizer, load_model
@@ -98,17 +99,21 @@ def resume_from_checkpoint(
             trust_pickles=trust_pickles,
         )
     name = _find(runtime, store, tag, verify)
-    folder = store.child(completion.folder_of(store, name))
-    record = completion.read_record(store, name)
-    checkpoint = StoredCheckpoint(runtime, folder, record.files, allowed=allowed_types, trusts_pickles=trust_pickles)
-    models = _last(models, int(record.facts.get("num_models", 1)), "models")
-    for index, model in enumerate(models):
-        check_model(model, numbered("model", index), checkpoint.entries, strict)
-    num_optimizers = int(record.facts.get("num_optimizers", 1)) if load_optimizer else 0
-    optimizers = _last(runtime.live_optimizers(), num_optimizers, "optimizers")
+    with agreed():  # before the ranks wait for each other's tensors
+        folder = store.child(completion.folder_of(store, name))
+        record = completion.read_record(store, name)
+        checkpoint = StoredCheckpoint(
+            runtime, folder, record.files, allowed=allowed_types, trusts_pickles=trust_pickles
+        )
+        models = _last(models, int(record.facts.get("num_models", 1)), "models")
+        for index, model in enumerate(models):
+            check_model(model, numbered("model", index), checkpoint.entries, strict)
+        num_optimizers = int(record.facts.get("num_optimizers", 1)) if load_optimizer else 0
+        optimizers = _last(runtime.live_optimizers(), num_optimizers, "optimizers")
+        wanted = job_state.wanted_keys(runtime.session.groups, record.facts, checkpoint.entries, data_loader)
     _use_stored_plans(folder, record, models)
-    loads = _Loads(checkpoint, models, optimizers, masters_only=not load_sharded_optimizer_state)
-    _load_job_state(runtime, checkpoint, record.facts, data_loader, loads)
+    groups_of = _load_job_state(runtime, checkpoint, wanted, data_loader, optimizers)
+    loads = _Loads(checkpoint, models, optimizers, groups_of, masters_only=not load_sharded_optimizer_state)
     loads.start()
     if runtime.session.groups.world.rank_in_group == 0:
         logger.info("resuming from %s, saved after %s steps", folder.path_of(), record.facts.get("num_steps"))
@@ -214,6 +219,7 @@ class _Loads:
     checkpoint: StoredCheckpoint
     models: Sequence[DistributedModel]
     optimizers: Sequence[DistributedOptimizer]
+    groups_of: Sequence[Sequence[Mapping[str, Any]]]  # the settings of each optimizer's groups
     masters_only: bool
 
     def start(self) -> None:
@@ -231,10 +237,9 @@ class _Loads:
 
     def _load_optimizers(self) -> None:
         if all(model.partitioned for model in self.models):
-            for index, optimizer in enumerate(self.optimizers):
-                OptimizerLoad(
-                    self.checkpoint, optimizer, numbered("optimizer", index), masters_only=self.masters_only
-                ).run()
+            for index, (optimizer, groups) in enumerate(zip(self.optimizers, self.groups_of, strict=True)):
+                prefix = numbered("optimizer", index)
+                OptimizerLoad(self.checkpoint, optimizer, prefix, groups, masters_only=self.masters_only).run()
 
 
 def _use_stored_plans(folder: Store, record: completion.CompletionRecord, models: Sequence[DistributedModel]) -> None:
@@ -254,25 +259,22 @@ def _use_stored_plans(folder: Store, record: completion.CompletionRecord, models
 def _load_job_state(
     runtime: Runtime,
     checkpoint: StoredCheckpoint,
-    facts: Mapping[str, Any],
+    wanted: Mapping[str, str],
     data_loader: Any,
-    loads: _Loads,
-) -> None:
-    """Random states, steps, the data loader, and the settings of the optimizers' groups. Collective over the world."""
-    shape = facts["shape"]
-    saved = (int(shape["pp"]), int(shape["tp"]), int(shape["rdp"]))
-    wanted = job_state.wanted_keys(runtime.session.groups, saved, checkpoint.entries, data_loader)
-    settings = {
-        numbered("optimizer", index): optimizer
-        for index, optimizer in enumerate(loads.optimizers)
-        if f"{numbered('optimizer', index)}.param_groups" in checkpoint.entries
-    }
-    keys = [*wanted.values(), *(f"{prefix}.param_groups" for prefix in settings)]
-    found = checkpoint.read([], list(dict.fromkeys(keys)), "loading the state of the job")
-    for prefix, optimizer in settings.items():
-        groups = found[f"{prefix}.param_groups"]
-        check_optimizer(optimizer, prefix, groups)
-        # At once, also where the state waits for the partition: schedulers read the learning rate.
-        for saved_group, group in zip(groups, optimizer.param_groups, strict=True):
-            group.update((key, value) for key, value in saved_group.items() if key != "params")
-    job_state.take_job_state(runtime, wanted, found.__getitem__, data_loader)
+    optimizers: Sequence[DistributedOptimizer],
+) -> list[Sequence[Mapping[str, Any]]]:
+    """Put back random states, steps and the place in the data (``wanted``: see `job_state.wanted_keys`), and the
+    settings of the optimizers' groups, which are returned. Collective over the world.
+    """
+    prefixes = [numbered("optimizer", index) for index in range(len(optimizers))]
+    keys = [*wanted.values(), *(f"{prefix}.param_groups" for prefix in prefixes)]
+    found = checkpoint.read([], keys, "loading the state of the job")
+    groups_of = [found[f"{prefix}.param_groups"] for prefix in prefixes]
+    with agreed():
+        for prefix, optimizer, groups in zip(prefixes, optimizers, groups_of, strict=True):
+            check_optimizer(optimizer, prefix, groups)
+            # At once, also where the state waits for the partition: schedulers read the learning rate.
+            for saved_group, group in zip(groups, optimizer.param_groups, strict=True):
+                group.update((key, value) for key, value in saved_group.items() if key != "params")
+        job_state.take_job_state(runtime, wanted, found.__getitem__, data_loader)
+    return groups_of

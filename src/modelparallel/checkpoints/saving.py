@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from modelparallel import runtime as runtime_module
+from modelparallel.checkpoints.agreement import agreed
 from modelparallel.checkpoints.completion import Draft, new_token, prune, write_newest
 from modelparallel.checkpoints.full import check_tag, save_full
 from modelparallel.checkpoints.job_state import check_loader
@@ -85,9 +86,10 @@ def save_checkpoint(
         if num_kept_partial_checkpoints is not None:
             prune(store, num_kept_partial_checkpoints)
 
-    snapshot = take_snapshot(runtime, models, optimizers, user_content, data_loader)
+    with agreed():  # before the ranks wait for each other's files
+        snapshot = take_snapshot(runtime, models, optimizers, user_content, data_loader)
     pending = write_partial(runtime, tag, Draft(store, name, token), snapshot, put_in_order, in_background=async_save)
-    if not async_save:
+    if pending is None:
         return None
     if runtime.background_save is None:
         runtime.session.closers.append(lambda: _finish_at_exit(runtime))

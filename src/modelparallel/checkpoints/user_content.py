@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import collections
 import datetime
+import io
 import pathlib
 import pickle
 import re
@@ -22,7 +23,7 @@ import torch
 
 from modelparallel.checkpoints.file_streams import FileRecord
 from modelparallel.checkpoints.storage import Store
-from modelparallel.checkpoints.torch_files import read_torch_file, write_torch_file
+from modelparallel.checkpoints.torch_files import read_torch_file
 from modelparallel.errors import CheckpointError
 
 #: A class or a function that a file may name; with the name that it has in the file where that is another.
@@ -34,13 +35,20 @@ def write_user_content(store: Store, name: str, content: Any) -> FileRecord:
 
     Raises CheckpointError when it cannot be pickled.
     """
+    return store.write(name, saved_bytes(content, "user_content"))
+
+
+def saved_bytes(value: Any, what: str) -> bytes:
+    """``torch.save`` to memory. Local. Raises CheckpointError for what cannot be pickled."""
+    buffer = io.BytesIO()
     try:
-        return write_torch_file(store, name, content)
-    except (pickle.PicklingError, TypeError, AttributeError) as error:
+        torch.save(value, buffer)
+    except Exception as error:  # pickle raises what the object's own methods raise
         raise CheckpointError(
-            f"user_content cannot be saved: {error}. Save what it is made from: state_dict() of objects that have one, "
-            "vars(args), numbers, strings and tensors"
+            f"{what} cannot be saved: {type(error).__name__}: {error}. Save what it is made from: state_dict() of "
+            "objects that have one, vars(args), numbers, strings and tensors"
         ) from error
+    return buffer.getvalue()
 
 
 def read_user_content(

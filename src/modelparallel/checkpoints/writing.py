@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass
@@ -19,13 +18,12 @@ from modelparallel.checkpoints import job_state
 from modelparallel.checkpoints.contents import Contents, model_contents, numbered, optimizer_contents
 from modelparallel.checkpoints.dcp_storage import DraftWriter, RankInfo
 from modelparallel.checkpoints.planners import PieceSavePlanner, entry_of
+from modelparallel.checkpoints.user_content import saved_bytes
 from modelparallel.comm.groups import gloo_group
 from modelparallel.errors import CheckpointError, SMPError, WaitTimeoutError
 from modelparallel.version import __version__
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from modelparallel.checkpoints.completion import Draft
     from modelparallel.model import DistributedModel
     from modelparallel.optimizer import DistributedOptimizer
@@ -47,16 +45,6 @@ class Snapshot:
     facts: Mapping[str, Any]
 
 
-def saved_bytes(value: Any, what: str) -> bytes:
-    """``torch.save`` to memory. Raises CheckpointError for what cannot be pickled."""
-    buffer = io.BytesIO()
-    try:
-        torch.save(value, buffer)
-    except Exception as error:  # pickle raises what the object's own methods raise
-        raise CheckpointError(f"{what} cannot be saved: {type(error).__name__}: {error}") from error
-    return buffer.getvalue()
-
-
 def take_snapshot(
     runtime: Runtime,
     models: Sequence[DistributedModel],
@@ -67,14 +55,16 @@ def take_snapshot(
     """What goes into the checkpoint from this rank; the tensors are those of the models and optimizers. Local."""
     contents = Contents(objects=job_state.job_objects(runtime, data_loader))
     for index, model in enumerate(models):
-        contents.add(model_contents(model, numbered("model", index), is_saved=True))
+        contents.add(model_contents(model, numbered("model", index)))
     for index, optimizer in enumerate(optimizers):
         contents.add(optimizer_contents(optimizer, numbered("optimizer", index)))
     contents.objects = {key: saved_bytes(value, f"the entry '{key}'") for key, value in contents.objects.items()}
-    plans = [None if model.partition_plan is None else json.loads(model.partition_plan.to_json()) for model in models]
-    files = {PLAN_NAME: json.dumps(plans).encode()}
-    if user_content is not None:
-        files[USER_CONTENT_NAME] = saved_bytes(user_content, "user_content")
+    files = {}
+    if runtime.session.groups.world.rank_in_group == 0:
+        plans = [json.loads(plan.to_json()) if (plan := model.partition_plan) else None for model in models]
+        files[PLAN_NAME] = json.dumps(plans).encode()
+        if user_content is not None:
+            files[USER_CONTENT_NAME] = saved_bytes(user_content, "user_content")
     pp_size, tp_size, rdp_size = job_state.sizes(runtime.session.groups)
     facts = {
         "kind": "partial",
@@ -92,10 +82,11 @@ def take_snapshot(
 class PendingSave:
     """A save that may still run. ``wait`` raises what went wrong, on every rank."""
 
-    def __init__(self, tag: str, future: Future[Any], finish: Callable[[Future[Any]], None]) -> None:
+    def __init__(self, tag: str, future: Future[Any], failed: Callable[[BaseException], SMPError]) -> None:
+        """``failed`` puts things right after an error of ``future``, and says what to raise for it."""
         self.tag = tag
         self._future = future
-        self._finish = finish
+        self._failed = failed
         self._is_reported = False
 
     def done(self) -> bool:
@@ -109,24 +100,24 @@ class PendingSave:
         """
         seconds = FILE_TIMEOUT_SECONDS if timeout is None else timeout
         try:
-            self._future.exception(timeout=seconds)
-        except FutureTimeoutError as error:
+            error = self._future.exception(timeout=seconds)
+        except FutureTimeoutError as timed_out:
             raise WaitTimeoutError(
                 f"the checkpoint {self.tag!r} is not written after {seconds:g} s: the disk or a rank is slow, look at "
                 "its folder's draft; or wait longer"
-            ) from error
-        if not self._is_reported:
+            ) from timed_out
+        if error is not None and not self._is_reported:
             self._is_reported = True
-            self._finish(self._future)
+            raise self._failed(error) from error
 
 
 def write_partial(
     runtime: Runtime, tag: str, draft: Draft, snapshot: Snapshot, after: Callable[[], None], *, in_background: bool
-) -> PendingSave:
+) -> PendingSave | None:
     """Write the checkpoint; collective over the world. ``after`` runs on the first rank when it is complete.
 
-    In the background the tensors are copied first, so that training may change them. Raises CheckpointError on every
-    rank, and the draft is gone, when a rank fails.
+    In the background the tensors are copied first, so that training may change them; returns None else. Raises
+    CheckpointError on every rank, and the draft is gone, when a rank fails.
     """
     groups = runtime.session.groups
     writer = DraftWriter(draft, RankInfo(*job_state.coordinates(groups)), snapshot.files, snapshot.facts, after)
@@ -139,26 +130,20 @@ def write_partial(
         "planner": planner,
         "process_group": world_process_group(runtime),
     }
-    is_first = groups.world.rank_in_group == 0
 
-    def finish(future: Future[Any]) -> None:
-        error = future.exception()
-        if error is not None:
-            if is_first:
-                draft.discard()
-            raise explained(error, f"saving the checkpoint {tag!r}", groups.world.rank_in_group) from error
+    def failed(error: BaseException) -> SMPError:
+        if groups.world.rank_in_group == 0:
+            draft.discard()
+        return explained(error, f"saving the checkpoint {tag!r}", groups.world.rank_in_group)
 
     if in_background:
         response: Any = dcp.async_save(state, **arguments)
-        return PendingSave(tag, getattr(response, "upload_completion", response), finish)
-    done: Future[Any] = Future()
+        return PendingSave(tag, getattr(response, "upload_completion", response), failed)
     try:
-        done.set_result(dcp.save(state, **arguments))
+        dcp.save(state, **arguments)
     except (CheckpointException, Exception) as error:
-        done.set_exception(error)
-    pending = PendingSave(tag, done, finish)
-    pending.wait()
-    return pending
+        raise failed(error) from error
+    return None
 
 
 def explained(error: BaseException, doing: str, own_rank: int) -> SMPError:

@@ -83,17 +83,9 @@ def build_groups(
     world_ranks = tuple(range(topology.world_size))
 
     def process_group(purpose: str, ranks: tuple[int, ...]) -> dist.ProcessGroup:
-        if (purpose, ranks) not in made:
-            # Only the members of a group make it. That cannot deadlock: all ranks go through the kinds in one order,
-            # and the groups of a kind are equal to those of an earlier kind on all ranks or on none.
-            made[purpose, ranks] = dist.new_group(
-                list(ranks),
-                timeout=datetime.timedelta(seconds=timeout_seconds),
-                backend=backend if purpose == "training" else "gloo",
-                use_local_synchronization=True,
-                group_desc=f"modelparallel {purpose}",
-            )
-        return made[purpose, ranks]
+        # Only the members of a group make it. That cannot deadlock: all ranks go through the kinds in one order, and
+        # the groups of a kind are equal to those of an earlier kind on all ranks or on none.
+        return _made_group(purpose, ranks, made, timeout_seconds, backend if purpose == "training" else "gloo")
 
     message_process_group = process_group("messages", world_ranks)
     _check_agreement(settings, global_rank, message_process_group)
@@ -126,15 +118,8 @@ def divide_group(
         ("shards", group.ranks[start : start + num_ranks]),
         ("copies of shards", group.ranks[place::num_ranks]),
     ):
-        if (purpose, ranks) not in made:
-            made[purpose, ranks] = dist.new_group(
-                list(ranks),
-                timeout=datetime.timedelta(seconds=timeout_seconds),
-                backend=dist.get_backend_config(group.process_group),
-                use_local_synchronization=True,
-                group_desc=f"modelparallel {purpose}",
-            )
-        result.append(Group(group.kind, ranks, ranks.index(group.ranks[group.rank_in_group]), made[purpose, ranks]))
+        made_group = _made_group(purpose, ranks, made, timeout_seconds, dist.get_backend_config(group.process_group))
+        result.append(Group(group.kind, ranks, ranks.index(group.ranks[group.rank_in_group]), made_group))
     return result[0], result[1]
 
 
@@ -148,15 +133,26 @@ def gloo_group(
     with others (they may run in a thread of their own). Collective over ``group`` when it is first asked for. ``made``
     as in :func:`build_groups`.
     """
-    if (purpose, group.ranks) not in made:
-        made[purpose, group.ranks] = dist.new_group(
-            list(group.ranks),
+    return _made_group(purpose, group.ranks, made, timeout_seconds, "gloo")
+
+
+def _made_group(
+    purpose: str,
+    ranks: tuple[int, ...],
+    made: MutableMapping[tuple[str, tuple[int, ...]], dist.ProcessGroup],
+    timeout_seconds: float,
+    backend: str,
+) -> dist.ProcessGroup:
+    """The process group of this purpose and these ranks. Collective over them when it is first asked for."""
+    if (purpose, ranks) not in made:
+        made[purpose, ranks] = dist.new_group(
+            list(ranks),
             timeout=datetime.timedelta(seconds=timeout_seconds),
-            backend="gloo",
+            backend=backend,
             use_local_synchronization=True,
             group_desc=f"modelparallel {purpose}",
         )
-    return made[purpose, group.ranks]
+    return made[purpose, ranks]
 
 
 def _check_agreement(settings: Mapping[str, Any], global_rank: int, process_group: dist.ProcessGroup) -> None:
