@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 import modelparallel as smp
 from distributed_run import mean_over_replicas, own_share
 from modelparallel import model_states
+from modelparallel.session import let_threads_finish
 from parity import ReferenceResult, assert_parity, reference_run
 
 
@@ -212,6 +213,7 @@ def updated_tensors(model: Any) -> list[Tensor]:
 
 def live_bytes() -> int:
     """Bytes of all tensors that exist in this process, each memory once."""
+    let_threads_finish()  # gloo reports a collective first, and lets go of its tensors afterwards
     gc.collect()
     found = {}
     for value in gc.get_objects():
