@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import modelparallel as smp
-from distributed_run import mean_over_replicas, own_share
+from distributed_run import mean_over_replicas, own_device, own_share
 from sharded_training import TiedGPT
 
 GLOBAL_BATCH = 8
@@ -55,7 +55,7 @@ def train(model: Any, optimizer: Any, steps: range) -> list[float]:
     for step in steps:
         generator = torch.Generator().manual_seed(step)
         tokens = torch.randint(0, 13, (GLOBAL_BATCH, 6), generator=generator)
-        tokens, targets = own_share((tokens[:, :-1], tokens[:, 1:]))
+        tokens, targets = (part.to(own_device()) for part in own_share((tokens[:, :-1], tokens[:, 1:])))
         optimizer.zero_grad()
         losses.append(mean_over_replicas(train_step(model, tokens, targets).reduce_mean()))
         optimizer.step()

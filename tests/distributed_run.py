@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -47,6 +48,11 @@ def distributed_run(
             gradients = merged_gradients(model)
         optimizer.step()
     return ReferenceResult(losses, gradients, model.state_dict())
+
+
+def own_device() -> torch.device:
+    """Of this rank, which ranks of a GPU test share."""
+    return torch.device("cuda", 0) if os.environ.get("MODELPARALLEL_DEVICE") == "cuda" else torch.device("cpu")
 
 
 def own_share(batch: tuple[Any, ...]) -> tuple[Any, ...]:

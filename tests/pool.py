@@ -34,6 +34,8 @@ from typing import Any
 # Before torch: the children compute with one thread each, and gloo must not look up the host's name.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+# Also where there is a GPU; tests of GPUs ask for it.
+os.environ.setdefault("MODELPARALLEL_DEVICE", "cpu")
 
 import torch
 import torch.distributed as dist

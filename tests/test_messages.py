@@ -492,12 +492,16 @@ def test_device(monkeypatch: pytest.MonkeyPatch) -> None:
     identity = ProcessIdentity(5, 8, 5, 8, "torchrun")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    assert session._choose_device(ProcessIdentity(3, 8, 3, 8, "torchrun"), {}) == torch.device("cuda", 3)
+    assert session._choose_device(ProcessIdentity(3, 8, 3, 8, "torchrun"), {}, may_share=False) == torch.device(
+        "cuda", 3
+    )
     with pytest.raises(SMPConfigError, match="local rank 5 has no GPU: 8 processes on 4 GPUs"):
-        session._choose_device(identity, {})
-    assert session._choose_device(identity, {"MODELPARALLEL_DEVICE": "cpu"}) == torch.device("cpu")
+        session._choose_device(identity, {}, may_share=False)
+    assert session._choose_device(identity, {}, may_share=True) == torch.device("cuda", 1)
+    on_cpu = {"MODELPARALLEL_DEVICE": "cpu"}
+    assert session._choose_device(identity, on_cpu, may_share=True) == torch.device("cpu")
     with pytest.raises(SMPConfigError, match="must be one of 'auto', 'cpu', 'cuda', got 'tpu'"):
-        session._choose_device(identity, {"MODELPARALLEL_DEVICE": "tpu"})
+        session._choose_device(identity, {"MODELPARALLEL_DEVICE": "tpu"}, may_share=False)
 
 
 def end_of_process() -> float:

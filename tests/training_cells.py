@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import modelparallel as smp
+from distributed_run import own_device
 from half_reference import half_reference_run
 from modelparallel.errors import SMPConfigError
 from pool import run_ranks
@@ -104,7 +105,7 @@ class GPT(nn.Module):
         self.head = nn.Linear(WIDTH, VOCABULARY, bias=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        x = self.tokens(tokens) + self.positions(torch.arange(tokens.shape[1]))
+        x = self.tokens(tokens) + self.positions(torch.arange(tokens.shape[1], device=tokens.device))
         for block in self.blocks:
             x = block(x)
         return self.head(self.norm(x))
@@ -153,7 +154,7 @@ def train_on_rank(cell: Cell, is_late: bool = False) -> tuple[list[float], list[
     losses, norms = [], []
     for batch in make_batches(cell.dp):
         optimizer.zero_grad()
-        own = (tensor.tensor_split(cell.dp)[smp.dp_rank()] for tensor in batch)
+        own = (tensor.tensor_split(cell.dp)[smp.dp_rank()].to(own_device()) for tensor in batch)
         losses.append(float(train_step(model, *own).reduce_mean()))
         if cell.sharding != "sdp":  # which clips by itself
             norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)))
@@ -163,14 +164,17 @@ def train_on_rank(cell: Cell, is_late: bool = False) -> tuple[list[float], list[
     mean = torch.tensor(losses, dtype=torch.float64)
     torch.distributed.all_reduce(mean, group=smp.get_dp_process_group())
     assert smp.allgather(norms, smp.WORLD) == [norms] * smp.size(), "the norm differs between ranks"
-    return (mean / cell.dp).tolist(), norms, {name: value.float() for name, value in model.state_dict().items()}
+    return (mean / cell.dp).tolist(), norms, {name: value.float().cpu() for name, value in model.state_dict().items()}
 
 
 @functools.cache
-def reference(precision: str, num_replicas: int) -> tuple[list[float], list[float], dict[str, Tensor]]:
+def reference(
+    precision: str, num_replicas: int, device: str = "cpu"
+) -> tuple[list[float], list[float], dict[str, Tensor]]:
     """The same in one process."""
+    batches = [tuple(tensor.to(device) for tensor in batch) for batch in make_batches(num_replicas)]
     return half_reference_run(
-        make_gpt, make_batches(num_replicas), loss_of, dtype=HALF.get(precision, torch.float32), make_optimizer=sgd,
+        lambda: make_gpt().to(device), batches, loss_of, dtype=HALF.get(precision, torch.float32), make_optimizer=sgd,
         num_parts=num_replicas * MICROBATCHES, loss_scale=LOSS_SCALE[precision], max_norm=MAX_NORM,
     )  # fmt: skip
 
@@ -180,22 +184,28 @@ def reference(precision: str, num_replicas: int) -> tuple[list[float], list[floa
 TOLERANCES = {"fp32": (1e-5, 1e-5, 1e-5), "fp16": (1e-3, 1e-2, 3e-3), "bf16": (8e-3, 5e-2, 2e-2)}
 
 
-def verify(cell: Cell) -> None:
-    """Train the cell and compare it, or see it refused."""
+def verify(cell: Cell, device: str = "cpu", **more: Any) -> None:
+    """Train the cell and compare it, or see it refused. ``device`` "cuda": all ranks on one GPU, if they are several;
+    ``more``: further parameters.
+    """
+    how: dict[str, Any] = {"parameters": {**cell.parameters(), **more}, "timeout": 120}
+    if device == "cuda":
+        how["environ"] = {"MODELPARALLEL_DEVICE": "cuda"}
+        how["parameters"]["ddp_dist_backend"] = "gloo" if cell.num_ranks > 1 else "auto"
     if cell.refusal is not None:
         try:
-            run_ranks(train_on_rank, cell.num_ranks, cell, parameters=cell.parameters(), timeout=120)
+            run_ranks(train_on_rank, cell.num_ranks, cell, **how)
         except Exception as error:
             assert isinstance(error.__cause__, SMPConfigError) and cell.refusal in str(error), error
             return
         raise AssertionError(f"{cell} was to be refused")
-    results = run_ranks(train_on_rank, cell.num_ranks, cell, parameters=cell.parameters(), timeout=120)
-    losses, norms, weights = reference(cell.precision, cell.dp)
+    results = run_ranks(train_on_rank, cell.num_ranks, cell, **how)
+    losses, norms, weights = reference(cell.precision, cell.dp, device)
     for_losses, for_norms, for_weights = TOLERANCES[cell.precision]
     assert losses[-1] < losses[0]
     for own_losses, own_norms, own_weights in results:
         torch.testing.assert_close(own_losses, losses, rtol=for_losses, atol=0)
         torch.testing.assert_close(own_norms, norms, rtol=for_norms, atol=0)
         for name, expected in weights.items():
-            difference = float((own_weights[name] - expected).norm() / expected.norm())
+            difference = float((own_weights[name] - expected.cpu()).norm() / expected.cpu().norm())
             assert difference <= for_weights, f"{name}: {difference:.3g}"

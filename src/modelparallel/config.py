@@ -423,7 +423,8 @@ def validate_distribution(
     Arguments:
         distribution: `{"smdistributed": {"modelparallel": {...}}, "mpi": {...}}`.
         instance_count: number of hosts, >= 1.
-        devices_per_host: accelerators of a host, if the job is to use them; more processes than that are refused.
+        devices_per_host: accelerators of a host, if the job is to use them; more processes than that are refused,
+            except with `ddp_dist_backend` "gloo", which lets them share.
 
     Raises `SMPConfigError`. Local. Spec: smp-config sections 1 and 2.
     """
@@ -450,11 +451,6 @@ def validate_distribution(
     per_host = _need(mpi["processes_per_host"], int, f"{where}['processes_per_host']")
     if per_host < 1:
         raise SMPConfigError(f"{where}['processes_per_host']: expected int >= 1, got {per_host}")
-    if devices_per_host is not None and per_host > devices_per_host:
-        raise SMPConfigError(
-            f"{where}['processes_per_host']: {per_host} processes on {devices_per_host} devices: at most one process "
-            "per device"
-        )
     options = mpi.get("custom_mpi_options") or ""
     _need(options, str, f"{where}['custom_mpi_options']")
     try:
@@ -465,6 +461,11 @@ def validate_distribution(
     num_processes = instance_count * per_host
     parameters = parse_parameters(section["parameters"], "parameters")
     config = validate_parameters(parameters, num_processes=num_processes)
+    if devices_per_host is not None and per_host > devices_per_host and not config.shares_devices:
+        raise SMPConfigError(
+            f"{where}['processes_per_host']: {per_host} processes on {devices_per_host} devices: at most one process "
+            "per device, unless they share them (parameters ddp: True and ddp_dist_backend: 'gloo')"
+        )
     # Keys that the table does not have (foreign ones, unknown ones with "_") go to the job as they are.
     published = {**parameters, **config.given}
     published["partitions"] = published["pipeline_parallel_degree"] = config.pipeline_parallel_degree

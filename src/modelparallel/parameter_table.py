@@ -343,6 +343,11 @@ class Config(BaseModel):
     def _fp32_grad_accumulation(self) -> bool:
         return self.fp32_grad_accumulation
 
+    @property
+    def shares_devices(self) -> bool:
+        """Whether several processes may use one GPU: with gloo alone, since NCCL wants a GPU for each."""
+        return self.ddp_dist_backend == "gloo"
+
     def check_world(self, world_size: int) -> None:
         """Check the configuration against the number of processes; local. Raises `SMPConfigError`."""
         topology = Topology(

@@ -94,7 +94,7 @@ def initialize(parameters: Mapping[str, Any] | str | None = None, environ: Mappi
     config = load_config(parameters, environ)
     identity = _identify(environ)
     config.check_world(identity.world_size)
-    device = _choose_device(identity, environ)
+    device = _choose_device(identity, environ, may_share=config.shares_devices)
     backend = backend_for(config, device)
     has_default_group = not dist.is_initialized()
     if has_default_group:
@@ -256,8 +256,8 @@ def _identify(environ: Mapping[str, str]) -> ProcessIdentity:
     return ProcessIdentity(global_rank, world_size, global_rank, world_size, "torch.distributed")
 
 
-def _choose_device(identity: ProcessIdentity, environ: Mapping[str, str]) -> torch.device:
-    """The process's own device; torch.cuda.set_device is left to the script, as documented."""
+def _choose_device(identity: ProcessIdentity, environ: Mapping[str, str], *, may_share: bool) -> torch.device:
+    """The process's own device, or one of fewer; torch.cuda.set_device is left to the script, as documented."""
     wanted = environ.get(DEVICE_VARIABLE, "auto").strip().lower() or "auto"
     if wanted not in ("auto", "cpu", "cuda"):
         raise SMPConfigError(
@@ -267,10 +267,13 @@ def _choose_device(identity: ProcessIdentity, environ: Mapping[str, str]) -> tor
     if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     num_devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if may_share and num_devices:
+        return torch.device("cuda", identity.local_rank % num_devices)
     if identity.local_rank >= num_devices:
         raise SMPConfigError(
             f"local rank {identity.local_rank} has no GPU: {identity.local_world_size} processes on {num_devices} GPUs "
-            f"of this host: start at most {num_devices} processes per host, or set {DEVICE_VARIABLE}=cpu"
+            f"of this host: start at most {num_devices} processes per host, let them share GPUs (ddp_dist_backend "
+            f"'gloo', slower), or set {DEVICE_VARIABLE}=cpu"
         )
     return torch.device("cuda", identity.local_rank)
 

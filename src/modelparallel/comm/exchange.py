@@ -14,6 +14,7 @@ of an unexpected length ends the process in gloo, and hangs in NCCL.
 
 from __future__ import annotations
 
+import functools
 import zlib
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
+from modelparallel.comm.host_copies import goes_by_host
 from modelparallel.errors import CommunicationError, DivergenceError
 
 if TYPE_CHECKING:
@@ -61,6 +63,25 @@ class Pending:
         return result
 
 
+_Start = Callable[..., Pending]
+
+
+def _by_host_if_needed(start: _Start) -> _Start:
+    """``start(tensors, group, ...)``, of copies on the CPU where the group does not carry tensors of a GPU."""
+
+    @functools.wraps(start)
+    def started(tensors: torch.Tensor | Sequence[torch.Tensor], group: Group, *args: Any) -> Pending:
+        first = tensors if isinstance(tensors, torch.Tensor) else tensors[0]
+        if not goes_by_host(first, group.process_group):
+            return start(tensors, group, *args)
+        copies = tensors.cpu() if isinstance(tensors, torch.Tensor) else [tensor.cpu() for tensor in tensors]
+        pending = start(copies, group, *args)
+        return Pending((), lambda: pending.wait().to(first.device), group)
+
+    return started
+
+
+@_by_host_if_needed
 def start_gather_rows(rows: torch.Tensor, group: Group, counts: Sequence[int]) -> Pending:
     """``rows`` of all ranks, one after another along dim 0; ``counts``: how many each rank has."""
     gathered = rows.new_empty((sum(counts), *rows.shape[1:]))
@@ -75,6 +96,7 @@ def start_gather_rows(rows: torch.Tensor, group: Group, counts: Sequence[int]) -
     return Pending(works, lambda: gathered, group, [rows])
 
 
+@_by_host_if_needed
 def start_reduce_rows(rows: torch.Tensor, group: Group, counts: Sequence[int]) -> Pending:
     """This rank's part of the sum of ``rows`` over all ranks; ``counts``: the lengths of the parts along dim 0."""
     own = counts[group.rank_in_group]
@@ -88,6 +110,7 @@ def start_reduce_rows(rows: torch.Tensor, group: Group, counts: Sequence[int]) -
     return start_reduce_blocks(list(rows.split(list(counts))), group)
 
 
+@_by_host_if_needed
 def start_reduce_blocks(blocks: Sequence[torch.Tensor], group: Group) -> Pending:
     """The sum over all ranks of the block that each has for this rank; block i is for rank i, and may be any view."""
     own = blocks[group.rank_in_group]
@@ -107,6 +130,7 @@ def start_reduce_blocks(blocks: Sequence[torch.Tensor], group: Group) -> Pending
     return Pending(works, finish, group, sent)
 
 
+@_by_host_if_needed
 def start_gather_blocks(block: torch.Tensor, group: Group) -> Pending:
     """``block`` of all ranks, side by side along the last dim: [..., w] -> [..., t * w]; all widths must be equal."""
     shape = (*block.shape[:-1], block.shape[-1] * group.size)
@@ -118,6 +142,7 @@ def start_gather_blocks(block: torch.Tensor, group: Group) -> Pending:
     return Pending(works, lambda: torch.cat(received, -1), group, [block])
 
 
+@_by_host_if_needed
 def start_all_reduce(tensor: torch.Tensor, group: Group) -> Pending:
     """The sum of ``tensor`` over all ranks, equal to the last bit on all of them; ``tensor`` itself is left alone."""
     if tensor.is_meta:
@@ -135,6 +160,7 @@ def start_all_reduce(tensor: torch.Tensor, group: Group) -> Pending:
     return Pending([], lambda: start_gather_rows(scattered.wait(), group, counts).wait().view(tensor.shape), group)
 
 
+@_by_host_if_needed
 def start_split_features(matrix: torch.Tensor, group: Group, counts: Sequence[int]) -> Pending:
     """[own rows, F] -> [rows of all ranks, F/t]."""
     received = matrix.new_empty((sum(counts), matrix.shape[1] // group.size))
@@ -144,6 +170,7 @@ def start_split_features(matrix: torch.Tensor, group: Group, counts: Sequence[in
     return Pending(_start_blocks(list(received.split(list(counts))), sent, group), lambda: received, group, sent)
 
 
+@_by_host_if_needed
 def start_merge_features(matrix: torch.Tensor, group: Group, counts: Sequence[int]) -> Pending:
     """[rows of all ranks, F/t] -> [own rows, F]."""
     if matrix.is_meta:

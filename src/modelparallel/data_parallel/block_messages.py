@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
+from modelparallel.comm.host_copies import HostWork, goes_by_host
 from modelparallel.data_parallel.waits import wait_for
 
 if TYPE_CHECKING:
@@ -43,6 +44,10 @@ def start_to_owners(flat: torch.Tensor, bounds: Sequence[int], group: Group) -> 
 
     Collective over the group, in one order on all ranks.
     """
+    if goes_by_host(flat, group.process_group):
+        messages, block = start_to_owners(flat.cpu(), bounds, group)
+        block.device = flat.device
+        return messages, block
     blocks = _blocks(flat, bounds)
     own = blocks[group.rank_in_group]
     if flat.is_cuda:
@@ -60,6 +65,11 @@ def start_to_owners(flat: torch.Tensor, bounds: Sequence[int], group: Group) -> 
 
 def start_from_owners(flat: torch.Tensor, bounds: Sequence[int], group: Group) -> BlockMessages:
     """Each rank gets the blocks of all others, in place; each sends its own. Collective over the group."""
+    if goes_by_host(flat, group.process_group):
+        copy = flat.cpu()
+        copies = _blocks(copy, bounds)
+        works = _start(copies, [copies[group.rank_in_group]] * group.size, group, _FROM_OWNERS)
+        return BlockMessages([HostWork(works, lambda: flat.copy_(copy))], group, flat.device)
     blocks = _blocks(flat, bounds)
     own = blocks[group.rank_in_group]
     if flat.is_cuda:
@@ -78,16 +88,18 @@ class OwnBlock:
         """``own``: which of them is part of what this rank sent, and is not to be written to."""
         self._parts = list(parts)
         self._own = own
+        #: Where the sum is wanted, if not where the parts are.
+        self.device = parts[0].device
 
     def add_up(self) -> torch.Tensor:
         """Their sum, in the order of the ranks, in memory of its own; once, after the wait."""
         parts, self._parts = self._parts, []
         if len(parts) == 1:
-            return parts[0]
+            return parts[0].to(self.device)
         total = torch.add(parts[0], parts[1], out=parts[1 if self._own == 0 else 0])
         for part in parts[2:]:
             total += part
-        return total
+        return total.to(self.device)
 
 
 def _blocks(flat: torch.Tensor, bounds: Sequence[int]) -> list[torch.Tensor]:

@@ -179,6 +179,7 @@ def _job(
         raise LaunchError(f"--backend {chosen_backend!r}: expected elastic or mpi")
     chosen_device, available = resolve_device(device)
     published: dict[str, Any] | None = None
+    may_share = False
     least, most = (0, 0) if nproc is None else parse_process_counts(nproc)
     num_processes = most or available or 1
     fewer: list[int] = []
@@ -190,13 +191,16 @@ def _job(
     if parameters is not None:
         given = parse_parameters(parameters, "--parameters")
         config = validate_parameters(given, num_processes=None)
+        may_share = config.shares_devices
+        available = 0 if may_share else available
         num_processes = most or available or config.pipeline_parallel_degree * config.tensor_parallel_degree
         if least != most:
             num_processes, *fewer = fitting_counts(config, least, most, available, f"--nproc {nproc}")
         config.check_world(num_processes)
         published = {**given, **config.given}
         published["partitions"] = published["pipeline_parallel_degree"] = config.pipeline_parallel_degree
-    check_devices(num_processes, chosen_device, available)
+    if not may_share:
+        check_devices(num_processes, chosen_device, available)
     name = new_job_name(path.stem)
     return JobSpec(
         name=name,

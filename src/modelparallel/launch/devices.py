@@ -48,7 +48,8 @@ def check_devices(num_processes: int, device: Device, available: int) -> None:
     if device == "cuda" and num_processes > available:
         raise LaunchError(
             f"{num_processes} processes on {available} devices: at most one process per device; start {available} or "
-            "fewer, or rehearse on the CPU with device cpu"
+            "fewer, let them share devices (parameters ddp and ddp_dist_backend 'gloo'), or rehearse on the CPU with "
+            "device cpu"
         )
 
 

@@ -162,7 +162,7 @@ def _prepare_restart(job: JobSpec, monitor: RankMonitor, attempts: list[Attempt]
         )
     names: tuple[str, ...] = ()
     working: tuple[str, ...] = ()
-    if job.device == "cuda":
+    if job.device == "cuda" and (job.parameters or {}).get("ddp_dist_backend") != "gloo":  # which lets them share
         surroundings = {**os.environ, **job.environment}
         names, working = device_names(surroundings), working_devices(surroundings)
     start = next_start((job.num_processes, *job.fewer_processes), attempts, names, working)

@@ -9,19 +9,28 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from modelparallel.comm.host_copies import goes_by_host, start_by_host
+
 
 def start_all_gather(output: torch.Tensor, part: torch.Tensor, group: dist.ProcessGroup) -> dist.Work:
     """Gather equal flat parts into ``output``, asynchronously. Older versions of torch have another name for it."""
     gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    work: dist.Work = gather(output, part, group=group, async_op=True)
-    return work
+    return _started(lambda into, of: gather(into, of, group=group, async_op=True), output, part, group)
 
 
 def start_reduce_scatter(output: torch.Tensor, whole: torch.Tensor, op: Any, group: dist.ProcessGroup) -> dist.Work:
     """Reduce ``whole`` and keep this rank's flat part of it, asynchronously. Named as :func:`start_all_gather`."""
     scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-    work: dist.Work = scatter(output, whole, op=op, group=group, async_op=True)
-    return work
+    return _started(lambda into, of: scatter(into, of, op=op, group=group, async_op=True), output, whole, group)
+
+
+def _started(
+    start: Callable[[torch.Tensor, torch.Tensor], dist.Work],
+    output: torch.Tensor,
+    input: torch.Tensor,
+    group: dist.ProcessGroup,
+) -> dist.Work:
+    return start_by_host(start, output, input) if goes_by_host(input, group) else start(output, input)
 
 
 # FSDP2. [Note: fully_shard] ``torch.distributed.fsdp.fully_shard`` and the methods of its modules are public. What a
