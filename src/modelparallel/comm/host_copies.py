@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -46,8 +45,15 @@ class HostWork(dist.Work):
         return True
 
 
-def start_by_host(start: Callable[..., dist.Work], output: torch.Tensor, input: torch.Tensor, *args: Any) -> dist.Work:
-    """``start(output, input, *args)``, a collective with one output, for tensors of a GPU."""
+def start_collective(
+    start: Callable[[torch.Tensor, torch.Tensor], dist.Work],
+    output: torch.Tensor,
+    input: torch.Tensor,
+    process_group: dist.ProcessGroup,
+) -> dist.Work:
+    """``start(output, input)``, by way of the CPU where the group does not carry tensors of a GPU."""
+    if not goes_by_host(input, process_group):
+        return start(output, input)
     received = torch.empty_like(output, device="cpu")
-    work = start(received, input.cpu(), *args)
+    work = start(received, input.cpu())
     return HostWork([work], lambda: output.copy_(received))

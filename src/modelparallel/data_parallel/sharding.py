@@ -31,6 +31,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+from modelparallel.comm.host_copies import start_collective
 from modelparallel.data_parallel.waits import check_agreement, wait_for
 from modelparallel.errors import UnsupportedError
 from modelparallel.shards import Shard
@@ -131,7 +132,9 @@ class _NamedGather:
     def __call__(
         self, output_tensor: torch.Tensor, input_tensor: torch.Tensor, group: dist.ProcessGroup, async_op: bool = False
     ) -> dist.Work | None:
-        work = start_all_gather(output_tensor, input_tensor, group)
+        work = start_collective(
+            lambda output, part: start_all_gather(output, part, group), output_tensor, input_tensor, group
+        )
         if async_op:
             return work
         purpose = f"the gathering of the parameters of {self._title}"
@@ -150,7 +153,9 @@ class _NamedReduceScatter(_NamedGather):
         op: Any,
         async_op: bool = False,
     ) -> dist.Work | None:
-        work = start_reduce_scatter(output_tensor, input_tensor, op, group)
+        work = start_collective(
+            lambda output, whole: start_reduce_scatter(output, whole, op, group), output_tensor, input_tensor, group
+        )
         if async_op:
             return work
         purpose = f"the reduction of the gradients of {self._title}"

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Literal
 
 from modelparallel.errors import LaunchError
+from modelparallel.session import DEVICE_VARIABLE
 
 Device = Literal["cpu", "cuda"]
 
@@ -29,8 +30,10 @@ def num_gpus() -> int:
 def resolve_device(asked: str) -> tuple[Device, int]:
     """The device for `auto`, `cpu` or `cuda`, and how many of them the host has (0 for the CPU).
 
-    `auto` is cuda where there is a GPU and the CPU rehearsal where there is none.
+    `auto` is what MODELPARALLEL_DEVICE says, else cuda where there is a GPU and the CPU rehearsal where there is none.
     """
+    if asked == "auto":
+        asked = os.environ.get(DEVICE_VARIABLE, "").strip().lower() or "auto"
     if asked not in ("auto", "cpu", "cuda"):
         raise LaunchError(f"device {asked!r}: expected auto, cpu or cuda")
     if asked == "cpu":

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from modelparallel.event_files import DIRECTORY_VARIABLE
 from modelparallel.launch.attempts import MAX_RESTARTS_VARIABLE, RESTART_COUNT_VARIABLE
 from modelparallel.launch.processes import JOB_VARIABLE
+from modelparallel.session import DEVICE_VARIABLE
 
 if TYPE_CHECKING:
     from modelparallel.launch.job import JobSpec
@@ -174,6 +175,7 @@ def job_environment(
     }
     if job.devices is not None:
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(job.devices)
+    environment[DEVICE_VARIABLE] = job.device  # what was asked for outranks what this process was started with
     if job.device == "cpu":
         # The CPU was chosen on a machine that may have GPUs: libraries must not find them.
         environment["CUDA_VISIBLE_DEVICES"] = ""

@@ -9,28 +9,19 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from modelparallel.comm.host_copies import goes_by_host, start_by_host
-
 
 def start_all_gather(output: torch.Tensor, part: torch.Tensor, group: dist.ProcessGroup) -> dist.Work:
     """Gather equal flat parts into ``output``, asynchronously. Older versions of torch have another name for it."""
     gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    return _started(lambda into, of: gather(into, of, group=group, async_op=True), output, part, group)
+    work: dist.Work = gather(output, part, group=group, async_op=True)
+    return work
 
 
 def start_reduce_scatter(output: torch.Tensor, whole: torch.Tensor, op: Any, group: dist.ProcessGroup) -> dist.Work:
     """Reduce ``whole`` and keep this rank's flat part of it, asynchronously. Named as :func:`start_all_gather`."""
     scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-    return _started(lambda into, of: scatter(into, of, op=op, group=group, async_op=True), output, whole, group)
-
-
-def _started(
-    start: Callable[[torch.Tensor, torch.Tensor], dist.Work],
-    output: torch.Tensor,
-    input: torch.Tensor,
-    group: dist.ProcessGroup,
-) -> dist.Work:
-    return start_by_host(start, output, input) if goes_by_host(input, group) else start(output, input)
+    work: dist.Work = scatter(output, whole, op=op, group=group, async_op=True)
+    return work
 
 
 # FSDP2. [Note: fully_shard] ``torch.distributed.fsdp.fully_shard`` and the methods of its modules are public. What a
@@ -122,16 +113,14 @@ class FSDPGroup:
 
         self.module = module
         self._state: Any = fully_shard.state(module)  # type: ignore[attr-defined]
-        self._inner: Any = self._state._fsdp_param_groups[0]
+        self._inner: Any = _param_groups(module)[0]
         self._device = device
         self.parameters = [FSDPParameter(inner) for inner in self._inner.fsdp_params]
 
     @staticmethod
     def exists(module: nn.Module) -> bool:
         """Whether ``fully_shard`` has found a parameter for this module's own group."""
-        from torch.distributed.fsdp import fully_shard
-
-        return bool(fully_shard.state(module)._fsdp_param_groups)  # type: ignore[attr-defined]
+        return bool(_param_groups(module))
 
     def take_off_hooks(self) -> None:
         """Let calls of the module pass; gathering and reducing is up to the caller from now on."""
@@ -196,10 +185,9 @@ class FSDPGroup:
         try:
             inner.post_backward()
             inner.finalize_backward()
-            for state in context.reduce_scatter_states:
+            for state in _take_reduce_scatter_states(context):
                 if state.event is not None:
                     context.device_handle.current_stream().wait_event(state.event)
-            context.reduce_scatter_states.clear()
         finally:
             inner.reduce_grads, inner.all_reduce_grads, inner.reshard_after_backward = before
             inner._training_state = type(inner._training_state).IDLE
@@ -211,3 +199,22 @@ class FSDPGroup:
         else:
             self._inner._training_state = type(self._inner._training_state).IDLE
         self.free()
+
+
+def _param_groups(module: nn.Module) -> list[Any]:
+    from torch.distributed.fsdp import fully_shard
+
+    state: Any = fully_shard.state(module)  # type: ignore[attr-defined]
+    if hasattr(state, "_fsdp_param_groups"):
+        return list(state._fsdp_param_groups)
+    return [] if state._fsdp_param_group is None else [state._fsdp_param_group]  # torch 2.11
+
+
+def _take_reduce_scatter_states(context: Any) -> list[Any]:
+    """What keeps the memory of reductions that have been started; the context forgets it."""
+    if hasattr(context, "reduce_scatter_states"):
+        states = list(context.reduce_scatter_states)
+        context.reduce_scatter_states.clear()
+        return states
+    states, context.reduce_scatter_state = [context.reduce_scatter_state], None  # torch 2.11
+    return [state for state in states if state is not None]
