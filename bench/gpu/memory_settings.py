@@ -39,7 +39,7 @@ def train_on_rank(size: GPTSize, samples: int, num_steps: int, recomputes: bool)
     ids, targets = (tensor.to(device) for tensor in token_batch(size, samples))
 
     torch.manual_seed(0)
-    with smp.delay_param_initialization():
+    with device, smp.delay_param_initialization():
         net: nn.Module = GPT(size)
     model: Any = smp.DistributedModel(net)
     if recomputes:
