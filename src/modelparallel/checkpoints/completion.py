@@ -249,6 +249,7 @@ class Draft:
         store: where the files are written, under their final names below the checkpoint's folder (full checkpoints:
             below the path).
         path: the path or URL of that store.
+        parent: the checkpoints' path, in which the draft becomes ``name``.
     """
 
     def __init__(self, store: Store, name: str, token: str = "", is_full: bool = False) -> None:
@@ -264,7 +265,7 @@ class Draft:
         """
         checked_name(name, store.root)
         self.name, self.is_full = name, is_full
-        self._target = store
+        self.parent = store
         self._folder = _hidden(name, f"draft-{token}" if token else "draft")
         self._owner = ""
         if not store.is_remote:
@@ -276,7 +277,7 @@ class Draft:
     @property
     def _mark(self) -> str:
         """The mark's name below `self.store`."""
-        return _mark_name(self.name, True) if self._target.is_remote and self.is_full else MARK_NAME
+        return _mark_name(self.name, True) if self.parent.is_remote and self.is_full else MARK_NAME
 
     def start(self) -> None:
         """Make the draft, empty. One rank, before any other writes.
@@ -287,7 +288,7 @@ class Draft:
         Raises:
             CheckpointError: the path cannot be written to.
         """
-        target = self._target
+        target = self.parent
         if target.is_remote:
             target.remove(record_name(self.name, self.is_full), missing_ok=True)
             if not self.is_full:
@@ -333,8 +334,8 @@ class Draft:
         noted = json.loads(json.dumps({**facts}))
         moment = noted.pop("time", None)
         record = CompletionRecord(dict(records), moment or self._time_after_newest(), noted)
-        if self._target.is_remote:
-            self._target.write(record_name(self.name, self.is_full), record.as_json())
+        if self.parent.is_remote:
+            self.parent.write(record_name(self.name, self.is_full), record.as_json())
             self.store.remove(self._mark, missing_ok=True)
         else:
             self.store.write(record_name(self.name, True) if self.is_full else RECORD_NAME, record.as_json())
@@ -349,11 +350,11 @@ class Draft:
         On an object store, the files of a full checkpoint stay, with the mark that they do not count.
         """
         self._owner = ""
-        if not self._target.is_remote:
-            if self._target.exists(self._folder):
-                _remove_checkpoint(self._target, self._folder)
+        if not self.parent.is_remote:
+            if self.parent.exists(self._folder):
+                _remove_checkpoint(self.parent, self._folder)
         elif not self.is_full:
-            self._target.remove_folder(self.name)
+            self.parent.remove_folder(self.name)
 
     def _check_files(self, records: Mapping[str, FileRecord], patience_s: float) -> None:
         deadline, delay = time.monotonic() + patience_s, 0.05
@@ -373,7 +374,7 @@ class Draft:
                 f"{shown(self.path)!r} does not hold what was written: {'; '.join(wrong[:5])}. Is another job saving "
                 "under the same name, or do the hosts not share this path? The checkpoints before it are untouched"
             )
-        if not (self._target.is_remote and self.is_full):
+        if not (self.parent.is_remote and self.is_full):
             known = {*records, self._mark}
             # A network file system keeps a file that was removed while open as .nfs...
             unknown = [
@@ -391,7 +392,7 @@ class Draft:
             owner = json.loads(self.store.read(self._mark))["owner"]
         if owner != self._owner:
             raise CheckpointError(
-                f"another job has begun to save {self.name!r} under {shown(self._target.path_of())!r}; this save is "
+                f"another job has begun to save {self.name!r} under {shown(self.parent.path_of())!r}; this save is "
                 "given up. Let jobs save under different paths or tags"
             )
 
@@ -399,14 +400,14 @@ class Draft:
         """The clock's time, or a little after the newest checkpoint's where another host's clock was ahead."""
         now = time.time()
         with suppress(CheckpointError):
-            newest = read_newest(self._target)
+            newest = read_newest(self.parent)
             for is_full in (False, True) if newest else ():
                 with suppress(CheckpointError):
-                    now = max(now, read_record(self._target, str(newest), is_full).time + 0.001)
+                    now = max(now, read_record(self.parent, str(newest), is_full).time + 0.001)
         return now
 
     def _move_into_place(self) -> None:
-        target, name = self._target, self.name
+        target, name = self.parent, self.name
         if self.is_full:
             target.rename_folder(self._folder, _hidden(name, "ready"))
             _recover_one(target, name)
