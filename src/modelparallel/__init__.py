@@ -14,6 +14,8 @@ from modelparallel.activation_checkpointing import (
     checkpoint_wrapper,
     set_activation_checkpointing,
 )
+from modelparallel.checkpoints.exporting import export_hf
+from modelparallel.checkpoints.importing import import_hf
 from modelparallel.checkpoints.objects import load, save
 from modelparallel.checkpoints.resuming import resume_from_checkpoint
 from modelparallel.checkpoints.sampling import GlobalBatchSampler
@@ -112,6 +114,7 @@ __all__ = [
     "dp_rank",
     "dp_size",
     "dynamic",
+    "export_hf",
     "get_dp_group",
     "get_dp_process_group",
     "get_mp_group",
@@ -123,6 +126,7 @@ __all__ = [
     "get_tp_group",
     "get_tp_process_group",
     "get_world_process_group",
+    "import_hf",
     "init",
     "is_initialized",
     "is_tracing",

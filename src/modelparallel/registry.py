@@ -66,7 +66,7 @@ class Family:
     new_names_at: ``new_names_at(prefix, names)`` says, for the names of such a whole model as it was built, which of
         the distributed class's parameters each has become, or become a part of.
     origin_of: where an instance's weights were loaded from, "" if from nowhere: a warning says that they are lost.
-    attributes: names of plain attributes that the replacement gets, since callers read them.
+    attributes: names of plain attributes that the replacement gets if the original has them, since callers read them.
     """
 
     arguments_of: Callable[[nn.Module], ConstructorArguments]
@@ -228,6 +228,13 @@ def note_family(module: nn.Module, family: Family) -> None:
 def family_of(module: nn.Module) -> Family | None:
     """The family that `note_family` said of ``module``."""
     return module.__dict__.get(_FAMILY)
+
+
+def class_replaced_by(module: nn.Module) -> type[nn.Module] | None:
+    """The class that ``module``, which stands for one of a family, has taken the place of."""
+    family = family_of(module)
+    found = _registry.registrations.values()
+    return None if family is None else next((each.module_class for each in found if each.family is family), None)
 
 
 def constructor_arguments(module: nn.Module) -> ConstructorArguments | None:

@@ -55,7 +55,7 @@ def read_weights(path: str, name: str, trust_pickles: bool = False) -> dict[str,
     if not name.endswith(_INDEX):
         return _read_file(path, name, trust_pickles)
     by_file: dict[str, list[str]] = {}
-    for tensor, file in _weight_map(path, name).items():
+    for tensor, file in weight_map(path, name).items():
         by_file.setdefault(file, []).append(tensor)
     state: dict[str, Any] = {}
     for file, tensors in by_file.items():
@@ -99,18 +99,19 @@ def _read_safetensors(store: Store, name: str) -> dict[str, torch.Tensor]:
         ) from error
 
 
-def _weight_map(path: str, name: str) -> dict[str, str]:
+def weight_map(path: str, name: str) -> dict[str, str]:
+    """The file of each tensor, as an index says it. Local. Raises CheckpointCorruptError for what is no index."""
     store, file = _place(path, name)
     try:
-        weight_map = json.loads(store.read(file))["weight_map"]
-        if not all(isinstance(value, str) for value in weight_map.values()):
+        found = json.loads(store.read(file))["weight_map"]
+        if not all(isinstance(value, str) for value in found.values()):
             raise TypeError("its weight_map has something else than names of files")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointCorruptError(
             f"{shown(store.path_of(file))!r} is not an index of weights ({type(error).__name__}: {error}): take "
             "another copy"
         ) from error
-    return dict(weight_map)
+    return dict(found)
 
 
 def _check_names(path: str, index: str, file: str, tensors: Iterable[str], found: Mapping[str, Any]) -> None:

@@ -296,7 +296,8 @@ def _dress_as(original: nn.Module, replacement: DistributedModule, name: str, re
         replacement.install_call_hooks(name, registration.forward_hook, registration.return_hook)
     else:
         replacement.install_answer(registration.family.answer_of(original))
-        replacement.__dict__.update({name: getattr(original, name) for name in registration.family.attributes})
+        names = [name for name in registration.family.attributes if hasattr(original, name)]
+        replacement.__dict__.update({name: getattr(original, name) for name in names})
         registry.note_family(replacement, registration.family)
     for table in _CALL_HOOK_TABLES:
         # The same table objects: handles that the user holds go on working.

@@ -181,7 +181,7 @@ def register_families() -> None:
                     family.translations_at,
                     family.new_names_at,
                     options.origin_of,
-                    ("config",),
+                    ("config", "generation_config"),
                 ),
             )
         )
