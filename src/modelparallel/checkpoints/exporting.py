@@ -15,6 +15,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from modelparallel import construction
 from modelparallel import runtime as runtime_module
@@ -42,6 +43,7 @@ from modelparallel.checkpoints.whole_tensors import WholeTensors
 from modelparallel.checkpoints.writing import world_process_group
 from modelparallel.errors import DivergenceError, SMPConfigError, StepUsageError
 from modelparallel.model import DistributedModel
+from modelparallel.precision import half_dtype
 from modelparallel.ranks_and_messages import allgather
 from modelparallel.topology import CommGroup
 
@@ -69,8 +71,8 @@ def export_hf(
             complete, and not before (docs/checkpoints.md).
         model: the wrapped model; after the first step, unless its weights are in memory before.
         max_shard_size: where a file ends: bytes, or a text such as "5GB" (10^9) or "5GiB".
-        dtype: of floating-point numbers in the files; None: as the model has them. ``torch.float32`` gives the masters
-            of parameters in half precision, if there are some.
+        dtype: of floating-point numbers in the files; None: as the model computes with them. ``torch.float32`` gives
+            the masters of parameters in half precision, if there are some.
         overwrite: replace a folder of weights that is there, with all that is in it.
 
     Raises CheckpointError on all ranks when the folder is there, a rank cannot write, or the state dict holds something
@@ -186,9 +188,13 @@ class _Export:
 
     def _spec(self, tensor: FileTensor, whole: WholeTensors, keys: Mapping[str, str]) -> TensorSpec:
         key = keys.get(tensor.row)
-        dtype = self.model.table.tensor(tensor.row).dtype if key is None else whole.described[key].dtype
-        if self.dtype is not None and dtype.is_floating_point:
-            dtype = self.dtype
+        parameter = self.model.table.tensor(tensor.row)
+        dtype = parameter.dtype if key is None else whole.described[key].dtype
+        wanted, sharding = self.dtype, self.model.gradients.sharding
+        if wanted is None and sharding is not None and isinstance(parameter, nn.Parameter) and sharding.has(parameter):
+            wanted = half_dtype(self.runtime.session.config)  # shards are in full precision, the model computes in half
+        if wanted is not None and dtype.is_floating_point:
+            dtype = wanted
         return TensorSpec(dtype, tensor.shape)
 
     def _write_round(

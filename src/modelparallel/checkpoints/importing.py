@@ -19,13 +19,15 @@ from modelparallel.checkpoints.pieces import Piece
 from modelparallel.checkpoints.safetensors_reading import RectangleReader, StoredTensor, stored_tensors
 from modelparallel.errors import CheckpointError, SMPConfigError
 from modelparallel.model import DistributedModel
+from modelparallel.nn.huggingface import translations_of
 
 if TYPE_CHECKING:
     from modelparallel.optimizer import DistributedOptimizer
 
 _HALF = (torch.float16, torch.bfloat16)
-#: Buffers that older versions of transformers kept in files, and it passes over itself.
-_OLD_BUFFERS = (r"rotary_emb\.inv_freq$",)
+#: Buffers without weights that older versions of transformers kept in files: of the model, and of replaced layers.
+_OLD_BUFFERS = r"rotary_emb\.inv_freq$"
+_OLD_MASKS = r"(^|\.)(attn|attention|crossattention)\.(bias|masked_bias)$"
 
 
 def import_hf(path: str | os.PathLike[str], model: DistributedModel, *, strict: bool = True) -> _IncompatibleKeys:
@@ -109,7 +111,10 @@ def _matched(model: DistributedModel, stored: Mapping[str, StoredTensor]) -> _Ma
             missing.append(tensors[0].name)
     if known is not None:
         may_miss = known.patterns("_keys_to_ignore_on_load_missing") + known.patterns("_keys_to_ignore_on_save")
-        may_come = [*known.patterns("_keys_to_ignore_on_load_unexpected"), *_OLD_BUFFERS]
+        may_come = [*known.patterns("_keys_to_ignore_on_load_unexpected"), _OLD_BUFFERS]
+        may_come += [_OLD_MASKS] if translations_of(model.module) else []
+        buffers = {name for name, _ in model.module.named_buffers()}
+        unexpected = [name for name in unexpected if buffers.isdisjoint(_other_names(name, known))]
         missing = [name for name in missing if not any(re.search(pattern, name) for pattern in may_miss)]
         unexpected = [name for name in unexpected if not any(re.search(pattern, name) for pattern in may_come)]
     return _Match(sources, missing, unexpected)
