@@ -95,7 +95,7 @@ def export_hf(
     try:
         export.run(max_shard_size, known, aliases if known is None else {})
     except BaseException:
-        if runtime.session.groups.world.rank_in_group == 0:
+        if export.is_begun:
             draft.discard()
         raise
 
@@ -154,6 +154,8 @@ class _Export:
     tensors: Sequence[FileTensor]
     pieces: Sequence[Piece]
     dtype: torch.dtype | None
+    #: On the first rank: whether there is a draft.
+    is_begun: bool = False
 
     def run(self, max_shard_size: int | str, known: TransformersModel | None, metadata: Mapping[str, str]) -> None:
         world = self.runtime.session.groups.world
@@ -163,6 +165,7 @@ class _Export:
         files = split_into_files(specs, max_shard_size)
         with agreed():
             if world.rank_in_group == 0:
+                self.is_begun = True
                 self.draft.start()
         records: dict[str, FileRecord] = {}
         names = list(files)

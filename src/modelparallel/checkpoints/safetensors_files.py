@@ -237,7 +237,7 @@ def check_free(path: str | os.PathLike[str], overwrite: bool) -> None:
             f"{where!r} is there already and holds {', '.join(found[:5])}: give another path, or overwrite=True to "
             "replace the whole folder"
         )
-    if not {RECORD_NAME, WEIGHTS_NAME, INDEX_NAME} & set(found):
+    if not {WEIGHTS_NAME, INDEX_NAME} & set(found):
         raise CheckpointError(
             f"{where!r} holds {', '.join(found[:5])} and no weights ({WEIGHTS_NAME}): overwrite=True replaces a whole "
             "folder, and only one of weights; give another path, or remove it yourself"
