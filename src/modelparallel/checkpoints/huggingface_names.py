@@ -23,6 +23,7 @@ from torch import nn
 from modelparallel import registry
 from modelparallel.errors import CheckpointError, UnsupportedError
 from modelparallel.nn.huggingface import translations_of
+from modelparallel.torch_compat import storage_identity
 
 if TYPE_CHECKING:
     from modelparallel.model import DistributedModel
@@ -78,19 +79,15 @@ def file_tensors(model: DistributedModel) -> list[FileTensor]:
         state[name] = standins[row.name]
     for to_transformers, _ in translations_of(model.module):
         state = to_transformers(state)
-    rows = {_storage_of(tensor): name for name, tensor in standins.items()}
+    rows = {storage_identity(tensor): name for name, tensor in standins.items()}
     result = []
     for name, view in state.items():
-        row_name = rows.get(_storage_of(view))
+        row_name = rows.get(storage_identity(view))
         place = None if row_name is None else _place_of(view, standins[row_name])
         if row_name is None or place is None:
             raise CheckpointError(f"'{name}' is computed from the model's parameters and is not a part of one of them")
         result.append(FileTensor(name, row_name, *place))
     return result
-
-
-def _storage_of(tensor: torch.Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
 
 
 def _place_of(

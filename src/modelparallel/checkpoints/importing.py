@@ -6,10 +6,9 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch.nn.modules.module import _IncompatibleKeys
 
 from modelparallel import runtime as runtime_module
 from modelparallel.checkpoints.agreement import agreed
@@ -30,7 +29,14 @@ _OLD_BUFFERS = r"rotary_emb\.inv_freq$"
 _OLD_MASKS = r"(^|\.)(attn|attention|crossattention)\.(bias|masked_bias)$"
 
 
-def import_hf(path: str | os.PathLike[str], model: DistributedModel, *, strict: bool = True) -> _IncompatibleKeys:
+class Incompatible(NamedTuple):
+    """The names that do not fit, as ``load_state_dict`` of torch returns them."""
+
+    missing_keys: list[str]
+    unexpected_keys: list[str]
+
+
+def import_hf(path: str | os.PathLike[str], model: DistributedModel, *, strict: bool = True) -> Incompatible:
     """Load weights from safetensors, each rank only what it holds of them. Ours, not the original's; collective over
     the world.
 
@@ -45,8 +51,9 @@ def import_hf(path: str | os.PathLike[str], model: DistributedModel, *, strict: 
         model: the wrapped model.
         strict: names must be the same; False takes what both have.
 
-    Returns torch's record of missing and unexpected names. Raises on all ranks: CheckpointError for names (if
-    ``strict``) and shapes that differ, CheckpointNotFoundError, CheckpointCorruptError for files that are not whole.
+    Returns the missing and the unexpected names, as ``load_state_dict`` does. Raises on all ranks: CheckpointError for
+    names (if ``strict``) and shapes that differ, CheckpointNotFoundError, CheckpointCorruptError for files that are not
+    whole.
     """
     runtime = runtime_module.current()
     if runtime.background_save is not None:
@@ -62,7 +69,7 @@ def import_hf(path: str | os.PathLike[str], model: DistributedModel, *, strict: 
         _load(model, match)
     else:
         model.load_when_partitioned(lambda: _load(model, match))
-    return _IncompatibleKeys(match.missing, match.unexpected)
+    return Incompatible(match.missing, match.unexpected)
 
 
 @dataclass(frozen=True)

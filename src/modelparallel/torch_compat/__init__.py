@@ -362,6 +362,11 @@ def num_storage_users(tensor: torch.Tensor) -> int:
     return int(torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)) - 1  # less the storage object just made
 
 
+def storage_identity(tensor: torch.Tensor) -> int:
+    """A number that all views of one storage have, also on the meta device, and no other storage that is alive."""
+    return int(tensor.untyped_storage()._cdata)  # data_ptr() is 0 there
+
+
 def is_function_node(node: Any) -> bool:
     """Whether a node of the autograd graph is that of an ``autograd.Function`` written in Python."""
     return isinstance(node, torch.autograd.function.BackwardCFunction)
