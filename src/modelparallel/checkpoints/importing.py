@@ -109,7 +109,8 @@ def _matched(model: DistributedModel, stored: Mapping[str, StoredTensor]) -> _Ma
     by_place: dict[tuple[object, ...], list[FileTensor]] = {}
     for tensor in expected.values():
         by_place.setdefault(tensor.place, []).append(tensor)
-    sources, missing = [], []
+    sources: list[tuple[FileTensor, StoredTensor]] = []
+    missing: list[str] = []
     for tensors in by_place.values():
         held = [tensor for tensor in tensors if tensor.name in found]
         if held:

@@ -94,9 +94,14 @@ def _head(store: Store, file: str) -> dict[str, StoredTensor]:
         values.pop("__metadata__", None)
         result = {
             name: StoredTensor(
-                store, file, name, _DTYPES.get(entry["dtype"]), str(entry["dtype"]),
-                tuple(int(length) for length in entry["shape"]), 8 + length + int(entry["data_offsets"][0]),
-            )  # fmt: skip
+                store,
+                file,
+                name,
+                _DTYPES.get(entry["dtype"]),
+                str(entry["dtype"]),
+                tuple(int(length) for length in entry["shape"]),
+                8 + length + int(entry["data_offsets"][0]),
+            )
             for name, entry in values.items()
         }
         end = max((int(entry["data_offsets"][1]) for entry in values.values()), default=0)
