@@ -630,6 +630,12 @@ def test_damaged_heads_are_refused():
         (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
         with pytest.raises(CheckpointCorruptError, match=message):
             stored_tensors(folder)
+    # The caches of Hugging Face hold links to files elsewhere, which have other names.
+    (folder / "part.safetensors").rename(folder.parent / f"{folder.name}-blob")
+    (folder / "part.safetensors").symlink_to(folder.parent / f"{folder.name}-blob")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "part.safetensors"}}))
+    with RectangleReader() as reader:
+        assert reader.read(stored_tensors(folder)["a"], (1,), (2,)).equal(torch.zeros(2))
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../part.safetensors"}}))
     with pytest.raises(CheckpointError, match="is not the name of a file below"):
         stored_tensors(folder)
