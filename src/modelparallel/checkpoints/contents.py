@@ -22,6 +22,7 @@ from torch import nn
 from modelparallel import optimizer_states
 from modelparallel.checkpoints.pieces import Piece, pieces_of_range, pieces_of_slice, whole_piece
 from modelparallel.errors import CheckpointError
+from modelparallel.nn.huggingface import families_of
 from modelparallel.plan.parameters import ParameterRow
 
 if TYPE_CHECKING:
@@ -84,6 +85,18 @@ def model_pieces(model: DistributedModel, row: ParameterRow, tensor: torch.Tenso
             )
         ]
     return pieces_of_slice(key, tensor.detach(), row.split, tp.rank_in_group, tp.size)
+
+
+def model_facts(model: DistributedModel) -> dict[str, Any]:
+    """What the keys of a model do not say, as values of JSON, for tools that have no model: other names of tied tensors,
+    tensors without elements, which are in no file, and where families of transformers were replaced. Local.
+    """
+    rows = list(rows_of(model))
+    return {
+        "tied": {row.name: list(row.aliases) for row, _ in rows if row.aliases},
+        "empty": {row.name: [list(row.full_shape), str(t.dtype)] for row, t in rows if 0 in row.full_shape},
+        "families": [list(family) for family in families_of(model.module)],
+    }
 
 
 def _other_entries(model: DistributedModel) -> Iterator[tuple[str, Any]]:

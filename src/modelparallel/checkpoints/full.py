@@ -29,7 +29,7 @@ from modelparallel.checkpoints.completion import (
 from modelparallel.checkpoints.file_streams import FileRecord, shown
 from modelparallel.checkpoints.storage import Store
 from modelparallel.checkpoints.torch_files import write_torch_file
-from modelparallel.checkpoints.user_content import Allowed, read_restricted, read_user_content, write_user_content
+from modelparallel.checkpoints.user_content import Allowed, read_restricted, read_user_content, saved_bytes
 from modelparallel.checkpoints.weights import find_weights, read_weights
 from modelparallel.errors import CheckpointCorruptError, CheckpointError, CheckpointNotFoundError
 from modelparallel.nn.huggingface import translations_of
@@ -71,10 +71,18 @@ def save_full(
             if model is not None and state is not None and translate_if_full:
                 for to_transformers, _ in translations_of(model.module):
                     state = to_transformers(state)
-            _write(Store.of(path), tag, state, optimizer_state, user_content)
+            content = None if user_content is None else saved_bytes(user_content, "user_content")
+            store = Store.of(path)
+            write_full(store, tag, state, optimizer_state, content, {"world_size": size()})
+            write_newest(store, tag)
 
 
-def _write(store: Store, tag: str, state: Any, optimizer_state: Any, user_content: Any) -> None:
+def write_full(
+    store: Store, tag: str, state: Any, optimizer_state: Any, content: bytes | None, facts: Mapping[str, Any]
+) -> None:
+    """Write the files of a full checkpoint; what is None has no file. Local, on one rank. Raises CheckpointError when one
+    cannot be written; what was there before is untouched then.
+    """
     draft = Draft(store, tag, is_full=True)
     records: dict[str, FileRecord] = {}
     draft.start()
@@ -83,13 +91,12 @@ def _write(store: Store, tag: str, state: Any, optimizer_state: Any, user_conten
             records[tag] = write_torch_file(draft.store, tag, state)
         if optimizer_state is not None:
             records[_optimizer_name(tag)] = write_torch_file(draft.store, _optimizer_name(tag), optimizer_state)
-        if user_content is not None:
-            records[_content_name(tag)] = write_user_content(draft.store, _content_name(tag), user_content)
-        draft.commit(records, {"kind": "full", "world_size": size()})
+        if content is not None:
+            records[_content_name(tag)] = draft.store.write(_content_name(tag), content)
+        draft.commit(records, {"kind": "full", **facts})
     except BaseException:
         draft.discard()
         raise
-    write_newest(store, tag)
     for name in {tag, _optimizer_name(tag), _content_name(tag)} - records.keys():
         store.remove(name, missing_ok=True)  # of an earlier checkpoint of this tag, which had more
 

@@ -21,21 +21,12 @@ from typing import IO, Any
 import numpy as np
 import torch
 
-from modelparallel.checkpoints.file_streams import FileRecord
 from modelparallel.checkpoints.storage import Store
 from modelparallel.checkpoints.torch_files import read_torch_file
 from modelparallel.errors import CheckpointError
 
 #: A class or a function that a file may name; with the name that it has in the file where that is another.
 Allowed = Callable[..., Any] | tuple[Callable[..., Any], str]
-
-
-def write_user_content(store: Store, name: str, content: Any) -> FileRecord:
-    """Write the content; returns size and digest of the file. Local.
-
-    Raises CheckpointError when it cannot be pickled.
-    """
-    return store.write(name, saved_bytes(content, "user_content"))
 
 
 def saved_bytes(value: Any, what: str) -> bytes:

@@ -24,7 +24,7 @@ from modelparallel.model_states import PARTIAL_KEY
 #: What Hugging Face's Trainer asks for, whatever it has saved.
 TORCH_NAME = "pytorch_model.bin"
 _BESIDE_IT = ("model.safetensors", "model.safetensors.index.json", f"{TORCH_NAME}.index.json")
-_INDEX = ".index.json"
+INDEX_ENDING = ".index.json"
 
 
 def find_weights(path: str, tag: str) -> str:
@@ -52,7 +52,7 @@ def read_weights(path: str, name: str, trust_pickles: bool = False) -> dict[str,
     Raises CheckpointCorruptError for files that are missing, damaged, or hold something else, CheckpointError for a
     pickle that names classes, unless it is trusted.
     """
-    if not name.endswith(_INDEX):
+    if not name.endswith(INDEX_ENDING):
         return _read_file(path, name, trust_pickles)
     by_file: dict[str, list[str]] = {}
     for tensor, file in weight_map(path, name).items():

@@ -15,7 +15,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
 from modelparallel.checkpoints import job_state
-from modelparallel.checkpoints.contents import Contents, model_contents, numbered, optimizer_contents
+from modelparallel.checkpoints.contents import Contents, model_contents, model_facts, numbered, optimizer_contents
 from modelparallel.checkpoints.dcp_storage import DraftWriter, RankInfo
 from modelparallel.checkpoints.planners import PieceSavePlanner, entry_of
 from modelparallel.checkpoints.user_content import saved_bytes
@@ -75,6 +75,7 @@ def take_snapshot(
         "sharded_data_parallel_degree": runtime.session.config.sharded_data_parallel_degree,
         "num_models": len(models),
         "num_optimizers": len(optimizers),
+        "models": [model_facts(model) for model in models],
     }
     return Snapshot(contents, files, facts)
 

@@ -6,8 +6,10 @@
 
     modelparallel explain modelparallel-jobs/train-2026-01-31-12-00-00-123
 
+    modelparallel checkpoint inspect checkpoints
+
 docs/launching.md has every option of the first, docs/schedules.md shows what the second prints, docs/diagnosis.md the
-third.
+third, docs/checkpoints.md the fourth.
 """
 
 import math
@@ -24,6 +26,7 @@ from rich.console import Console
 from modelparallel.config import parse_parameters, validate_parameters
 from modelparallel.errors import LaunchError, ScheduleError, SMPError
 from modelparallel.launch.channels import channel_option, input_channels
+from modelparallel.launch.checkpoint_commands import checkpoint_app
 from modelparallel.launch.devices import check_devices, resolve_device
 from modelparallel.launch.explain import explain as explain_job
 from modelparallel.launch.folder import JobFolder, default_folder, new_job_name
@@ -44,6 +47,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+app.add_typer(checkpoint_app)
 
 #: Exit code of a command that stopped before any process was started.
 USAGE_EXIT_CODE = 2

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import sys
 import warnings
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -144,6 +144,9 @@ _FAMILIES: tuple[tuple[str, tuple[tuple[str, LanguageModel | Encoder], ...]], ..
 )
 
 
+_BY_CLASS: dict[str, LanguageModel | Encoder] = {name: known for _, classes in _FAMILIES for name, known in classes}
+
+
 def register_families() -> None:
     """Register the classes of transformers that the user has imported, except those that the user has registered.
 
@@ -194,6 +197,23 @@ def translations_of(model: nn.Module) -> list[tuple[Translate, Translate]]:
         for name, module in model.named_modules()
         if (family := registry.family_of(module)) is not None
     ]
+
+
+def families_of(model: nn.Module) -> list[tuple[str, str]]:
+    """Where families were replaced in ``model``, as data: (beginning of the module's names, class of transformers). What
+    `translations_named` makes the pairs of `translations_of` from, without the model.
+    """
+    return [
+        (f"{name}." if name else "", class_name)
+        for name, module in model.named_modules()
+        for class_name, known in _BY_CLASS.items()
+        if (family := registry.family_of(module)) is not None and family.translations_at == known.translations_at
+    ]
+
+
+def translations_named(families: Sequence[tuple[str, str]]) -> list[tuple[Translate, Translate]]:
+    """The pairs for what `families_of` has given. Raises KeyError for a class that this version does not know."""
+    return [_BY_CLASS[class_name].translations_at(prefix) for prefix, class_name in families]
 
 
 def new_names_of(model: nn.Module, names: Collection[str]) -> dict[str, str]:

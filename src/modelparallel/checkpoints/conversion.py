@@ -1,0 +1,184 @@
+"""A checkpoint in another form, made in one process: a partial one as a full one, either as safetensors."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from modelparallel.checkpoints import completion
+from modelparallel.checkpoints.catalogue import RECORDED_KINDS, Found, find
+from modelparallel.checkpoints.file_streams import shown
+from modelparallel.checkpoints.full import check_tag, write_full
+from modelparallel.checkpoints.storage import Store
+from modelparallel.checkpoints.stored_tensors import (
+    Scratch,
+    StoredPartial,
+    model_facts_of,
+    model_state,
+    optimizer_state,
+)
+from modelparallel.checkpoints.torch_files import store_of_file
+from modelparallel.checkpoints.user_content import Allowed
+from modelparallel.checkpoints.writing import USER_CONTENT_NAME
+from modelparallel.errors import CheckpointCorruptError, CheckpointError
+from modelparallel.nn.huggingface import translations_named
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What was written.
+
+    Attributes:
+        destination: where.
+        num_tensors, num_bytes: of the model.
+        has_optimizer: whether the optimizer's state was written, too.
+        names: what the names of the model are, in words.
+    """
+
+    destination: str
+    num_tensors: int
+    num_bytes: int
+    has_optimizer: bool
+    names: str
+
+
+def convert_to_full(
+    path: str | os.PathLike[str],
+    destination: str | os.PathLike[str],
+    *,
+    tag: str | None = None,
+    overwrite: bool = False,
+    model_only: bool = False,
+    translate: bool = True,
+    model_index: int | None = None,
+    verify: bool = True,
+    allowed_types: Sequence[Allowed] = (),
+    trust_pickles: bool = False,
+) -> Conversion:
+    """Write a partial checkpoint as ``smp.save_checkpoint(partial=False, full_optimizer=True)`` would have. Local.
+
+    Arguments:
+        path, tag: of the checkpoint, see `catalogue.find`.
+        destination: ``<folder>/<new tag>``: the file of the merged state dict; the optimizer's, the user content's and
+            the completion record come beside it. ``newest`` is written if there is none.
+        overwrite: replace what is there.
+        model_only: leave the optimizer out.
+        translate: to the names of transformers where families of it were replaced, as ``translate_if_full``.
+        model_index: which of several models, in the order in which they were wrapped.
+        verify: compare the files with their digests first.
+        allowed_types, trust_pickles: as ``smp.resume_from_checkpoint`` has them.
+
+    The destination is complete or untouched at every moment. Large tensors are on disk all the while (stored_tensors.py),
+    in the destination's folder if it is local. Raises CheckpointNotFoundError, CheckpointCorruptError for a checkpoint
+    that is not whole, CheckpointError for a destination that exists.
+    """
+    target, new_tag = store_of_file(_normal(destination))
+    check_tag(new_tag)
+    found = checked(find(path, tag), "full", verify)
+    if not overwrite and (target.exists(new_tag) or target.exists(completion.record_name(new_tag, True))):
+        raise exists_error(f"{target.path_of()}/{new_tag}")
+    stored = open_partial(found, target, allowed_types, trust_pickles)
+    index = chosen_model(stored, model_index)
+    state, names = named_state(stored, index, translate)
+    optimizer = None if model_only else optimizer_state(stored, index)
+    content = None
+    if found.folder.exists(USER_CONTENT_NAME):
+        content = found.folder.read(USER_CONTENT_NAME) or None
+    write_full(target, new_tag, state, optimizer, content, {"world_size": 1, "converted_from": "partial"})
+    if completion.read_newest(target) is None:
+        completion.write_newest(target, new_tag)
+    return Conversion(f"{shown(target.path_of())}/{new_tag}", *size_of(state), optimizer is not None, names)
+
+
+def checked(found: Found, form: str, verify: bool) -> Found:
+    """The checkpoint, if it can be converted and is whole. Local."""
+    if found.kind not in ("partial", "dcp") and form == "full":
+        raise CheckpointError(
+            f"{found.place!r} is of kind {found.kind!r}: a full checkpoint is made from a partial one of "
+            "smp.save_checkpoint"
+        )
+    if found.kind in RECORDED_KINDS:
+        is_full = found.kind == "full"
+        problems = completion.problems_of(found.store, found.name, checks_digests=verify, is_full=is_full)
+        if problems:
+            raise CheckpointCorruptError(f"{found.place!r} is not what was written: {'; '.join(problems[:5])}")
+    return found
+
+
+def exists_error(place: str) -> CheckpointError:
+    """For a destination that is there."""
+    return CheckpointError(f"{shown(place)!r} exists: give another destination, or --overwrite to replace it")
+
+
+def open_partial(
+    found: Found, target: Store, allowed_types: Sequence[Allowed], trust_pickles: bool
+) -> StoredPartial:
+    """The checkpoint, to be read tensor by tensor; scratch lies where the result will be. Local."""
+    folder = None
+    if not target.is_remote:
+        target.make_folder()
+        folder = target.path_of()
+    files = None if found.record is None else found.record.files
+    facts = {} if found.record is None else found.record.facts
+    scratch = Scratch(folder if folder is not None else tempfile.gettempdir())
+    return StoredPartial(found.folder, files, facts, scratch, allowed=allowed_types, trusts_pickles=trust_pickles)
+
+
+def chosen_model(stored: StoredPartial, index: int | None) -> int:
+    """Which model of the checkpoint is meant. Raises CheckpointError where that is not clear, or there is none."""
+    firsts = {key.partition(".")[0] for key in stored.entries}
+    numbers = sorted(
+        0 if first == "model" else int(first.removeprefix("model_"))
+        for first in firsts
+        if first == "model" or (first.startswith("model_") and first.removeprefix("model_").isdigit())
+    )
+    if not numbers:
+        raise CheckpointError(
+            "the checkpoint has no entries 'model.<name>', so it is none of smp.save_checkpoint: "
+            "torch.distributed.checkpoint.format_utils.dcp_to_torch_save converts any checkpoint of DCP"
+        )
+    if index is None and len(numbers) > 1:
+        raise CheckpointError(f"the checkpoint holds {len(numbers)} models: say which, --model-index 0 to {numbers[-1]}")
+    if index is not None and index not in numbers:
+        raise CheckpointError(f"--model-index {index}: the checkpoint holds the models {', '.join(map(str, numbers))}")
+    return numbers[0] if index is None else index
+
+
+def named_state(stored: StoredPartial, index: int, translate: bool) -> tuple[dict[str, Any], str]:
+    """The state dict of a model, and in words what its names are. Local."""
+    state = model_state(stored, index)
+    facts = model_facts_of(stored, index)
+    families = facts.get("families", [])
+    if not families:
+        known = "" if "families" in facts else "; an older version has saved it, and layers may have been replaced in it"
+        return state, f"those of the user's model{known}"
+    classes = ", ".join(dict.fromkeys(class_name for _, class_name in families))
+    if not translate:
+        return state, f"those of the distributed layers that took the place of {classes}"
+    try:
+        pairs = translations_named([(prefix, class_name) for prefix, class_name in families])
+    except KeyError as error:
+        raise CheckpointError(
+            f"the checkpoint has layers in place of {error.args[0]}, which this version cannot translate: use the "
+            "version that saved it, or keep the names of the distributed layers (--keep-names)"
+        ) from error
+    for to_transformers, _ in pairs:
+        state = to_transformers(state)
+    return state, f"those of transformers ({classes})"
+
+
+def size_of(state: Mapping[str, Any]) -> tuple[int, int]:
+    """(number of tensors, bytes of their elements, each memory once). Local."""
+    tensors = [value for value in state.values() if isinstance(value, torch.Tensor)]
+    by_place = {(tensor.data_ptr(), tuple(tensor.shape)): tensor for tensor in tensors}
+    return len(tensors), sum(tensor.numel() * tensor.element_size() for tensor in by_place.values())
+
+
+def _normal(path: str | os.PathLike[str]) -> str:
+    text = os.fspath(path).rstrip("/")
+    return text if "://" in text else os.path.abspath(text)

@@ -1,0 +1,330 @@
+"""``modelparallel checkpoint inspect|verify|convert``: on checkpoints of jobs, from one process without groups."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import modelparallel as smp
+from checkpoint_jobs import make_job, train
+from modelparallel.checkpoints import conversion, stored_tensors
+from modelparallel.checkpoints.catalogue import checkpoints_in, find
+from modelparallel.checkpoints.verification import coverage_problems
+from modelparallel.errors import CheckpointCorruptError, CheckpointError, CheckpointNotFoundError
+from modelparallel.launch.command_line import app
+from pool import run_ranks
+
+CLIPPING = {"sdp_gradient_clipping": 1e6, "sdp_param_persistence_threshold": 0}
+SHAPES = {
+    "pp2-tp2": (4, {"pipeline_parallel_degree": 2, "tensor_parallel_degree": 2, "microbatches": 2, "ddp": True}),
+    "shards-bf16": (2, {"shard_optimizer_state": True, "bf16": True, "ddp": True}),
+    "fsdp-fp16": (2, {"sharded_data_parallel_degree": 2, "fp16": True, "ddp": True, **CLIPPING}),
+}
+CONTENT = {"epoch": 3, "history": [1.0, 2.0]}
+
+
+def save_both(folder: str) -> None:
+    """The same state twice: as a partial checkpoint and, gathered by the job, as a full one."""
+    model, optimizer = make_job(0)
+    train(model, optimizer, range(2))
+    smp.save_checkpoint(f"{folder}/full", "t", partial=False, full_optimizer=True, user_content=CONTENT)
+    smp.save_checkpoint(f"{folder}/partial", "t", user_content=CONTENT)
+
+
+@pytest.fixture(scope="module", params=SHAPES)
+def saved(request, tmp_path_factory):
+    """The folder with a job's checkpoints: ``partial/`` and ``full/``."""
+    folder = tmp_path_factory.mktemp(request.param)
+    num_ranks, parameters = SHAPES[request.param]
+    run_ranks(save_both, num_ranks, str(folder), parameters=parameters)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory):
+    """The same of one shape."""
+    folder = tmp_path_factory.mktemp("job")
+    num_ranks, parameters = SHAPES["pp2-tp2"]
+    run_ranks(save_both, num_ranks, str(folder), parameters=parameters)
+    return folder
+
+
+def command(*arguments, code=0):
+    result = CliRunner().invoke(app, ["checkpoint", *map(str, arguments)])
+    assert result.exit_code == code, (result.output, result.exception)
+    return result.output
+
+
+def equal(found, expected, where=""):
+    """Whether two nested containers are the same, tensors to the bit; dicts in any order."""
+    assert type(found) is type(expected), where
+    if isinstance(expected, dict):
+        assert found.keys() == expected.keys(), where
+        for key in expected:
+            equal(found[key], expected[key], f"{where}.{key}")
+    elif isinstance(expected, list | tuple):
+        assert len(found) == len(expected), where
+        for number, (one, other) in enumerate(zip(found, expected, strict=True)):
+            equal(one, other, f"{where}.{number}")
+    elif isinstance(expected, torch.Tensor):
+        assert found.dtype == expected.dtype and torch.equal(found, expected), where
+    else:
+        assert found == expected, where
+
+
+def test_a_converted_checkpoint_is_the_full_one_that_the_job_has_saved(saved, tmp_path):
+    """Model, optimizer with masters and loss scale, user content: to the bit."""
+    assert "the optimizer's state" in command("convert", saved / "partial", tmp_path / "c", "--to", "full")
+    assert sorted(os.listdir(tmp_path)) == ["c", "complete_c.json", "newest", "optimizer_c", "user_content_c"]
+    for name in ("{}", "optimizer_{}", "user_content_{}"):
+        found = torch.load(tmp_path / name.format("c"), weights_only=True)
+        equal(found, torch.load(saved / "full" / name.format("t"), weights_only=True), name)
+    assert command("verify", tmp_path, "--tag", "c").rstrip().endswith("whole")
+
+
+def resume_both(converted: str, saved: str) -> tuple:
+    results = []
+    for path, tag in ((converted, "c"), (f"{saved}/full", "t"), (f"{saved}/partial", "t")):
+        model, optimizer = make_job(1)
+        content = smp.resume_from_checkpoint(path, tag, partial="partial" in path)
+        results.append((content, train(model, optimizer, range(2, 4))))
+    return tuple(results)
+
+
+def test_a_job_of_another_shape_goes_on_with_it(job, tmp_path):
+    command("convert", job / "partial", tmp_path / "c", "--to", "full")
+    parameters = {"pipeline_parallel_degree": 2, "microbatches": 2, "ddp": True}
+    converted, full, partial = run_ranks(resume_both, 2, str(tmp_path), str(job), parameters=parameters)[0]
+    assert converted == full
+    assert converted[0] == partial[0] == CONTENT
+    assert converted[1] == pytest.approx(partial[1], rel=1e-5)
+
+
+def test_large_tensors_lie_on_disk_while_it_converts(job, tmp_path, monkeypatch):
+    monkeypatch.setattr(stored_tensors, "SCRATCH_BYTES", 1)
+    made = []
+    from_file = torch.from_file
+    monkeypatch.setattr(torch, "from_file", lambda name, **more: made.append(name) or from_file(name, **more))
+    command("convert", job / "partial", tmp_path / "c", "--to", "full")
+    assert len(made) > 50 and all(os.path.dirname(name) == str(tmp_path) for name in made)
+    equal(torch.load(tmp_path / "optimizer_c"), torch.load(job / "full" / "optimizer_t"))
+    assert sorted(os.listdir(tmp_path)) == ["c", "complete_c.json", "newest", "optimizer_c", "user_content_c"]
+
+
+def test_a_destination_is_replaced_only_on_request_and_never_half(job, tmp_path, monkeypatch):
+    arguments = ("convert", job / "partial", tmp_path / "c", "--to", "full")
+    command(*arguments)
+    before = {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)}
+    assert "exists" in command(*arguments, code=2) and "--overwrite" in command(*arguments, code=2)
+
+    def fail(*_):
+        raise CheckpointError("the disk is full")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("modelparallel.checkpoints.completion.Draft.commit", fail)
+        assert "the disk is full" in command(*arguments, "--overwrite", code=2)
+    assert {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)} == before
+    command(*arguments, "--overwrite", "--model-only")
+    assert sorted(os.listdir(tmp_path)) == ["c", "complete_c.json", "newest", "user_content_c"]
+
+
+def test_remote_folders_are_read_and_written(job, tmp_path):
+    fsspec = pytest.importorskip("fsspec")
+    memory = fsspec.filesystem("memory")
+    memory.put(str(job / "partial"), "/cli/partial", recursive=True)
+    try:
+        assert "complete" in command("inspect", "memory://cli/partial")
+        command("verify", "memory://cli/partial/t_partial")
+        command("convert", "memory://cli/partial", "memory://cli/full/c", "--to", "full")
+        with memory.open("/cli/full/c") as file:
+            equal(torch.load(file), torch.load(job / "full" / "t"))
+        command("verify", "memory://cli/full/c")
+    finally:
+        memory.rm("/cli", recursive=True)
+
+
+def test_inspect_says_what_is_there(saved, tmp_path):
+    text = command("inspect", saved / "partial")
+    assert "* t_partial" in text and "step 2" in text and "complete" in text
+    assert "epoch (int), history (list)" in text
+    values = json.loads(command("inspect", saved / "partial", "--json"))
+    found = values["checkpoint"]
+    state = torch.load(saved / "full" / "t")
+    expected = {f"model.{name}": value for name, value in state.items()}
+    tensors = {entry["name"]: entry for entry in found["tensors"] if entry["part"] == "model"}
+    assert tensors.keys() <= expected.keys()  # a tied tensor is stored once
+    assert {name: entry["shape"] for name, entry in tensors.items()} == {
+        name: list(expected[name].shape) for name in tensors
+    }
+    num_bytes = sum(expected[name].numel() * expected[name].element_size() for name in tensors)
+    assert found["totals"]["model"]["bytes"] == num_bytes
+    is_half = next(iter(state.values())).dtype != torch.float32
+    assert ("masters" in found["totals"]) is is_half
+    assert found["num_random_states"] == found["num_processes"] == (4 if "pp2-tp2" in str(saved) else 2)
+    assert found["user_content"] == {"epoch": "int", "history": "list"}
+    on_disk = {path.name: path.stat().st_size for path in (saved / "partial" / "t_partial").iterdir()}
+    assert found["files"] == {name: size for name, size in on_disk.items() if name != "complete.json"}
+
+
+def test_inspect_lists_as_many_tensors_as_asked(job):
+    short, long = command("inspect", job / "partial"), command("inspect", job / "partial", "--tensors")
+    assert "more (--tensors shows all)" in short and "more (" not in long
+    assert len(long.splitlines()) > len(short.splitlines()) + 30
+
+
+def test_inspect_of_other_kinds(job, tmp_path):
+    from safetensors.torch import save_file
+
+    weights = {"a.weight": torch.zeros(3, 2), "b": torch.ones(4, dtype=torch.bfloat16)}
+    save_file(weights, tmp_path / "model.safetensors")
+    torch.save({"state": {0: {"step": torch.tensor(1.0)}}, "groups": [{"lr": 0.1}]}, tmp_path / "other.pt")
+    shutil.copytree(job / "partial" / "t_partial", tmp_path / "broken_partial")
+    (tmp_path / "broken_partial" / "model_0_0.pt").write_bytes(b"")
+    (tmp_path / ".new_partial.draft-0011").mkdir()
+    values = json.loads(command("inspect", tmp_path, "--json"))
+    kinds = {entry["name"]: (entry["kind"], entry["is_complete"]) for entry in values["checkpoints"]}
+    assert kinds == {
+        "model.safetensors": ("huggingface", None),
+        "other.pt": ("torch", None),
+        "broken_partial": ("partial", False),
+    }
+    assert values["unfinished"] == [".new_partial.draft-0011"]
+    assert {entry["name"]: entry["shape"] for entry in values["checkpoint"]["tensors"]} == {"a.weight": [3, 2], "b": [4]}
+    assert {entry["name"]: entry["dtype"] for entry in values["checkpoint"]["tensors"]}["b"] == "bfloat16"
+    found = json.loads(command("inspect", tmp_path / "other.pt", "--json"))["checkpoint"]
+    assert [entry["name"] for entry in found["tensors"]] == ["state.0.step"] and found["objects"] == ["groups.0.lr"]
+    assert "NOT COMPLETE: 'model_0_0.pt' has 0 bytes" in command("inspect", tmp_path, "--tag", "broken")
+    full = json.loads(command("inspect", job / "full", "--json"))["checkpoint"]
+    assert full["kind"] == "full" and full["totals"]["optimizer"]["tensors"] > 10
+
+
+class Harmful:
+    def __reduce__(self):
+        return (os.system, ("touch ran",))
+
+
+def test_nothing_is_unpickled_that_is_not_allowed(job, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"model": Harmful()}, tmp_path / "x.pt")
+    assert "not allowed" in command("inspect", tmp_path / "x.pt", code=2)
+    shutil.copytree(job / "partial", tmp_path / "copy")
+    folder = tmp_path / "copy" / "t_partial"
+    torch.save({"epoch": Harmful()}, folder / "user_content.pt")
+    text = command("inspect", tmp_path / "copy")
+    assert "user content: not opened" in text and "not allowed" in text
+    (folder / ".metadata").write_bytes(pickle.dumps(Harmful()))
+    assert "not among what may be in it" in command("inspect", tmp_path / "copy", code=2)
+    assert "'.metadata'" in command("verify", tmp_path / "copy", code=1)
+    (folder / "complete.json").unlink()
+    assert "not among what may be in it" in command("verify", tmp_path / "copy", code=1)
+    assert not (tmp_path / "ran").exists()
+
+
+def spoilt(path: Path, how: str) -> None:
+    data = path.read_bytes()
+    if how == "missing":
+        path.unlink()
+    elif how == "cut off":
+        path.write_bytes(data[:-1])
+    else:
+        middle = len(data) // 2
+        path.write_bytes(data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :])
+
+
+@pytest.mark.parametrize("how", ["missing", "cut off", "changed"])
+def test_verify_names_every_file_that_is_not_what_was_written(job, tmp_path, how):
+    for source, names in (("partial", os.listdir(job / "partial" / "t_partial")), ("full", ["t", "optimizer_t"])):
+        for name in names:
+            copy = tmp_path / f"{source}-{name}"
+            shutil.copytree(job / source, copy)
+            spoilt(copy / ("t_partial" if source == "partial" else "") / name, how)
+            text = command("verify", copy, "--tag", "t", code=1)
+            assert name in text, (name, how)
+            assert "convert" not in text
+            shutil.rmtree(copy)
+    assert command("verify", job / "partial").rstrip().endswith("whole")
+
+
+@pytest.mark.parametrize("how", ["missing", "cut off", "changed"])
+def test_verify_looks_as_far_as_it_can_without_a_record(tmp_path, how):
+    from safetensors.torch import save_file
+
+    torch.save({"w": torch.arange(1000.0)}, tmp_path / "plain.pt")
+    save_file({"a": torch.zeros(1000)}, tmp_path / "one.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "one.safetensors"}}))
+    assert "no completion record" in command("verify", tmp_path / "plain.pt")
+    assert "no problem found" in command("verify", tmp_path)
+    spoilt(tmp_path / "plain.pt", how)
+    spoilt(tmp_path / "one.safetensors", how)
+    command("verify", tmp_path / "plain.pt", code=2 if how == "missing" else 1)
+    if how != "changed":  # safetensors have no checksums
+        assert "one.safetensors" in command("verify", tmp_path, code=1)
+
+
+@pytest.mark.parametrize(
+    ("chunks", "problem"),
+    [
+        ([((0, 0), (2, 3)), ((2, 0), (2, 3))], None),
+        ([((0, 0), (4, 1)), ((0, 1), (2, 2)), ((2, 1), (2, 2))], None),
+        ([((0, 0), (2, 3))], "12 elements, and its pieces hold 6"),
+        ([((0, 0), (3, 3)), ((2, 0), (2, 3))], "overlap"),
+        ([((0, 0), (4, 2)), ((0, 1), (4, 2))], "overlap"),
+        ([((0, 0), (4, 3)), ((4, 0), (1, 3))], "outside of its shape"),
+        ([((0, 0), (2, 3)), ((0, 0), (2, 3))], "overlap"),
+        ([], "12 elements, and its pieces hold 0"),
+    ],
+)
+def test_pieces_cover_a_tensor(chunks, problem):
+    found = list(coverage_problems((4, 3), chunks))
+    assert (problem is None and not found) or (len(found) == 1 and problem in found[0])
+
+
+def test_verify_finds_a_tensor_that_lacks_a_piece(job, tmp_path):
+    """An index that does not fit the files, though every file is what was written."""
+    shutil.copytree(job / "partial" / "t_partial", tmp_path / "x_partial")
+    place = tmp_path / "x_partial" / ".metadata"
+    metadata = pickle.loads(place.read_bytes())
+    key = next(key for key, value in metadata.state_dict_metadata.items() if len(getattr(value, "chunks", ())) > 1)
+    metadata.state_dict_metadata[key].chunks.pop()
+    place.write_bytes(pickle.dumps(metadata))
+    (tmp_path / "x_partial" / "complete.json").unlink()
+    text = command("verify", tmp_path / "x_partial", code=1)
+    assert f"the tensor '{key}'" in text and "its pieces hold" in text
+
+
+def test_a_damaged_checkpoint_is_not_converted(job, tmp_path):
+    shutil.copytree(job / "partial", tmp_path / "copy")
+    spoilt(tmp_path / "copy" / "t_partial" / "model_1_1.pt", "changed")
+    assert "'model_1_1.pt'" in command("convert", tmp_path / "copy", tmp_path / "new" / "c", "--to", "full", code=2)
+    assert not (tmp_path / "new").exists()
+    with pytest.raises(CheckpointCorruptError, match="model_1_1"):
+        conversion.convert_to_full(tmp_path / "copy", tmp_path / "new" / "c")
+
+
+def test_what_is_meant_by_a_path(job, tmp_path):
+    shutil.copytree(job / "partial", tmp_path / "two")
+    shutil.copytree(job / "partial" / "t_partial", tmp_path / "two" / "s_partial")
+    place = os.path.relpath(tmp_path / "two" / "s_partial") + "/"
+    assert find(place).name == "s_partial"
+    assert find(tmp_path / "two").name == find(tmp_path / "two", "t").name == "t_partial"
+    assert find(tmp_path / "two", "s").name == find(tmp_path / "two", "s_partial").name == "s_partial"
+    (tmp_path / "two" / "newest").unlink()
+    with pytest.raises(CheckpointNotFoundError, match="by its tag: .*s_partial"):
+        find(tmp_path / "two")
+    with pytest.raises(CheckpointNotFoundError, match="'u'.*s_partial"):
+        find(tmp_path / "two", "u")
+    os.rename(tmp_path / "two" / "s_partial", tmp_path / "two" / ".s_partial.old")  # a job died at this moment
+    assert [(one.name, one.is_complete) for one in checkpoints_in(str(tmp_path / "two"))[0]] == [
+        ("s_partial", True),
+        ("t_partial", True),
+    ]
+    assert find(tmp_path / "two", "s").folder.path_of().endswith(".s_partial.old")
+    for path in (tmp_path / "nothing", tmp_path):
+        assert "checkpoint" in command("inspect", path, code=2)
