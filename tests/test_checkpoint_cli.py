@@ -19,7 +19,7 @@ from modelparallel.checkpoints.catalogue import checkpoints_in, find
 from modelparallel.checkpoints.verification import coverage_problems
 from modelparallel.errors import CheckpointCorruptError, CheckpointError, CheckpointNotFoundError
 from modelparallel.launch.command_line import app
-from pool import run_ranks
+from pool import preload, run_ranks
 
 CLIPPING = {"sdp_gradient_clipping": 1e6, "sdp_param_persistence_threshold": 0}
 SHAPES = {
@@ -135,6 +135,91 @@ def test_a_destination_is_replaced_only_on_request_and_never_half(job, tmp_path,
     assert sorted(os.listdir(tmp_path)) == ["c", "complete_c.json", "newest", "user_content_c"]
 
 
+def test_safetensors_hold_each_tensor_once(saved, tmp_path):
+    """In several files with an index; a tied tensor under its first name. From the partial and from the full one."""
+    from safetensors import safe_open
+    from safetensors.torch import load_file
+
+    expected = torch.load(saved / "full" / "t", weights_only=True)
+    for source in ("partial", "full"):
+        folder = tmp_path / source
+        arguments = ("convert", saved / source, folder, "--to", "safetensors", "--max-shard-size", "2KB")
+        assert str(folder) in command(*arguments)
+        index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+        state = {}
+        for file in set(index.values()):
+            state.update(load_file(folder / file))
+        with safe_open(folder / file, framework="pt") as opened:
+            tied = {name: to for name, to in opened.metadata().items() if name != "format"}
+        assert state.keys() == index.keys() and state.keys() | tied.keys() == expected.keys()
+        assert not (source == "partial" and not tied), "the model of this test has a tied tensor"
+        equal({**state, **{name: state[to] for name, to in tied.items()}}, expected)
+        assert command("verify", folder).rstrip().endswith("whole")
+        assert "kind: exported, complete" in command("inspect", tmp_path, "--tag", source)
+        assert "is there already" in command(*arguments, code=2)
+        command(*arguments, "--overwrite")
+
+
+def test_safetensors_of_another_dtype_come_from_the_masters(saved, tmp_path):
+    from safetensors.torch import load_file
+
+    command("convert", saved / "partial", tmp_path / "c", "--to", "safetensors", "--dtype", "float32")
+    found = load_file(tmp_path / "c" / "model.safetensors")
+    state = torch.load(saved / "full" / "t", weights_only=True)
+    optimizer = torch.load(saved / "full" / "optimizer_t", weights_only=True)
+    masters = [values["fp32_master"] for values in optimizer["state"].values() if "fp32_master" in values]
+    assert {tensor.dtype for tensor in found.values()} == {torch.float32}
+    for name, tensor in found.items():
+        if masters:
+            assert any(tensor.shape == master.shape and torch.equal(tensor, master) for master in masters), name
+        else:
+            assert torch.equal(tensor, state[name]), name
+    assert "expected float32" in command(
+        "convert", saved, tmp_path / "x", "--to", "safetensors", "--dtype", "x", code=2
+    )
+
+
+def save_gpt2(folder: str) -> dict:
+    from transformers.models.gpt2.modeling_gpt2 import GPT2LMHeadModel
+
+    from huggingface_models import gpt2_config
+
+    torch.manual_seed(3)
+    with smp.tensor_parallelism():
+        net = GPT2LMHeadModel(gpt2_config())
+    model = smp.DistributedModel(net)
+    smp.DistributedOptimizer(torch.optim.Adam(model.parameters()))
+    smp.save_checkpoint(f"{folder}/partial", "t")
+    smp.save_checkpoint(f"{folder}/full", "hf", partial=False)
+    smp.save_checkpoint(f"{folder}/full", "ours", partial=False, translate_if_full=False)
+
+
+def test_replaced_models_of_transformers_come_out_under_their_names(tmp_path):
+    """Distributed layers in place of GPT-2's: as the job translates them, and loaded by transformers."""
+    transformers = pytest.importorskip("transformers")
+    from huggingface_models import gpt2_config
+
+    preload()  # transformers, which both ranks would import
+    run_ranks(save_gpt2, 2, str(tmp_path), parameters={"tensor_parallel_degree": 2, "ddp": True})
+    full = {tag: torch.load(tmp_path / "full" / tag, weights_only=True) for tag in ("hf", "ours")}
+    source = tmp_path / "partial"
+    assert "those of transformers (GPT2LMHeadModel)" in command("convert", source, tmp_path / "c", "--to", "full")
+    equal(torch.load(tmp_path / "c"), full["hf"])
+    command("convert", source, tmp_path / "d", "--to", "full", "--keep-names")
+    equal(torch.load(tmp_path / "d"), full["ours"])
+    gpt2_config().save_pretrained(tmp_path / "config")
+    (tmp_path / "config" / "tokenizer.json").write_text("{}")
+    for origin in (source, tmp_path / "full" / "hf"):
+        folder = tmp_path / f"weights-{origin.name}"
+        command("convert", origin, folder, "--to", "safetensors", "--config", tmp_path / "config")
+        assert {"config.json", "tokenizer.json", "model.safetensors", "complete.json"} <= set(os.listdir(folder))
+        net, report = transformers.GPT2LMHeadModel.from_pretrained(folder, output_loading_info=True)
+        assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), report
+        equal(dict(net.state_dict()), full["hf"])
+    command("convert", source, tmp_path / "e", "--to", "safetensors", "--config", tmp_path / "config" / "config.json")
+    assert sorted(os.listdir(tmp_path / "e")) == ["complete.json", "config.json", "model.safetensors"]
+
+
 def test_remote_folders_are_read_and_written(job, tmp_path):
     fsspec = pytest.importorskip("fsspec")
     memory = fsspec.filesystem("memory")
@@ -196,7 +281,10 @@ def test_inspect_of_other_kinds(job, tmp_path):
         "broken_partial": ("partial", False),
     }
     assert values["unfinished"] == [".new_partial.draft-0011"]
-    assert {entry["name"]: entry["shape"] for entry in values["checkpoint"]["tensors"]} == {"a.weight": [3, 2], "b": [4]}
+    assert {entry["name"]: entry["shape"] for entry in values["checkpoint"]["tensors"]} == {
+        "a.weight": [3, 2],
+        "b": [4],
+    }
     assert {entry["name"]: entry["dtype"] for entry in values["checkpoint"]["tensors"]}["b"] == "bfloat16"
     found = json.loads(command("inspect", tmp_path / "other.pt", "--json"))["checkpoint"]
     assert [entry["name"] for entry in found["tensors"]] == ["state.0.step"] and found["objects"] == ["groups.0.lr"]
@@ -316,9 +404,9 @@ def test_what_is_meant_by_a_path(job, tmp_path):
     assert find(tmp_path / "two").name == find(tmp_path / "two", "t").name == "t_partial"
     assert find(tmp_path / "two", "s").name == find(tmp_path / "two", "s_partial").name == "s_partial"
     (tmp_path / "two" / "newest").unlink()
-    with pytest.raises(CheckpointNotFoundError, match="by its tag: .*s_partial"):
+    with pytest.raises(CheckpointNotFoundError, match=r"by its tag: .*s_partial"):
         find(tmp_path / "two")
-    with pytest.raises(CheckpointNotFoundError, match="'u'.*s_partial"):
+    with pytest.raises(CheckpointNotFoundError, match=r"'u'.*s_partial"):
         find(tmp_path / "two", "u")
     os.rename(tmp_path / "two" / "s_partial", tmp_path / "two" / ".s_partial.old")  # a job died at this moment
     assert [(one.name, one.is_complete) for one in checkpoints_in(str(tmp_path / "two"))[0]] == [

@@ -167,7 +167,8 @@ def find(path: str | os.PathLike[str], tag: str | None = None) -> Found:
         state = "holds none" if store.names() else state
         raise CheckpointNotFoundError(f"{shown(path)!r} is no checkpoint, and {state}: check the path")
     raise CheckpointNotFoundError(
-        f"{shown(path)!r} has no file 'newest' and holds {len(found)} checkpoints: say which by its tag: {_names(found)}"
+        f"{shown(path)!r} has no file 'newest' and holds {len(found)} checkpoints: say which by its tag: "
+        f"{_names(found)}"
     )
 
 
@@ -187,7 +188,9 @@ def _tagged(path: str, tag: str) -> Found:
     text = f"there is no checkpoint {tag!r} in {shown(path)!r}"
     if any(tag in name for name in unfinished):
         text += "; it is being saved, or its saving was broken off"
-    raise CheckpointNotFoundError(f"{text}; there {f'are: {_names(there)}' if there else 'is none'}. Check path and tag")
+    raise CheckpointNotFoundError(
+        f"{text}; there {f'are: {_names(there)}' if there else 'is none'}. Check path and tag"
+    )
 
 
 def _itself(path: str) -> Found | None:

@@ -88,8 +88,8 @@ def model_pieces(model: DistributedModel, row: ParameterRow, tensor: torch.Tenso
 
 
 def model_facts(model: DistributedModel) -> dict[str, Any]:
-    """What the keys of a model do not say, as values of JSON, for tools that have no model: other names of tied tensors,
-    tensors without elements, which are in no file, and where families of transformers were replaced. Local.
+    """What the keys of a model do not say, as values of JSON, for tools that have no model: other names of tied
+    tensors, tensors without elements, which are in no file, and where families of transformers were replaced. Local.
     """
     rows = list(rows_of(model))
     return {

@@ -14,6 +14,14 @@ from modelparallel.checkpoints import completion
 from modelparallel.checkpoints.catalogue import RECORDED_KINDS, Found, find
 from modelparallel.checkpoints.file_streams import shown
 from modelparallel.checkpoints.full import check_tag, write_full
+from modelparallel.checkpoints.safetensors_files import (
+    INDEX_NAME,
+    MAX_SHARD_SIZE,
+    WEIGHTS_NAME,
+    TensorSpec,
+    check_free,
+    write_folder,
+)
 from modelparallel.checkpoints.storage import Store
 from modelparallel.checkpoints.stored_tensors import (
     Scratch,
@@ -24,9 +32,18 @@ from modelparallel.checkpoints.stored_tensors import (
 )
 from modelparallel.checkpoints.torch_files import store_of_file
 from modelparallel.checkpoints.user_content import Allowed
+from modelparallel.checkpoints.weights import read_weights
 from modelparallel.checkpoints.writing import USER_CONTENT_NAME
-from modelparallel.errors import CheckpointCorruptError, CheckpointError
+from modelparallel.errors import CheckpointCorruptError, CheckpointError, CheckpointNotFoundError
+from modelparallel.model_states import PARTIAL_KEY
 from modelparallel.nn.huggingface import translations_named
+
+_CONFIG_NAME = "config.json"
+#: How the names of other files begin that ``from_pretrained`` of models and tokenizers reads.
+_TOKENIZER_NAMES = (
+    "added_tokens", "chat_template", "generation_config", "merges", "preprocessor_config", "processor_config",
+    "sentencepiece", "special_tokens_map", "spiece", "tokenizer", "vocab",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -73,9 +90,9 @@ def convert_to_full(
         verify: compare the files with their digests first.
         allowed_types, trust_pickles: as ``smp.resume_from_checkpoint`` has them.
 
-    The destination is complete or untouched at every moment. Large tensors are on disk all the while (stored_tensors.py),
-    in the destination's folder if it is local. Raises CheckpointNotFoundError, CheckpointCorruptError for a checkpoint
-    that is not whole, CheckpointError for a destination that exists.
+    The destination is complete or untouched at every moment. Large tensors are on disk all the while, in the
+    destination's folder if it is local (stored_tensors.py). Raises CheckpointNotFoundError, CheckpointCorruptError for
+    a checkpoint that is not whole, CheckpointError for a destination that exists.
     """
     target, new_tag = store_of_file(_normal(destination))
     check_tag(new_tag)
@@ -95,12 +112,110 @@ def convert_to_full(
     return Conversion(f"{shown(target.path_of())}/{new_tag}", *size_of(state), optimizer is not None, names)
 
 
+def convert_to_safetensors(
+    path: str | os.PathLike[str],
+    destination: str | os.PathLike[str],
+    *,
+    tag: str | None = None,
+    config: str | os.PathLike[str] | None = None,
+    dtype: torch.dtype | None = None,
+    max_shard_size: int | str = MAX_SHARD_SIZE,
+    overwrite: bool = False,
+    translate: bool = True,
+    model_index: int | None = None,
+    verify: bool = True,
+    trust_pickles: bool = False,
+) -> Conversion:
+    """Write the model of a checkpoint as a folder of safetensors, with an index if there are several. Local.
+
+    Arguments:
+        destination: the folder.
+        config: a ``config.json`` of transformers, or a folder with one, of which the files of the tokenizer are taken,
+            too: then ``from_pretrained(destination)`` loads the result.
+        dtype: of the floating-point tensors; from a job in half precision, the fp32 masters are converted.
+        max_shard_size: bytes of a file, or a text such as "5GB".
+        path, tag, overwrite, translate, model_index, verify, trust_pickles: as of `convert_to_full`; of a file of
+            weights the names stay what they are.
+
+    Of a tensor with several names the first is written; the others are in the header of the files, as
+    ``safetensors.torch.save_model`` has it. What is no tensor is left out. Errors as of `convert_to_full`.
+    """
+    destination = os.fspath(destination)
+    check_free(destination, overwrite)
+    others = {} if config is None else _files_beside(os.fspath(config))
+    found = checked(find(path, tag), "safetensors", verify)
+    if found.kind in ("partial", "dcp"):
+        stored = open_partial(found, store_of_file(_normal(destination))[0], (), trust_pickles)
+        state, names = named_state(stored, chosen_model(stored, model_index), translate, dtype)
+    else:
+        state, names = _weights(found, trust_pickles), "those of the file"
+    state.pop(PARTIAL_KEY, None)
+    left_out = [name for name, value in state.items() if not isinstance(value, torch.Tensor)]
+    tensors, tied = _each_once({name: value for name, value in state.items() if name not in left_out})
+    specs = {name: TensorSpec(_dtype_of(tensor, dtype), tuple(tensor.shape)) for name, tensor in tensors.items()}
+    write_folder(
+        destination,
+        specs,
+        lambda name: tensors[name].to(specs[name].dtype),
+        other_files=others,
+        max_shard_size=max_shard_size,
+        metadata=tied,
+        overwrite=overwrite,
+        facts={"converted_from": found.kind},
+    )
+    if tied:
+        names += f"; {len(tied)} tied tensors are left out: {', '.join(sorted(tied)[:5])}"
+    if left_out:
+        names += f"; {len(left_out)} entries that are no tensors are left out: {', '.join(left_out[:5])}"
+    return Conversion(shown(destination), *size_of(tensors), False, names)
+
+
+def _weights(found: Found, trust_pickles: bool) -> dict[str, Any]:
+    """The state dict of a checkpoint that has files of weights, mapped into memory where that can be."""
+    if found.kind == "full":
+        return read_weights(found.path, completion.file_of(found.store, found.name, found.name), trust_pickles)
+    if found.kind == "exported":
+        names = set(found.folder.names())
+        return read_weights(found.folder.path_of(), INDEX_NAME if INDEX_NAME in names else WEIGHTS_NAME)
+    return read_weights(found.path, found.name, trust_pickles)
+
+
+def _each_once(state: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """The tensors under the first of their names, and which other name stands for which."""
+    first: dict[Any, str] = {}
+    tied: dict[str, str] = {}
+    for name, tensor in state.items():
+        place = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype) if tensor.numel() else name
+        if first.setdefault(place, name) != name:
+            tied[name] = first[place]
+    return {name: tensor for name, tensor in state.items() if name not in tied}, tied
+
+
+def _dtype_of(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.dtype:
+    return dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+
+
+def _files_beside(config: str) -> dict[str, bytes]:
+    """``config.json``, and from a folder also what tokenizers keep beside it. Raises CheckpointNotFoundError."""
+    store, name = store_of_file(_normal(config))
+    if not store.is_folder(name):
+        return {_CONFIG_NAME: store.read(name)}
+    files = {}
+    for file in (folder := store.child(name)).names():
+        if file == _CONFIG_NAME or file.startswith(_TOKENIZER_NAMES):
+            place, own = store_of_file(f"{folder.path_of()}/{file}")
+            files[file] = place.read(own)
+    if _CONFIG_NAME not in files:
+        raise CheckpointNotFoundError(f"there is no {_CONFIG_NAME} in {shown(config)!r}: give the file itself")
+    return files
+
+
 def checked(found: Found, form: str, verify: bool) -> Found:
     """The checkpoint, if it can be converted and is whole. Local."""
-    if found.kind not in ("partial", "dcp") and form == "full":
+    if found.kind == "original" or (found.kind not in ("partial", "dcp") and form == "full"):
         raise CheckpointError(
             f"{found.place!r} is of kind {found.kind!r}: a full checkpoint is made from a partial one of "
-            "smp.save_checkpoint"
+            "smp.save_checkpoint, safetensors also from full ones and from other files of weights"
         )
     if found.kind in RECORDED_KINDS:
         is_full = found.kind == "full"
@@ -115,9 +230,7 @@ def exists_error(place: str) -> CheckpointError:
     return CheckpointError(f"{shown(place)!r} exists: give another destination, or --overwrite to replace it")
 
 
-def open_partial(
-    found: Found, target: Store, allowed_types: Sequence[Allowed], trust_pickles: bool
-) -> StoredPartial:
+def open_partial(found: Found, target: Store, allowed_types: Sequence[Allowed], trust_pickles: bool) -> StoredPartial:
     """The checkpoint, to be read tensor by tensor; scratch lies where the result will be. Local."""
     folder = None
     if not target.is_remote:
@@ -143,19 +256,25 @@ def chosen_model(stored: StoredPartial, index: int | None) -> int:
             "torch.distributed.checkpoint.format_utils.dcp_to_torch_save converts any checkpoint of DCP"
         )
     if index is None and len(numbers) > 1:
-        raise CheckpointError(f"the checkpoint holds {len(numbers)} models: say which, --model-index 0 to {numbers[-1]}")
+        raise CheckpointError(
+            f"the checkpoint holds {len(numbers)} models: say which, --model-index 0 to {numbers[-1]}"
+        )
     if index is not None and index not in numbers:
         raise CheckpointError(f"--model-index {index}: the checkpoint holds the models {', '.join(map(str, numbers))}")
     return numbers[0] if index is None else index
 
 
-def named_state(stored: StoredPartial, index: int, translate: bool) -> tuple[dict[str, Any], str]:
-    """The state dict of a model, and in words what its names are. Local."""
-    state = model_state(stored, index)
+def named_state(
+    stored: StoredPartial, index: int, translate: bool, dtype: torch.dtype | None = None
+) -> tuple[dict[str, Any], str]:
+    """The state dict of a model, and in words what its names are. Local. ``dtype``: see `model_state`."""
+    state = model_state(stored, index, dtype)
     facts = model_facts_of(stored, index)
     families = facts.get("families", [])
     if not families:
-        known = "" if "families" in facts else "; an older version has saved it, and layers may have been replaced in it"
+        known = (
+            "" if "families" in facts else "; an older version has saved it, and layers may have been replaced in it"
+        )
         return state, f"those of the user's model{known}"
     classes = ", ".join(dict.fromkeys(class_name for _, class_name in families))
     if not translate:

@@ -80,8 +80,8 @@ def save_full(
 def write_full(
     store: Store, tag: str, state: Any, optimizer_state: Any, content: bytes | None, facts: Mapping[str, Any]
 ) -> None:
-    """Write the files of a full checkpoint; what is None has no file. Local, on one rank. Raises CheckpointError when one
-    cannot be written; what was there before is untouched then.
+    """Write the files of a full checkpoint; what is None has no file. Local, on one rank. Raises CheckpointError when
+    one cannot be written; what was there before is untouched then.
     """
     draft = Draft(store, tag, is_full=True)
     records: dict[str, FileRecord] = {}

@@ -14,12 +14,13 @@ from math import prod
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from modelparallel.checkpoints import completion, job_state
 from modelparallel.checkpoints.catalogue import Found, rank_file
 from modelparallel.checkpoints.dcp_storage import file_group, read_metadata
 from modelparallel.checkpoints.file_streams import checked_name, shown
-from modelparallel.checkpoints.planners import is_object
+from modelparallel.checkpoints.safetensors_files import DTYPE_NAMES
 from modelparallel.checkpoints.storage import Store
 from modelparallel.checkpoints.torch_files import store_of_file
 from modelparallel.checkpoints.user_content import read_restricted, read_user_content
@@ -32,11 +33,7 @@ from modelparallel.optimizer_states import MASTER_KEY
 PARTS = ("model", "optimizer", "masters", "other")
 _PART_OF_NOUN = {"model": "model", "optimizer": "optimizer", "fp16_states": "masters"}
 #: Of the names of safetensors.
-_DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-}  # fmt: skip
+_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 
 @dataclass(frozen=True)
@@ -105,8 +102,8 @@ class _Entries:
 def describe(found: Found) -> Description:
     """What is in a checkpoint. Local; reads only.
 
-    Raises CheckpointCorruptError for files that cannot be read as what they are, CheckpointError for a pickle that names
-    what is not allowed.
+    Raises CheckpointCorruptError for files that cannot be read as what they are, CheckpointError for a pickle that
+    names what is not allowed.
     """
     entries = _ENTRIES_OF[found.kind](found)
     facts = dict(found.record.facts) if found.record is not None else {}
@@ -179,7 +176,7 @@ def safetensors_header(store: Store, name: str) -> dict[str, dict[str, Any]]:
 def _dcp_entries(found: Found) -> _Entries:
     result = _Entries()
     for key, described in sorted(read_metadata(found.folder).state_dict_metadata.items()):
-        if is_object(described):
+        if isinstance(described, BytesStorageMetadata):
             result.objects.append(key)
             continue
         dtype = described.properties.dtype

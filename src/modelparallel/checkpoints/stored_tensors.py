@@ -92,8 +92,8 @@ class StoredPartial:
         """DCP's descriptions of all entries, by key."""
         return self.metadata.state_dict_metadata
 
-    def read(self, key: str) -> Any:
-        """The whole tensor, or the object, of a key. Local.
+    def read(self, key: str, dtype: torch.dtype | None = None) -> Any:
+        """The whole tensor, or the object, of a key. Local. ``dtype``: what floating-point tensors become.
 
         Raises CheckpointCorruptError where the files do not hold it.
         """
@@ -106,7 +106,8 @@ class StoredPartial:
         if is_object(described):
             planner = PieceLoadPlanner([], [key], take)
         else:
-            tensor = self._scratch.empty(described.size, described.properties.dtype)
+            own = described.properties.dtype
+            tensor = self._scratch.empty(described.size, dtype if dtype and own.is_floating_point else own)
             found.append(tensor)
             planner = PieceLoadPlanner([whole_piece(key, tensor)], [], take)
         try:
@@ -130,17 +131,24 @@ class StoredPartial:
             reader.read_data(planner.finish_plan(plan), planner).wait()
 
 
-def model_state(stored: StoredPartial, index: int = 0) -> dict[str, Any]:
+def model_state(stored: StoredPartial, index: int = 0, dtype: torch.dtype | None = None) -> dict[str, Any]:
     """The state dict of a model of a partial checkpoint, under the names of its module; tied tensors under all names,
-    where the checkpoint says so. Local.
+    where the checkpoint says so. Local. ``dtype``: what floating-point tensors become; of those in half precision, the
+    masters are taken if there are some.
     """
     prefix = f"{numbered('model', index)}."
     facts = model_facts_of(stored, index)
-    result = {key.removeprefix(prefix): stored.read(key) for key in stored.entries if key.startswith(prefix)}
+    result: dict[str, Any] = {}
+    for key in stored.entries:
+        if key.startswith(prefix):
+            name = key.removeprefix(prefix)
+            master = f"{numbered('optimizer', index)}.state.{name}.{MASTER_KEY}"
+            source = master if dtype is not None and master in stored.entries else key
+            result[name] = stored.read(source, dtype)
     for name, aliases in facts.get("tied", {}).items():
         result.update({alias: result[name] for alias in aliases if name in result})
-    for name, (shape, dtype) in facts.get("empty", {}).items():
-        result[name] = torch.empty(shape, dtype=getattr(torch, dtype.removeprefix("torch.")))
+    for name, (shape, own) in facts.get("empty", {}).items():
+        result[name] = torch.empty(shape, dtype=getattr(torch, own.removeprefix("torch.")))
     return result
 
 
@@ -158,7 +166,8 @@ def optimizer_state(stored: StoredPartial, index: int = 0) -> dict[str, Any] | N
     prefix = numbered("optimizer", index)
     if f"{prefix}.param_groups" not in stored.entries:
         return None
-    groups, names = [], []
+    groups: list[dict[str, Any]] = []
+    names: list[str] = []
     for group in stored.read(f"{prefix}.param_groups"):
         positions = list(range(len(names), len(names) + len(group["params"])))
         names += group["params"]

@@ -8,14 +8,13 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
 
 from modelparallel.checkpoints import completion
 from modelparallel.checkpoints.catalogue import RECORDED_KINDS, Found, rank_file
 from modelparallel.checkpoints.dcp_storage import METADATA_NAME, read_metadata
 from modelparallel.checkpoints.file_streams import checked_name
 from modelparallel.checkpoints.inspection import files_of, safetensors_header
-from modelparallel.checkpoints.planners import is_object
 from modelparallel.checkpoints.storage import Store
 from modelparallel.checkpoints.torch_files import store_of_file
 from modelparallel.checkpoints.user_content import read_restricted
@@ -65,7 +64,7 @@ def _problems_of_index(folder: Store, sizes: Mapping[str, int]) -> list[str]:
         return [str(error)]
     result: list[str] = []
     for key, described in metadata.state_dict_metadata.items():
-        if is_object(described):
+        if isinstance(described, BytesStorageMetadata):
             result.extend(_problems_of_place(metadata, MetadataIndex(key), f"the object '{key}'", sizes))
             continue
         shape = tuple(described.size)
@@ -106,9 +105,7 @@ def coverage_problems(
                 break  # they are sorted, so that no later one overlaps either
             if all(
                 low < other_low + other_length and other_low < low + length
-                for low, length, other_low, other_length in zip(
-                    offsets, sizes, other_offsets, other_sizes, strict=True
-                )
+                for low, length, other_low, other_length in zip(offsets, sizes, other_offsets, other_sizes, strict=True)
             ):
                 yield f"has pieces at {offsets} and {other_offsets} that overlap"
                 return

@@ -6,15 +6,17 @@ from dataclasses import asdict
 from datetime import datetime
 from typing import Annotated, Any
 
+import torch
 import typer
 from rich.console import Console
 
 from modelparallel.checkpoints.catalogue import Found, checkpoints_in, find
-from modelparallel.checkpoints.conversion import convert_to_full
+from modelparallel.checkpoints.conversion import convert_to_full, convert_to_safetensors
 from modelparallel.checkpoints.file_streams import shown
 from modelparallel.checkpoints.inspection import Description, describe
+from modelparallel.checkpoints.safetensors_files import MAX_SHARD_SIZE
 from modelparallel.checkpoints.verification import verify as verify_checkpoint
-from modelparallel.errors import CheckpointNotFoundError, SMPError
+from modelparallel.errors import CheckpointNotFoundError, SMPConfigError, SMPError
 
 checkpoint_app = typer.Typer(
     name="checkpoint",
@@ -41,7 +43,9 @@ TagOption = Annotated[
 def inspect(
     path: PathArgument,
     tag: TagOption = None,
-    tensors: Annotated[bool, typer.Option("--tensors", help="List all tensors and objects, not the first few.")] = False,
+    tensors: Annotated[
+        bool, typer.Option("--tensors", help="List all tensors and objects, not the first few.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with all tensors.")] = False,
 ) -> None:
     """Print what is in a checkpoint, and which others lie beside it. Nothing is loaded.
@@ -98,6 +102,15 @@ def convert(
     tag: TagOption = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is at DESTINATION.")] = False,
     model_only: Annotated[bool, typer.Option("--model-only", help="full: leave the optimizer out.")] = False,
+    config: Annotated[
+        str | None,
+        typer.Option(help="safetensors: a config.json of transformers, or a folder with it and a tokenizer, to copy."),
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="safetensors: float32, bfloat16 or float16; taken from fp32 masters if there are some."),
+    ] = None,
+    max_shard_size: Annotated[str, typer.Option(help="safetensors: of one file, as 5GB.")] = MAX_SHARD_SIZE,
     keep_names: Annotated[
         bool, typer.Option("--keep-names", help="Keep the names of distributed layers, instead of transformers'.")
     ] = False,
@@ -112,19 +125,25 @@ def convert(
     DESTINATION is complete or untouched at every moment. Exit code 2 if it exists, or PATH is not whole.
     """
     try:
-        if to not in ("full",):
-            raise SMPError(f"--to {to}: expected full or safetensors")
-        done = convert_to_full(
-            path,
-            destination,
-            tag=tag,
-            overwrite=overwrite,
-            model_only=model_only,
-            translate=not keep_names,
-            model_index=model_index,
-            verify=not no_verify,
-            trust_pickles=trust_pickles,
-        )
+        arguments: dict[str, Any] = {
+            "tag": tag,
+            "overwrite": overwrite,
+            "translate": not keep_names,
+            "model_index": model_index,
+            "verify": not no_verify,
+            "trust_pickles": trust_pickles,
+        }
+        if to == "full" and (config is None and dtype is None):
+            done = convert_to_full(path, destination, model_only=model_only, **arguments)
+        elif to == "safetensors":
+            arguments.update(config=config, dtype=_dtype(dtype), max_shard_size=max_shard_size)
+            done = convert_to_safetensors(path, destination, **arguments)
+        else:
+            raise SMPConfigError(
+                "--config and --dtype are for --to safetensors"
+                if to == "full"
+                else f"--to {to}: expected full or safetensors"
+            )
     except SMPError as error:
         _stop(str(error), USAGE)
     beside = ", and the optimizer's state beside it" if done.has_optimizer else ""
@@ -175,7 +194,9 @@ def _described(what: Description, limit: int | None) -> list[str]:
         if shape:
             axes += f", dp {shape['tp'] * shape['rdp']}"
         sharding = facts.get("sharded_data_parallel_degree", 1)
-        lines.append(f"  processes: {what.num_processes}{axes}" + (f", sharded over {sharding}" if sharding > 1 else ""))
+        lines.append(
+            f"  processes: {what.num_processes}{axes}" + (f", sharded over {sharding}" if sharding > 1 else "")
+        )
     lines.append(f"  files: {len(what.files)}, {_bytes(sum(what.files.values()))}")
     lines += [f"    {name}  {_bytes(size)}" for name, size in sorted(what.files.items())]
     for part, (number, elements, num_bytes) in what.totals().items():
@@ -228,6 +249,15 @@ def _as_json(beside: list[Found], unfinished: list[str], what: Description | Non
             },
         },
     }
+
+
+def _dtype(name: str | None) -> torch.dtype | None:
+    if name is None:
+        return None
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise SMPConfigError(f"--dtype {name}: expected float32, bfloat16, float16 or float64")
+    return dtype
 
 
 def _time(seconds: float) -> str:

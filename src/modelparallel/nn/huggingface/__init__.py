@@ -200,8 +200,8 @@ def translations_of(model: nn.Module) -> list[tuple[Translate, Translate]]:
 
 
 def families_of(model: nn.Module) -> list[tuple[str, str]]:
-    """Where families were replaced in ``model``, as data: (beginning of the module's names, class of transformers). What
-    `translations_named` makes the pairs of `translations_of` from, without the model.
+    """Where families were replaced in ``model``, as data: (beginning of the module's names, class of transformers).
+    What `translations_named` makes the pairs of `translations_of` from, without the model.
     """
     return [
         (f"{name}." if name else "", class_name)
