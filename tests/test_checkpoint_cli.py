@@ -273,12 +273,16 @@ def test_inspect_of_other_kinds(job, tmp_path):
     shutil.copytree(job / "partial" / "t_partial", tmp_path / "broken_partial")
     (tmp_path / "broken_partial" / "model_0_0.pt").write_bytes(b"")
     (tmp_path / ".new_partial.draft-0011").mkdir()
+    (tmp_path / "old_partial").mkdir()
+    torch.save({"a": torch.zeros(2)}, tmp_path / "old_partial" / "model_0_0.pt")
+    torch.save({"state": {0: {"exp_avg": torch.zeros(2)}}}, tmp_path / "old_partial" / "optimizer_0_0.pt")
     values = json.loads(command("inspect", tmp_path, "--json"))
     kinds = {entry["name"]: (entry["kind"], entry["is_complete"]) for entry in values["checkpoints"]}
     assert kinds == {
         "model.safetensors": ("huggingface", None),
         "other.pt": ("torch", None),
         "broken_partial": ("partial", False),
+        "old_partial": ("original", None),
     }
     assert values["unfinished"] == [".new_partial.draft-0011"]
     assert {entry["name"]: entry["shape"] for entry in values["checkpoint"]["tensors"]} == {
@@ -289,6 +293,13 @@ def test_inspect_of_other_kinds(job, tmp_path):
     found = json.loads(command("inspect", tmp_path / "other.pt", "--json"))["checkpoint"]
     assert [entry["name"] for entry in found["tensors"]] == ["state.0.step"] and found["objects"] == ["groups.0.lr"]
     assert "NOT COMPLETE: 'model_0_0.pt' has 0 bytes" in command("inspect", tmp_path, "--tag", "broken")
+    old = json.loads(command("inspect", tmp_path, "--tag", "old", "--json"))["checkpoint"]
+    assert [entry["name"] for entry in old["tensors"]] == ["model_0_0.pt: a", "optimizer_0_0.pt: state.0.exp_avg"]
+    assert old["num_processes"] == 1 and old["totals"]["optimizer"]["bytes"] == 8
+    assert "no completion record" in command("verify", tmp_path, "--tag", "old")
+    assert "is of kind 'original'" in command(
+        "convert", tmp_path / "old_partial", tmp_path / "x", "--to", "full", code=2
+    )
     full = json.loads(command("inspect", job / "full", "--json"))["checkpoint"]
     assert full["kind"] == "full" and full["totals"]["optimizer"]["tensors"] > 10
 

@@ -20,12 +20,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from modelparallel.checkpoints.completion import (
+    MARK_NAME,
+    RECORD_NAME,
     CompletionRecord,
     folder_of,
     problems_of,
     read_newest,
     read_record,
-    record_name,
 )
 from modelparallel.checkpoints.dcp_storage import METADATA_NAME
 from modelparallel.checkpoints.file_streams import shown
@@ -96,8 +97,10 @@ def rank_file(name: str) -> tuple[str, tuple[int, ...]] | None:
 def kind_of_folder(store: Store) -> str | None:
     """Whether the folder is a checkpoint of several files: "partial", "dcp", "original" or None. Local."""
     names = set(store.names())
-    if record_name("x").removeprefix("x/") in names:
+    if RECORD_NAME in names:
         return "partial"
+    if MARK_NAME in names:  # being written, or broken off
+        return None
     has_rank_files = any((found := rank_file(name)) is not None and found[0] == "model" for name in names)
     if METADATA_NAME in names:
         return "partial" if has_rank_files else "dcp"  # ours, which has lost its record
@@ -122,7 +125,7 @@ def checkpoints_in(path: str) -> tuple[list[Found], list[str]]:
         kind = None if name in taken else _folder_kind(store, name)
         if kind is not None:
             found.append(_described(path, store, name, kind))
-        elif store.is_remote and store.exists(f"{name}/draft.json"):
+        elif store.is_remote and store.exists(f"{name}/{MARK_NAME}"):
             unfinished.append(name)
     for name in HUGGINGFACE_NAMES:
         if name in entries and name not in taken:

@@ -15,6 +15,7 @@ from modelparallel.checkpoints import completion, job_state
 from modelparallel.checkpoints.agreement import agreed
 from modelparallel.checkpoints.contents import numbered
 from modelparallel.checkpoints.full import load_full
+from modelparallel.checkpoints.original import find_original, load_original
 from modelparallel.checkpoints.reading import OptimizerLoad, StoredCheckpoint, check_model, check_optimizer, load_model
 from modelparallel.checkpoints.saving import PARTIAL_ENDING
 from modelparallel.checkpoints.storage import Store
@@ -76,6 +77,9 @@ def resume_from_checkpoint(
         trust_pickles: open any object in the checkpoint, which runs code that is in it.
         verify: compare all files with the digests in the completion record first; the ranks share the work.
 
+    A folder ``<tag>_partial`` of the original library, with one file per rank and no index, is read by a job of the
+    shape that saved it (original.py).
+
     Returns ``user_content``, None if there is none. Raises CheckpointNotFoundError, CheckpointCorruptError for one that
     is not whole, CheckpointError for one of another model. Source: smp-api section 14.
     """
@@ -95,6 +99,23 @@ def resume_from_checkpoint(
             optimizer=next(reversed(runtime.live_optimizers()), None) if load_optimizer else None,
             strict=strict,
             translate_function=translate_function,
+            allowed_types=allowed_types,
+            trust_pickles=trust_pickles,
+        )
+    original = None if tag == NEWEST_COMPLETE else find_original(runtime, store, tag)
+    if original is not None:
+        if data_loader is not None:
+            raise CheckpointError(
+                f"{store.path_of(original)!r} is of the original library, which keeps no place in the data: resume "
+                "without data_loader"
+            )
+        return load_original(
+            runtime,
+            store.child(original),
+            models[-1],
+            next(reversed(runtime.live_optimizers()), None) if load_optimizer else None,
+            strict=strict,
+            masters_only=not load_sharded_optimizer_state,
             allowed_types=allowed_types,
             trust_pickles=trust_pickles,
         )
