@@ -20,13 +20,13 @@ SAME = {
     "smdistributed.modelparallel.torch.state_mod": "modelparallel.state_mod",
     "smdistributed.modelparallel.torch.patches": "modelparallel.patches",
     "smdistributed.modelparallel.torch.patches.checkpoint": "modelparallel.patches.checkpoint",
+    "smdistributed.modelparallel.torch.sharded_data_parallel_checkpoint": (
+        "modelparallel.sharded_data_parallel_checkpoint"
+    ),
     "smdistributed.modelparallel.torch.utils": "modelparallel.utils",
     "smdistributed.modelparallel.torch.exceptions": "modelparallel.exceptions",
     "smdistributed.modelparallel.backend.exceptions": "modelparallel.exceptions",
 }
-NOT_BUILT = [
-    "sharded_data_parallel_checkpoint",
-]
 
 
 @pytest.mark.parametrize(("alias", "real"), SAME.items())
@@ -46,12 +46,6 @@ def test_import_as_and_from_import_forms():
     assert smp is modelparallel and alias_nn is modelparallel.nn
     assert DistributedLinear is modelparallel.nn.DistributedLinear
     assert smp.model.DistributedModel is smp.DistributedModel
-
-
-@pytest.mark.parametrize("name", NOT_BUILT)
-def test_paths_that_are_not_built_say_so(name):
-    with pytest.raises(ImportError, match="not built yet"):
-        importlib.import_module("smdistributed.modelparallel.torch." + name)
 
 
 def test_an_unknown_path_is_an_ordinary_import_error():

@@ -8,12 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from smdistributed.modelparallel.torch.sharded_data_parallel_checkpoint import (
+    get_full_state_dict_from_sharded_data_parallel_checkpoint as merge,
+)
 
 import modelparallel as smp
 from checkpoint_jobs import Dropping, make_job, train
 from modelparallel.errors import CheckpointError, CheckpointNotFoundError, SMPError
 from pool import run_ranks
 from rank_tests import RankTests, on
+from sharded_training import TiedGPT
 
 CLIPPING = {"sdp_gradient_clipping": 1e6, "sdp_param_persistence_threshold": 0}
 ONE = RankTests(1, {})
@@ -195,3 +199,102 @@ def test_another_number_of_ranks_is_refused(tmp_path):
     torch.save({}, tmp_path / "t_partial" / "model_0.pt")
     for text in run_ranks(resume_on_ranks, 2, str(tmp_path), parameters=shape):
         assert "two sorts of names" in text
+
+
+# Merging a checkpoint of sharded data parallelism in one process
+
+
+def write_sharded(folder: Path, num_shards: int) -> dict[str, torch.Tensor]:
+    """The layout that the converter of the original's examples reads; returns what is in it."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [{"module.a.weight": (3, 5), "module.a.bias": (3,)}, {"module.b": (7,)}]
+    whole = {name: torch.randn(shape, generator=generator) for group in shapes for name, shape in group.items()}
+    buffers = {"module.mean": torch.randn(2, generator=generator), "module.count": torch.tensor(3)}
+    place = folder / "t_partial"
+    place.mkdir()
+    module = {**{name: value.bfloat16() for name, value in whole.items()}, **buffers}
+    torch.save({"module": module}, place / "model_0.pt")
+    sizes = [{name: torch.Size(shape) for name, shape in group.items()} for group in shapes]
+    torch.save({"buffer_names": list(buffers), "param_shapes": sizes, "epoch": 1}, place / "user_content.pt")
+    flats = [torch.cat([whole[name].flatten() for name in group]) for group in shapes]
+    padded = [torch.cat([flat, torch.zeros(-len(flat) % (2 * num_shards))]) for flat in flats]
+    for index in range(num_shards):
+        own = [flat.chunk(num_shards)[index].clone() for flat in padded]
+        torch.save({"partition_count": [num_shards] * 2, "fp32_flat_groups": own}, place / f"optimizer_{index}.pt")
+    (folder / "newest").write_text("t_partial")
+    return {name.removeprefix("module."): value for name, value in {**whole, **buffers}.items()}
+
+
+@pytest.mark.parametrize("num_shards", [1, 2, 4])
+def test_shards_of_the_original_are_merged(tmp_path, num_shards):
+    expected = write_sharded(tmp_path, num_shards)
+    for arguments in ({}, {"tag": "t_partial"}, {"tag": "t"}):
+        found = merge(str(tmp_path), **arguments)
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+    found = merge(tmp_path, dtype=torch.float16)
+    assert found["count"].dtype == torch.int64
+    torch.testing.assert_close(found["a.weight"], expected["a.weight"].half(), rtol=0, atol=0)
+
+
+def test_shards_that_do_not_fit_are_refused(tmp_path):
+    write_sharded(tmp_path, 2)
+    place = tmp_path / "t_partial"
+    first = torch.load(place / "optimizer_0.pt")
+    flats = first["fp32_flat_groups"]
+    torch.save({**first, "fp32_flat_groups": [flat.flip(0) for flat in flats]}, place / "optimizer_0.pt")
+    with pytest.raises(CheckpointError, match=r"'module\.a\.weight' cut from the shards is not"):
+        merge(tmp_path)
+    torch.save({**first, "fp32_flat_groups": [flat[:2] for flat in flats]}, place / "optimizer_0.pt")
+    with pytest.raises(CheckpointError, match=r"have 12 elements, and its parameters 18"):
+        merge(tmp_path)
+    torch.save(first, place / "optimizer_0.pt")
+    (place / "optimizer_1.pt").unlink()
+    with pytest.raises(CheckpointError, match=r"no file 'optimizer_1\.pt'"):
+        merge(tmp_path)
+    torch.save({**first, "other": Foreign()}, place / "optimizer_0.pt")
+    with pytest.raises(CheckpointError, match=r"Foreign, which is not allowed"):
+        merge(tmp_path)
+    torch.save(None, place / "user_content.pt")
+    with pytest.raises(CheckpointError, match=r"'param_shapes'"):
+        merge(tmp_path)
+
+
+@on(ONE)
+def test_a_job_does_not_resume_from_shards_of_the_original():
+    folder = shared_folder()
+    write_sharded(Path(folder), 1)
+    job = make_job(0)
+    with pytest.raises(CheckpointError, match="get_full_state_dict_from_sharded_data_parallel_checkpoint"):
+        smp.resume_from_checkpoint(folder, strict=False)
+    del job
+
+
+def save_sharded(folder: str) -> None:
+    model, optimizer = make_job(0)
+    train(model, optimizer, range(2))
+    smp.save_checkpoint(folder, "t")
+    smp.save_checkpoint(folder, "full", partial=False, full_optimizer=True)
+
+
+@pytest.mark.parametrize("has_masters", [False, True])
+def test_our_sharded_checkpoints_are_merged(tmp_path, has_masters):
+    """fp32 masters where there are some; the plain model takes the result."""
+    masters_of = {"shard_optimizer_state": True, "bf16": True}  # sharded parameters are in fp32 themselves
+    shape = masters_of if has_masters else {"sharded_data_parallel_degree": 2, "fp16": True, **CLIPPING}
+    run_ranks(save_sharded, 2, str(tmp_path), parameters={"ddp": True, **shape})
+    full = torch.load(tmp_path / "full")
+    found = merge(tmp_path, "t")
+    assert found.keys() == full.keys()
+    for name in full:
+        assert found[name].dtype == torch.float32
+        assert torch.equal(found[name].to(full[name].dtype), full[name]), name
+    if has_masters:
+        masters = [values["fp32_master"] for values in torch.load(tmp_path / "optimizer_full")["state"].values()]
+        assert any(torch.equal(found["positions"], master) for master in masters)
+        assert not torch.equal(found["positions"], full["positions"].float())
+    TiedGPT().load_state_dict(found)
+    assert merge(tmp_path, "t", torch.float64)["positions"].dtype == torch.float64
+    (tmp_path / "t_partial" / "model_0_0.pt").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="not what was written"):
+        merge(tmp_path, "t")

@@ -28,7 +28,7 @@ LADDER: list[tuple[bool, set[str]]] = [
     (False, {"pipeline", "partitioning", "tensor_parallel", "data_parallel", "memory", "precision"}),
     (True, {"nn"}),
     (True, set()),  # the public API: every module directly in the package that is named in no other rung
-    (True, {"checkpoints"}),
+    (True, {"checkpoints", "sharded_data_parallel_checkpoint"}),
     (False, {"launch", "observe"}),
 ]
 API_RUNG = 6

@@ -265,10 +265,16 @@ def chosen_model(stored: StoredPartial, index: int | None) -> int:
 
 
 def named_state(
-    stored: StoredPartial, index: int, translate: bool, dtype: torch.dtype | None = None
+    stored: StoredPartial,
+    index: int,
+    translate: bool,
+    dtype: torch.dtype | None = None,
+    takes_masters: bool = False,
 ) -> tuple[dict[str, Any], str]:
-    """The state dict of a model, and in words what its names are. Local. ``dtype``: see `model_state`."""
-    state = model_state(stored, index, dtype)
+    """The state dict of a model, and in words what its names are. Local. ``dtype``, ``takes_masters``: see
+    `model_state`.
+    """
+    state = model_state(stored, index, dtype, takes_masters or dtype is not None)
     facts = model_facts_of(stored, index)
     families = facts.get("families", [])
     if not families:

@@ -63,6 +63,7 @@ def load_original(
     folder: Store,
     model: DistributedModel,
     optimizer: DistributedOptimizer | None,
+    data_loader: Any,
     *,
     strict: bool,
     masters_only: bool,
@@ -74,6 +75,7 @@ def load_original(
     Arguments:
         folder: the store of the checkpoint's folder.
         optimizer: gets its state, if there are files of one.
+        data_loader: must be None: there is no place in the data in it.
         strict: the names in the files must be those of the model.
         masters_only: of the optimizer only fp32 masters and the loss scale.
         allowed_types, trust_pickles: see user_content.py.
@@ -81,6 +83,11 @@ def load_original(
     Raises CheckpointError on all ranks for a job of another shape, for classes that are not allowed, and for the layout
     of sharded data parallelism.
     """
+    if data_loader is not None:
+        raise CheckpointError(
+            f"{shown(folder.path_of())!r} is of the original library, which keeps no place in the data: resume without "
+            "data_loader"
+        )
     state: dict[str, Any] | None = None
     with agreed():
         files = _files_of_job(runtime, folder)
@@ -110,14 +117,14 @@ def _files_of_job(runtime: Runtime, folder: Store) -> dict[str, set[tuple[int, .
             files.setdefault(found[0], set()).add(found[1])
     pp_size, tp_size, _ = sizes(runtime.session.groups)
     ranks = files["model"]
-    pairs = {rank[:2] for rank in ranks}
+    pairs: set[tuple[int, ...]] = {rank[:2] for rank in ranks}
     if len({len(rank) for rank in ranks}) > 1:
         raise CheckpointError(
             f"{shown(folder.path_of())!r} holds parts of models under two sorts of names ({_names(ranks)}): they are "
             "of several checkpoints; remove those that are not of this one"
         )
     if len(next(iter(ranks))) == 1:
-        expected = {(mp_rank,) for mp_rank in range(pp_size * tp_size)}
+        expected: set[tuple[int, ...]] = {(mp_rank,) for mp_rank in range(pp_size * tp_size)}
         saved = f"{len(pairs)} ranks of an MP_GROUP"
     else:
         expected = {(pp, tp) for pp in range(pp_size) for tp in range(tp_size)}

@@ -91,42 +91,47 @@ def resume_from_checkpoint(
     if runtime.background_save is not None:
         runtime.background_save.wait()
     store = Store.of(path)
+    last_optimizer = next(reversed(runtime.live_optimizers()), None) if load_optimizer else None
+    pickles: dict[str, Any] = {"allowed_types": allowed_types, "trust_pickles": trust_pickles}
+    loaded: dict[str, Any] = {"strict": strict, "masters_only": not load_sharded_optimizer_state, **pickles}
     if not partial:
+        full_tag = _agreed_tag(runtime, store) if tag is None else tag
         return load_full(
             path,
-            _agreed_tag(runtime, store) if tag is None else tag,
+            full_tag,
             model=models[-1],
-            optimizer=next(reversed(runtime.live_optimizers()), None) if load_optimizer else None,
+            optimizer=last_optimizer,
             strict=strict,
             translate_function=translate_function,
-            allowed_types=allowed_types,
-            trust_pickles=trust_pickles,
+            **pickles,
         )
     original = None if tag == NEWEST_COMPLETE else find_original(runtime, store, tag)
     if original is not None:
-        if data_loader is not None:
-            raise CheckpointError(
-                f"{store.path_of(original)!r} is of the original library, which keeps no place in the data: resume "
-                "without data_loader"
-            )
-        return load_original(
-            runtime,
-            store.child(original),
-            models[-1],
-            next(reversed(runtime.live_optimizers()), None) if load_optimizer else None,
-            strict=strict,
-            masters_only=not load_sharded_optimizer_state,
-            allowed_types=allowed_types,
-            trust_pickles=trust_pickles,
-        )
+        return load_original(runtime, store.child(original), models[-1], last_optimizer, data_loader, **loaded)
     name = _find(runtime, store, tag, verify)
+    return _load_partial(runtime, store, name, load_optimizer, data_loader, **loaded)
+
+
+def _load_partial(
+    runtime: Runtime,
+    store: Store,
+    name: str,
+    load_optimizer: bool,
+    data_loader: Any,
+    *,
+    strict: bool,
+    masters_only: bool,
+    allowed_types: Sequence[Allowed],
+    trust_pickles: bool,
+) -> Any:
+    """Load the checkpoint in the folder ``name``; returns its user content. Collective over the world."""
     with agreed():  # before the ranks wait for each other's tensors
         folder = store.child(completion.folder_of(store, name))
         record = completion.read_record(store, name)
         checkpoint = StoredCheckpoint(
             runtime, folder, record.files, allowed=allowed_types, trusts_pickles=trust_pickles
         )
-        models = _last(models, int(record.facts.get("num_models", 1)), "models")
+        models = _last(runtime.session.models, int(record.facts.get("num_models", 1)), "models")
         for index, model in enumerate(models):
             check_model(model, numbered("model", index), checkpoint.entries, strict)
         num_optimizers = int(record.facts.get("num_optimizers", 1)) if load_optimizer else 0
@@ -134,8 +139,7 @@ def resume_from_checkpoint(
         wanted = job_state.wanted_keys(runtime.session.groups, record.facts, checkpoint.entries, data_loader)
     _use_stored_plans(folder, record, models)
     groups_of = _load_job_state(runtime, checkpoint, wanted, data_loader, optimizers)
-    loads = _Loads(checkpoint, models, optimizers, groups_of, masters_only=not load_sharded_optimizer_state)
-    loads.start()
+    _Loads(checkpoint, models, optimizers, groups_of, masters_only=masters_only).start()
     if runtime.session.groups.world.rank_in_group == 0:
         logger.info("resuming from %s, saved after %s steps", folder.path_of(), record.facts.get("num_steps"))
     if USER_CONTENT_NAME not in record.files:

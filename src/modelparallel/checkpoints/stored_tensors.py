@@ -65,8 +65,8 @@ class Scratch:
 class StoredPartial:
     """A partial checkpoint, read without a job.
 
-    ``facts``: of its completion record; ``expected``: the files of it. ``allowed``: classes that objects may be of;
-    ``trusts_pickles``: any. Local.
+    ``facts``: of its completion record; ``expected``: the files of it. ``scratch``: makes the tensors; None: they are
+    in memory. ``allowed``: classes that objects may be of; ``trusts_pickles``: any. Local.
     """
 
     def __init__(
@@ -74,13 +74,13 @@ class StoredPartial:
         store: Store,
         expected: Mapping[str, FileRecord] | None,
         facts: Mapping[str, Any],
-        scratch: Scratch,
+        scratch: Scratch | None = None,
         *,
         allowed: Sequence[Allowed] = (),
         trusts_pickles: bool = False,
     ) -> None:
         self._store = store
-        self._scratch = scratch
+        self._empty = torch.empty if scratch is None else scratch.empty
         self._allowed = tuple(allowed)
         self._trusts_pickles = trusts_pickles
         self.facts = facts
@@ -107,7 +107,7 @@ class StoredPartial:
             planner = PieceLoadPlanner([], [key], take)
         else:
             own = described.properties.dtype
-            tensor = self._scratch.empty(described.size, dtype if dtype and own.is_floating_point else own)
+            tensor = self._empty(described.size, dtype=dtype if dtype and own.is_floating_point else own)
             found.append(tensor)
             planner = PieceLoadPlanner([whole_piece(key, tensor)], [], take)
         try:
@@ -131,10 +131,12 @@ class StoredPartial:
             reader.read_data(planner.finish_plan(plan), planner).wait()
 
 
-def model_state(stored: StoredPartial, index: int = 0, dtype: torch.dtype | None = None) -> dict[str, Any]:
+def model_state(
+    stored: StoredPartial, index: int = 0, dtype: torch.dtype | None = None, takes_masters: bool = False
+) -> dict[str, Any]:
     """The state dict of a model of a partial checkpoint, under the names of its module; tied tensors under all names,
-    where the checkpoint says so. Local. ``dtype``: what floating-point tensors become; of those in half precision, the
-    masters are taken if there are some.
+    where the checkpoint says so. Local. ``dtype``: what floating-point tensors become. ``takes_masters``: the fp32
+    masters in place of parameters in half precision.
     """
     prefix = f"{numbered('model', index)}."
     facts = model_facts_of(stored, index)
@@ -143,7 +145,7 @@ def model_state(stored: StoredPartial, index: int = 0, dtype: torch.dtype | None
         if key.startswith(prefix):
             name = key.removeprefix(prefix)
             master = f"{numbered('optimizer', index)}.state.{name}.{MASTER_KEY}"
-            source = master if dtype is not None and master in stored.entries else key
+            source = master if takes_masters and master in stored.entries else key
             result[name] = stored.read(source, dtype)
     for name, aliases in facts.get("tied", {}).items():
         result.update({alias: result[name] for alias in aliases if name in result})

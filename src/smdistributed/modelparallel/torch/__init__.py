@@ -19,9 +19,6 @@ import modelparallel
 
 PREFIX = __name__ + "."
 
-# Paths of the original library whose contents are not built yet: importing them must say so, and not "No module named".
-NOT_BUILT = ("sharded_data_parallel_checkpoint",)
-
 
 class _AliasLoader(importlib.abc.Loader):
     """Hands out the module of ``modelparallel`` and leaves it as it was."""
@@ -49,13 +46,6 @@ class _AliasFinder(importlib.abc.MetaPathFinder):
         name = fullname[len(PREFIX) :]
         real = f"modelparallel.{name}"
         if importlib.util.find_spec(real) is None:
-            for unbuilt in NOT_BUILT:
-                if name == unbuilt or name.startswith(unbuilt + "."):
-                    raise ImportError(
-                        f"{fullname} is not built yet in modelparallel {modelparallel.__version__}; "
-                        f"docs/compatibility.md lists what is",
-                        name=fullname,
-                    )
             return None
         return importlib.machinery.ModuleSpec(fullname, _AliasLoader(real), is_package=False)
 
