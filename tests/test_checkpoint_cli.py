@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 import modelparallel as smp
 from checkpoint_jobs import make_job, train
-from modelparallel.checkpoints import conversion, stored_tensors
+from modelparallel.checkpoints import conversion, offline
 from modelparallel.checkpoints.catalogue import checkpoints_in, find
 from modelparallel.checkpoints.verification import coverage_problems
 from modelparallel.errors import CheckpointCorruptError, CheckpointError, CheckpointNotFoundError
@@ -108,7 +108,7 @@ def test_a_job_of_another_shape_goes_on_with_it(job, tmp_path):
 
 
 def test_large_tensors_lie_on_disk_while_it_converts(job, tmp_path, monkeypatch):
-    monkeypatch.setattr(stored_tensors, "SCRATCH_BYTES", 1)
+    monkeypatch.setattr(offline, "SCRATCH_BYTES", 1)
     made = []
     from_file = torch.from_file
     monkeypatch.setattr(torch, "from_file", lambda name, **more: made.append(name) or from_file(name, **more))
@@ -216,8 +216,14 @@ def test_replaced_models_of_transformers_come_out_under_their_names(tmp_path):
         net, report = transformers.GPT2LMHeadModel.from_pretrained(folder, output_loading_info=True)
         assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), report
         equal(dict(net.state_dict()), full["hf"])
-    command("convert", source, tmp_path / "e", "--to", "safetensors", "--config", tmp_path / "config" / "config.json")
+    config = tmp_path / "config" / "config.json"
+    arguments = ("convert", source, tmp_path / "e", "--to", "safetensors", "--config", config)
+    assert "1 tied tensors are left out: lm_head.weight" in command(*arguments)
     assert sorted(os.listdir(tmp_path / "e")) == ["complete.json", "config.json", "model.safetensors"]
+    config.write_text(json.dumps({**json.loads(config.read_text()), "tie_word_embeddings": False}))
+    assert "left out" not in command(*arguments, "--overwrite")
+    found = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "e").state_dict()
+    assert torch.equal(found["lm_head.weight"], full["hf"]["lm_head.weight"])
 
 
 def test_remote_folders_are_read_and_written(job, tmp_path):
@@ -302,6 +308,20 @@ def test_inspect_of_other_kinds(job, tmp_path):
     )
     full = json.loads(command("inspect", job / "full", "--json"))["checkpoint"]
     assert full["kind"] == "full" and full["totals"]["optimizer"]["tensors"] > 10
+
+
+def test_links_of_a_cache_of_transformers_are_followed(tmp_path):
+    from safetensors.torch import save_file
+
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "snapshot").mkdir()
+    save_file({"a": torch.zeros(3)}, tmp_path / "blobs" / "0123")
+    (tmp_path / "snapshot" / "model.safetensors").symlink_to("../blobs/0123")
+    for path in (tmp_path / "snapshot", tmp_path / "snapshot" / "model.safetensors"):
+        assert "a  [3] float32" in command("inspect", path)
+        assert "no problem found" in command("verify", path)
+    command("convert", tmp_path / "snapshot", tmp_path / "c", "--to", "safetensors")
+    assert "a  [3] float32" in command("inspect", tmp_path / "c")
 
 
 class Harmful:

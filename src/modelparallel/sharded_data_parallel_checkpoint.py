@@ -19,8 +19,8 @@ import torch
 from modelparallel.checkpoints.catalogue import find
 from modelparallel.checkpoints.conversion import checked, chosen_model, named_state
 from modelparallel.checkpoints.file_streams import shown
+from modelparallel.checkpoints.offline import StoredPartial
 from modelparallel.checkpoints.original import MODULE_PREFIX
-from modelparallel.checkpoints.stored_tensors import StoredPartial
 from modelparallel.checkpoints.user_content import read_restricted
 from modelparallel.checkpoints.writing import USER_CONTENT_NAME
 from modelparallel.errors import CheckpointCorruptError, CheckpointError

@@ -209,6 +209,7 @@ def _itself(path: str) -> Found | None:
         return None
     if name in _tags(parent.names()):
         return _described(folder, parent, name, "full")
+    folder, _, name = path.rpartition("/")  # under the name that a link has, not that of what it leads to
     return Found(folder, name, _kind_of_file(name))
 
 

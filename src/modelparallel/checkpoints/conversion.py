@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,13 @@ from modelparallel.checkpoints import completion
 from modelparallel.checkpoints.catalogue import RECORDED_KINDS, Found, find
 from modelparallel.checkpoints.file_streams import shown
 from modelparallel.checkpoints.full import check_tag, write_full
+from modelparallel.checkpoints.offline import (
+    Scratch,
+    StoredPartial,
+    model_facts_of,
+    model_state,
+    optimizer_state,
+)
 from modelparallel.checkpoints.safetensors_files import (
     INDEX_NAME,
     MAX_SHARD_SIZE,
@@ -23,13 +31,6 @@ from modelparallel.checkpoints.safetensors_files import (
     write_folder,
 )
 from modelparallel.checkpoints.storage import Store
-from modelparallel.checkpoints.stored_tensors import (
-    Scratch,
-    StoredPartial,
-    model_facts_of,
-    model_state,
-    optimizer_state,
-)
 from modelparallel.checkpoints.torch_files import store_of_file
 from modelparallel.checkpoints.user_content import Allowed
 from modelparallel.checkpoints.weights import read_weights
@@ -91,7 +92,7 @@ def convert_to_full(
         allowed_types, trust_pickles: as ``smp.resume_from_checkpoint`` has them.
 
     The destination is complete or untouched at every moment. Large tensors are on disk all the while, in the
-    destination's folder if it is local (stored_tensors.py). Raises CheckpointNotFoundError, CheckpointCorruptError for
+    destination's folder if it is local (offline.py). Raises CheckpointNotFoundError, CheckpointCorruptError for
     a checkpoint that is not whole, CheckpointError for a destination that exists.
     """
     target, new_tag = store_of_file(_normal(destination))
@@ -138,7 +139,8 @@ def convert_to_safetensors(
             weights the names stay what they are.
 
     Of a tensor with several names the first is written; the others are in the header of the files, as
-    ``safetensors.torch.save_model`` has it. What is no tensor is left out. Errors as of `convert_to_full`.
+    ``safetensors.torch.save_model`` has it. (All are written if the configuration says ``tie_word_embeddings: false``,
+    since transformers would not tie them.) What is no tensor is left out. Errors as of `convert_to_full`.
     """
     destination = os.fspath(destination)
     check_free(destination, overwrite)
@@ -151,7 +153,8 @@ def convert_to_safetensors(
         state, names = _weights(found, trust_pickles), "those of the file"
     state.pop(PARTIAL_KEY, None)
     left_out = [name for name, value in state.items() if not isinstance(value, torch.Tensor)]
-    tensors, tied = _each_once({name: value for name, value in state.items() if name not in left_out})
+    written = {name: value for name, value in state.items() if name not in left_out}
+    tensors, tied = (written, {}) if _unties(others) else _each_once(written)
     specs = {name: TensorSpec(_dtype_of(tensor, dtype), tuple(tensor.shape)) for name, tensor in tensors.items()}
     write_folder(
         destination,
@@ -178,6 +181,14 @@ def _weights(found: Found, trust_pickles: bool) -> dict[str, Any]:
         names = set(found.folder.names())
         return read_weights(found.folder.path_of(), INDEX_NAME if INDEX_NAME in names else WEIGHTS_NAME)
     return read_weights(found.path, found.name, trust_pickles)
+
+
+def _unties(others: Mapping[str, bytes]) -> bool:
+    """Whether transformers will not tie what is left out, so that shared tensors have to be there under each name."""
+    try:
+        return json.loads(others.get(_CONFIG_NAME, b"{}")).get("tie_word_embeddings", True) is False
+    except (ValueError, AttributeError) as error:
+        raise CheckpointError(f"--config: {_CONFIG_NAME} is not JSON of an object ({error}): give another") from error
 
 
 def _each_once(state: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

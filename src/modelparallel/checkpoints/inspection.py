@@ -6,8 +6,6 @@ the lists of unpickling.py and user_content.py only.
 
 from __future__ import annotations
 
-import json
-import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
@@ -19,21 +17,18 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 from modelparallel.checkpoints import completion, job_state
 from modelparallel.checkpoints.catalogue import Found, rank_file
 from modelparallel.checkpoints.dcp_storage import file_group, read_metadata
-from modelparallel.checkpoints.file_streams import checked_name, shown
-from modelparallel.checkpoints.safetensors_files import DTYPE_NAMES
-from modelparallel.checkpoints.storage import Store
+from modelparallel.checkpoints.file_streams import checked_name
+from modelparallel.checkpoints.safetensors_reading import stored_tensors
 from modelparallel.checkpoints.torch_files import store_of_file
 from modelparallel.checkpoints.user_content import read_restricted, read_user_content
 from modelparallel.checkpoints.weights import INDEX_ENDING, weight_map
 from modelparallel.checkpoints.writing import USER_CONTENT_NAME
-from modelparallel.errors import CheckpointCorruptError, CheckpointError
+from modelparallel.errors import CheckpointError
 from modelparallel.optimizer_states import MASTER_KEY
 
 #: The parts of a checkpoint that sizes are added up for.
 PARTS = ("model", "optimizer", "masters", "other")
 _PART_OF_NOUN = {"model": "model", "optimizer": "optimizer", "fp16_states": "masters"}
-#: Of the names of safetensors.
-_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 
 @dataclass(frozen=True)
@@ -144,32 +139,6 @@ def part_of(key: str) -> str:
     return _PART_OF_NOUN.get(file_group(key), "other")
 
 
-def safetensors_header(store: Store, name: str) -> dict[str, dict[str, Any]]:
-    """What a file of safetensors says of its tensors: dtype, shape and the bytes behind the header, by name. Local.
-
-    Raises CheckpointCorruptError for a file that is none, or is cut off.
-    """
-    size = store.size_of(name)
-    try:
-        with store.open(name) as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            if size is None or length > size - 8:
-                raise ValueError(f"its header should have {length} bytes, and the file has {size}")
-            header = json.loads(stream.read(length))
-        header.pop("__metadata__", None)
-        end = max((int(entry["data_offsets"][1]) for entry in header.values()), default=0)
-        if 8 + length + end != size:
-            raise ValueError(f"it has {size} bytes, and its header tells of {8 + length + end}")
-        for entry in header.values():
-            entry["shape"] = [int(length) for length in entry["shape"]]
-            entry["dtype"] = str(entry["dtype"])
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, struct.error, OSError) as error:
-        raise CheckpointCorruptError(
-            f"{shown(store.path_of(name))!r} is not a whole file of safetensors ({error}): take another copy"
-        ) from error
-    return dict(header)
-
-
 # The entries of each kind
 
 
@@ -212,9 +181,10 @@ def _file_entries(found: Found) -> _Entries:
     if found.name.endswith(INDEX_ENDING):
         names = sorted(set(weight_map(found.path, found.name).values()))
     for name in names:
-        store, file = store_of_file(f"{found.path.rstrip('/')}/{checked_name(name, found.path)}")
+        path = f"{found.path.rstrip('/')}/{checked_name(name, found.path)}"
+        store, file = store_of_file(path)
         if name.endswith(".safetensors"):
-            _add_header(result, store, file)
+            _add_stored(result, path)
         else:
             _add_leaves(result, "", read_restricted(store, file, "the state dict", mmap=True), "model")
     return result
@@ -222,18 +192,16 @@ def _file_entries(found: Found) -> _Entries:
 
 def _exported_entries(found: Found) -> _Entries:
     result = _Entries()
-    for name in sorted(files_of(found)):
-        if name.endswith(".safetensors"):
-            _add_header(result, found.folder, name)
+    _add_stored(result, found.folder.path_of())
     return result
 
 
-def _add_header(result: _Entries, store: Store, name: str) -> None:
-    for key, entry in safetensors_header(store, name).items():
-        dtype = _DTYPES.get(entry["dtype"])
-        num_bytes = entry["data_offsets"][1] - entry["data_offsets"][0]
-        text = entry["dtype"] if dtype is None else _name_of(dtype)
-        result.tensors.append(TensorFacts(key, tuple(entry["shape"]), text, num_bytes, "model"))
+def _add_stored(result: _Entries, path: str) -> None:
+    for name, tensor in stored_tensors(path).items():
+        # A dtype that torch lacks: of which the number of bytes is not known here.
+        itemsize = 0 if tensor.dtype is None else tensor.dtype.itemsize
+        dtype = tensor.dtype_name if tensor.dtype is None else _name_of(tensor.dtype)
+        result.tensors.append(TensorFacts(name, tensor.shape, dtype, prod(tensor.shape) * itemsize, "model"))
 
 
 _ENTRIES_OF = {

@@ -14,7 +14,8 @@ from modelparallel.checkpoints import completion
 from modelparallel.checkpoints.catalogue import RECORDED_KINDS, Found, rank_file
 from modelparallel.checkpoints.dcp_storage import METADATA_NAME, read_metadata
 from modelparallel.checkpoints.file_streams import checked_name
-from modelparallel.checkpoints.inspection import files_of, safetensors_header
+from modelparallel.checkpoints.inspection import files_of
+from modelparallel.checkpoints.safetensors_reading import stored_tensors
 from modelparallel.checkpoints.storage import Store
 from modelparallel.checkpoints.torch_files import store_of_file
 from modelparallel.checkpoints.user_content import read_restricted
@@ -138,7 +139,8 @@ def _problems_of_file(found: Found) -> Iterator[str]:
             yield str(error)
             return
     for name, tensors in names.items():
-        store, file = store_of_file(f"{found.path.rstrip('/')}/{name}")
+        path = f"{found.path.rstrip('/')}/{name}"
+        store, file = store_of_file(path)
         if store.size_of(file) is None:
             yield f"{name!r} is missing"
             continue
@@ -146,7 +148,7 @@ def _problems_of_file(found: Found) -> Iterator[str]:
             yield from _problems_of_torch_file(store, file)
             continue
         try:
-            header = safetensors_header(store, file)
+            header = stored_tensors(path)
         except CheckpointError as error:
             yield str(error)
             continue
