@@ -310,6 +310,29 @@ def test_inspect_of_other_kinds(job, tmp_path):
     assert full["kind"] == "full" and full["totals"]["optimizer"]["tensors"] > 10
 
 
+def save_two_models(folder: str) -> None:
+    first, first_optimizer = make_job(0)
+    train(first, first_optimizer, range(1))
+    second, _ = make_job(1)
+    factored = smp.DistributedOptimizer(torch.optim.Adafactor(second.parameters()))
+    train(second, factored, range(1))
+    smp.save_checkpoint(f"{folder}/partial", "t", model=[first, second], optimizer=[first_optimizer, factored])
+    for number, model in enumerate((first, second)):
+        smp.save_checkpoint(f"{folder}/full", f"{number}", partial=False, model=model)
+
+
+def test_one_of_several_models_and_state_that_cannot_be_joined(tmp_path):
+    run_ranks(save_two_models, 2, str(tmp_path), parameters={"tensor_parallel_degree": 2, "ddp": True})
+    arguments = ("convert", tmp_path / "partial", tmp_path / "c", "--to", "full")
+    assert "holds 2 models: say which" in command(*arguments, code=2)
+    assert "holds the models 0, 1" in command(*arguments, "--model-index", "2", code=2)
+    for index, more in enumerate(([], ["--overwrite", "--model-only"])):
+        command(*arguments, "--model-index", index, *more)
+        equal(torch.load(tmp_path / "c"), torch.load(tmp_path / "full" / str(index)))
+    text = command(*arguments, "--model-index", 1, "--overwrite", code=2)
+    assert "was computed from a part of the parameter (tp_" in text and "--model-only" in text
+
+
 def test_links_of_a_cache_of_transformers_are_followed(tmp_path):
     from safetensors.torch import save_file
 
@@ -339,7 +362,8 @@ def test_nothing_is_unpickled_that_is_not_allowed(job, tmp_path, monkeypatch):
     text = command("inspect", tmp_path / "copy")
     assert "user content: not opened" in text and "not allowed" in text
     (folder / ".metadata").write_bytes(pickle.dumps(Harmful()))
-    assert "not among what may be in it" in command("inspect", tmp_path / "copy", code=2)
+    text = command("inspect", tmp_path / "copy", code=2)
+    assert "* t_partial  partial" in text and "not among what may be in it" in text
     assert "'.metadata'" in command("verify", tmp_path / "copy", code=1)
     (folder / "complete.json").unlink()
     assert "not among what may be in it" in command("verify", tmp_path / "copy", code=1)

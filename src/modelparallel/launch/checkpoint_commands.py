@@ -60,17 +60,21 @@ def inspect(
             if not (beside or unfinished):
                 raise
             found = None
-        description = None if found is None else describe(found)
     except SMPError as error:
         _stop(str(error), USAGE)
+    description, failure = None, ""
+    try:
+        description = None if found is None else describe(found)
+    except SMPError as error:  # what lies beside it is shown all the same
+        failure = str(error)
     if as_json:
         typer.echo(json.dumps(_as_json(beside, unfinished, description), indent=1))
-        return
-    for line in _listing(path, beside, unfinished, found):
-        typer.echo(line)
-    if description is not None:
-        for line in _described(description, None if tensors else _NUM_SHOWN):
-            typer.echo(line)
+    else:
+        typer.echo("\n".join(_listing(path, beside, unfinished, found)), nl=bool(beside or unfinished))
+        if description is not None:
+            typer.echo("\n".join(_described(description, None if tensors else _NUM_SHOWN)))
+    if failure:
+        _stop(failure, USAGE)
 
 
 @checkpoint_app.command()
