@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import tempfile
 
 import pytest
 import torch
@@ -24,6 +25,14 @@ TP2 = RankTests(4, {**SHARDED, "tensor_parallel_degree": 2})
 TP_ALONE = RankTests(2, {**SHARDED, "tensor_parallel_degree": 2})
 FP16 = RankTests(4, {**SHARDED, "pipeline_parallel_degree": 2, "microbatches": 2, "fp16": True})
 ALL = (DP2, DP3, PP2, TP2, TP_ALONE)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _in_one_folder(tmp_path_factory):
+    """What the ranks make goes with the test's folders."""
+    before, tempfile.tempdir = tempfile.tempdir, str(tmp_path_factory.mktemp("ranks"))
+    yield
+    tempfile.tempdir = before
 
 
 class Net(nn.Module):
@@ -179,6 +188,7 @@ def test_states_go_on_in_every_form_and_without_sharding():
         "whole": (copy.deepcopy(optimizer.state_dict()), {}),
         "local": (copy.deepcopy(optimizer.local_state_dict()), {}),
         "shards": (copy.deepcopy(optimizer.local_state_dict(gather_if_shard=False)), {"gather_if_shard": False}),
+        "shards, not called so": (copy.deepcopy(optimizer.local_state_dict(gather_if_shard=False)), {}),
     }
     expected = train(model, optimizer, range(2, 4))
     for name, (state, arguments) in forms.items():
@@ -197,6 +207,28 @@ def test_states_go_on_in_every_form_and_without_sharding():
     model, optimizer = fresh()
     model.load_state_dict(weights)
     optimizer.load_state_dict(plain_optimizer.state_dict() | {"state": forms["whole"][0]["state"]})
+    result = train(model, optimizer, range(2, 4))
+    assert all(torch.equal(result[key], value) for key, value in expected.items())
+
+
+@on(DP2, PP2, TP2, TP_ALONE)
+def test_files_of_shards_are_saved_and_loaded_as_hugging_face_s_trainer_does():
+    """Each rank its own (``v3``); loaded by a hook of the first step (clients.md section 4.3)."""
+    file = smp.allgather(tempfile.mkdtemp() if smp.rank() == 0 else "", smp.WORLD)[0] + "/optimizer.pt"
+    model = smp.DistributedModel(make_net())
+    optimizer = smp.DistributedOptimizer(torch.optim.Adam(model.parameters(), lr=0.01))
+    train(model, optimizer, range(2))
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    state = optimizer.local_state_dict(gather_if_shard=False)
+    smp.barrier()
+    if smp.rdp_rank() == 0 or smp.state.cfg.shard_optimizer_state:
+        smp.save(state, file, partial=True, v3=smp.state.cfg.shard_optimizer_state)
+    smp.barrier()
+    expected = train(model, optimizer, range(2, 4))
+    model = smp.DistributedModel(make_net())
+    optimizer = smp.DistributedOptimizer(torch.optim.Adam(model.parameters(), lr=0.01))
+    model.load_state_dict(weights)
+    model.register_post_step_hook(lambda _, optimizer: optimizer.load_state_dict(smp.load(file, partial=True)))
     result = train(model, optimizer, range(2, 4))
     assert all(torch.equal(result[key], value) for key, value in expected.items())
 

@@ -21,6 +21,7 @@ SCRIPT = Path(__file__).resolve().parent.parent / "examples" / "huggingface" / "
 SETTINGS = {
     "pp2": {"pipeline_parallel_degree": 2, "microbatches": 2, "ddp": True},
     "dp2": {"pipeline_parallel_degree": 1, "ddp": True},
+    "tp2-shared-out": {"tensor_parallel_degree": 2, "ddp": True, "shard_optimizer_state": True},
 }
 
 

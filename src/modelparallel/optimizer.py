@@ -429,7 +429,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
         """The state of the parameters of this rank, indexed as in the whole model, with ``_smp_is_partial: True``.
 
         Local; where parameters are shared out among ranks, those put the state of each together, which is collective
-        over DP_GROUP. ``gather_if_shard=False``: this rank's shards alone; such a state is loaded with the same. With
+        over DP_GROUP. ``gather_if_shard=False``: this rank's shards alone; they are loaded on the same ranks. With
         masters and loss scaling these are in it, too. Source: smp-api section 7.
         """
         return optimizer_states.local_state_dict(self, gather_if_shard)
@@ -445,7 +445,8 @@ class DistributedOptimizer(torch.optim.Optimizer):
         return self.optimizer.state_dict()  # type: ignore[no-any-return]
 
     def load_state_dict(self, state_dict: Mapping[str, Any], gather_if_shard: bool = True) -> None:  # type: ignore[override]
-        """Load a whole state, or the partial one of this partition; ``gather_if_shard=False``: the shards of this rank.
+        """Load a whole state, the partial one of this partition, or the shards of this rank, which are known as such
+        whether ``gather_if_shard`` says so or not.
 
         Before the partition the values of the groups are taken at once, the state is kept until then. Collective over
         MP_GROUP for a partial state. Raises SMPConfigError when the groups differ. Source: smp-api section 7.

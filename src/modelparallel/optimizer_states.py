@@ -67,7 +67,10 @@ def load_state_dict(optimizer: DistributedOptimizer, state_dict: Mapping[str, An
         optimizer.loss_scaler.load_state_dict(state_dict[SCALER_KEY])
     state: Mapping[int, Mapping[str, Any]] = state_dict["state"]
     if state_dict.get(PARTIAL_KEY) and optimizer._runtime.session.groups.mp.size > 1 and gather_if_shard:
-        state = _merged(optimizer, state)
+        # Hugging Face's Trainer saves with gather_if_shard=False and loads without; shards are nothing to be merged.
+        is_of_shards = any(RANGE_KEY in values for values in state.values())
+        if not any(allgather(is_of_shards, CommGroup.MP_GROUP)):
+            state = _merged(optimizer, state)
     index_of = {id(parameter): index for index, parameter in enumerate(optimizer.all_parameters())}
 
     def own_values(parameter: nn.Parameter, target: Target | None) -> dict[str, Any] | None:
@@ -231,9 +234,9 @@ def _values_of_same_shard(
         found = row_of(optimizer, parameter)
         name = found.name if found is not None else "?"
         raise SMPConfigError(
-            f"optimizer.load_state_dict(gather_if_shard=False): the state has elements {held[0]} to {held[1]} of "
-            f"'{name}', this rank updates {own}: load the shards on the ranks that saved them, with the same "
-            "configuration, or save with gather_if_shard=True"
+            f"optimizer.load_state_dict: the state holds shards (it was saved with gather_if_shard=False), elements "
+            f"{held[0]} to {held[1]} of '{name}', and this rank updates {own}: load the shards on the ranks that saved "
+            "them, with the same configuration, or save with gather_if_shard=True"
         )
     return {key: _copied(value) for key, value in values.items() if key != RANGE_KEY}
 

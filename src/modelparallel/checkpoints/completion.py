@@ -77,13 +77,13 @@ class CompletionRecord:
         try:
             values = json.loads(data)
             digest, number = values.pop("digest"), values["format"]
-            if number != FORMAT:
+            if digest != _digest_of_values(values):
+                raise ValueError("its digest is not that of its text")
+            if number != FORMAT:  # a whole one: a changed number is damage
                 raise CheckpointError(
                     f"{path!r} is a completion record of format {number!r}; this version reads format {FORMAT}. "
                     "Use a newer version of modelparallel"
                 )
-            if digest != _digest_of_values(values):
-                raise ValueError("its digest is not that of its text")
             files = {
                 checked_name(name, path): FileRecord(int(entry["size"]), str(entry["xxh3_128"]))
                 for name, entry in values["files"].items()
@@ -492,6 +492,15 @@ def complete_names(store: Store, pattern: str = "*", is_full: bool = False) -> l
         pattern: names with "*" and "?", such as "*_partial".
         is_full: the tags of full checkpoints instead of the folders of partial ones.
     """
+    return [name for name, problems in survey(store, pattern, is_full) if not problems]
+
+
+def survey(store: Store, pattern: str = "*", is_full: bool = False) -> list[tuple[str, list[str]]]:
+    """(name, what is wrong, of which the digests are no part) of all that may be checkpoints, oldest first, and last
+    those whose record does not say. Local; reads only. Arguments as of `complete_names`.
+
+    A partial one without a record has lost it, is being written on an object store, or is another program's folder.
+    """
     entries = set(store.names())
     if is_full:
         names = {match.group(1) for entry in entries if (match := re.fullmatch(r"complete_(.+)\.json", entry))}
@@ -501,11 +510,11 @@ def complete_names(store: Store, pattern: str = "*", is_full: bool = False) -> l
         names |= {match.group(1) for entry in entries if (match := re.fullmatch(r"\.(.+)\.old", entry))}
     found = []
     for name in fnmatch.filter(names, pattern):
+        moment = float("inf")
         with suppress(CheckpointNotFoundError, CheckpointCorruptError):
-            record = read_record(store, name, is_full)
-            if not problems_of(store, name, checks_digests=False, is_full=is_full):
-                found.append((record.time, name))
-    return [name for _, name in sorted(found)]
+            moment = read_record(store, name, is_full).time
+        found.append((moment, name, problems_of(store, name, checks_digests=False, is_full=is_full)))
+    return [(name, problems) for _, name, problems in sorted(found)]
 
 
 def read_newest(store: Store) -> str | None:

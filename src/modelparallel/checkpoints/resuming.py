@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import logging
 import os
@@ -137,14 +138,15 @@ def _load_partial(
         num_optimizers = int(record.facts.get("num_optimizers", 1)) if load_optimizer else 0
         optimizers = _last(runtime.live_optimizers(), num_optimizers, "optimizers")
         wanted = job_state.wanted_keys(runtime.session.groups, record.facts, checkpoint.entries, data_loader)
-    _use_stored_plans(folder, record, models)
+        _use_stored_plans(folder, record, models)
     groups_of = _load_job_state(runtime, checkpoint, wanted, data_loader, optimizers)
     _Loads(checkpoint, models, optimizers, groups_of, masters_only=masters_only).start()
     if runtime.session.groups.world.rank_in_group == 0:
         logger.info("resuming from %s, saved after %s steps", folder.path_of(), record.facts.get("num_steps"))
     if USER_CONTENT_NAME not in record.files:
         return None
-    return read_user_content(folder, USER_CONTENT_NAME, allowed_types, trust_pickles)
+    with agreed():
+        return read_user_content(folder, USER_CONTENT_NAME, allowed_types, trust_pickles)
 
 
 # Which
@@ -153,24 +155,31 @@ def _load_partial(
 def _agreed_tag(runtime: Runtime, store: Store) -> str:
     """The tag of the newest full checkpoint, the same on all ranks. Collective over the world."""
     found: tuple[str | None, str] | None = None
-    if runtime.session.groups.world.rank_in_group == 0:
-        newest = completion.read_newest(store)
-        missing = f"there is no file 'newest' in {store.path_of()!r}: give a tag"
-        if newest is not None and newest.endswith(PARTIAL_ENDING):
-            missing = f"the newest checkpoint in {store.path_of()!r} is the partial one {newest!r}: pass partial=True"
-            newest = None
-        found = newest, missing
+    with agreed():
+        if runtime.session.groups.world.rank_in_group == 0:
+            found = _newest_tag(store)
     tag, problem = allgather(found, CommGroup.WORLD)[0]
     if tag is None:
         raise CheckpointNotFoundError(problem)
     return str(tag)
 
 
+def _newest_tag(store: Store) -> tuple[str | None, str]:
+    """(tag, what is wrong where there is none). Local."""
+    newest = completion.read_newest(store)
+    if newest is not None and newest.endswith(PARTIAL_ENDING):
+        return None, f"the newest checkpoint in {store.path_of()!r} is the partial one {newest!r}: pass partial=True"
+    return newest, f"there is no file 'newest' in {store.path_of()!r}: give a tag"
+
+
 def _find(runtime: Runtime, store: Store, tag: str | None, verifies: bool) -> str:
     """The name of a whole checkpoint, the same on all ranks. Collective over the world."""
     rank = runtime.session.groups.world.rank_in_group
-    answers = allgather(_candidates(store, tag) if rank == 0 else None, CommGroup.WORLD)
-    names, problem = answers[0]
+    found: tuple[list[str], str | None] = ([], None)
+    with agreed():
+        if rank == 0:
+            found = _candidates(store, tag)
+    names, problem = allgather(found, CommGroup.WORLD)[0]
     if problem is not None:
         raise CheckpointNotFoundError(problem)
     problems: list[str] = []
@@ -179,7 +188,7 @@ def _find(runtime: Runtime, store: Store, tag: str | None, verifies: bool) -> st
         if not problems:
             return str(name)
         if tag == NEWEST_COMPLETE and rank == 0:
-            logger.warning("%s is not whole and is passed over: %s", store.path_of(name), "; ".join(problems[:3]))
+            _pass_over(store, name, problems)
     try:
         completion.read_record(store, names[0])
     except CheckpointNotFoundError as error:
@@ -200,7 +209,10 @@ def _candidates(store: Store, tag: str | None) -> tuple[list[str], str | None]:
     except CheckpointError as error:  # a path that is only read from
         logger.info("%s", error)
     if tag == NEWEST_COMPLETE:
-        names = completion.complete_names(store, f"*{PARTIAL_ENDING}")[::-1]
+        found = completion.survey(store, f"*{PARTIAL_ENDING}")[::-1]
+        for name, problems in itertools.takewhile(lambda entry: entry[1], found):
+            _pass_over(store, name, problems)
+        names = [name for name, problems in found if not problems]
         return names, None if names else f"there is no complete partial checkpoint in {store.path_of()!r}"
     if tag is not None:
         return [tag + PARTIAL_ENDING], None
@@ -211,6 +223,10 @@ def _candidates(store: Store, tag: str | None) -> tuple[list[str], str | None]:
             "or give a tag"
         )
     return [newest if newest.endswith(PARTIAL_ENDING) else newest + PARTIAL_ENDING], None
+
+
+def _pass_over(store: Store, name: str, problems: Sequence[str]) -> None:
+    logger.warning("%s is not whole and is passed over: %s", store.path_of(name), "; ".join(problems[:3]))
 
 
 def _problems(runtime: Runtime, store: Store, name: str, verifies: bool) -> list[str]:
@@ -271,7 +287,12 @@ def _use_stored_plans(folder: Store, record: completion.CompletionRecord, models
     """Models that are not partitioned yet take the stored plan if it is for as many stages."""
     if PLAN_NAME not in record.files:
         return
-    plans = json.loads(folder.read(PLAN_NAME))
+    try:
+        plans = list(json.loads(folder.read(PLAN_NAME)))
+    except (ValueError, TypeError) as error:
+        raise CheckpointCorruptError(
+            f"{folder.path_of(PLAN_NAME)!r} is not what was written ({error}): resume from another tag"
+        ) from error
     for model, plan in zip(models, plans, strict=False):
         if plan is None or model.partitioned:
             continue

@@ -90,7 +90,9 @@ def _explaining(what: str, allowed_types: Sequence[Allowed]) -> Iterator[None]:
     try:
         with torch.serialization.safe_globals([*_usual_types(), *allowed_types]):
             yield
-    except pickle.UnpicklingError as error:
+    except (pickle.UnpicklingError, RuntimeError) as error:
+        if isinstance(error, CheckpointError):
+            raise
         named = re.search(r"(?:GLOBAL|[Uu]nsupported class) `?([\w.]+)", str(error))
         culprit = f"names {named[1]}, which is not allowed" if named else f"is refused ({str(error).splitlines()[0]})"
         raise CheckpointError(

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -126,21 +127,19 @@ def write_partial(
     planner = PieceSavePlanner(contents.pieces, list(contents.objects))
     state: dict[str, Any] = {entry_of(piece): piece.tensor for piece in contents.pieces}
     state.update(contents.objects)
-    arguments: dict[str, Any] = {
-        "storage_writer": writer,
-        "planner": planner,
-        "process_group": world_process_group(runtime),
-    }
+    arguments: dict[str, Any] = {"storage_writer": writer, "planner": planner}
 
     def failed(error: BaseException) -> SMPError:
         if groups.world.rank_in_group == 0:
-            draft.discard()
+            with suppress(CheckpointError):  # what went wrong first is what is to be told
+                draft.discard()
         return explained(error, f"saving the checkpoint {tag!r}", groups.world.rank_in_group)
 
-    if in_background:
-        response: Any = dcp.async_save(state, **arguments)
-        return PendingSave(tag, getattr(response, "upload_completion", response), failed)
     try:
+        arguments["process_group"] = world_process_group(runtime)
+        if in_background:
+            response: Any = dcp.async_save(state, **arguments)
+            return PendingSave(tag, getattr(response, "upload_completion", response), failed)
         dcp.save(state, **arguments)
     except (CheckpointException, Exception) as error:
         raise failed(error) from error
@@ -170,5 +169,6 @@ def world_process_group(runtime: Runtime) -> dist.ProcessGroup:
         runtime.session.groups.world,
         "checkpoints",
         runtime.session.made_groups,
+        config.timeout_seconds,
         max(FILE_TIMEOUT_SECONDS, config.timeout_seconds),
     )
