@@ -362,6 +362,22 @@ def num_storage_users(tensor: torch.Tensor) -> int:
     return int(torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)) - 1  # less the storage object just made
 
 
+def tensor_in_archive(stream: Any) -> tuple[torch.Tensor, int] | None:
+    """Of a tensor that ``torch.save`` has written: a tensor on the meta device, and where its storage begins in the
+    stream. None where the bytes are those of another kind of processor, or torch does not say where they are.
+
+    ``torch.load`` to the meta device swaps bytes where there are none, and crashes, so the reader under it is asked
+    first. Where storages begin is documented as ``_checkpoint_offset`` for FakeTensorMode; torch 2.13 says it here, too.
+    """
+    reader = torch._C.PyTorchFileReader(stream)
+    if not reader.has_record("byteorder") or reader.get_record("byteorder") != sys.byteorder.encode():
+        return None
+    stream.seek(0)
+    head = torch.load(stream, map_location="meta", weights_only=True)
+    start = getattr(head.untyped_storage(), "_checkpoint_offset", None) if isinstance(head, torch.Tensor) else None
+    return None if start is None else (head, start)
+
+
 def is_function_node(node: Any) -> bool:
     """Whether a node of the autograd graph is that of an ``autograd.Function`` written in Python."""
     return isinstance(node, torch.autograd.function.BackwardCFunction)

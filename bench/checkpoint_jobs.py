@@ -1,0 +1,155 @@
+"""The job whose checkpoints are measured: a GPT with Adam, split over the processes; and its state as plain DCP has it.
+
+With the default size parameters and moments are 1.0 GB together: 84 million parameters of 12 bytes.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+import modelparallel as smp
+from bench.models import GPT, GPTSize, language_loss, token_batch
+from modelparallel import runtime
+from modelparallel.checkpoints.pieces import Piece
+from modelparallel.checkpoints.writing import take_snapshot
+
+#: 1.0 GB of parameters and moments.
+GIGABYTE = GPTSize(num_layers=6, hidden=1024, num_heads=16, vocabulary=4096, sequence=16)
+SMALL = GPTSize(num_layers=2, hidden=64, num_heads=4, vocabulary=128, sequence=16)
+BATCH = 4
+
+#: How the state is spread: by pipeline and tensor parallelism, or in shards.
+SPREADS: dict[str, Mapping[str, Any]] = {
+    "pp2_tp2": {"pipeline_parallel_degree": 2, "tensor_parallel_degree": 2, "microbatches": 2, "ddp": True},
+    "sharded4": {"ddp": True, "sharded_data_parallel_degree": 4, "sdp_param_persistence_threshold": 0},
+    # What resumes on two processes.
+    "pp2": {"pipeline_parallel_degree": 2, "microbatches": 2, "ddp": True},
+}
+
+
+@smp.step
+def train_step(model: smp.DistributedModel, ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    loss = language_loss(model(ids), targets)
+    model.backward(loss)
+    return loss
+
+
+@dataclass
+class Job:
+    """A wrapped model and optimizer, and a batch."""
+
+    model: Any
+    optimizer: Any
+    ids: torch.Tensor
+    targets: torch.Tensor
+
+    def step(self) -> None:
+        """Forward, backward, update. Collective over the world."""
+        self.optimizer.zero_grad()
+        train_step(self.model, self.ids, self.targets).reduce_mean()
+        self.optimizer.step()
+
+
+def make_job(size: GPTSize, num_steps: int = 1) -> Job:
+    """The job after some steps. Collective over the world."""
+    torch.manual_seed(0)
+    model = GPT(size)
+    if smp.tp_size() > 1:
+        for block in model.blocks:
+            for name in ("attention_in", "attention_out", "mlp_in", "mlp_out"):
+                smp.set_tensor_parallelism(getattr(block, name))
+    wrapped = smp.DistributedModel(model)
+    optimizer = smp.DistributedOptimizer(torch.optim.Adam(wrapped.parameters(), lr=1e-4))
+    job = Job(wrapped, optimizer, *token_batch(size, BATCH))
+    for _ in range(num_steps):
+        job.step()
+    return job
+
+
+# The same state for plain DCP
+
+
+def own_pieces() -> list[Piece]:
+    """What this rank offers to a checkpoint of the wrapped model and optimizer."""
+    active = runtime.current()
+    contents = take_snapshot(active, active.session.models, list(active.live_optimizers()), None, None).contents
+    return contents.pieces
+
+
+def plain_state(pieces: list[Piece], *, copies: bool = False) -> dict[str, Any]:
+    """The state dict that a user of plain DCP would have: ``DTensor`` for what is split, tensors for the rest.
+
+    Over the same memory, or over copies of it.
+    """
+    group = [rank for rank in range(dist.get_world_size()) if _is_beside(rank)]
+    state = {}
+    for piece in pieces:
+        if piece.key in state:
+            raise RuntimeError(f"{piece.key} is in several pieces: no DTensor has that layout")
+        tensor = piece.tensor.clone() if copies else piece.tensor
+        split = [dim for dim, length in enumerate(piece.full_shape) if tensor.shape[dim] != length]
+        if len(group) > 1 and tensor.ndim:
+            placement = Shard(split[0]) if split else Replicate()
+            stride = torch.empty(piece.full_shape, device="meta").stride()
+            state[piece.key] = DTensor.from_local(
+                tensor, _mesh(tuple(group)), [placement], shape=torch.Size(piece.full_shape), stride=stride
+            )
+        else:
+            state[piece.key] = tensor
+    return state
+
+
+def _is_beside(rank: int) -> bool:
+    """Whether ``rank`` holds other parts of what this one holds: the stage's tensor-parallel ranks, or all shards."""
+    if smp.tp_size() > 1:
+        return rank in smp.get_tp_group()
+    return smp.pp_size() == 1
+
+
+@cache
+def _mesh(ranks: tuple[int, ...]) -> DeviceMesh:
+    """Collective over the world: torch makes the group of every stage on all ranks."""
+    world = dist.get_world_size()
+    if len(ranks) == world:
+        return DeviceMesh("cpu", list(range(world)))
+    found: list[Any] = [None] * world
+    dist.all_gather_object(found, ranks)
+    groups = [dist.new_group(list(group)) for group in sorted(set(found))]
+    return DeviceMesh.from_group(groups[sorted(set(found)).index(ranks)], "cpu")
+
+
+# Time and files
+
+
+def timed(function: Callable[[], object], before: Callable[[], object] | None = None) -> float:
+    """Seconds until the slowest rank is done; ``before`` is not counted. Collective over the world."""
+    if before is not None:
+        before()
+    dist.barrier()
+    start = time.perf_counter()
+    function()
+    seconds = torch.tensor(time.perf_counter() - start, dtype=torch.float64)
+    dist.all_reduce(seconds, dist.ReduceOp.MAX)
+    return float(seconds)
+
+
+def forget_cached(folder: str | Path) -> None:
+    """Let the system drop what it keeps of the files in memory, so that reading them reads the disk."""
+    if not hasattr(os, "posix_fadvise"):
+        return
+    for path in Path(folder).rglob("*"):
+        if path.is_file():
+            descriptor = os.open(path, os.O_RDONLY)
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(descriptor)
