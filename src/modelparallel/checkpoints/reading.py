@@ -224,7 +224,7 @@ class OptimizerLoad:
             # A job in full precision has no masters; its parameters are as good.
             source = stored.get(MASTER_KEY, f"model{self._prefix.removeprefix('optimizer')}.{row.name}")
             if source in self._checkpoint.entries:
-                values[MASTER_KEY] = self._room_for(source, row, target, torch.float32)
+                values[MASTER_KEY] = self._room_for(source, row, target, torch.float32, target.tensor)
         if self._masters_only:
             return
         for entry, key in stored.items():
@@ -252,7 +252,8 @@ class OptimizerLoad:
                     "or joined: resume with the same tensor_parallel_degree and sharding, or with load_optimizer=False"
                 )
         elif shape == row.full_shape and (shape or name != "step"):
-            values[name] = self._room_for(key, row, target, described.properties.dtype)
+            there = self._optimizer.optimizer.state.get(target.tensor, {}).get(name)
+            values[name] = self._room_for(key, row, target, described.properties.dtype, there)
         else:
             wanted = own_key(self._optimizer, row, target, name)
             if shape and wanted != name:
@@ -263,14 +264,23 @@ class OptimizerLoad:
                 )
             values[name] = self._whole(key, described)
 
-    def _room_for(self, key: str, row: ParameterRow, target: Target, dtype: torch.dtype) -> torch.Tensor:
-        room = torch.zeros(target.tensor.shape, dtype=dtype, device=target.tensor.device)
+    def _room_for(self, key: str, row: ParameterRow, target: Target, dtype: torch.dtype, there: Any) -> torch.Tensor:
+        """What the optimizer has already (``there``), if that is such a tensor; new memory costs as much as reading."""
+        shape, device = target.tensor.shape, target.tensor.device
+        if type(there) in (torch.Tensor, nn.Parameter) and (there.shape, there.dtype, there.device) == (
+            shape,
+            dtype,
+            device,
+        ):
+            room = there.detach()
+        else:
+            room = torch.empty(shape, dtype=dtype, device=device)
         tensor_entry(key, self._checkpoint.entries[key], row.full_shape)
         self._pieces.extend(target_pieces(self._optimizer, key, row, target, room))
         return room
 
     def _whole(self, key: str, described: Any) -> torch.Tensor:
         # On the CPU, as torch keeps counts of steps; the optimizer moves the rest to its parameters' device.
-        room = torch.zeros(tuple(described.size), dtype=described.properties.dtype)
+        room = torch.empty(tuple(described.size), dtype=described.properties.dtype)
         self._pieces.append(whole_piece(key, room))
         return room
