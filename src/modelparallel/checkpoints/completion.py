@@ -242,8 +242,8 @@ class Draft:
     """A checkpoint under construction.
 
     All ranks make one with the same arguments. One rank calls `start`, then, after a barrier, all write their files
-    through `store` and call its `sync_names`, and then the first rank calls `commit` with the records of all. See [Note: What makes a checkpoint
-    count].
+    through `store` and call its `sync_names`, and then the first rank calls `commit` with the records of all. See
+    [Note: What makes a checkpoint count].
 
     Attributes:
         store: where the files are written, under their final names below the checkpoint's folder (full checkpoints:

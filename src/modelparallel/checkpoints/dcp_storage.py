@@ -5,9 +5,9 @@
 14): ``model_<pp>_<tp>.pt``, ``optimizer_<pp>_<tp>.pt`` and, for masters and loss scales, ``fp16_states_<pp>_<tp>.pt``;
 ranks with rdp_rank > 0 append ``_<rdp>``. ``.metadata`` is a pickle; it is read with an allow-list of classes.
 
-[Note: one pass over a tensor] Each tensor in a file is an archive of ``torch.save``. They are written without its CRC32,
-which takes longer than writing and which ``torch.load`` does not look at: the digest of the file, made in the same
-pass, is what counts. On the way back only the head of the archive is opened, and the bytes are read to where they
+[Note: one pass over a tensor] Each tensor in a file is an archive of ``torch.save``. They are written without its
+CRC32, which takes as long as writing and which ``torch.load`` does not look at: the digest of the file, made in the
+same pass, is what counts. On the way back only the head of the archive is opened, and the bytes are read to where they
 belong, where a run of them in the file is one in memory; ``torch.load`` would make a tensor of its own first, and read
 all of it for a part.
 """
@@ -118,7 +118,7 @@ class DraftWriter(FileSystemWriter):
         for group, items in by_group.items():
             name = f"{group}_{self._rank_info.suffix}.pt"
             files.put((name, name, items))
-        with serialization_config.patch("save.compute_crc32", False):  # of this thread
+        with serialization_config.patch("save.compute_crc32", False):  # type: ignore[attr-defined]  # of this thread
             written = self._write_data(planner, files)
         self._files.raise_failure()
         self._draft.store.sync_names()
@@ -186,7 +186,7 @@ class RecordedReader(FileSystemReader):
         if head.shape != target.shape or head.dtype != target.dtype or not head.is_contiguous():
             return False
         stream.seek(place.offset + start + head.storage_offset() * head.itemsize)
-        room = memoryview(target.view(-1).view(torch.uint8).numpy())
+        room: Any = memoryview(target.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
         while room.nbytes:
             count = stream.readinto(room)
             if not count:

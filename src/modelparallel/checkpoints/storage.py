@@ -5,8 +5,9 @@ that is from someone else, so each is checked: none leads out of the root, by it
 
 [Note: What survives a crash] A local file is written beside its place, brought to the disk (fsync), renamed into place,
 and then the folder is brought to the disk: at every moment its name leads to the whole old file or to the whole new
-one. In a draft, which nobody reads, the folder waits until all files are there (`sync_names`). An object store does the same with one put. Folders are renamed as one. What makes a folder of files a checkpoint
-is not here but in `completion.py`.
+one. In a draft, which nobody reads, the folder waits until all files are there (`sync_names`). An object store does the
+same with one put. Folders are renamed as one. What makes a folder of files a checkpoint is not here but in
+`completion.py`.
 """
 
 import errno

@@ -367,9 +367,9 @@ def tensor_in_archive(stream: Any) -> tuple[torch.Tensor, int] | None:
     stream. None where the bytes are those of another kind of processor, or torch does not say where they are.
 
     ``torch.load`` to the meta device swaps bytes where there are none, and crashes, so the reader under it is asked
-    first. Where storages begin is documented as ``_checkpoint_offset`` for FakeTensorMode; torch 2.13 says it here, too.
+    first. Where storages begin is documented as ``_checkpoint_offset`` for FakeTensorMode; torch 2.13 has it here, too.
     """
-    reader = torch._C.PyTorchFileReader(stream)
+    reader: Any = torch._C.PyTorchFileReader(stream)
     if not reader.has_record("byteorder") or reader.get_record("byteorder") != sys.byteorder.encode():
         return None
     stream.seek(0)
