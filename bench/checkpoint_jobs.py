@@ -1,4 +1,4 @@
-"""The job whose checkpoints are measured: a GPT with Adam, split over the processes; and its state as plain DCP has it.
+"""The job whose checkpoints are measured: a GPT with Adam, split over the processes.
 
 With the default size parameters and moments are 1.0 GB together: 84 million parameters of 12 bytes.
 """
@@ -9,14 +9,11 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
 
 import modelparallel as smp
 from bench.models import GPT, GPTSize, language_loss, token_batch
@@ -77,56 +74,11 @@ def make_job(size: GPTSize, num_steps: int = 1) -> Job:
     return job
 
 
-# The same state for plain DCP
-
-
 def own_pieces() -> list[Piece]:
     """What this rank offers to a checkpoint of the wrapped model and optimizer."""
     active = runtime.current()
     contents = take_snapshot(active, active.session.models, list(active.live_optimizers()), None, None).contents
     return contents.pieces
-
-
-def plain_state(pieces: list[Piece], *, copies: bool = False) -> dict[str, Any]:
-    """The state dict that a user of plain DCP would have: ``DTensor`` for what is split, tensors for the rest.
-
-    Over the same memory, or over copies of it.
-    """
-    group = [rank for rank in range(dist.get_world_size()) if _is_beside(rank)]
-    state = {}
-    for piece in pieces:
-        if piece.key in state:
-            raise RuntimeError(f"{piece.key} is in several pieces: no DTensor has that layout")
-        tensor = piece.tensor.clone() if copies else piece.tensor
-        split = [dim for dim, length in enumerate(piece.full_shape) if tensor.shape[dim] != length]
-        if len(group) > 1 and tensor.ndim:
-            placement = Shard(split[0]) if split else Replicate()
-            stride = torch.empty(piece.full_shape, device="meta").stride()
-            state[piece.key] = DTensor.from_local(
-                tensor, _mesh(tuple(group)), [placement], shape=torch.Size(piece.full_shape), stride=stride
-            )
-        else:
-            state[piece.key] = tensor
-    return state
-
-
-def _is_beside(rank: int) -> bool:
-    """Whether ``rank`` holds other parts of what this one holds: the stage's tensor-parallel ranks, or all shards."""
-    if smp.tp_size() > 1:
-        return rank in smp.get_tp_group()
-    return smp.pp_size() == 1
-
-
-@cache
-def _mesh(ranks: tuple[int, ...]) -> DeviceMesh:
-    """Collective over the world: torch makes the group of every stage on all ranks."""
-    world = dist.get_world_size()
-    if len(ranks) == world:
-        return DeviceMesh("cpu", list(range(world)))
-    found: list[Any] = [None] * world
-    dist.all_gather_object(found, ranks)
-    groups = [dist.new_group(list(group)) for group in sorted(set(found))]
-    return DeviceMesh.from_group(groups[sorted(set(found)).index(ranks)], "cpu")
 
 
 # Time and files

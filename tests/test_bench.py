@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from pool import run_ranks
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))
 
@@ -50,3 +52,20 @@ def test_the_document_is_in_step_with_the_results():
     for result in results:
         assert result.target == "reported" or re.fullmatch(harness.TARGET, result.target), result.name
         assert report.case_of(result) is not None, f"no benchmark makes {result.name!r}"
+
+
+@pytest.mark.parametrize("spread", ["pp2_tp2", "sharded4"])
+def test_checkpoints_are_compared_with_plain_ones(tmp_path, spread):
+    from bench import checkpoint_jobs
+    from bench.cases import checkpoints
+
+    arguments = (checkpoint_jobs.SMALL, 1, True, str(tmp_path / "checkpoints"))
+    parameters = dict(checkpoint_jobs.SPREADS[spread])
+    found = run_ranks(checkpoints.compare_plain, 4, *arguments, parameters=parameters)[0]
+    assert found.keys() == {"save", "load", "load_cached"}
+    if spread == "pp2_tp2":
+        found |= run_ranks(checkpoints.compare_gathered, 4, *arguments, parameters=parameters)[0]
+        found |= run_ranks(checkpoints.compare_background, 4, *arguments, parameters=parameters)[0]
+        assert {"save_peak", "stall", "steps_meanwhile"} <= found.keys()
+    assert all(len(ours) == len(peer) == 1 for ours, peer in found.values() if isinstance(ours, list))
+    assert all(seconds > 0 for pair in found.values() if isinstance(pair[0], list) for seconds in pair[0] + pair[1])
