@@ -256,6 +256,7 @@ def _launched(
 ) -> dict[str, Pairs]:
     """The pairs of several launches together."""
     found: dict[str, Pairs] = {}
+    print(f"  {function.__name__}, {spread}", flush=True)
     for launch in range(NUM_LAUNCHES):
         share = len(range(launch, num_pairs, NUM_LAUNCHES))
         if share:

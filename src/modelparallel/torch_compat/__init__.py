@@ -377,7 +377,8 @@ def tensor_in_archive(stream: Any) -> tuple[torch.Tensor, int] | None:
         return None
     stream.seek(0)
     head = torch.load(stream, map_location="meta", weights_only=True)
-    return (head, head.untyped_storage()._checkpoint_offset) if isinstance(head, torch.Tensor) else None
+    start: Any = head.untyped_storage()._checkpoint_offset if isinstance(head, torch.Tensor) else None
+    return None if start is None else (head, start)
 
 
 @functools.cache
