@@ -197,6 +197,7 @@ def _forget(folder: str) -> None:
 def _peak(call: Callable[[], object]) -> int:
     """The most resident memory during a call above that before it, of the rank that needs most. Collective."""
     gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed before would be used again, and not be seen
     dist.barrier()
     base = status_bytes("VmRSS")
     reset_peak()
