@@ -74,11 +74,12 @@ def make_job(size: GPTSize, num_steps: int = 1) -> Job:
     return job
 
 
-def own_pieces() -> list[Piece]:
-    """What this rank offers to a checkpoint of the wrapped model and optimizer."""
-    active = runtime.current()
-    contents = take_snapshot(active, active.session.models, list(active.live_optimizers()), None, None).contents
-    return contents.pieces
+def own_pieces(job: Job) -> list[Piece]:
+    """What this rank offers to a checkpoint of the job. Keep the job: the library holds no optimizer by itself."""
+    pieces = take_snapshot(runtime.current(), [job.model], [job.optimizer], None, None).contents.pieces
+    if not any(piece.key.startswith("optimizer.") for piece in pieces):
+        raise RuntimeError("the optimizer has no state yet: make a step first")
+    return pieces
 
 
 # Time and files
