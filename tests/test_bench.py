@@ -54,18 +54,22 @@ def test_the_document_is_in_step_with_the_results():
         assert report.case_of(result) is not None, f"no benchmark makes {result.name!r}"
 
 
-@pytest.mark.parametrize("spread", ["pp2_tp2", "sharded4"])
-def test_checkpoints_are_compared_with_plain_ones(tmp_path, spread):
+@pytest.mark.parametrize(
+    "spread, names, kinds",
+    [
+        ("pp2_tp2", ["compare_background"], {"stall", "steps_meanwhile"}),
+        ("sharded4", ["compare_plain", "compare_gathered"], {"save", "load", "load_cached", "save_peak", "load_peak"}),
+    ],
+)
+def test_checkpoints_are_compared(tmp_path, spread, names, kinds):
     from bench import checkpoint_jobs
     from bench.cases import checkpoints
 
     arguments = (checkpoint_jobs.SMALL, 1, True, str(tmp_path / "checkpoints"))
-    parameters = dict(checkpoint_jobs.SPREADS[spread])
-    found = run_ranks(checkpoints.compare_plain, 4, *arguments, parameters=parameters)[0]
-    assert found.keys() == {"save", "load", "load_cached"}
-    if spread == "pp2_tp2":
-        found |= run_ranks(checkpoints.compare_gathered, 4, *arguments, parameters=parameters)[0]
-        found |= run_ranks(checkpoints.compare_background, 4, *arguments, parameters=parameters)[0]
-        assert {"save_peak", "stall", "steps_meanwhile"} <= found.keys()
-    assert all(len(ours) == len(peer) == 1 for ours, peer in found.values() if isinstance(ours, list))
-    assert all(seconds > 0 for pair in found.values() if isinstance(pair[0], list) for seconds in pair[0] + pair[1])
+    found = {}
+    for name in names:
+        function = getattr(checkpoints, name)
+        found |= run_ranks(function, 4, *arguments, parameters=dict(checkpoint_jobs.SPREADS[spread]))[0]
+    assert found.keys() == kinds
+    pairs = [pair for kind, pair in found.items() if not kind.endswith("_peak")]
+    assert all(len(ours) == len(peer) == 1 and ours[0] > 0 and peer[0] > 0 for ours, peer in pairs)
