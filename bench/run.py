@@ -36,6 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if only is not None and only not in CASES:
         raise SystemExit(f"no benchmark is called {only!r}; there are: {', '.join(CASES)}")
     is_quick = chosen.get("QUICK", "0") not in ("", "0")
+    os.environ["QUICK"] = "1" if is_quick else ""  # some cases take smaller models
     num_pairs = int(chosen.get("PAIRS", NUM_QUICK_PAIRS if is_quick else NUM_PAIRS))
     failed = []
     for case in CASES.values():

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from pool import run_ranks
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))
 
@@ -50,3 +52,24 @@ def test_the_document_is_in_step_with_the_results():
     for result in results:
         assert result.target == "reported" or re.fullmatch(harness.TARGET, result.target), result.name
         assert report.case_of(result) is not None, f"no benchmark makes {result.name!r}"
+
+
+@pytest.mark.parametrize(
+    "spread, names, kinds",
+    [
+        ("pp2_tp2", ["compare_background"], {"stall", "steps_meanwhile"}),
+        ("sharded4", ["compare_plain", "compare_gathered"], {"save", "load", "load_cached", "save_peak", "load_peak"}),
+    ],
+)
+def test_checkpoints_are_compared(tmp_path, spread, names, kinds):
+    from bench import checkpoint_jobs
+    from bench.cases import checkpoints
+
+    arguments = (checkpoint_jobs.SMALL, 1, True, str(tmp_path / "checkpoints"))
+    found = {}
+    for name in names:
+        function = getattr(checkpoints, name)
+        found |= run_ranks(function, 4, *arguments, parameters=dict(checkpoint_jobs.SPREADS[spread]))[0]
+    assert found.keys() == kinds
+    pairs = [pair for kind, pair in found.items() if not kind.endswith("_peak")]
+    assert all(len(ours) == len(peer) == 1 and ours[0] > 0 and peer[0] > 0 for ours, peer in pairs)

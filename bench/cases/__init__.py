@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bench.cases import (
+    checkpoints,
     data_parallel,
     engine_overhead,
     growth,
@@ -35,5 +36,6 @@ _MODULES = (
     memory,
     memory_ladder,
     precision,
+    checkpoints,
 )
 CASES: dict[str, Case] = {case.name: case for module in _MODULES for case in module.CASES}

@@ -242,8 +242,8 @@ class Draft:
     """A checkpoint under construction.
 
     All ranks make one with the same arguments. One rank calls `start`, then, after a barrier, all write their files
-    through `store`, and then the first rank calls `commit` with the records of all. See [Note: What makes a checkpoint
-    count].
+    through `store` and call its `sync_names`, and then the first rank calls `commit` with the records of all. See
+    [Note: What makes a checkpoint count].
 
     Attributes:
         store: where the files are written, under their final names below the checkpoint's folder (full checkpoints:
@@ -269,7 +269,7 @@ class Draft:
         self._folder = _hidden(name, f"draft-{token}" if token else "draft")
         self._owner = ""
         if not store.is_remote:
-            self.store = store.child(self._folder)
+            self.store = store.child(self._folder, syncs_names=False)
         else:
             self.store = store if is_full else store.child(name)
         self.path = self.store.path_of()
@@ -340,6 +340,7 @@ class Draft:
         else:
             self.store.write(record_name(self.name, True) if self.is_full else RECORD_NAME, record.as_json())
             self.store.remove(self._mark)
+            self.store.sync_names()
             self._move_into_place()
         self._owner = ""
         return record

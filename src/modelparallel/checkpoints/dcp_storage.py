@@ -4,37 +4,53 @@
 ``.metadata`` where each lies, so files may have any name. They have those of the documented layout (smp-api section
 14): ``model_<pp>_<tp>.pt``, ``optimizer_<pp>_<tp>.pt`` and, for masters and loss scales, ``fp16_states_<pp>_<tp>.pt``;
 ranks with rdp_rank > 0 append ``_<rdp>``. ``.metadata`` is a pickle; it is read with an allow-list of classes.
+
+[Note: one pass over a tensor] Each tensor in a file is an archive of ``torch.save``. They are written without its
+CRC32, which takes as long as writing and which ``torch.load`` does not look at: the digest of the file, made in the
+same pass, is what counts. On the way back only the head of the archive is opened, and the bytes are read to where they
+belong, where a run of them in the file is one in memory; ``torch.load`` would make a tensor of its own first, and read
+all of it for a part.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import queue
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch.distributed.checkpoint import (
     FileSystemReader,
     FileSystemWriter,
+    LoadPlan,
+    LoadPlanner,
     Metadata,
+    ReadItem,
     SavePlan,
     SavePlanner,
 )
 from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed.checkpoint.planner import LoadItemType
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
+from torch.utils.serialization import config as serialization_config
 
 from modelparallel.checkpoints.completion import Draft
 from modelparallel.checkpoints.contents import MASTER_KEY
-from modelparallel.checkpoints.file_streams import FileRecord
+from modelparallel.checkpoints.file_streams import FileRecord, shown
 from modelparallel.checkpoints.storage import HashingFileSystem, Store
 from modelparallel.checkpoints.unpickling import DCP_METADATA_NAMES, load_pickle
-from modelparallel.errors import CheckpointError
+from modelparallel.errors import CheckpointCorruptError, CheckpointError
 from modelparallel.optimizer_states import SCALER_KEY
+from modelparallel.torch_compat import tensor_in_archive
 
 METADATA_NAME = ".metadata"
 #: The key of what ranks tell the coordinator beside the places of their tensors.
 _RECORDS = "modelparallel file records"
+#: From here on a tensor is read to where it belongs; opening an archive twice costs more for smaller ones.
+DIRECT_BYTES = 64 * 1024
 
 
 @dataclass(frozen=True)
@@ -102,8 +118,10 @@ class DraftWriter(FileSystemWriter):
         for group, items in by_group.items():
             name = f"{group}_{self._rank_info.suffix}.pt"
             files.put((name, name, items))
-        written = self._write_data(planner, files)
+        with serialization_config.patch("save.compute_crc32", False):  # type: ignore[attr-defined]  # of this thread
+            written = self._write_data(planner, files)
         self._files.raise_failure()
+        self._draft.store.sync_names()
         records = WriteResult(MetadataIndex(_RECORDS), 0, dict(self._files.records))
         result: Future[list[WriteResult]] = Future()
         result.set_result([*written.value(), records])
@@ -138,6 +156,45 @@ class RecordedReader(FileSystemReader):
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """What was read before. Local."""
         return self._known
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """Fill the planner's tensors. Local. Raises CheckpointError for files that cannot be read."""
+        by_file: dict[str, list[ReadItem]] = {}
+        for item in plan.items:
+            by_file.setdefault(self.storage_data[item.storage_index].relative_path, []).append(item)
+        others = []
+        for name, items in by_file.items():
+            items.sort(key=lambda item: self.storage_data[item.storage_index].offset)
+            with self.fs.create_stream(name, "rb") as stream:
+                others += [item for item in items if not self._is_read_in_place(stream, item, planner)]
+        return super().read_data(dataclasses.replace(plan, items=others), planner)
+
+    def _is_read_in_place(self, stream: Any, item: ReadItem, planner: LoadPlanner) -> bool:
+        """Read the bytes of a tensor to where they belong, if they lie in the file as they do there."""
+        place = self.storage_data[item.storage_index]
+        if item.type == LoadItemType.BYTE_IO or getattr(place, "transform_descriptors", None):
+            return False
+        target = planner.resolve_tensor(item).detach()
+        if target.device.type != "cpu" or not target.is_contiguous() or target.nbytes < DIRECT_BYTES:
+            return False
+        found = tensor_in_archive(self._slice_file(stream, place))
+        if found is None:
+            return False
+        head, start = found
+        for dim, (low, length) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
+            head = head.narrow(dim, low, length)
+        if head.shape != target.shape or head.dtype != target.dtype or not head.is_contiguous():
+            return False
+        stream.seek(place.offset + start + head.storage_offset() * head.itemsize)
+        room: Any = memoryview(target.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+        while room.nbytes:
+            count = stream.readinto(room)
+            if not count:
+                where = self.fs.store.path_of(place.relative_path)
+                raise CheckpointCorruptError(f"{shown(where)!r} ends before its tensors do: load another checkpoint")
+            room = room[count:]
+        planner.commit_tensor(item, target)
+        return True
 
 
 def read_metadata(store: Store, trusts_pickles: bool = False) -> Metadata:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from torch.distributed.checkpoint.planner import LoadItemType, TensorWriteData, 
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from modelparallel.checkpoints.pieces import Piece
-from modelparallel.errors import CheckpointError
+from modelparallel.errors import CheckpointCorruptError, CheckpointError
 
 
 def entry_of(piece: Piece) -> str:
@@ -107,7 +108,9 @@ class PieceLoadPlanner(DefaultLoadPlanner):
         for key, pieces in by_key.items():
             described = tensor_entry(key, stored[key], pieces[0].full_shape)
             chunks = [ChunkStorageMetadata(torch.Size(piece.offsets), torch.Size(piece.sizes)) for piece in pieces]
-            items.extend(create_read_items_for_chunk_list(key, described, chunks))
+            found = create_read_items_for_chunk_list(key, described, chunks)
+            _check_all_there(key, pieces, found)
+            items.extend(found)
             self._by_place.update({(key, number): piece.tensor for number, piece in enumerate(pieces)})
         for key in self._object_keys:
             index = MetadataIndex(key)
@@ -139,6 +142,17 @@ def tensor_entry(key: str, described: Any, full_shape: tuple[int, ...]) -> Tenso
             "with the model that was saved"
         )
     return described
+
+
+def _check_all_there(key: str, pieces: Sequence[Piece], items: Sequence[ReadItem]) -> None:
+    """Raise CheckpointCorruptError unless the checkpoint has every element of the pieces; their memory may be new."""
+    wanted = sum(piece.tensor.numel() for piece in pieces)
+    there = sum(prod(item.lengths) for item in items)
+    if there != wanted:
+        raise CheckpointCorruptError(
+            f"the checkpoint has {there} of the {wanted} elements of '{key}' that this rank needs: it was written by "
+            "another program, or changed. Load another one"
+        )
 
 
 def is_object(described: Any) -> bool:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
+from traceback import StackSummary
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed.checkpoint as dcp
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -77,12 +78,39 @@ class StoredCheckpoint:
 
         planner = PieceLoadPlanner(pieces, object_keys, take)
         reader = RecordedReader(self.store, self._metadata, self._expected)
+        failure: CheckpointError | None = None
         try:
             with torch.no_grad():
-                dcp.load({}, storage_reader=reader, planner=planner, process_group=world_process_group(self._runtime))
-        except (CheckpointException, Exception) as error:
-            raise explained(error, doing, self._runtime.session.groups.world.rank_in_group) from error
+                self._read_own(planner, reader)
+        except Exception as error:
+            if not isinstance(error, CheckpointError):
+                failure = CheckpointError(f"{type(error).__name__}: {error}")
+                failure.__cause__ = error
+            else:
+                failure = error
+        self._agree(failure, doing)
         return found
+
+    def _read_own(self, planner: PieceLoadPlanner, reader: RecordedReader) -> None:
+        """What ``dcp.load`` does on a rank; it also sends all plans to one rank and back, as they are. Local."""
+        planner.set_up_planner({}, self._metadata)
+        reader.set_up_storage_reader(self._metadata, is_coordinator=False)
+        plan = reader.prepare_local_plan(planner.create_local_plan())
+        reader.read_data(planner.finish_plan(plan), planner).wait()
+
+    def _agree(self, failure: CheckpointError | None, doing: str) -> None:
+        """All ranks hear of each other's failures. Collective over the world."""
+        world = self._runtime.session.groups.world
+        failures: list[CheckpointError | None] = [None] * world.size
+        try:
+            dist.all_gather_object(failures, failure, group=world_process_group(self._runtime))
+        except Exception as error:
+            raise explained(failure or error, doing, world.rank_in_group) from error
+        found: dict[int, tuple[BaseException, StackSummary]] = {
+            rank: (error, StackSummary()) for rank, error in enumerate(failures) if error is not None
+        }
+        if found:
+            raise explained(CheckpointException(doing, found), doing, world.rank_in_group) from failure
 
 
 # Models
@@ -224,7 +252,7 @@ class OptimizerLoad:
             # A job in full precision has no masters; its parameters are as good.
             source = stored.get(MASTER_KEY, f"model{self._prefix.removeprefix('optimizer')}.{row.name}")
             if source in self._checkpoint.entries:
-                values[MASTER_KEY] = self._room_for(source, row, target, torch.float32)
+                values[MASTER_KEY] = self._room_for(source, row, target, torch.float32, target.tensor)
         if self._masters_only:
             return
         for entry, key in stored.items():
@@ -252,7 +280,8 @@ class OptimizerLoad:
                     "or joined: resume with the same tensor_parallel_degree and sharding, or with load_optimizer=False"
                 )
         elif shape == row.full_shape and (shape or name != "step"):
-            values[name] = self._room_for(key, row, target, described.properties.dtype)
+            there = self._optimizer.optimizer.state.get(target.tensor, {}).get(name)
+            values[name] = self._room_for(key, row, target, described.properties.dtype, there)
         else:
             wanted = own_key(self._optimizer, row, target, name)
             if shape and wanted != name:
@@ -263,14 +292,19 @@ class OptimizerLoad:
                 )
             values[name] = self._whole(key, described)
 
-    def _room_for(self, key: str, row: ParameterRow, target: Target, dtype: torch.dtype) -> torch.Tensor:
-        room = torch.zeros(target.tensor.shape, dtype=dtype, device=target.tensor.device)
+    def _room_for(self, key: str, row: ParameterRow, target: Target, dtype: torch.dtype, there: Any) -> torch.Tensor:
+        """What the optimizer has already (``there``), if that is such a tensor; new memory costs as much as reading."""
+        wanted = target.tensor.shape, dtype, target.tensor.device
+        if type(there) in (torch.Tensor, nn.Parameter) and (there.shape, there.dtype, there.device) == wanted:
+            room = there.detach()
+        else:
+            room = torch.empty(target.tensor.shape, dtype=dtype, device=target.tensor.device)
         tensor_entry(key, self._checkpoint.entries[key], row.full_shape)
         self._pieces.extend(target_pieces(self._optimizer, key, row, target, room))
         return room
 
     def _whole(self, key: str, described: Any) -> torch.Tensor:
         # On the CPU, as torch keeps counts of steps; the optimizer moves the rest to its parameters' device.
-        room = torch.zeros(tuple(described.size), dtype=described.properties.dtype)
+        room = torch.empty(tuple(described.size), dtype=described.properties.dtype)
         self._pieces.append(whole_piece(key, room))
         return room

@@ -38,7 +38,7 @@ class RemoteStore(Store):
         checked_name(name, self.root, may_be_empty=True)
         return "/".join(filter(None, (self.root.removesuffix("/"), name))) if name else self.root
 
-    def child(self, name: str) -> Store:
+    def child(self, name: str, syncs_names: bool = True) -> Store:
         return RemoteStore(self.path_of(name))
 
     def _key(self, name: str) -> str:

@@ -5,8 +5,9 @@ that is from someone else, so each is checked: none leads out of the root, by it
 
 [Note: What survives a crash] A local file is written beside its place, brought to the disk (fsync), renamed into place,
 and then the folder is brought to the disk: at every moment its name leads to the whole old file or to the whole new
-one. An object store does the same with one put. Folders are renamed as one. What makes a folder of files a checkpoint
-is not here but in `completion.py`.
+one. In a draft, which nobody reads, the folder waits until all files are there (`sync_names`). An object store does the
+same with one put. Folders are renamed as one. What makes a folder of files a checkpoint is not here but in
+`completion.py`.
 """
 
 import errno
@@ -70,8 +71,12 @@ class Store(ABC):
         raise NotImplementedError
 
     @abstractmethod
-    def child(self, name: str) -> "Store":
-        """The store below the folder `name` of this one."""
+    def child(self, name: str, syncs_names: bool = True) -> "Store":
+        """The store below the folder `name` of this one.
+
+        `syncs_names=False`: of new files only the data are brought to the disk, one by one; `sync_names` does it for
+        the names, all at once.
+        """
 
     def open(self, name: str, mode: str = "rb") -> AbstractContextManager[Any]:
         """A binary file, as a context manager: "rb" gives a seekable file, "wb" a `WriteStream`.
@@ -173,6 +178,14 @@ class Store(ABC):
     def sync_folder(self, name: str = "") -> None:
         """Bring a folder's list of names to the disk. Nothing to do for remote stores."""
 
+    def sync_names(self) -> None:
+        """Bring the names of all files to the disk. Nothing to do for remote stores.
+
+        Raises:
+            CheckpointError: the disk fails.
+        """
+        return
+
     @abstractmethod
     def _reading(self, name: str) -> AbstractContextManager[IO[bytes]]: ...
 
@@ -189,8 +202,9 @@ class Store(ABC):
 class LocalStore(Store):
     """Files below a local folder."""
 
-    def __init__(self, root: str) -> None:
+    def __init__(self, root: str, syncs_names: bool = True) -> None:
         self.root = os.path.abspath(root)
+        self._syncs_names = syncs_names
 
     def __repr__(self) -> str:
         return f"LocalStore({self.root!r})"
@@ -208,8 +222,8 @@ class LocalStore(Store):
             )
         return path
 
-    def child(self, name: str) -> Store:
-        return LocalStore(self.path_of(name))
+    def child(self, name: str, syncs_names: bool = True) -> Store:
+        return LocalStore(self.path_of(name), syncs_names)
 
     def exists(self, name: str = "") -> bool:
         return os.path.exists(self.path_of(name))
@@ -292,7 +306,8 @@ class LocalStore(Store):
         source, target = self.path_of(old), self.path_of(new)
         try:
             os.replace(source, target)
-            self._sync_path(os.path.dirname(target))
+            if self._syncs_names:
+                self._sync_path(os.path.dirname(target))
         except FileNotFoundError as error:
             raise self._read_failure(old, error) from error
         except OSError as error:
@@ -317,6 +332,13 @@ class LocalStore(Store):
             self._sync_path(path)
         except OSError as error:
             raise self._change_failure("bring to the disk", path, error) from error
+
+    def sync_names(self) -> None:
+        for base, _, _ in os.walk(self.root, topdown=False):
+            try:
+                self._sync_path(base)
+            except OSError as error:
+                raise self._change_failure("bring to the disk", base, error) from error
 
     @contextmanager
     def _reading(self, name: str) -> Iterator[IO[bytes]]:
@@ -362,7 +384,8 @@ class LocalStore(Store):
         os.fsync(raw.fileno())
         raw.close()
         os.replace(part, path)
-        self._sync_path(os.path.dirname(path))
+        if self._syncs_names:
+            self._sync_path(os.path.dirname(path))
 
     def _make_folders(self, path: str) -> None:
         missing = []

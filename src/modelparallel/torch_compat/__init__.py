@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import io
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -365,6 +366,34 @@ def num_storage_users(tensor: torch.Tensor) -> int:
 def storage_identity(tensor: torch.Tensor) -> int:
     """A number that all views of one storage have, also on the meta device, and no other storage that is alive."""
     return int(tensor.untyped_storage()._cdata)  # data_ptr() is 0 there
+
+
+def tensor_in_archive(stream: Any) -> tuple[torch.Tensor, int] | None:
+    """Of a tensor that ``torch.save`` has written: a tensor on the meta device, and where its storage begins in the
+    stream. None where the bytes are those of another kind of processor, or torch does not say where they are.
+
+    ``torch.load`` to the meta device swaps bytes where there are none, and crashes, so the reader under it is asked
+    first. Where storages begin is documented as ``_checkpoint_offset`` for FakeTensorMode; torch 2.13 has it here, too.
+    """
+    if not _knows_where_storages_begin():
+        return None
+    reader: Any = torch._C.PyTorchFileReader(stream)
+    if not reader.has_record("byteorder") or reader.get_record("byteorder") != sys.byteorder.encode():
+        return None
+    stream.seek(0)
+    head = torch.load(stream, map_location="meta", weights_only=True)
+    start: Any = head.untyped_storage()._checkpoint_offset if isinstance(head, torch.Tensor) else None
+    return None if start is None else (head, start)
+
+
+@functools.cache
+def _knows_where_storages_begin() -> bool:
+    """Asked once: a torch that does not would read all of a tensor only to drop it."""
+    stream = io.BytesIO()
+    torch.save(torch.zeros(1), stream)
+    stream.seek(0)
+    head = torch.load(stream, map_location="meta", weights_only=True)
+    return getattr(head.untyped_storage(), "_checkpoint_offset", None) is not None
 
 
 def is_function_node(node: Any) -> bool:

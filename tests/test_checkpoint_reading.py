@@ -1,0 +1,127 @@
+"""Tensors of a checkpoint are read to where they belong, whatever part of them a rank wants."""
+
+import io
+import sys
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+
+from modelparallel.checkpoints.dcp_storage import DIRECT_BYTES, RecordedReader, read_metadata
+from modelparallel.checkpoints.pieces import Piece, whole_piece
+from modelparallel.checkpoints.planners import PieceLoadPlanner
+from modelparallel.checkpoints.storage import Store
+from modelparallel.errors import CheckpointCorruptError
+from modelparallel.torch_compat import tensor_in_archive
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+
+ROWS, COLUMNS = 300, 128
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """Tensors of plain DCP, larger than what is read by the way of small ones."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        "wide": torch.randn(ROWS, COLUMNS, generator=generator),
+        "half": torch.randn(ROWS, COLUMNS, generator=generator).to(torch.bfloat16),
+        "turned": torch.randn(COLUMNS, ROWS, generator=generator).T,
+        "small": torch.randn(3, generator=generator),
+        "number": torch.tensor(5.0),
+    }
+    assert tensors["half"].nbytes > DIRECT_BYTES
+    dcp.save(tensors, checkpoint_id=str(tmp_path), no_dist=True)
+    return Store.of(tmp_path), tensors
+
+
+def read(store, pieces, metadata=None):
+    metadata = read_metadata(store) if metadata is None else metadata
+    planner, reader = PieceLoadPlanner(pieces, [], lambda key, data: None), RecordedReader(store, metadata, None)
+    planner.set_up_planner({}, metadata)
+    reader.set_up_storage_reader(metadata, is_coordinator=False)
+    plan = reader.prepare_local_plan(planner.create_local_plan())
+    copies, copy = [], torch.Tensor.copy_
+    with mock.patch.object(torch.Tensor, "copy_", lambda target, source: copies.append(target) or copy(target, source)):
+        reader.read_data(planner.finish_plan(plan), planner).wait()
+    return len(copies)
+
+
+def part(tensors, key, rows, columns, dtype=None):
+    whole = tensors[key]
+    room = torch.full((rows.stop - rows.start, columns.stop - columns.start), torch.nan, dtype=dtype or whole.dtype)
+    return Piece(key, tuple(whole.shape), (rows.start, columns.start), room)
+
+
+@pytest.mark.parametrize("key", ["wide", "half"])
+def test_a_run_of_bytes_is_read_without_a_copy(saved, key):
+    store, tensors = saved
+    everything = whole_piece(key, torch.full_like(tensors[key], torch.nan))
+    rows = part(tensors, key, slice(7, 290), slice(0, COLUMNS))
+    assert rows.tensor.nbytes >= DIRECT_BYTES
+    assert read(store, [everything, rows]) == 0
+    assert torch.equal(everything.tensor, tensors[key])
+    assert torch.equal(rows.tensor, tensors[key][7:290])
+
+
+def test_other_parts_are_copied(saved):
+    store, tensors = saved
+    columns = part(tensors, "wide", slice(0, ROWS), slice(3, 100))
+    turned = whole_piece("turned", torch.full((ROWS, COLUMNS), torch.nan))
+    wider = part(tensors, "half", slice(0, ROWS), slice(0, COLUMNS), torch.float32)
+    few = [whole_piece(key, torch.full_like(tensors[key], torch.nan)) for key in ("small", "number")]
+    assert read(store, [columns, turned, wider, *few]) == 5
+    assert torch.equal(columns.tensor, tensors["wide"][:, 3:100])
+    assert torch.equal(turned.tensor, tensors["turned"])
+    assert torch.equal(wider.tensor, tensors["half"].float())
+    assert all(torch.equal(piece.tensor, tensors[piece.key]) for piece in few)
+
+
+def test_a_view_of_other_memory_is_filled_and_nothing_beside_it(saved):
+    store, tensors = saved
+    memory = torch.zeros(ROWS + 2, COLUMNS)
+    assert read(store, [Piece("wide", (ROWS, COLUMNS), (0, 0), memory[1:-1])]) == 0
+    assert torch.equal(memory[1:-1], tensors["wide"])
+    assert not memory[0].any() and not memory[-1].any()
+
+
+def test_a_tensor_that_is_not_all_there_is_refused(saved):
+    store, _ = saved
+    metadata = read_metadata(store)
+    chunk = metadata.state_dict_metadata["wide"].chunks[0]
+    chunk.sizes = torch.Size((ROWS - 1, COLUMNS))
+    with pytest.raises(CheckpointCorruptError, match=r"38272 of the 38400 elements of 'wide'"):
+        read(store, [whole_piece("wide", torch.empty(ROWS, COLUMNS))], metadata)
+
+
+def test_a_file_that_is_too_short_is_refused(saved, tmp_path):
+    store, _ = saved
+    metadata = read_metadata(store)
+    place = next(place for index, place in metadata.storage_data.items() if index.fqn == "wide")
+    found = tensor_in_archive(io.BytesIO((tmp_path / place.relative_path).read_bytes()[place.offset :][: place.length]))
+    assert found is not None
+    end = place.offset + found[1] + 4 * ROWS * COLUMNS
+    # The head lies in memory, and the file behind it ends early.
+    with (
+        mock.patch("modelparallel.checkpoints.dcp_storage.tensor_in_archive", return_value=found),
+        open(tmp_path / place.relative_path, "r+b") as file,
+    ):
+        file.truncate(end - 1)
+        with pytest.raises(CheckpointCorruptError, match="ends before its tensors do"):
+            read(store, [whole_piece("wide", torch.empty(ROWS, COLUMNS))], metadata)
+
+
+def test_bytes_of_another_kind_of_processor_are_not_taken_as_they_are():
+    data = io.BytesIO()
+    other = {"little": "big", "big": "little"}[sys.byteorder]
+    with mock.patch.object(sys, "byteorder", other):
+        torch.save(torch.arange(5.0), data)
+    data.seek(0)
+    assert tensor_in_archive(data) is None
+    data = io.BytesIO()
+    torch.save(torch.arange(5.0), data)
+    data.seek(0)
+    head, start = tensor_in_archive(data)
+    assert head.device.type == "meta" and head.shape == (5,)
+    assert data.getvalue()[start : start + 20] == torch.arange(5.0).numpy().tobytes()
