@@ -34,7 +34,8 @@ def local_state_dict(model: DistributedModel) -> dict[str, Any]:
     for name, value in _local_entries(model):
         if isinstance(value, DTensor):
             if id(value) not in gathered:
-                gathered[id(value)] = value.full_tensor().detach()
+                assert model.gradients.sharding is not None  # nothing else makes DTensors of parameters
+                gathered[id(value)] = model.gradients.sharding.whole(value)
             value = gathered[id(value)]
         elif isinstance(value, torch.Tensor):
             value = value.detach()

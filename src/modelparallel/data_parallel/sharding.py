@@ -31,6 +31,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+from modelparallel.comm.exchange import start_gather_rows
 from modelparallel.comm.host_copies import start_collective
 from modelparallel.data_parallel.waits import check_agreement, wait_for
 from modelparallel.errors import UnsupportedError
@@ -313,6 +314,17 @@ class ShardedParameters:
 
     def finish_update(self) -> None:
         """Nothing: the parameters are gathered when they are next used."""
+
+    def whole(self, sharded: Any) -> torch.Tensor:
+        """The values of a sharded parameter, whole, detached; collective over the sharding group.
+
+        Not ``full_tensor``: its collectives end the process where gloo is asked for tensors of a GPU (torch 2.11).
+        """
+        group = self._groups.shard
+        num_rows = sharded.shape[0]
+        per_rank = -(-num_rows // group.size)
+        counts = [min(per_rank, max(num_rows - rank * per_rank, 0)) for rank in range(group.size)]
+        return start_gather_rows(sharded.to_local().detach(), group, counts).wait()
 
     def require_whole_parameters(self, optimizer_name: str) -> bool:
         """Raise for an optimizer that needs whole parameters (norms of layers, factored moments, matrix roots). Local.
