@@ -4,7 +4,7 @@
 
 Checks that all compute the same loss, then times forward and backward in turn, and prints tokens/s and the share of the
 GPU's peak. ``--small`` takes small shapes, and runs on a CPU too: it shows that the script works, not how fast.
-Dropout is off, so that the losses can be compared. Not run on a GPU yet.
+Dropout is off, so that the losses can be compared.
 """
 
 from __future__ import annotations

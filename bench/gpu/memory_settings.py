@@ -4,7 +4,7 @@
 
 Checks that the settings give the same losses, then prints tokens/s and the peak of the allocator for each, and what
 `smp.memory_report` says. ``--small`` takes a small shape, and runs on a CPU too: it shows that the script works, not
-how fast. Each setting runs in a process of its own. Not run on a GPU yet.
+how fast. Each setting runs in a process of its own.
 """
 
 from __future__ import annotations
