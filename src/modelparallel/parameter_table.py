@@ -239,8 +239,8 @@ class Config(BaseModel):
     ddp_dist_backend: Text = _choice(
         "auto",
         ("auto", "nccl", "gloo"),
-        "Backend of torch.distributed: `auto` is NCCL for CUDA tensors where there is a GPU, and gloo; `gloo` alone lets "
-        "processes share a GPU. Needs `ddp`.",
+        "Backend of torch.distributed: `auto` is NCCL for CUDA tensors where there is a GPU, and gloo; `gloo` alone "
+        "lets processes share a GPU. Needs `ddp`.",
     )
     prescaled_batch: Flag = _flag("The ranks of a TP group feed the same batch.")
     shard_optimizer_state: Flag = _flag("Shard the optimizer state over the holders of a parameter. Needs `ddp`.")
