@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
-from modelparallel.errors import CheckpointCorruptError, CheckpointError, CheckpointNotFoundError
+from modelparallel.checkpoints.completion import new_token
+from modelparallel.errors import CheckpointCorruptError, CheckpointError, CheckpointNotFoundError, DivergenceError
 from modelparallel.ranks_and_messages import allgather
 from modelparallel.topology import CommGroup
 
@@ -29,6 +31,22 @@ def agreed() -> Iterator[None]:
     for rank, report in enumerate(reports):
         if report is not None:
             raise _error_class(report[0])(f"rank {rank} failed: {report[0]}: {report[1]}")
+
+
+def agreed_token(function: str, **arguments: Any) -> str:
+    """A text of rank 0 for this call of ``function``, which all ranks must make alike. Collective over the world.
+
+    Raises DivergenceError on all ranks if the arguments differ.
+    """
+    answers = allgather((arguments, new_token()), CommGroup.WORLD)
+    first = answers[0][0]
+    for rank, (other, _) in enumerate(answers):
+        if other != first:
+            raise DivergenceError(
+                f"{function} was called with {first} on rank 0 and {other} on rank {rank}: call it with equal "
+                "arguments on all ranks"
+            )
+    return str(answers[0][1])
 
 
 def _error_class(name: str) -> type[CheckpointError]:

@@ -19,8 +19,8 @@ from torch import nn
 
 from modelparallel import construction
 from modelparallel import runtime as runtime_module
-from modelparallel.checkpoints.agreement import agreed
-from modelparallel.checkpoints.completion import Draft, new_token
+from modelparallel.checkpoints.agreement import agreed, agreed_token
+from modelparallel.checkpoints.completion import Draft
 from modelparallel.checkpoints.contents import model_pieces, named_parameters, rows_of, target_pieces
 from modelparallel.checkpoints.file_streams import FileRecord
 from modelparallel.checkpoints.huggingface_names import FileTensor, TransformersModel, file_tensors, names_to_write
@@ -41,7 +41,7 @@ from modelparallel.checkpoints.safetensors_files import (
 from modelparallel.checkpoints.storage import Store
 from modelparallel.checkpoints.whole_tensors import WholeTensors
 from modelparallel.checkpoints.writing import world_process_group
-from modelparallel.errors import DivergenceError, SMPConfigError, StepUsageError
+from modelparallel.errors import SMPConfigError, StepUsageError
 from modelparallel.model import DistributedModel
 from modelparallel.precision import half_dtype
 from modelparallel.ranks_and_messages import allgather
@@ -80,7 +80,9 @@ def export_hf(
     UnsupportedError for adapters and quantised weights.
     """
     runtime = runtime_module.current()
-    token = _agreed_token((os.fspath(path), str(max_shard_size), str(dtype), overwrite))
+    token = agreed_token(
+        "smp.export_hf", path=os.fspath(path), max_shard_size=str(max_shard_size), dtype=str(dtype), overwrite=overwrite
+    )
     if runtime.background_save is not None:
         runtime.background_save.wait()
     with agreed():
@@ -98,17 +100,6 @@ def export_hf(
         if export.is_begun:
             draft.discard()
         raise
-
-
-def _agreed_token(arguments: tuple[Any, ...]) -> str:
-    answers = allgather((arguments, new_token()), CommGroup.WORLD)
-    for rank, (other, _) in enumerate(answers):
-        if other != answers[0][0]:
-            raise DivergenceError(
-                f"smp.export_hf was called with (path, max_shard_size, dtype, overwrite) = {answers[0][0]} on rank 0 "
-                f"and {other} on rank {rank}: call it with equal arguments on all ranks"
-            )
-    return str(answers[0][1])
 
 
 def _check(model: DistributedModel, max_shard_size: int | str, dtype: torch.dtype | None) -> None:

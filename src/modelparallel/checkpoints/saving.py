@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from modelparallel import runtime as runtime_module
-from modelparallel.checkpoints.agreement import agreed
-from modelparallel.checkpoints.completion import Draft, new_token, prune, write_newest
+from modelparallel.checkpoints.agreement import agreed, agreed_token
+from modelparallel.checkpoints.completion import Draft, prune, write_newest
 from modelparallel.checkpoints.full import check_tag, save_full
 from modelparallel.checkpoints.job_state import check_loader
 from modelparallel.checkpoints.storage import Store
 from modelparallel.checkpoints.writing import PendingSave, take_snapshot, write_partial
-from modelparallel.errors import CheckpointError, DivergenceError, SMPConfigError, StepUsageError
+from modelparallel.errors import CheckpointError, SMPConfigError, StepUsageError
 from modelparallel.model import DistributedModel
 from modelparallel.optimizer import DistributedOptimizer
 from modelparallel.ranks_and_messages import allgather
@@ -69,7 +69,10 @@ def save_checkpoint(
     _settle_earlier(runtime, if_saving)
     store = Store.of(path)
     name = tag + PARTIAL_ENDING if partial else tag
-    token = _agreed_token(runtime, (str(os.fspath(path)), tag, partial, async_save, len(models), len(optimizers)))
+    token = agreed_token(
+        "smp.save_checkpoint", path=str(os.fspath(path)), tag=tag, partial=partial, async_save=async_save,
+        models=len(models), optimizers=len(optimizers),
+    )  # fmt: skip
     if not partial:
         save_full(
             path,
@@ -167,15 +170,3 @@ def _settle_earlier(runtime: Runtime, if_saving: str) -> None:
 def _finish_at_exit(runtime: Runtime) -> None:
     if runtime.background_save is not None:
         runtime.background_save.wait()
-
-
-def _agreed_token(runtime: Runtime, arguments: tuple[Any, ...]) -> str:
-    """A text of rank 0 for this save; all ranks must save the same. Collective over the world."""
-    answers = allgather((arguments, new_token()), CommGroup.WORLD)
-    for rank, (other, _) in enumerate(answers):
-        if other != answers[0][0]:
-            raise DivergenceError(
-                f"smp.save_checkpoint was called with (path, tag, partial, async_save, models, optimizers) = "
-                f"{answers[0][0]} on rank 0 and {other} on rank {rank}: call it with equal arguments on all ranks"
-            )
-    return str(answers[0][1])
