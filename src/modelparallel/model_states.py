@@ -30,12 +30,12 @@ def local_state_dict(model: DistributedModel) -> dict[str, Any]:
     A parameter that is sharded by sharded data parallelism is gathered: collective over the sharding group then.
     """
     result: dict[str, Any] = {}
+    sharding = model.gradients.sharding
     gathered: dict[int, torch.Tensor] = {}  # a tied parameter has several names
     for name, value in _local_entries(model):
         if isinstance(value, DTensor):
             if id(value) not in gathered:
-                assert model.gradients.sharding is not None  # nothing else makes DTensors of parameters
-                gathered[id(value)] = model.gradients.sharding.whole(value)
+                gathered[id(value)] = value.full_tensor().detach() if sharding is None else sharding.whole(value)
             value = gathered[id(value)]
         elif isinstance(value, torch.Tensor):
             value = value.detach()

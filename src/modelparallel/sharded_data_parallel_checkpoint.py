@@ -54,9 +54,7 @@ def get_full_state_dict_from_sharded_data_parallel_checkpoint(
         state = _state_of_original(found.folder, trust_pickles)
         return {name: _cast(value, dtype) for name, value in state.items()}
     checked(found, "full", verify=True)
-    files = None if found.record is None else found.record.files
-    facts = {} if found.record is None else found.record.facts
-    stored = StoredPartial(found.folder, files, facts, trusts_pickles=trust_pickles)
+    stored = StoredPartial(found.folder, found.files, found.facts, trusts_pickles=trust_pickles)
     state, _ = named_state(stored, chosen_model(stored, None), True, dtype, takes_masters=True)
     return {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
 

@@ -15,9 +15,10 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 from modelparallel.checkpoints.completion import (
     MARK_NAME,
@@ -29,7 +30,7 @@ from modelparallel.checkpoints.completion import (
     read_record,
 )
 from modelparallel.checkpoints.dcp_storage import METADATA_NAME
-from modelparallel.checkpoints.file_streams import shown
+from modelparallel.checkpoints.file_streams import FileRecord, shown
 from modelparallel.checkpoints.saving import PARTIAL_ENDING
 from modelparallel.checkpoints.storage import Store
 from modelparallel.checkpoints.torch_files import store_of_file
@@ -71,6 +72,16 @@ class Found:
     def is_complete(self) -> bool | None:
         """None: its kind has no record that could say so."""
         return None if self.kind not in RECORDED_KINDS else not self.problem
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """What its record says beside the files; nothing without one."""
+        return {} if self.record is None else self.record.facts
+
+    @property
+    def files(self) -> Mapping[str, FileRecord] | None:
+        """The files of its record; None without one."""
+        return None if self.record is None else self.record.files
 
     @property
     def store(self) -> Store:
@@ -151,7 +162,7 @@ def find(path: str | os.PathLike[str], tag: str | None = None) -> Found:
 
     Raises CheckpointNotFoundError that says what is there.
     """
-    path = _normal(os.fspath(path))
+    path = normal_path(path)
     if tag is not None:
         return _tagged(path, tag)
     itself = _itself(path)
@@ -246,10 +257,10 @@ def _described(path: str, store: Store, name: str, kind: str) -> Found:
     return Found(path, name, kind, record, "; ".join(problems))
 
 
-def _normal(path: str) -> str:
-    if "://" in path:
-        return path.rstrip("/")
-    return os.path.abspath(path)
+def normal_path(path: str | os.PathLike[str]) -> str:
+    """An absolute path, or a URL, without a slash at its end. Local."""
+    text = os.fspath(path)
+    return text.rstrip("/") if "://" in text else os.path.abspath(text)
 
 
 def _names(found: Sequence[Found]) -> str:

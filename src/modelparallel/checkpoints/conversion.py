@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from modelparallel.checkpoints import completion
-from modelparallel.checkpoints.catalogue import RECORDED_KINDS, Found, find
+from modelparallel.checkpoints.catalogue import RECORDED_KINDS, Found, find, normal_path
 from modelparallel.checkpoints.file_streams import shown
 from modelparallel.checkpoints.full import check_tag, write_full
 from modelparallel.checkpoints.offline import (
@@ -95,7 +95,7 @@ def convert_to_full(
     destination's folder if it is local (offline.py). Raises CheckpointNotFoundError, CheckpointCorruptError for
     a checkpoint that is not whole, CheckpointError for a destination that exists.
     """
-    target, new_tag = store_of_file(_normal(destination))
+    target, new_tag = store_of_file(normal_path(destination))
     check_tag(new_tag)
     found = checked(find(path, tag), "full", verify)
     if not overwrite and (target.exists(new_tag) or target.exists(completion.record_name(new_tag, True))):
@@ -147,7 +147,7 @@ def convert_to_safetensors(
     others = {} if config is None else _files_beside(os.fspath(config))
     found = checked(find(path, tag), "safetensors", verify)
     if found.kind in ("partial", "dcp"):
-        stored = open_partial(found, store_of_file(_normal(destination))[0], (), trust_pickles)
+        stored = open_partial(found, store_of_file(normal_path(destination))[0], (), trust_pickles)
         state, names = named_state(stored, chosen_model(stored, model_index), translate, dtype)
     else:
         state, names = _weights(found, trust_pickles), "those of the file"
@@ -208,7 +208,7 @@ def _dtype_of(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.dtype:
 
 def _files_beside(config: str) -> dict[str, bytes]:
     """``config.json``, and from a folder also what tokenizers keep beside it. Raises CheckpointNotFoundError."""
-    store, name = store_of_file(_normal(config))
+    store, name = store_of_file(normal_path(config))
     if not store.is_folder(name):
         return {_CONFIG_NAME: store.read(name)}
     files = {}
@@ -247,10 +247,10 @@ def open_partial(found: Found, target: Store, allowed_types: Sequence[Allowed], 
     if not target.is_remote:
         target.make_folder()
         folder = target.path_of()
-    files = None if found.record is None else found.record.files
-    facts = {} if found.record is None else found.record.facts
     scratch = Scratch(folder if folder is not None else tempfile.gettempdir())
-    return StoredPartial(found.folder, files, facts, scratch, allowed=allowed_types, trusts_pickles=trust_pickles)
+    return StoredPartial(
+        found.folder, found.files, found.facts, scratch, allowed=allowed_types, trusts_pickles=trust_pickles
+    )
 
 
 def chosen_model(stored: StoredPartial, index: int | None) -> int:
@@ -313,8 +313,3 @@ def size_of(state: Mapping[str, Any]) -> tuple[int, int]:
     tensors = [value for value in state.values() if isinstance(value, torch.Tensor)]
     by_place = {(tensor.data_ptr(), tuple(tensor.shape)): tensor for tensor in tensors}
     return len(tensors), sum(tensor.numel() * tensor.element_size() for tensor in by_place.values())
-
-
-def _normal(path: str | os.PathLike[str]) -> str:
-    text = os.fspath(path).rstrip("/")
-    return text if "://" in text else os.path.abspath(text)

@@ -157,6 +157,16 @@ class RecordedReader(FileSystemReader):
         """What was read before. Local."""
         return self._known
 
+    def fill(self, planner: LoadPlanner) -> None:
+        """Fill what the planner asks for: what ``dcp.load`` does on a rank, which also sends all plans to one rank and
+        back, as they are. Local.
+        """
+        planner.set_up_planner({}, self._known)
+        self.set_up_storage_reader(self._known, is_coordinator=False)
+        plan = self.prepare_local_plan(planner.create_local_plan())
+        with torch.no_grad():
+            self.read_data(planner.finish_plan(plan), planner).wait()
+
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         """Fill the planner's tensors. Local. Raises CheckpointError for files that cannot be read."""
         by_file: dict[str, list[ReadItem]] = {}

@@ -101,7 +101,7 @@ def describe(found: Found) -> Description:
     names what is not allowed.
     """
     entries = _ENTRIES_OF[found.kind](found)
-    facts = dict(found.record.facts) if found.record is not None else {}
+    facts = found.facts
     shape = facts.get("shape")
     num_processes = prod(shape.values()) if isinstance(shape, dict) else facts.get("world_size")
     return Description(
@@ -124,8 +124,8 @@ def describe(found: Found) -> Description:
 
 def files_of(found: Found) -> dict[str, int]:
     """The files of a checkpoint and their sizes in bytes: those of its record if it has one. Local."""
-    if found.record is not None:
-        return {name: file.size for name, file in found.record.files.items()}
+    if found.files is not None:
+        return {name: file.size for name, file in found.files.items()}
     if found.kind in ("partial", "dcp", "original"):
         return found.folder.sizes()
     names = [found.name]
@@ -166,7 +166,7 @@ def _original_entries(found: Found) -> _Entries:
 
 def _full_entries(found: Found) -> _Entries:
     result, store = _Entries(), found.store
-    files = [] if found.record is None else found.record.files
+    files = found.files or {}
     for name, part in ((found.name, "model"), (f"optimizer_{found.name}", "optimizer")):
         if name in files:
             place = completion.file_of(store, found.name, name)

@@ -111,7 +111,7 @@ class StoredPartial:
             found.append(tensor)
             planner = PieceLoadPlanner([whole_piece(key, tensor)], [], take)
         try:
-            self._load(planner)
+            self._reader.fill(planner)
         except CheckpointError:
             raise
         except Exception as error:  # damaged bytes may fail with nearly any error
@@ -120,15 +120,6 @@ class StoredPartial:
                 "another checkpoint"
             ) from error
         return found[0]
-
-    def _load(self, planner: PieceLoadPlanner) -> None:
-        """What ``dcp.load`` does on one rank, without its warning that there is one only."""
-        reader = self._reader
-        planner.set_up_planner({}, self.metadata, is_coordinator=True)
-        reader.set_up_storage_reader(self.metadata, is_coordinator=True)
-        (plan,) = reader.prepare_global_plan([reader.prepare_local_plan(planner.create_local_plan())])
-        with torch.no_grad():
-            reader.read_data(planner.finish_plan(plan), planner).wait()
 
 
 def model_state(

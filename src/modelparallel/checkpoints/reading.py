@@ -80,8 +80,7 @@ class StoredCheckpoint:
         reader = RecordedReader(self.store, self._metadata, self._expected)
         failure: CheckpointError | None = None
         try:
-            with torch.no_grad():
-                self._read_own(planner, reader)
+            reader.fill(planner)
         except Exception as error:
             if not isinstance(error, CheckpointError):
                 failure = CheckpointError(f"{type(error).__name__}: {error}")
@@ -90,13 +89,6 @@ class StoredCheckpoint:
                 failure = error
         self._agree(failure, doing)
         return found
-
-    def _read_own(self, planner: PieceLoadPlanner, reader: RecordedReader) -> None:
-        """What ``dcp.load`` does on a rank; it also sends all plans to one rank and back, as they are. Local."""
-        planner.set_up_planner({}, self._metadata)
-        reader.set_up_storage_reader(self._metadata, is_coordinator=False)
-        plan = reader.prepare_local_plan(planner.create_local_plan())
-        reader.read_data(planner.finish_plan(plan), planner).wait()
 
     def _agree(self, failure: CheckpointError | None, doing: str) -> None:
         """All ranks hear of each other's failures. Collective over the world."""

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from modelparallel.comm.host_copies import goes_by_host
+from modelparallel.comm.host_copies import goes_by_host, on_host
 from modelparallel.errors import CommunicationError, DivergenceError
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def _by_host_if_needed(start: _Start) -> _Start:
         first = tensors if isinstance(tensors, torch.Tensor) else tensors[0]
         if not goes_by_host(first, group.process_group):
             return start(tensors, group, *args)
-        copies = tensors.cpu() if isinstance(tensors, torch.Tensor) else [tensor.cpu() for tensor in tensors]
+        copies = on_host(tensors) if isinstance(tensors, torch.Tensor) else [on_host(tensor) for tensor in tensors]
         pending = start(copies, group, *args)
         return Pending((), lambda: pending.wait().to(first.device), group)
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from modelparallel.comm.host_copies import HostWork, goes_by_host
+from modelparallel.comm.host_copies import HostWork, goes_by_host, on_host
 from modelparallel.data_parallel.waits import wait_for
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def start_to_owners(flat: torch.Tensor, bounds: Sequence[int], group: Group) -> 
     Collective over the group, in one order on all ranks.
     """
     if goes_by_host(flat, group.process_group):
-        messages, block = start_to_owners(flat.cpu(), bounds, group)
+        messages, block = start_to_owners(on_host(flat), bounds, group)
         block.device = flat.device
         return messages, block
     blocks = _blocks(flat, bounds)
@@ -66,7 +66,7 @@ def start_to_owners(flat: torch.Tensor, bounds: Sequence[int], group: Group) -> 
 def start_from_owners(flat: torch.Tensor, bounds: Sequence[int], group: Group) -> BlockMessages:
     """Each rank gets the blocks of all others, in place; each sends its own. Collective over the group."""
     if goes_by_host(flat, group.process_group):
-        copy = flat.cpu()
+        copy = on_host(flat)
         copies = _blocks(copy, bounds)
         works = _start(copies, [copies[group.rank_in_group]] * group.size, group, _FROM_OWNERS)
         return BlockMessages([HostWork(works, lambda: flat.copy_(copy))], group, flat.device)

@@ -1,14 +1,12 @@
 """The commands `modelparallel checkpoint inspect|verify|convert` (docs/checkpoints.md)."""
 
 import json
-import sys
 from dataclasses import asdict
 from datetime import datetime
 from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
 
 from modelparallel.checkpoints.catalogue import Found, checkpoints_in, find
 from modelparallel.checkpoints.conversion import convert_to_full, convert_to_safetensors
@@ -17,6 +15,8 @@ from modelparallel.checkpoints.inspection import Description, describe
 from modelparallel.checkpoints.safetensors_files import MAX_SHARD_SIZE
 from modelparallel.checkpoints.verification import verify as verify_checkpoint
 from modelparallel.errors import CheckpointNotFoundError, SMPConfigError, SMPError
+from modelparallel.launch.stopping import stop
+from modelparallel.plan.partition_table import readable_bytes
 
 checkpoint_app = typer.Typer(
     name="checkpoint",
@@ -61,7 +61,7 @@ def inspect(
                 raise
             found = None
     except SMPError as error:
-        _stop(str(error), USAGE)
+        stop(str(error), USAGE)
     description, failure = None, ""
     try:
         description = None if found is None else describe(found)
@@ -74,7 +74,7 @@ def inspect(
         if description is not None:
             typer.echo("\n".join(_described(description, None if tensors else _NUM_SHOWN)))
     if failure:
-        _stop(failure, USAGE)
+        stop(failure, USAGE)
 
 
 @checkpoint_app.command()
@@ -87,14 +87,14 @@ def verify(path: PathArgument, tag: TagOption = None) -> None:
         found = find(path, tag)
         verdict = verify_checkpoint(found)
     except SMPError as error:
-        _stop(str(error), USAGE)
-    typer.echo(f"{verdict.place} ({verdict.kind}): {verdict.num_files} files, {_bytes(verdict.num_bytes)}")
+        stop(str(error), USAGE)
+    typer.echo(f"{verdict.place} ({verdict.kind}): {verdict.num_files} files, {readable_bytes(verdict.num_bytes)}")
     for text in verdict.limits:
         typer.echo(f"note: {text}")
     for problem in verdict.problems:
         typer.echo(f"problem: {problem}")
     if verdict.problems:
-        _stop(f"not whole: {len(verdict.problems)} problem{'s' if len(verdict.problems) > 1 else ''}", FAILED)
+        stop(f"not whole: {len(verdict.problems)} problem{'s' if len(verdict.problems) > 1 else ''}", FAILED)
     typer.echo("no problem found" if verdict.limits else "whole")
 
 
@@ -149,9 +149,9 @@ def convert(
                 else f"--to {to}: expected full or safetensors"
             )
     except SMPError as error:
-        _stop(str(error), USAGE)
+        stop(str(error), USAGE)
     beside = ", and the optimizer's state beside it" if done.has_optimizer else ""
-    typer.echo(f"{done.destination}: {done.num_tensors} tensors, {_bytes(done.num_bytes)}{beside}")
+    typer.echo(f"{done.destination}: {done.num_tensors} tensors, {readable_bytes(done.num_bytes)}{beside}")
     typer.echo(f"names: {done.names}")
 
 
@@ -201,10 +201,10 @@ def _described(what: Description, limit: int | None) -> list[str]:
         lines.append(
             f"  processes: {what.num_processes}{axes}" + (f", sharded over {sharding}" if sharding > 1 else "")
         )
-    lines.append(f"  files: {len(what.files)}, {_bytes(sum(what.files.values()))}")
-    lines += [f"    {name}  {_bytes(size)}" for name, size in sorted(what.files.items())]
+    lines.append(f"  files: {len(what.files)}, {readable_bytes(sum(what.files.values()))}")
+    lines += [f"    {name}  {readable_bytes(size)}" for name, size in sorted(what.files.items())]
     for part, (number, elements, num_bytes) in what.totals().items():
-        lines.append(f"  {part}: {number} tensors, {elements:,} elements, {_bytes(num_bytes)}")
+        lines.append(f"  {part}: {number} tensors, {elements:,} elements, {readable_bytes(num_bytes)}")
     if what.num_random_states or what.num_data_loaders:
         lines.append(f"  random states: {what.num_random_states}, data loaders: {what.num_data_loaders}")
     if what.user_content is not None:
@@ -213,7 +213,7 @@ def _described(what: Description, limit: int | None) -> list[str]:
             content = ", ".join(f"{key} ({kind})" for key, kind in content.items())
         lines.append(f"  user content: {content}")
     rows = [
-        f"    {one.name}  {list(one.shape)} {one.dtype} {_bytes(one.num_bytes)}"
+        f"    {one.name}  {list(one.shape)} {one.dtype} {readable_bytes(one.num_bytes)}"
         + (f" in {one.num_pieces} pieces" if one.num_pieces > 1 else "")
         for one in what.tensors
     ]
@@ -266,20 +266,3 @@ def _dtype(name: str | None) -> torch.dtype | None:
 
 def _time(seconds: float) -> str:
     return datetime.fromtimestamp(seconds).astimezone().strftime("%Y-%m-%d %H:%M:%S")
-
-
-def _bytes(size: int) -> str:
-    amount = float(size)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if amount < 1024:
-            return f"{amount:.0f} {unit}" if unit == "B" else f"{amount:.1f} {unit}"
-        amount /= 1024
-    return f"{amount:.1f} TiB"
-
-
-def _stop(message: str, code: int) -> None:
-    sys.stdout.flush()
-    console = Console(stderr=True, soft_wrap=True, highlight=False)
-    console.print("error:", style="bold red", end=" ")
-    console.print(message, markup=False)
-    raise typer.Exit(code)

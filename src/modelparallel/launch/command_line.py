@@ -15,13 +15,11 @@ third, docs/checkpoints.md the fourth.
 import math
 import os
 import shutil
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, cast
 
 import typer
-from rich.console import Console
 
 from modelparallel.config import parse_parameters, validate_parameters
 from modelparallel.errors import LaunchError, ScheduleError, SMPError
@@ -32,6 +30,7 @@ from modelparallel.launch.explain import explain as explain_job
 from modelparallel.launch.folder import JobFolder, default_folder, new_job_name
 from modelparallel.launch.job import Backend, JobSpec, check_script, run_job
 from modelparallel.launch.process_counts import fitting_counts, parse_process_counts
+from modelparallel.launch.stopping import stop
 from modelparallel.pipeline.grids import figures_text, grid_svg, grid_text
 from modelparallel.pipeline.schedule_checks import check_schedule
 from modelparallel.pipeline.scheduling import make_schedule
@@ -104,9 +103,9 @@ def run(
         job = _job(script, context.args, nproc, backend, device, parameters, channel or [], job_dir, timeout)
         result = run_job(replace(job, max_restarts=max_restarts))
     except SMPError as error:
-        _stop(str(error), USAGE_EXIT_CODE)
+        stop(str(error), USAGE_EXIT_CODE)
     if result.exit_code != 0:
-        _stop(result.message, result.exit_code)
+        stop(result.message, result.exit_code)
 
 
 @app.command()
@@ -144,7 +143,7 @@ def schedule(
             except OSError as error:
                 raise ScheduleError(f"cannot write the drawing {str(svg)!r}: {error.strerror}") from error
     except SMPError as error:
-        _stop(str(error), USAGE_EXIT_CODE)
+        stop(str(error), USAGE_EXIT_CODE)
     typer.echo(grid_text(made, timeline, width=shutil.get_terminal_size((120, 24)).columns))
     if text:
         typer.echo(made.to_text())
@@ -162,7 +161,7 @@ def explain(
     try:
         text = explain_job(JobFolder(folder))
     except SMPError as error:
-        _stop(str(error), USAGE_EXIT_CODE)
+        stop(str(error), USAGE_EXIT_CODE)
     typer.echo(text)
 
 
@@ -184,7 +183,6 @@ def _job(
         raise LaunchError(f"--backend {chosen_backend!r}: expected elastic or mpi")
     chosen_device, available = resolve_device(device)
     published: dict[str, Any] | None = None
-    may_share = False
     least, most = (0, 0) if nproc is None else parse_process_counts(nproc)
     num_processes = most or available or 1
     fewer: list[int] = []
@@ -196,16 +194,14 @@ def _job(
     if parameters is not None:
         given = parse_parameters(parameters, "--parameters")
         config = validate_parameters(given, num_processes=None)
-        may_share = config.shares_devices
-        available = 0 if may_share else available
+        available = 0 if config.shares_devices else available
         num_processes = most or available or config.pipeline_parallel_degree * config.tensor_parallel_degree
         if least != most:
             num_processes, *fewer = fitting_counts(config, least, most, available, f"--nproc {nproc}")
         config.check_world(num_processes)
         published = {**given, **config.given}
         published["partitions"] = published["pipeline_parallel_degree"] = config.pipeline_parallel_degree
-    if not may_share:
-        check_devices(num_processes, chosen_device, available)
+    check_devices(num_processes, chosen_device, available)
     name = new_job_name(path.stem)
     return JobSpec(
         name=name,
@@ -224,11 +220,3 @@ def _job(
         timeout=timeout,
         fewer_processes=tuple(fewer),
     )
-
-
-def _stop(message: str, code: int) -> None:
-    sys.stdout.flush()
-    console = Console(stderr=True, soft_wrap=True, highlight=False)
-    console.print("error:", style="bold red", end=" ")
-    console.print(message, markup=False)
-    raise typer.Exit(code)

@@ -47,8 +47,10 @@ def resolve_device(asked: str) -> tuple[Device, int]:
 
 
 def check_devices(num_processes: int, device: Device, available: int) -> None:
-    """One process per GPU: stop before any process starts if there are too few."""
-    if device == "cuda" and num_processes > available:
+    """One process per GPU: stop before any process starts if there are too few. ``available`` 0: no limit, since the
+    processes share the GPUs.
+    """
+    if device == "cuda" and available and num_processes > available:
         raise LaunchError(
             f"{num_processes} processes on {available} devices: at most one process per device; start {available} or "
             "fewer, let them share devices (parameters ddp and ddp_dist_backend 'gloo'), or rehearse on the CPU with "

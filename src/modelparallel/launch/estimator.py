@@ -252,7 +252,7 @@ class PyTorch:
         channels = input_channels(inputs)
         device, available = resolve_device(device_asked)
         parameters: dict[str, Any] | None = None
-        num_processes, mpi_options, may_share = 1, "", False
+        num_processes, mpi_options = 1, ""
         fewer: list[int] = []
         if self.distribution is not None:
             # With min_processes the job may begin with fewer than processes_per_host.
@@ -262,14 +262,12 @@ class PyTorch:
             )
             parameters = checked.parameters
             num_processes, mpi_options = checked.num_processes, checked.custom_mpi_options
-            may_share = checked.config.shares_devices
-            available = 0 if may_share else available
+            available = 0 if checked.config.shares_devices else available
             if self.min_processes is not None:
                 where = f"min_processes={self.min_processes}, processes_per_host={num_processes}"
                 least, most = checked_range(self.min_processes, num_processes, where)
                 num_processes, *fewer = fitting_counts(checked.config, least, most, available, where)
-        if not may_share:
-            check_devices(num_processes, device, available)
+        check_devices(num_processes, device, available)
         hyperparameters = dict(self.hyperparameters)
         arguments = dict(hyperparameters)
         if parameters is not None:

@@ -33,7 +33,7 @@ def fitting_counts(config: Config, least: int, most: int, available: int, where:
 
     Arguments:
         config: the checked parameters; their degrees decide.
-        available: devices of this host, at most one process each; 0 for the CPU, where any number can be started.
+        available: devices of this host, at most one process each; 0 on the CPU and where processes share them.
         where: what the user wrote, for the error.
 
     Raises `LaunchError` naming the degrees if there is none.

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
+from modelparallel.comm.host_copies import on_host
 from modelparallel.comm.transport import MessageName, StageTransport
 from modelparallel.errors import DivergenceError
 from modelparallel.pipeline.stage_tensor import TensorSpec, contiguous_stride, is_dense
@@ -101,16 +102,6 @@ def _bytes_of(tensor: torch.Tensor, spec: TensorSpec, *, by_channel: bool) -> to
     if not by_channel:
         tensor = on_host(tensor)
     return tensor.contiguous().view(-1).view(torch.uint8)
-
-
-def on_host(tensor: torch.Tensor) -> torch.Tensor:
-    """``tensor`` on the CPU; from a GPU by way of pinned memory, which the copy runs at full speed to."""
-    if tensor.device.type != "cuda":
-        return tensor.cpu()
-    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    host.copy_(tensor, non_blocking=True)
-    torch.cuda.current_stream(tensor.device).synchronize()
-    return host
 
 
 def _is_in_order(stride: Sequence[int]) -> bool:
