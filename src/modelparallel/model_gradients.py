@@ -25,6 +25,7 @@ from modelparallel.data_parallel import (
 )
 from modelparallel.errors import SMPConfigError
 from modelparallel.memory.deferred import is_deferred
+from modelparallel.memory.host_heap import trim_heap
 from modelparallel.model_join import ModelJoin
 from modelparallel.model_sharding import shard_parameters
 from modelparallel.pipeline.replicas import ReplicatedParameters
@@ -137,6 +138,7 @@ class ModelGradients:
         inside = {id(tensor) for tensor in (*part.parameters(), *part.buffers())} - others
         waiting = {id(tensor) for _, tensor in self._everything() if id(tensor) in inside and is_deferred(tensor)}
         if waiting:
+            trim_heap()  # of the whole parameters of the part before this one
             place_deferred(part, self._runtime.session.device, lambda tensor: id(tensor) in waiting)
         self._make_equal(lambda tensor: id(tensor) in waiting)
 

@@ -22,6 +22,7 @@ import torch
 
 from modelparallel import trees
 from modelparallel.errors import DeferredTensorError
+from modelparallel.memory.host_heap import FreedMemory
 from modelparallel.torch_compat import dispatch_modes_off
 
 
@@ -163,6 +164,10 @@ def needed_for(handles: Sequence[Handle]) -> Needed:
     return Needed(sorted(found.values(), key=lambda each: each.number), memory_only, is_unfilled)
 
 
+# Of all replays, which are many and small: see [Note: holes in the heap].
+_freed = FreedMemory()
+
+
 @torch.no_grad()
 def replay(handles: Sequence[Handle]) -> list[torch.Tensor]:
     """Make the tensors of ``handles``, with real storage; those that share storage on the tape share it here.
@@ -196,8 +201,9 @@ def replay(handles: Sequence[Handle]) -> list[torch.Tensor]:
             del result
             for reference in operation.references:
                 key = reference.handle.key
-                if key not in wanted and last_use[key] is operation:
-                    values.pop(key, None)
+                if key not in wanted and last_use[key] is operation and key in values:
+                    _freed.add(values.pop(key))
+    _freed.trim_if_much()
     return [values[handle.key] for handle in handles]
 
 
