@@ -8,6 +8,7 @@ import os
 import pickle
 import resource
 import shutil
+import threading
 import time
 from contextlib import contextmanager, suppress
 
@@ -337,8 +338,12 @@ def test_a_full_disk_is_named_even_through_torch_save(tmp_path, room):
 def test_a_full_disk_under_dcp(tmp_path, thread_count):
     writer, files = dcp_writer(Store.of(tmp_path), thread_count=thread_count)
     tensors = {"a": torch.zeros(4000), "b": torch.zeros(4000)}
-    with on(FullDisk()), pytest.raises(dcp.api.CheckpointException) as caught:
-        dcp.save(tensors, storage_writer=writer, no_dist=True)
+    before = set(threading.enumerate())
+    with on(FullDisk()):
+        with pytest.raises(dcp.api.CheckpointException) as caught:
+            dcp.save(tensors, storage_writer=writer, no_dist=True)
+        for thread in set(threading.enumerate()) - before:
+            thread.join(30)  # DCP does not wait for its other threads when one fails
     assert "ENOSPC" in str(caught.value)
     with pytest.raises(CheckpointError, match=r"distcp' could not be written: No space left"):
         files.raise_failure()

@@ -176,11 +176,12 @@ def digest_of(store: Store, name: str) -> FileRecord:
         CheckpointError: it cannot be read.
     """
     digest, size = new_digest(), 0
+    buffer = memoryview(bytearray(BUFFER_BYTES))
     with store.open(name) as stream:
         try:
-            while data := stream.read(4 * BUFFER_BYTES):
-                digest.update(data)
-                size += len(data)
+            while count := stream.readinto(buffer):
+                digest.update(buffer[:count])
+                size += count
         except OSError as error:
             raise CheckpointError(f"{shown(store.path_of(name))!r} cannot be read: {error}") from error
     return FileRecord(size, digest.hexdigest())

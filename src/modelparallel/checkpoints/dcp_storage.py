@@ -7,15 +7,16 @@ ranks with rdp_rank > 0 append ``_<rdp>``. ``.metadata`` is a pickle; it is read
 
 [Note: one pass over a tensor] Each tensor in a file is an archive of ``torch.save``. They are written without its
 CRC32, which takes as long as writing and which ``torch.load`` does not look at: the digest of the file, made in the
-same pass, is what counts. On the way back only the head of the archive is opened, and the bytes are read to where they
-belong, where a run of them in the file is one in memory; ``torch.load`` would make a tensor of its own first, and read
-all of it for a part.
+same pass, is what counts. On the way back only heads of archives are opened (tensor_archives.py), and the bytes are
+read to where they belong, where a run of them in the file is one in memory; ``torch.load`` would make a tensor of its
+own first, and read all of it for a part.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import queue
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -41,16 +42,14 @@ from modelparallel.checkpoints.completion import Draft
 from modelparallel.checkpoints.contents import MASTER_KEY
 from modelparallel.checkpoints.file_streams import FileRecord, shown
 from modelparallel.checkpoints.storage import HashingFileSystem, Store
+from modelparallel.checkpoints.tensor_archives import TensorArchives, fill
 from modelparallel.checkpoints.unpickling import DCP_METADATA_NAMES, load_pickle
 from modelparallel.errors import CheckpointCorruptError, CheckpointError
 from modelparallel.optimizer_states import SCALER_KEY
-from modelparallel.torch_compat import tensor_in_archive
 
 METADATA_NAME = ".metadata"
 #: The key of what ranks tell the coordinator beside the places of their tensors.
 _RECORDS = "modelparallel file records"
-#: From here on a tensor is read to where it belongs; opening an archive twice costs more for smaller ones.
-DIRECT_BYTES = 64 * 1024
 
 
 @dataclass(frozen=True)
@@ -152,6 +151,7 @@ class RecordedReader(FileSystemReader):
         self.fs: Any = HashingFileSystem(store, expected)
         self.path: Any = ""
         self._known = metadata
+        self._archives: defaultdict[str, TensorArchives] = defaultdict(TensorArchives)
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """What was read before. Local."""
@@ -176,35 +176,49 @@ class RecordedReader(FileSystemReader):
         for name, items in by_file.items():
             items.sort(key=lambda item: self.storage_data[item.storage_index].offset)
             with self.fs.create_stream(name, "rb") as stream:
-                others += [item for item in items if not self._is_read_in_place(stream, item, planner)]
+                others += [item for item in items if not self._is_read(stream, item, planner)]
         return super().read_data(dataclasses.replace(plan, items=others), planner)
 
-    def _is_read_in_place(self, stream: Any, item: ReadItem, planner: LoadPlanner) -> bool:
-        """Read the bytes of a tensor to where they belong, if they lie in the file as they do there."""
+    def _is_read(self, stream: Any, item: ReadItem, planner: LoadPlanner) -> bool:
+        """Read a tensor, or the part of it that is asked for; False for what is left to ``torch.load``."""
         place = self.storage_data[item.storage_index]
         if item.type == LoadItemType.BYTE_IO or getattr(place, "transform_descriptors", None):
             return False
+        head = self._archives[place.relative_path].head(self._slice_file(stream, place), place.length)
+        if head is None:
+            return False
         target = planner.resolve_tensor(item).detach()
-        if target.device.type != "cpu" or not target.is_contiguous() or target.nbytes < DIRECT_BYTES:
+        part = _part_of(head.tensor, item)
+        if part.shape != target.shape:
             return False
-        found = tensor_in_archive(self._slice_file(stream, place))
-        if found is None:
-            return False
-        head, start = found
-        for dim, (low, length) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
-            head = head.narrow(dim, low, length)
-        if head.shape != target.shape or head.dtype != target.dtype or not head.is_contiguous():
-            return False
-        stream.seek(place.offset + start + head.storage_offset() * head.itemsize)
-        room: Any = memoryview(target.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
-        while room.nbytes:
-            count = stream.readinto(room)
-            if not count:
-                where = self.fs.store.path_of(place.relative_path)
-                raise CheckpointCorruptError(f"{shown(where)!r} ends before its tensors do: load another checkpoint")
-            room = room[count:]
+        start = place.offset + head.start
+        if _is_same_run(part, target):
+            self._fill(target, stream, start + part.storage_offset() * part.itemsize, place)
+        else:
+            storage = torch.empty(head.tensor.untyped_storage().nbytes() // part.itemsize, dtype=part.dtype)
+            self._fill(storage, stream, start, place)
+            target.copy_(storage.as_strided(part.size(), part.stride(), part.storage_offset()))
         planner.commit_tensor(item, target)
         return True
+
+    def _fill(self, memory: torch.Tensor, stream: Any, start: int, place: Any) -> None:
+        stream.seek(start)
+        if not fill(memory, stream):
+            where = self.fs.store.path_of(place.relative_path)
+            raise CheckpointCorruptError(f"{shown(where)!r} ends before its tensors do: load another checkpoint")
+
+
+def _part_of(tensor: torch.Tensor, item: ReadItem) -> torch.Tensor:
+    for dim, (low, length) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
+        tensor = tensor.narrow(dim, low, length)
+    return tensor
+
+
+def _is_same_run(part: torch.Tensor, target: torch.Tensor) -> bool:
+    """Whether the bytes of ``part`` lie in the file as they belong into the memory of ``target``."""
+    return (
+        target.device.type == "cpu" and target.dtype == part.dtype and target.is_contiguous() and part.is_contiguous()
+    )
 
 
 def read_metadata(store: Store, trusts_pickles: bool = False) -> Metadata:
