@@ -180,8 +180,19 @@ APART = [calls_once_more, calls_once_less, reads_large, forgets_backward, anothe
 TOOK = re.compile(rf"pp_rank (\d) took ({THIS}:\d+.*?) \(event .*, pp_rank (\d) took ({THIS}:\d+.*?) \(event ")
 
 
-@pytest.mark.parametrize("num_good", [0, 2])  # in the discovery step, and in a planned one
-@pytest.mark.parametrize(("num_stages", "layout"), [(2, "straight"), (2, "turns"), (3, "straight"), (3, "turns")])
+@pytest.mark.parametrize(
+    ("num_stages", "layout", "num_good"),  # the last: in the discovery step, and in a planned one
+    [
+        (2, "straight", 0),
+        (2, "turns", 2),
+        (3, "turns", 0),
+        (3, "straight", 2),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [(2, "straight", 2), (2, "turns", 0), (3, "turns", 2), (3, "straight", 0)]
+        ),
+    ],
+)
 def test_stages_that_go_apart_name_both_lines(num_stages: int, layout: str, num_good: int) -> None:
     ranks = run(APART, num_stages, layout, num_good)
     for index, body in enumerate(APART):

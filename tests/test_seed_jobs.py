@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from parity import assert_parity, reference_run
 from pool import run_ranks
-from seed_job import BATCH_SIZE, NUM_STEPS, PARAMETERS, make_digits, make_net, train
+from seed_job import BATCH_SIZES, NUM_STEPS, PARAMETERS, make_digits, make_net, train
 
 pytest.importorskip("torchvision")
 pytest.importorskip("torchnet.dataset")  # here, so that the pool imports it once for all
@@ -25,12 +25,13 @@ REPLACED = {"train_tensor_parallel": {"fc1", "fc2"}, "train_tensor_pipeline_para
 
 def union_batches(num_replicas, dtype):
     """Step by step the batches of all data-parallel ranks, one after another; each rank has a contiguous shard."""
-    images, targets = make_digits(BATCH_SIZE * NUM_STEPS * num_replicas, dtype)
-    size = BATCH_SIZE * NUM_STEPS
+    batch_size = BATCH_SIZES[dtype]
+    images, targets = make_digits(batch_size * NUM_STEPS * num_replicas, dtype)
+    size = batch_size * NUM_STEPS
     for step in range(NUM_STEPS):
         rows = torch.cat(
             [
-                torch.arange(size * dp_rank, size * (dp_rank + 1))[step * BATCH_SIZE :][:BATCH_SIZE]
+                torch.arange(size * dp_rank, size * (dp_rank + 1))[step * batch_size :][:batch_size]
                 for dp_rank in range(num_replicas)
             ]
         )
