@@ -17,6 +17,7 @@ from engine_runs import Case, compare, outcomes
 from modelparallel.compilation import checked_options
 from modelparallel.errors import SMPConfigError, StepUsageError, UnsupportedError
 from modelparallel.pipeline.splitting import SplitBackward
+from modelparallel.torch_compat import default_recompile_limit
 from parity import assert_parity
 from pool import run_ranks
 
@@ -200,7 +201,9 @@ def compile_many_blocks():
 
 def test_equal_blocks_are_compiled_once_and_unequal_ones_past_the_limit():
     # The first and the last layer are one structure, but only the input of the last one needs a gradient.
-    assert run_ranks(compile_many_blocks, 1, parameters={"microbatches": 2}) == [{"equal": 3, "numbered": 14}]
+    # A torch that cannot be told a limit (2.11) leaves the rest of the numbered blocks as they are.
+    numbered = 14 if default_recompile_limit() is not None else 10
+    assert run_ranks(compile_many_blocks, 1, parameters={"microbatches": 2}) == [{"equal": 3, "numbered": numbered}]
 
 
 def compile_on_a_stage():

@@ -408,6 +408,7 @@ def test_error_of_a_script_passes() -> None:
 # Objects as bytes
 
 
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled")  # by torch 2.11
 @pytest.mark.parametrize(
     "tensor",
     [
