@@ -42,7 +42,7 @@ class FreedMemory:
     def add(self, tensor: torch.Tensor) -> None:
         """``tensor`` is freed now, or soon."""
         if tensor.device.type == "cpu":
-            self._num_bytes += tensor.untyped_storage().nbytes()
+            self._num_bytes += tensor.numel() * tensor.element_size()
 
     def trim_if_much(self) -> None:
         """Trim the heap if it is worth it."""
