@@ -24,6 +24,7 @@ from bench.checkpoint_peers import load_gathered, plain_state, save_gathered
 from bench.harness import Result, paired_result, plain_result
 from bench.models import GPTSize
 from bench.ranks import run_on_ranks
+from modelparallel.memory.host_heap import trim_heap
 
 NUM_RANKS = 4
 COMPARED = ("pp2_tp2", "sharded4")
@@ -200,7 +201,7 @@ def _forget(folder: str) -> None:
 def _peak(call: Callable[[], object]) -> int:
     """The most resident memory during a call above that before it, of the rank that needs most. Collective."""
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # what was freed before would be used again, and not be seen
+    trim_heap()  # what was freed before would be used again, and not be seen
     dist.barrier()
     base = status_bytes("VmRSS")
     reset_peak()

@@ -41,6 +41,7 @@ from torch.utils.serialization import config as serialization_config
 from modelparallel.checkpoints.completion import Draft
 from modelparallel.checkpoints.contents import MASTER_KEY
 from modelparallel.checkpoints.file_streams import FileRecord, shown
+from modelparallel.checkpoints.pieces import rectangle_of
 from modelparallel.checkpoints.storage import HashingFileSystem, Store
 from modelparallel.checkpoints.tensor_archives import TensorArchives, fill
 from modelparallel.checkpoints.unpickling import DCP_METADATA_NAMES, load_pickle
@@ -188,7 +189,7 @@ class RecordedReader(FileSystemReader):
         if head is None:
             return False
         target = planner.resolve_tensor(item).detach()
-        part = _part_of(head.tensor, item)
+        part = rectangle_of(head.tensor, item.storage_offsets, item.lengths)
         if part.shape != target.shape:
             return False
         start = place.offset + head.start
@@ -203,15 +204,9 @@ class RecordedReader(FileSystemReader):
 
     def _fill(self, memory: torch.Tensor, stream: Any, start: int, place: Any) -> None:
         stream.seek(start)
-        if not fill(memory, stream):
+        if not fill(memoryview(memory.view(-1).view(torch.uint8).numpy()), stream):  # type: ignore[arg-type]
             where = self.fs.store.path_of(place.relative_path)
             raise CheckpointCorruptError(f"{shown(where)!r} ends before its tensors do: load another checkpoint")
-
-
-def _part_of(tensor: torch.Tensor, item: ReadItem) -> torch.Tensor:
-    for dim, (low, length) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
-        tensor = tensor.narrow(dim, low, length)
-    return tensor
 
 
 def _is_same_run(part: torch.Tensor, target: torch.Tensor) -> bool:

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from modelparallel import registry
+from modelparallel.checkpoints.pieces import rectangle_of
 from modelparallel.errors import CheckpointError, UnsupportedError
 from modelparallel.nn.huggingface import translations_of
 from modelparallel.torch_compat import storage_identity
@@ -53,9 +54,7 @@ class FileTensor:
 
     def view_of(self, whole: torch.Tensor) -> torch.Tensor:
         """The tensor of the file, given the tensor of the model."""
-        for dim, (start, length) in enumerate(zip(self.offsets, self.sizes, strict=True)):
-            whole = whole.narrow(dim, start, length)
-        return whole.permute(self.dims)
+        return rectangle_of(whole, self.offsets, self.sizes).permute(self.dims)
 
 
 def file_tensors(model: DistributedModel) -> list[FileTensor]:

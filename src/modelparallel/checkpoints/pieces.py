@@ -34,6 +34,13 @@ class Piece:
         return tuple(self.tensor.shape)
 
 
+def rectangle_of(tensor: torch.Tensor, offsets: Sequence[int], sizes: Sequence[int]) -> torch.Tensor:
+    """The view of the rectangle of ``tensor`` that begins at ``offsets``."""
+    for dim, (start, length) in enumerate(zip(offsets, sizes, strict=True)):
+        tensor = tensor.narrow(dim, start, length)
+    return tensor
+
+
 def whole_piece(key: str, tensor: torch.Tensor) -> Piece:
     """The one piece of a tensor that is not split."""
     return Piece(key, tuple(tensor.shape), (0,) * tensor.ndim, tensor)

@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadItemType, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from modelparallel.checkpoints.pieces import Piece
+from modelparallel.checkpoints.pieces import Piece, rectangle_of
 from modelparallel.errors import CheckpointCorruptError, CheckpointError
 
 
@@ -126,10 +126,7 @@ class PieceLoadPlanner(DefaultLoadPlanner):
         """The memory that an item fills. Local."""
         index = read_item.dest_index
         assert index.index is not None
-        tensor = self._by_place[index.fqn, index.index]
-        for dim, (start, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
-            tensor = tensor.narrow(dim, start, length)
-        return tensor
+        return rectangle_of(self._by_place[index.fqn, index.index], read_item.dest_offsets, read_item.lengths)
 
 
 def tensor_entry(key: str, described: Any, full_shape: tuple[int, ...]) -> TensorStorageMetadata:

@@ -45,36 +45,31 @@ class TensorArchives:
         None for what is to be opened by ``torch.load``. Local.
         """
         known = self._by_length.setdefault(length, [])
-        if known:
-            archive.seek(0)
-            beginning = _read_all(archive, max(head.start for head in known))
+        if known and (beginning := _beginning(archive, max(head.start for head in known))) is not None:
             for head in known:
                 if beginning.startswith(head.beginning):
                     return head
-            archive.seek(0)
+        archive.seek(0)
         found = tensor_in_archive(archive)
         if found is None:
             return None
         tensor, start = found
-        archive.seek(0)
-        head = ArchiveHead(_read_all(archive, start), tensor)
-        known.append(head)
-        return head
+        beginning = _beginning(archive, start)
+        if beginning is None:
+            return None
+        known.append(ArchiveHead(beginning, tensor))
+        return known[-1]
 
 
-def _read_all(stream: Any, count: int) -> bytes:
-    """``count`` bytes, or what there is."""
-    data = b""
-    while len(data) < count and (more := stream.read(count - len(data))):
-        data += more
-    return data
+def _beginning(archive: Any, count: int) -> bytes | None:
+    """The first ``count`` bytes; None where there are fewer."""
+    data = bytearray(count)
+    archive.seek(0)
+    return bytes(data) if fill(memoryview(data), archive) else None
 
 
-def fill(memory: torch.Tensor, stream: Any) -> bool:
-    """Read the bytes of the contiguous tensor ``memory`` from a stream; False where it ends before. Local."""
-    if not memory.numel():
-        return True
-    room: Any = memoryview(memory.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+def fill(room: memoryview, stream: Any) -> bool:
+    """Read as many bytes from a stream as there is room for; False where it ends before. Local."""
     while room.nbytes:
         count = stream.readinto(room)
         if not count:

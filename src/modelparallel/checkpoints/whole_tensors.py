@@ -14,7 +14,7 @@ from math import prod
 import torch
 import torch.distributed as dist
 
-from modelparallel.checkpoints.pieces import Piece
+from modelparallel.checkpoints.pieces import Piece, rectangle_of
 from modelparallel.errors import CheckpointError
 from modelparallel.ranks_and_messages import allgather
 from modelparallel.topology import CommGroup
@@ -97,7 +97,7 @@ class WholeTensors:
                         length = sum(prod(offer.sizes) for offer in offers) * whole.dtype.itemsize
                         arrivals.append((sender, torch.empty(length, dtype=torch.uint8), offers))
                 for offer in by_sender.get(self._rank, ()):
-                    _rectangle(result, offer).copy_(self._pieces[offer.index].tensor)
+                    rectangle_of(result, offer.offsets, offer.sizes).copy_(self._pieces[offer.index].tensor)
             elif self._rank in by_sender:
                 parts = [self._pieces[offer.index].tensor.cpu().reshape(-1) for offer in by_sender[self._rank]]
                 sends.append((receiver, torch.cat(parts).view(torch.uint8)))
@@ -107,7 +107,7 @@ class WholeTensors:
             flat, start = buffer.view(result.dtype), 0
             for offer in offers:
                 length = prod(offer.sizes)
-                _rectangle(result, offer).copy_(flat[start : start + length].view(offer.sizes))
+                rectangle_of(result, offer.offsets, offer.sizes).copy_(flat[start : start + length].view(offer.sizes))
                 start += length
         return result
 
@@ -133,9 +133,3 @@ class WholeTensors:
                 "a piece of a tensor did not come from, or get to, another rank; most often that rank has ended: "
                 f"{error}"
             ) from error
-
-
-def _rectangle(whole: torch.Tensor, offer: _Offer) -> torch.Tensor:
-    for dim, (start, length) in enumerate(zip(offer.offsets, offer.sizes, strict=True)):
-        whole = whole.narrow(dim, start, length)
-    return whole
