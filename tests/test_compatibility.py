@@ -176,6 +176,7 @@ def test_every_configuration_parameter_is_in_the_table():
     listed = {path for _, path, _, _ in rows_of("config")}
     ours = {"uneven_microbatches", "seed", "timeout_seconds", "message_timeout_seconds", "push_limit_bytes"}
     ours |= {"virtual_pipeline_degree", "memory_limit", "tied_weights", "debug", "sdp_gather"}
+    ours |= {"trust_pickles", "allowed_types"}
     assert listed - {"partitions"} <= set(PARAMETER_KEYS)
     assert set(PARAMETER_KEYS) - listed <= ours, "missing in docs/compatibility.md"
 

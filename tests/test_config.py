@@ -455,3 +455,14 @@ def test_timeout_of_the_environment_is_checked(text):
         SMPConfigError, match=r"environment variable SMP_TIMEOUT: expected a number of seconds > 0, got"
     ):
         load_config({}, {"SMP_TIMEOUT": text})
+
+
+def test_what_is_opened_can_be_said_in_the_environment():
+    environ = {"SMP_TRUST_PICKLES": "1", "SMP_ALLOWED_TYPES": "a.B"}
+    config = load_config({}, environ)
+    assert config.trust_pickles and config.allowed_types == "a.B"
+    assert not load_config({"trust_pickles": False}, environ).trust_pickles
+    assert merge_second_init(config, {"microbatches": 2})[0].trust_pickles
+    assert not load_config({}, {"SMP_TRUST_PICKLES": "0"}).trust_pickles and not load_config({}, {}).trust_pickles
+    with pytest.raises(SMPConfigError, match="SMP_TRUST_PICKLES: expected 1 or 0, got 'all'"):
+        load_config({}, {"SMP_TRUST_PICKLES": "all"})

@@ -6,16 +6,25 @@ import argparse
 import json
 import os
 import tempfile
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers import GenerationConfig, GPT2Config
 
 import modelparallel as smp
 from modelparallel.checkpoints.completion import complete_names
 from modelparallel.checkpoints.storage import Store
-from modelparallel.errors import CheckpointCorruptError, CheckpointError, CheckpointNotFoundError, SMPError
+from modelparallel.checkpoints.user_content import configuration_class, named_types
+from modelparallel.errors import (
+    CheckpointCorruptError,
+    CheckpointError,
+    CheckpointNotFoundError,
+    SMPConfigError,
+    SMPError,
+)
 from modelparallel.nn.huggingface import gpt2
 from pool import run_ranks
 from rank_tests import RankTests, on
@@ -30,6 +39,8 @@ SHARDED = RankTests(2, {"sharded_data_parallel_degree": 2, **WAIT})
 OPTIMIZER_SHARDS = RankTests(2, {"shard_optimizer_state": True, **WAIT})
 BF16 = RankTests(2, {"pipeline_parallel_degree": 2, "microbatches": 2, "bf16": True, **WAIT})
 FP16 = RankTests(1, {"fp16": True})
+TRUSTING = RankTests(1, {"trust_pickles": True})
+NAMING = RankTests(1, {"allowed_types": "test_full_checkpoints.Foreign"})
 ALL = (SINGLE, PP2, TP2, PP2_TP2, SHARDED, OPTIMIZER_SHARDS, BF16, FP16)
 
 
@@ -212,7 +223,15 @@ class Foreign:
 def test_user_content_is_opened_by_an_allow_list():
     folder = shared_folder()
     model, _ = make(1)
-    save(folder, model=model, user_content={"foreign": Foreign()})
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        save(folder, model=model, user_content={"foreign": Foreign()})
+        train_step(model, torch.arange(8))
+        smp.save_checkpoint(folder, "p", model=model, user_content=[argparse.Namespace(of=Foreign())])
+    texts = [str(one.message) for one in said]
+    expected = 2 if smp.rank() == 0 else 0  # which writes it
+    assert len(texts) == expected and all("does not open by itself" in t for t in texts), texts
+    assert all("test_full_checkpoints.Foreign. Save plain data" in text for text in texts), texts
     with pytest.raises(CheckpointError, match=r"user_content in .*names test_full_checkpoints\.Foreign") as caught:
         resume(folder)
     assert "allowed_types=" in str(caught.value) and isinstance(caught.value, SMPError)
@@ -226,6 +245,48 @@ def test_user_content_is_opened_by_an_allow_list():
         save(folder, model=model, user_content=lambda: 0)
     assert isinstance(resume(folder, trust_pickles=True)["foreign"], Foreign), "the one before is untouched"
     assert not [name for name in os.listdir(folder) if name.startswith(".")]
+
+
+class OwnConfig(GPT2Config):
+    """A configuration of a script."""
+
+    model_type = "own"
+
+
+@on(SINGLE, TRUSTING, NAMING)
+def test_configurations_are_data_and_switches_allow_more():
+    folder, config = shared_folder(), smp.state.cfg
+    model, _ = make(1)
+    train_step(model, torch.arange(8))
+    generation = GenerationConfig(max_new_tokens=3)
+    content = {"config": GPT2Config(n_embd=32, dtype=torch.float16), "own": OwnConfig(n_layer=3), "how": generation}
+    is_open = config.trust_pickles or bool(config.allowed_types)
+    if is_open:
+        content["foreign"] = Foreign()
+    for partial in (False, True):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # nothing is saved that cannot be read
+            smp.save_checkpoint(folder, "t1", partial, model=model, user_content=content)
+        found = smp.resume_from_checkpoint(folder, "t1", partial)
+        assert type(found["config"]) is GPT2Config and type(found["own"]) is OwnConfig
+        for name in ("config", "own", "how"):
+            assert found[name].to_dict() == content[name].to_dict()
+        assert isinstance(found.get("foreign"), Foreign) == is_open
+
+
+def test_what_is_a_configuration(tmp_path):
+    gpt2, generation = "transformers.models.gpt2", "transformers.generation.configuration_utils"
+    assert configuration_class(f"{gpt2}.configuration_gpt2.GPT2Config") is GPT2Config
+    assert configuration_class(f"{generation}.GenerationConfig") is GenerationConfig
+    assert configuration_class(f"{__name__}.OwnConfig") is OwnConfig
+    assert configuration_class("transformers.models.opt.configuration_opt.OPTConfig").__name__ == "OPTConfig"
+    for name in ("os.system", f"{gpt2}.configuration_gpt2.logger", f"{gpt2}.modeling_gpt2.GPT2Model", "no.such", "x",
+                 f"{gpt2}.configuration_gpt2.OrderedDict", "transformers.models.gpt2.configuration_none.A",
+                 f"{__name__}.Foreign", "transformers.models.auto.configuration_auto.AutoConfig"):  # fmt: skip
+        assert configuration_class(name) is None, name
+    with pytest.raises(SMPConfigError, match=r"allowed_types: there is no class 'a\.B' .*write module\.Class"):
+        named_types("a.B")
+    assert named_types(f" {__name__}.Foreign, ") == [Foreign]
 
 
 @on(SINGLE, PP2)

@@ -11,10 +11,12 @@ import subprocess
 import sys
 import warnings
 import weakref
+from unittest import mock
 
 import pytest
 import torch
 import transformers
+from transformers import PreTrainedModel
 from transformers.models.gpt2.modeling_gpt2 import GPT2Block, GPT2LMHeadModel, GPT2Model
 from transformers.models.gptj.modeling_gptj import GPTJForCausalLM
 
@@ -297,8 +299,8 @@ def test_unsupported_options_are_refused_by_name():
     ):
         wrapped(model)
     model = KINDS["gpt2"].make()
-    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
-    with pytest.raises(TensorParallelError, match=r"tie_word_embeddings=True .* is not tied"):
+    model.config.tie_word_embeddings = False
+    with pytest.raises(TensorParallelError, match=r"tie_word_embeddings=False .* is tied"):
         wrapped(model)
     model = KINDS["gpt2"].make()
     model.config.vocab_size = 14
@@ -387,6 +389,44 @@ def test_c080_match_weights_copies_weights_and_whether_they_are_trained():
         for to_transformers, _ in smp.state.module_manager.translate_functions:
             state = to_transformers(state)
         assert_same(state, plain.state_dict())
+
+
+def head_and_embedding(state):
+    return [value for name, value in state.items() if value.dim() == 2 and value.shape[0] == 13]
+
+
+@on(TP1, TP2, MATCHED)
+def test_heads_are_tied_as_the_configuration_says_where_initialization_is_skipped():
+    is_kept = smp.state.cfg.match_weights
+    for name in ("gpt2", "gptj", "gptneo", "bert"):
+        for is_tied in (True, False):
+            kind = KINDS[name]
+            with mock.patch.object(PreTrainedModel, "init_weights", lambda self: None):
+                config = kind.config()
+                config.tie_word_embeddings = is_tied
+                plain = kind.model_class(config).double()
+                before = head_and_embedding(plain.state_dict())
+                assert not torch.equal(*before)
+                optimizer = torch.optim.SGD(plain.parameters(), lr=0.1)
+                model = wrapped(copy.deepcopy(plain) if is_kept else plain)
+            found = head_and_embedding(model.state_dict())
+            assert torch.equal(*found) == (is_tied and not is_kept), (name, is_tied)
+            if is_kept:  # the model as it was built, as one process would train it
+                assert all(torch.equal(*pair) for pair in zip(found, before, strict=True)), (name, is_tied)
+            else:
+                own = {id(parameter) for parameter in model.parameters()}
+                held = [id(p) for group in smp.DistributedOptimizer(optimizer).param_groups for p in group["params"]]
+                assert set(held) == own and len(held) == len(own), (name, is_tied)
+
+
+@on(TP1)
+def test_a_head_that_was_untied_by_hand_is_said_to_be_tied():
+    model = KINDS["gpt2"].make()
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    smp.set_tensor_parallelism(model)
+    with pytest.warns(UserWarning, match=r"GPT2Config\.tie_word_embeddings=True, and the head .* is not tied"):
+        module = smp.DistributedModel(model).get_module()
+    assert module.lm_head.weight is module.embedding.word_embedding.weight
 
 
 # State dicts of wrapped models

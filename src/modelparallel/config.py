@@ -33,6 +33,8 @@ __all__ = [
 ENVIRONMENT_KEY = "SM_HP_MP_PARAMETERS"
 #: Seconds: what `timeout_seconds` is where it is not given.
 TIMEOUT_VARIABLE = "SMP_TIMEOUT"
+TRUST_VARIABLE = "SMP_TRUST_PICKLES"
+TYPES_VARIABLE = "SMP_ALLOWED_TYPES"
 _WHERE = {"environment": ENVIRONMENT_KEY, "init": "smp.init"}
 
 #: Features that do not exist yet: a parameter, or one value of it ("key=value"), and what is missing. A parameter that
@@ -63,6 +65,9 @@ _PIPELINE_KEYS = ("pipeline", "active_microbatches", "virtual_pipeline_degree", 
 _AUTOMATIC_KEYS = ("memory_weight", "virtual_pipeline_degree", "memory_limit")
 _SDP_IDLE_KEYS = ("sdp_reduce_bucket_size", "sdp_hierarchical_allgather")
 _SDP_KEYS = tuple(key for key in PARAMETER_KEYS if key.startswith("sdp_"))
+
+# Read from the environment where they are not given.
+_DERIVED_KEYS = ("ddp_port", "timeout_seconds", "trust_pickles", "allowed_types")
 
 
 def load_config(
@@ -96,6 +101,10 @@ def load_config(
         derived["ddp_port"] = int(environ["MASTER_PORT"])
     if TIMEOUT_VARIABLE in environ:
         derived["timeout_seconds"] = _timeout(environ[TIMEOUT_VARIABLE])
+    if environ.get(TRUST_VARIABLE):
+        derived["trust_pickles"] = _trust(environ[TRUST_VARIABLE])
+    if environ.get(TYPES_VARIABLE):
+        derived["allowed_types"] = environ[TYPES_VARIABLE]
     return _build(given, notices, environ, derived=derived)
 
 
@@ -110,6 +119,15 @@ def _timeout(text: str) -> float:
             "long a wait for another rank inside a step may last, or unset it"
         )
     return seconds
+
+
+def _trust(text: str) -> bool:
+    if text.lower() not in ("0", "1", "false", "true"):
+        raise SMPConfigError(
+            f"environment variable {TRUST_VARIABLE}: expected 1 or 0, got {text!r}: 1 opens whatever objects are in a "
+            "checkpoint, which can then run any code"
+        )
+    return text.lower() in ("1", "true")
 
 
 def validate_parameters(
@@ -144,7 +162,7 @@ def merge_second_init(config: Config, parameters: Mapping[str, Any] | str | None
                 "give all parameters to the first smp.init"
             )
     # What the environment gave stays.
-    derived = {key: getattr(config, key) for key in ("ddp_port", "timeout_seconds") if key not in given}
+    derived = {key: getattr(config, key) for key in _DERIVED_KEYS if key not in given}
     return _build(given, notices, {}, derived=derived), warnings
 
 

@@ -50,6 +50,8 @@ _VARIABLES = """
 - `MODELPARALLEL_DEVICE=cpu` runs on the CPU although there is a GPU; `cuda` ends with an error where there is none. The
   launcher sets it to the device that it was given, or that `auto` found.
 - `SMP_TIMEOUT=<seconds>` is `timeout_seconds` where that is not given. Anything but a number > 0 is an error.
+- `SMP_TRUST_PICKLES=1` and `SMP_ALLOWED_TYPES=module.Class,...` are `trust_pickles` and `allowed_types` where those are
+  not given ([checkpoints](checkpoints.md#what-objects-are-opened)).
 - `SMP_EVENT_DIR=<directory>` and `SMP_EVENTS=error|exit|off` say where and when a rank writes down its last events
   ([diagnosis](diagnosis.md)).
 """

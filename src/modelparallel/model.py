@@ -26,7 +26,7 @@ from modelparallel.model_parameters import ModelParameters
 from modelparallel.model_precision import ModelPrecision
 from modelparallel.model_sharding import check_can_shard
 from modelparallel.module_view import alias_inherited_forwards, attach_module_attribute
-from modelparallel.nn.huggingface import register_families
+from modelparallel.nn.huggingface import prepare_families
 from modelparallel.parameters import ParameterTable, stand_in
 from modelparallel.partitioning import Trace, check_plan, find_units, log_plan, make_plan, trace_step, work_of_call
 from modelparallel.pipeline.pushes import push
@@ -115,8 +115,8 @@ class DistributedModel(ModelParameters):
         self.has_run_post_partition_hooks = False
         self._has_run_post_step_hooks = False
 
-        register_families()
         before, config = dict(module.named_parameters(remove_duplicate=False)), active.config
+        prepare_families(module, keeps_weights=config.match_weights)
         with construction.take_in(module):
             module = replace_marked_modules(module, active.groups.tp, config.match_weights, config.prescaled_batch)
         runtime.note_replaced(before, module)

@@ -100,6 +100,8 @@ class DistributedOptimizer(torch.optim.Optimizer):
         self._note_new_groups()
         for groups in ([group["params"] for group in self.optimizer.param_groups], self._all):
             first: dict[int, tuple[int, str]] = {}
+            # Some may have become one that is in the groups already (a head that was tied while wrapping).
+            present = {id(parameter): number for number, parameters in enumerate(groups) for parameter in parameters}
             for number, parameters in enumerate(groups):
                 kept = []
                 for parameter in parameters:
@@ -109,15 +111,21 @@ class DistributedOptimizer(torch.optim.Optimizer):
                         continue
                     self.optimizer.state.pop(parameter, None)
                     name = self._runtime.name_before(parameter)
-                    if id(replacement) not in first:
-                        kept.append(replacement)
-                    there, other = first.setdefault(id(replacement), (number, name))
+                    there, other = present.get(id(replacement), number), self._name_of(replacement)
+                    if id(replacement) not in present:
+                        if id(replacement) not in first:
+                            kept.append(replacement)
+                        there, other = first.setdefault(id(replacement), (number, name))
                     if there != number:
                         raise SMPConfigError(
                             f"parameters '{other}' and '{name}', which the wrapped model has as one, are in different "
                             "groups of the optimizer: put them in one, or build the optimizer after wrapping"
                         )
                 parameters[:] = kept
+
+    def _name_of(self, parameter: nn.Parameter) -> str:
+        found = optimizer_states.row_of(self, parameter)
+        return "" if found is None else found.name
 
     def _note_new_groups(self) -> None:
         """Remember the parameters of groups that were added since, perhaps to the inner optimizer."""

@@ -314,6 +314,19 @@ class Config(BaseModel):
         65536, "Outputs up to this size are sent to all stages when they are made.", kind="int", valid=">= 0", ge=0
     )
 
+    # What is opened.
+    trust_pickles: Flag = _flag(
+        "`smp.resume_from_checkpoint` opens whatever objects are in a checkpoint, which can then run any code. Where "
+        "it is not given the environment variable SMP_TRUST_PICKLES counts. Extension."
+    )
+    allowed_types: Text = _parameter(
+        "",
+        "Classes that objects in a checkpoint may be of, as `module.Class`, separated by commas. Where it is not given "
+        "the environment variable SMP_ALLOWED_TYPES counts. Extension.",
+        kind="str",
+        default_text="none",
+    )
+
     # Filled by load_config. `_given` holds the values as read, before a derived default or a limit changed them, so
     # that a second smp.init can be merged with the first.
     _given: dict[str, tuple[Any, str]] = PrivateAttr(default_factory=dict)

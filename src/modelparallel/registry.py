@@ -66,6 +66,8 @@ class Family:
     new_names_at: ``new_names_at(prefix, names)`` says, for the names of such a whole model as it was built, which of
         the distributed class's parameters each has become, or become a part of.
     origin_of: where an instance's weights were loaded from, "" if from nowhere: a warning says that they are lost.
+    kept_arguments: arguments of the distributed class that an instance decides, whatever its configuration says, where
+        its weights are kept.
     attributes: names of plain attributes that the replacement gets if the original has them, since callers read them.
     """
 
@@ -74,6 +76,7 @@ class Family:
     translations_at: Callable[[str], tuple[Callable[..., Any], Callable[..., Any]]]
     new_names_at: Callable[[str, Collection[str]], dict[str, str]]
     origin_of: Callable[[nn.Module], str]
+    kept_arguments: Callable[[nn.Module], dict[str, Any]]
     attributes: tuple[str, ...] = ()
 
 

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from modelparallel import model_states
+from modelparallel import runtime as runtime_module
 from modelparallel.checkpoints.agreement import agreed
 from modelparallel.checkpoints.completion import (
     CompletionRecord,
@@ -29,7 +30,13 @@ from modelparallel.checkpoints.completion import (
 from modelparallel.checkpoints.file_streams import FileRecord, shown
 from modelparallel.checkpoints.storage import Store
 from modelparallel.checkpoints.torch_files import write_torch_file
-from modelparallel.checkpoints.user_content import Allowed, read_restricted, read_user_content, saved_bytes
+from modelparallel.checkpoints.user_content import (
+    Allowed,
+    named_types,
+    read_restricted,
+    read_user_content,
+    saved_bytes,
+)
 from modelparallel.checkpoints.weights import find_weights, read_weights
 from modelparallel.errors import CheckpointCorruptError, CheckpointError, CheckpointNotFoundError
 from modelparallel.nn.huggingface import translations_of
@@ -71,7 +78,9 @@ def save_full(
             if model is not None and state is not None and translate_if_full:
                 for to_transformers, _ in translations_of(model.module):
                     state = to_transformers(state)
-            content = None if user_content is None else saved_bytes(user_content, "user_content")
+            config = runtime_module.current().session.config
+            trust = (named_types(config.allowed_types), config.trust_pickles)
+            content = None if user_content is None else saved_bytes(user_content, "user_content", *trust)
             store = Store.of(path)
             write_full(store, tag, state, optimizer_state, content, {"world_size": size()})
             write_newest(store, tag)

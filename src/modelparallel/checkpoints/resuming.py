@@ -20,7 +20,7 @@ from modelparallel.checkpoints.original import find_original, load_original
 from modelparallel.checkpoints.reading import OptimizerLoad, StoredCheckpoint, check_model, check_optimizer, load_model
 from modelparallel.checkpoints.saving import PARTIAL_ENDING
 from modelparallel.checkpoints.storage import Store
-from modelparallel.checkpoints.user_content import Allowed, read_user_content
+from modelparallel.checkpoints.user_content import Allowed, named_types, read_user_content
 from modelparallel.checkpoints.writing import PLAN_NAME, USER_CONTENT_NAME
 from modelparallel.errors import (
     CheckpointCorruptError,
@@ -74,8 +74,9 @@ def resume_from_checkpoint(
         load_sharded_optimizer_state: False: of the optimizers only masters and the loss scale.
         translate_function: maps the names of a full state dict to the model's, in place of the active translation.
         data_loader: gets the state that was saved of one.
-        allowed_types: classes that ``user_content`` may hold objects of, beside tensors and plain types.
-        trust_pickles: open any object in the checkpoint, which runs code that is in it.
+        allowed_types: classes that ``user_content`` may hold objects of, beside tensors, plain types, configurations
+            of transformers, and the classes of the parameter of this name.
+        trust_pickles: open any object in the checkpoint, which runs code that is in it; so does the parameter.
         verify: compare all files with the digests in the completion record first; the ranks share the work.
 
     A folder ``<tag>_partial`` of the original library, with one file per rank and no index, is read by a job of the
@@ -93,7 +94,9 @@ def resume_from_checkpoint(
         runtime.background_save.wait()
     store = Store.of(path)
     last_optimizer = next(reversed(runtime.live_optimizers()), None) if load_optimizer else None
-    pickles: dict[str, Any] = {"allowed_types": allowed_types, "trust_pickles": trust_pickles}
+    config = runtime.session.config
+    allowed_types = (*allowed_types, *named_types(config.allowed_types))
+    pickles: dict[str, Any] = {"allowed_types": allowed_types, "trust_pickles": trust_pickles or config.trust_pickles}
     loaded: dict[str, Any] = {"strict": strict, "masters_only": not load_sharded_optimizer_state, **pickles}
     if not partial:
         full_tag = _agreed_tag(runtime, store) if tag is None else tag

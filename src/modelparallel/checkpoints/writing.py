@@ -19,7 +19,7 @@ from modelparallel.checkpoints import job_state
 from modelparallel.checkpoints.contents import Contents, model_contents, model_facts, numbered, optimizer_contents
 from modelparallel.checkpoints.dcp_storage import DraftWriter, RankInfo
 from modelparallel.checkpoints.planners import PieceSavePlanner, entry_of
-from modelparallel.checkpoints.user_content import saved_bytes
+from modelparallel.checkpoints.user_content import named_types, saved_bytes
 from modelparallel.comm.groups import gloo_group
 from modelparallel.errors import CheckpointError, SMPError, WaitTimeoutError
 from modelparallel.version import __version__
@@ -59,13 +59,17 @@ def take_snapshot(
         contents.add(model_contents(model, numbered("model", index)))
     for index, optimizer in enumerate(optimizers):
         contents.add(optimizer_contents(optimizer, numbered("optimizer", index)))
-    contents.objects = {key: saved_bytes(value, f"the entry '{key}'") for key, value in contents.objects.items()}
+    config = runtime.session.config
+    trust = (named_types(config.allowed_types), config.trust_pickles)
+    contents.objects = {
+        key: saved_bytes(value, f"the entry '{key}'", *trust) for key, value in contents.objects.items()
+    }
     files = {}
     if runtime.session.groups.world.rank_in_group == 0:
         plans = [json.loads(plan.to_json()) if (plan := model.partition_plan) else None for model in models]
         files[PLAN_NAME] = json.dumps(plans).encode()
         if user_content is not None:
-            files[USER_CONTENT_NAME] = saved_bytes(user_content, "user_content")
+            files[USER_CONTENT_NAME] = saved_bytes(user_content, "user_content", *trust)
     pp_size, tp_size, rdp_size = job_state.sizes(runtime.session.groups)
     facts = {
         "kind": "partial",

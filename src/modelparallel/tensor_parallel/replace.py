@@ -81,7 +81,7 @@ def replace_marked_modules(
             if registration.is_builtin:
                 _convert(name, module, registration, tp_group)
                 continue
-            replacement = _build(name, module, registration, mark, tp_group)
+            replacement = _build(name, module, registration, mark, tp_group, keeps_weights=match_weights)
         except NotSplittableError as error:
             _keep(name, module, str(error))
             continue
@@ -217,7 +217,13 @@ def _convert(name: str, module: nn.Module, registration: Registration, tp_group:
 
 
 def _build(
-    name: str, module: nn.Module, registration: Registration, mark: TensorParallelMark, tp_group: Group
+    name: str,
+    module: nn.Module,
+    registration: Registration,
+    mark: TensorParallelMark,
+    tp_group: Group,
+    *,
+    keeps_weights: bool,
 ) -> DistributedModule:
     """The distributed module for ``module``; raises NotSplittableError if ``module`` must stay."""
     try:
@@ -248,7 +254,10 @@ def _build(
             f"({error}); "
             "translate them in an init_hook"
         ) from error
-    for key, value in mark.kwargs.items():
+    chosen = dict(mark.kwargs)
+    if keeps_weights and registration.family is not None:
+        chosen = {**registration.family.kept_arguments(module), **chosen}
+    for key, value in chosen.items():
         if key in signature.parameters and signature.parameters[key].kind not in (
             inspect.Parameter.VAR_POSITIONAL,
             inspect.Parameter.VAR_KEYWORD,

@@ -1,6 +1,6 @@
 """Models of transformers that are split out of the box, and the translators of their state dicts (smp-api section 10).
 
-`register_families` is called when a model is wrapped. Nothing here imports transformers before the user has: a family
+`prepare_families` is called when a model is wrapped. Nothing here imports transformers before the user has: a family
 counts only where its classes have been imported, since there can be no instance before.
 """
 
@@ -62,6 +62,11 @@ class LanguageModel:
         """See `registry.Family`."""
         return translation.new_names(names, Place(self.layout, prefix, self.has_head))
 
+    def kept_arguments(self, module: nn.Module) -> dict[str, Any]:
+        """See `registry.Family`."""
+        place = Place(self.layout, has_head=self.has_head)
+        return {"tie_word_embeddings": options.is_head_tied(module, place)} if self.has_head else {}
+
 
 @dataclass(frozen=True)
 class Encoder:
@@ -89,6 +94,10 @@ class Encoder:
     def new_names_at(self, prefix: str, names: Collection[str]) -> dict[str, str]:
         """See `registry.Family`."""
         return translation.new_names(names, Place(self.layout, prefix))
+
+    def kept_arguments(self, module: nn.Module) -> dict[str, Any]:
+        """See `registry.Family`."""
+        return {}
 
 
 def _pair(place: Place) -> tuple[Translate, Translate]:
@@ -169,7 +178,7 @@ def register_families() -> None:
         warnings.warn(
             f"transformers {version} is not supported by tensor parallelism (4.57 to 5.x are): models of transformers "
             "are not replaced; register classes with smp.tp_register_with_module",
-            stacklevel=4,
+            stacklevel=5,
         )
         return
     for module_class, family in new:
@@ -184,10 +193,34 @@ def register_families() -> None:
                     family.translations_at,
                     family.new_names_at,
                     options.origin_of,
+                    family.kept_arguments,
                     ("config", "generation_config"),
                 ),
             )
         )
+
+
+def prepare_families(model: nn.Module, *, keeps_weights: bool) -> None:
+    """Before modules of ``model`` are replaced: `register_families`; and where the script has skipped transformers'
+    initialisation, tie what is around replaced modules as their configurations say.
+
+    Weights around them are tied only where they do not count, since those of the replaced ones are new.
+    """
+    register_families()
+    if keeps_weights:
+        return
+    for module in model.modules():
+        inner: Any = module
+        is_tied = bool(getattr(getattr(module, "config", None), "tie_word_embeddings", False))
+        if not is_tied or not hasattr(module, "tie_weights") or not options.skips_initialization(module):
+            continue
+        if not _is_replaced(module) and any(_is_replaced(part) for part in module.modules()):
+            inner.tie_weights()
+
+
+def _is_replaced(module: nn.Module) -> bool:
+    mark, registration = registry.tensor_parallel_mark(module), registry.registration_for(module)
+    return mark is not None and mark.enabled and registration is not None and registration.family is not None
 
 
 def translations_of(model: nn.Module) -> list[tuple[Translate, Translate]]:

@@ -6,6 +6,7 @@ not would cost more than the error.
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, NoReturn
 
 from torch import nn
@@ -61,7 +62,8 @@ def arguments_of(module: nn.Module, place: Place) -> ConstructorArguments:
     """The configuration of ``module``, after a look at whether the module is what that builds.
 
     Raises TensorParallelError if its parameters have other names or sizes: adapters, pruned heads, embeddings that were
-    resized behind the configuration's back, weights that are tied or not against it.
+    resized behind the configuration's back, weights that are tied against it. A head that is not tied against it is
+    taken for one of a script that skips transformers' initialisation, which also ties: the configuration counts.
     """
     config: Any = module.config
     state = module.state_dict(keep_vars=True)
@@ -73,14 +75,34 @@ def arguments_of(module: nn.Module, place: Place) -> ConstructorArguments:
         )
     if getattr(config, "pruned_heads", None):
         refuse(config, "pruned_heads")
-    if place.has_head:
-        head, embedding = (state[name] for name in place.layout.tied)
-        if (head is embedding) != bool(config.tie_word_embeddings):
-            refuse(config, "tie_word_embeddings", f"the head's weight {'is' if head is embedding else 'is not'} tied")
+    if place.has_head and not config.tie_word_embeddings and is_head_tied(module, place):
+        refuse(config, "tie_word_embeddings", "the head's weight is tied")
+    is_left_untied = place.has_head and config.tie_word_embeddings and not is_head_tied(module, place)
+    if is_left_untied and not skips_initialization(module):
+        warnings.warn(
+            f"{type(config).__name__}.tie_word_embeddings=True, and the head of this {type(module).__name__} is not "
+            "tied: what replaces it has a tied head, unless it keeps these weights (_match_weights). To train a head "
+            "of its own, set tie_word_embeddings=False in the configuration",
+            stacklevel=6,  # where smp.DistributedModel is called
+        )
     words = next((value for name, value in state.items() if name.endswith("wte.weight")), None)
     if words is not None and words.shape[0] != config.vocab_size:
         refuse(config, "vocab_size", f"the embedding has {words.shape[0]} rows")
     return ConstructorArguments((config,), {})
+
+
+def is_head_tied(module: nn.Module, place: Place) -> bool:
+    """Whether the weight of the head is that of the embedding."""
+    head, embedding = (module.get_parameter(name) for name in place.layout.tied)
+    return head is embedding
+
+
+def skips_initialization(module: nn.Module) -> bool:
+    """Whether the script has put a function of its own in the place of transformers' ``init_weights``, which also ties
+    weights: scripts of the original do, to start faster.
+    """
+    method: Any = getattr(type(module), "init_weights", None)
+    return method is not None and str(getattr(method, "__module__", "")).split(".")[0] != "transformers"
 
 
 def origin_of(module: nn.Module) -> str:
