@@ -20,7 +20,18 @@ SIZE_EXCEPTIONS: dict[str, tuple[str, str]] = {}
 LADDER: list[tuple[bool, set[str]]] = [
     (
         True,
-        {"config", "parameter_table", "topology", "errors", "exceptions", "events", "torch_compat", "trees", "version"},
+        {
+            "config",
+            "parameter_table",
+            "topology",
+            "errors",
+            "exceptions",
+            "events",
+            "private_files",
+            "torch_compat",
+            "trees",
+            "version",
+        },
     ),
     (True, {"plan"}),
     (True, {"parameters", "shards", "session", "registry"}),

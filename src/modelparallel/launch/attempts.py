@@ -18,6 +18,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from modelparallel.errors import LaunchError
+from modelparallel.private_files import write_private
 
 if TYPE_CHECKING:
     from modelparallel.launch.folder import JobFolder
@@ -128,9 +129,9 @@ def history(attempts: Sequence[Attempt], folder: JobFolder) -> str:
 def write_attempts(folder: JobFolder, attempts: Sequence[Attempt]) -> None:
     """Keep the attempts in attempts/attempts.json, whole: others may look at any moment."""
     path = folder.attempts_file
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(mode=0o700, exist_ok=True)
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps([asdict(attempt) for attempt in attempts], indent=2) + "\n", encoding="utf-8")
+    write_private(partial, json.dumps([asdict(attempt) for attempt in attempts], indent=2) + "\n")
     partial.replace(path)
 
 

@@ -2,13 +2,15 @@
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 from modelparallel.errors import LaunchError, NotBuiltError
+
+_MAX_NAME = 128
 
 
 def input_channels(inputs: Any) -> dict[str, Path]:
@@ -24,15 +26,21 @@ def input_channels(inputs: Any) -> dict[str, Path]:
         raise LaunchError(
             f"inputs: expected a path, a file:/// location or a dict of them, got {type(inputs).__name__} {inputs!r}"
         )
-    return {_checked_name(name): local_path(location, f"channel {name!r}") for name, location in inputs.items()}
+    check_channel_names(inputs)
+    return {name: local_path(location, f"channel {name!r}") for name, location in inputs.items()}
 
 
-def channel_option(text: str) -> tuple[str, str]:
-    """Split `NAME=PATH` of the command line."""
-    name, separator, location = text.partition("=")
-    if not separator or not name or not location:
-        raise LaunchError(f"--channel: expected NAME=PATH, got {text!r}: for example --channel train=data/train")
-    return name, location
+def channel_options(texts: Sequence[str]) -> dict[str, str]:
+    """Split each `NAME=PATH` of the command line."""
+    found: dict[str, str] = {}
+    for text in texts:
+        name, separator, location = text.partition("=")
+        if not separator or not name or not location:
+            raise LaunchError(f"--channel: expected NAME=PATH, got {text!r}: for example --channel train=data/train")
+        if name in found:
+            raise LaunchError(f"--channel: {name!r} is given twice: give each channel a name of its own")
+        found[name] = location
+    return found
 
 
 def local_path(location: Any, what: str, *, must_exist: bool = True) -> Path:
@@ -40,7 +48,12 @@ def local_path(location: Any, what: str, *, must_exist: bool = True) -> Path:
     if not isinstance(location, str | os.PathLike):
         raise LaunchError(f"{what}: expected a path or a file:/// location, got {type(location).__name__} {location!r}")
     text = os.fspath(location)
-    parts = urlsplit(text)
+    if not isinstance(text, str) or not text or "\0" in text:
+        raise LaunchError(f"{what}: {text!r} is no path: give a directory or file of this machine")
+    try:
+        parts = urlsplit(text)
+    except ValueError as error:
+        raise LaunchError(f"{what}: {text!r} is no path or file:/// location ({error})") from error
     if parts.scheme == "s3":
         raise NotBuiltError(f"{what}: {text}: reading from s3:// is not built yet: copy it and give the local path")
     if "://" in text:
@@ -53,7 +66,17 @@ def local_path(location: Any, what: str, *, must_exist: bool = True) -> Path:
     return path
 
 
-def _checked_name(name: Any) -> str:
-    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9._-]+", name):
-        raise LaunchError(f"channel name {name!r}: use letters, digits, '.', '_' and '-'")
-    return name
+def check_channel_names(names: Iterable[Any]) -> None:
+    """Each is the name of a directory and, in capitals, of a variable: SM_CHANNEL_<NAME>. Raises `LaunchError`."""
+    variables: dict[str, str] = {}
+    for name in names:
+        is_name = isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9._-]+", name) and name.strip(".")
+        if not is_name or len(name) > _MAX_NAME:
+            raise LaunchError(
+                f"channel name {name!r}: use letters, digits, '.', '_' and '-', at most {_MAX_NAME}, and not dots alone"
+            )
+        other = variables.setdefault(name.upper(), name)
+        if other != name:
+            raise LaunchError(
+                f"channels {other!r} and {name!r} would both be SM_CHANNEL_{name.upper()}: rename one of them"
+            )

@@ -23,7 +23,7 @@ import typer
 
 from modelparallel.config import parse_parameters, validate_parameters
 from modelparallel.errors import LaunchError, ScheduleError, SMPError
-from modelparallel.launch.channels import channel_option, input_channels
+from modelparallel.launch.channels import channel_options, input_channels
 from modelparallel.launch.checkpoint_commands import checkpoint_app
 from modelparallel.launch.devices import check_devices, resolve_device
 from modelparallel.launch.explain import explain as explain_job
@@ -215,7 +215,7 @@ def _job(
         arguments=tuple(arguments),
         hyperparameters={} if published is None else {"mp_parameters": published},
         parameters=published,
-        channels=input_channels(dict(map(channel_option, channels))),
+        channels=input_channels(channel_options(channels)),
         preferred_port=int((published or {}).get("ddp_port", 7777)),
         timeout=timeout,
         fewer_processes=tuple(fewer),

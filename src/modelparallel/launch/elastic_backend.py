@@ -18,6 +18,7 @@ from modelparallel.launch.environment import HOST_ADDRESS, interpreter, worker_c
 from modelparallel.launch.failures import JobInterrupted
 from modelparallel.launch.folder import JobFolder
 from modelparallel.launch.supervision import GRACE
+from modelparallel.private_files import open_private
 
 if TYPE_CHECKING:
     from modelparallel.launch.job import JobSpec
@@ -115,14 +116,14 @@ def _signal_state_kept() -> Iterator[None]:
 def _agent_log(folder: JobFolder) -> Iterator[None]:
     """Keep the agent's own messages in logs/elastic.log: the user is to see one error, that of the script."""
     agent_logger = logging.getLogger("torch.distributed.elastic")
-    handler = logging.FileHandler(folder.logs / "elastic.log", encoding="utf-8", delay=True)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     propagates = agent_logger.propagate
-    agent_logger.addHandler(handler)
-    agent_logger.propagate = False
-    try:
-        yield
-    finally:
-        agent_logger.removeHandler(handler)
-        agent_logger.propagate = propagates
-        handler.close()
+    with open(folder.logs / "elastic.log", "a", encoding="utf-8", opener=open_private) as file:
+        handler = logging.StreamHandler(file)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        agent_logger.addHandler(handler)
+        agent_logger.propagate = False
+        try:
+            yield
+        finally:
+            agent_logger.removeHandler(handler)
+            agent_logger.propagate = propagates

@@ -19,7 +19,7 @@ from modelparallel.launch.channels import input_channels, local_path
 from modelparallel.launch.devices import check_devices, resolve_device
 from modelparallel.launch.environment import command_arguments
 from modelparallel.launch.failures import JobFailedError
-from modelparallel.launch.folder import JobFolder, default_folder, new_job_name
+from modelparallel.launch.folder import JobFolder, checked_job_name, default_folder, new_job_name
 from modelparallel.launch.job import Backend, JobResult, JobSpec, check_script, run_job
 from modelparallel.launch.process_counts import checked_range, fitting_counts
 from modelparallel.launch.supervision import RankMonitor
@@ -274,7 +274,7 @@ class PyTorch:
             hyperparameters["mp_parameters"] = parameters
             if self.pass_mp_parameters:
                 arguments["mp_parameters"] = parameters
-        name = job_name or new_job_name(self.base_job_name or script.stem)
+        name = new_job_name(self.base_job_name or script.stem) if job_name is None else checked_job_name(job_name)
         if self.job_dir is None:
             folder = default_folder(name)
         else:

@@ -10,24 +10,39 @@
     attempts/attempts.json               how each attempt ended, if the job may restart
 
 Only names and files; who runs what in it is in job.py.
+
+[Note: what goes] A folder may be used again, and may hold files of others: of the user, or of the script. What an
+earlier job left goes by its name, file by file, out of directories that are no links: the names of `_WRITTEN`, links
+that were written down when they were made and lead where they led, and directories that are empty then.
 """
 
-import fcntl
 import json
 import os
 import re
-import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from modelparallel.errors import LaunchError
+from modelparallel.launch import folder_mark
+from modelparallel.launch.channels import check_channel_names
+from modelparallel.private_files import write_private
 
 #: Where jobs go that were not told where, below the current directory.
 DEFAULT_PARENT = "modelparallel-jobs"
+
+#: What a job writes into the directories that are its own, by the names of the files; see [Note: what goes].
+_WRITTEN = {
+    "logs": re.compile(r"(rank_\d+|launcher|elastic|mpirun)\.log"),
+    "status": re.compile(r"job\.json|rank_\d+\.(started|error|finished|elastic)\.(json|partial)|rank_\d+\.partial"),
+    "events": re.compile(r"rank\d+\.(jsonl|partial|memory\.json)"),
+    "attempts": re.compile(r"attempts\.(json|partial)"),
+    "config": re.compile(r"(hyperparameters|resourceconfig|inputdataconfig)\.json"),
+}
+_MAX_NAME = 128
 
 
 @dataclass(frozen=True)
@@ -127,79 +142,129 @@ class JobFolder:
     def finished_file(self, global_rank: int) -> Path:
         return self.status / f"rank_{global_rank}.finished.json"
 
+    @property
+    def links_file(self) -> Path:
+        """Which links a job has made, and where they lead."""
+        return self.root / ".modelparallel-links"
+
     def prepare(self, source_dir: Path, channels: Mapping[str, Path], checkpoints: Path | None = None) -> None:
         """Make the directories and links. Logs, status, events, attempts and failure of an earlier run in this
-        folder go; model, output data and checkpoints stay, so that a job can go on where it stopped.
+        folder go; model, output data and checkpoints stay, so that a job can go on where it stopped, and so does
+        whatever no job has written. Raises `LaunchError` for what is in the way.
         """
-        for old in (self.logs, self.status, self.events, self.attempts, self.input):
-            shutil.rmtree(old, ignore_errors=True)
-        self.failure_file.unlink(missing_ok=True)
-        for directory in (
-            self.input_config,
-            self.input / "data",
-            self.model,
-            self.output_data,
-            self.output_intermediate,
-            self.logs,
-            self.status,
-        ):
-            directory.mkdir(parents=True, exist_ok=True)
-        _link(self.code, source_dir)
-        for name, path in channels.items():
-            if path.is_dir():
-                _link(self.channel(name), path)
-            else:
-                # A channel is a directory for the script, also when it is given as one file.
-                self.channel(name).mkdir()
-                _link(self.channel(name) / path.name, path)
-        if checkpoints is None:
-            if not self.checkpoints.is_symlink():
+        check_channel_names(channels)
+        try:
+            self._clear()
+            for directory in (self.input_config, self.input / "data", self.logs, self.status, self.events):
+                _make_own(directory, self.root)
+            for directory in (self.model, self.output_data, self.output_intermediate):
+                directory.mkdir(parents=True, exist_ok=True)
+            links = {self.code: source_dir}
+            for name, path in channels.items():
+                if not path.is_dir():
+                    # A channel is a directory for the script, also when it is given as one file.
+                    _make_own(self.channel(name), self.root)
+                links[self.channel(name) if path.is_dir() else self.channel(name) / path.name] = path
+            if checkpoints is not None:
+                checkpoints.mkdir(parents=True, exist_ok=True)
+                links[self.checkpoints] = checkpoints
+            elif not self.checkpoints.is_symlink():
                 self.checkpoints.mkdir(exist_ok=True)
-        else:
-            checkpoints.mkdir(parents=True, exist_ok=True)
-            _link(self.checkpoints, checkpoints)
+            self._link(links)
+        except OSError as error:
+            raise LaunchError(f"the job folder {self.root} cannot be made ready: {error}") from error
+
+    def _clear(self) -> None:
+        """Remove what an earlier job has written; see [Note: what goes]."""
+        own = (self.logs, self.status, self.events, self.attempts, self.input, self.input_config, self.input / "data")
+        for directory in (*own, self.output):
+            _check_own(directory)
+        for link, target in self._links_made().items():
+            if _leads_to(link, target) and link != self.checkpoints:
+                link.unlink()
+                if link.parent.parent == self.input / "data":
+                    _remove_if_empty(link.parent)
+        for folder in (*self._attempt_folders(), self):
+            for directory in (folder.logs, folder.status, folder.events):
+                _remove_written(directory)
+            if folder is not self:
+                _remove_if_empty(folder.root)
+        _remove_written(self.attempts)
+        _remove_written(self.input_config)
+        with suppress(FileNotFoundError):
+            self.failure_file.unlink()
+
+    def _attempt_folders(self) -> Iterator["JobFolder"]:
+        with suppress(FileNotFoundError):
+            for name in os.listdir(self.attempts):
+                root = self.attempts / name
+                if re.fullmatch("[1-9][0-9]*", name) and root.is_dir() and not root.is_symlink():
+                    yield JobFolder(root)
+
+    def _links_made(self) -> dict[Path, str]:
+        try:
+            found = json.loads(self.links_file.read_text(encoding="utf-8"))
+            links = {self.root / str(link): str(target) for link, target in found.items()}
+        except (OSError, ValueError, RecursionError, AttributeError):
+            return {}
+        # Whatever the file says, only where jobs make links, and not through other ones.
+        data = self.input / "data"
+        return {
+            link: target
+            for link, target in links.items()
+            if link in (self.code, self.checkpoints)
+            or (data in (link.parent, link.parent.parent) and ".." not in link.parts and not link.parent.is_symlink())
+        }
+
+    def _link(self, links: Mapping[Path, Path]) -> None:
+        """Make the links. Only that of the checkpoints may be there from an earlier job; it is replaced or kept."""
+        earlier = {link: target for link, target in self._links_made().items() if _leads_to(link, target)}
+        wanted = {link: str(target) for link, target in links.items()}
+        for link in wanted:
+            if os.path.lexists(link) and link not in earlier:
+                raise LaunchError(
+                    f"{link} exists and is not a link of an earlier job: remove it or choose another job folder"
+                )
+        text = json.dumps({str(link.relative_to(self.root)): target for link, target in {**earlier, **wanted}.items()})
+        write_private(self.links_file, text)
+        for link, target in wanted.items():
+            if link in earlier:
+                link.unlink()
+            os.symlink(target, link)
 
     def put_aside(self, number: int) -> None:
         """Move logs, events and status of an attempt that has ended to a folder of its own; the launcher's log stays.
         No process of the attempt is alive.
         """
         target = self.attempt(number)
-        target.root.mkdir(parents=True)
         for directory in (self.logs, self.status, self.events):
-            if directory.exists():
-                directory.rename(target.root / directory.name)
-        for directory in (self.logs, self.status):
-            directory.mkdir()
-        kept = target.logs / self.launcher_log.name
-        if kept.exists():
-            kept.rename(self.launcher_log)
+            _make_own(target.root / directory.name, self.root)
+            for path in _written(directory):
+                if path != self.launcher_log:
+                    path.rename(target.root / directory.name / path.name)
 
     def write_input_config(self, name: str, content: Mapping[str, Any]) -> None:
         """Write input/config/<name>.json."""
         text = json.dumps(content, indent=2, sort_keys=True, default=str)
-        (self.input_config / f"{name}.json").write_text(text + "\n", encoding="utf-8")
+        write_private(self.input_config / f"{name}.json", text + "\n")
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Make the folder, and keep other jobs out of it while this one runs."""
-        self.root.mkdir(parents=True, exist_ok=True)
-        ignore = self.root.parent / ".gitignore"
-        if self.root.parent.name == DEFAULT_PARENT and not ignore.exists():
-            ignore.write_text("*\n", encoding="ascii")
-        with (self.root / ".lock").open("w", encoding="ascii") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise LaunchError(
-                    f"another job is running in {self.root}: choose another folder (--job-dir, job_dir) or wait"
-                ) from error
+        """Make the folder, and keep other jobs out of it while this one runs. Raises `LaunchError` for a folder that is
+        not empty and not a job's; see folder_mark.py.
+        """
+        with folder_mark.held(self.root):
+            ignore = self.root.parent / ".gitignore"
+            if self.root.parent.name == DEFAULT_PARENT:
+                with suppress(FileExistsError), open(ignore, "x", encoding="ascii") as file:
+                    file.write("*\n")
             yield
 
 
 def new_job_name(base: str, now: datetime | None = None) -> str:
     """A name in the form base-2026-01-31-12-00-00-123."""
     now = now or datetime.now()
-    base = re.sub(r"[^A-Za-z0-9-]+", "-", base).strip("-") or "job"
+    base = re.sub(r"[^A-Za-z0-9-]+", "-", base)[: _MAX_NAME // 2].strip("-") or "job"
     return f"{base}-{now:%Y-%m-%d-%H-%M-%S}-{now.microsecond // 1000:03d}"
 
 
@@ -208,9 +273,56 @@ def default_folder(job_name: str) -> JobFolder:
     return JobFolder(Path.cwd() / DEFAULT_PARENT / job_name)
 
 
-def _link(link: Path, target: Path) -> None:
-    if link.is_symlink():
-        link.unlink()
-    elif link.exists():
-        raise LaunchError(f"{link} exists and is not a link of an earlier job: remove it or choose another job folder")
-    os.symlink(target, link, target_is_directory=target.is_dir())
+def checked_job_name(name: Any) -> str:
+    """The name, if it can be that of a folder and of a variable's value. Raises `LaunchError`."""
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name) or len(name) > _MAX_NAME:
+        raise LaunchError(
+            f"job name {name!r}: use letters, digits, '.', '_' and '-', a letter or digit first, at most {_MAX_NAME} "
+            "characters"
+        )
+    return name
+
+
+def _leads_to(link: Path, target: str) -> bool:
+    return link.is_symlink() and os.readlink(link) == target
+
+
+def _check_own(directory: Path) -> None:
+    """A link could lead to files of others, in which a job must neither write nor remove anything."""
+    if directory.is_symlink() or (directory.exists() and not directory.is_dir()):
+        what = "a link" if directory.is_symlink() else "no directory"
+        raise LaunchError(f"{directory} is {what}: remove it, or choose another job folder; jobs make it themselves")
+
+
+def _make_own(directory: Path, root: Path) -> None:
+    """Make a directory below the job folder that nobody else can look into."""
+    if directory.parent != root:
+        _make_own(directory.parent, root)
+    _check_own(directory)
+    directory.mkdir(mode=0o700, exist_ok=True)
+    directory.chmod(0o700)
+
+
+def _written(directory: Path) -> list[Path]:
+    """The files in it that have names of what jobs write."""
+    if not directory.is_dir() or directory.is_symlink():
+        return []
+    found = []
+    with os.scandir(directory) as entries:
+        for entry in entries:
+            if _WRITTEN[directory.name].fullmatch(entry.name):
+                if not entry.is_file(follow_symlinks=False):
+                    raise LaunchError(f"{entry.path} is no file of a job: remove it, or choose another job folder")
+                found.append(directory / entry.name)
+    return found
+
+
+def _remove_written(directory: Path) -> None:
+    for path in _written(directory):
+        path.unlink()
+    _remove_if_empty(directory)
+
+
+def _remove_if_empty(directory: Path) -> None:
+    with suppress(OSError):
+        directory.rmdir()

@@ -16,11 +16,12 @@ from modelparallel.launch.attempts import Attempt, history, next_start, write_at
 from modelparallel.launch.devices import Device, device_names, working_devices
 from modelparallel.launch.environment import job_environment, resource_config
 from modelparallel.launch.failures import JobInterrupted, RankFailure, first_failure
-from modelparallel.launch.folder import JobFolder
+from modelparallel.launch.folder import JobFolder, checked_job_name
 from modelparallel.launch.memory_summary import memory_summary
 from modelparallel.launch.processes import end_leftovers
 from modelparallel.launch.rendezvous_port import reserved_port
 from modelparallel.launch.supervision import RankMonitor
+from modelparallel.private_files import write_private
 
 Backend = Literal["elastic", "mpi"]
 
@@ -103,6 +104,7 @@ def run_job(job: JobSpec, output: TextIO | None = None, monitor: RankMonitor | N
     """
     output = output or sys.stdout
     check_script(job.script)
+    checked_job_name(job.name)
     folder = job.folder
     with folder.held():
         folder.prepare(job.source_dir, job.channels, job.checkpoints)
@@ -129,7 +131,7 @@ def run_job(job: JobSpec, output: TextIO | None = None, monitor: RankMonitor | N
             monitor.say(f"job {job.name} finished in {seconds:.1f} s{restarts}")
             message = ""
         else:
-            folder.failure_file.write_text(message + "\n", encoding="utf-8")
+            write_private(folder.failure_file, message + "\n")
         return replace(result, seconds=seconds, message=message, attempts=tuple(attempts))
 
 
@@ -224,7 +226,7 @@ def _describe(job: JobSpec) -> None:
         "logs": str(folder.logs),
         "status": str(folder.status),
     }
-    folder.description.write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+    write_private(folder.description, json.dumps(description, indent=2) + "\n")
     folder.write_input_config("hyperparameters", job.hyperparameters)
     folder.write_input_config("resourceconfig", resource_config(job))
     folder.write_input_config("inputdataconfig", {name: {"TrainingInputMode": "File"} for name in job.channels})

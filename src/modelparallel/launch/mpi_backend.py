@@ -20,6 +20,7 @@ from modelparallel.launch.environment import OUTER_RANK_VARIABLES, interpreter, 
 from modelparallel.launch.failures import JobInterrupted
 from modelparallel.launch.mpi_options import mpirun_arguments, parse_mpi_options
 from modelparallel.launch.supervision import GRACE, RankMonitor
+from modelparallel.private_files import open_private
 
 if TYPE_CHECKING:
     from modelparallel.launch.job import JobSpec
@@ -48,7 +49,7 @@ def run(job: "JobSpec", environment: Mapping[str, str], monitor: RankMonitor) ->
         *worker_command(job),
     ]
     log_path = job.folder.mpirun_log
-    with log_path.open("wb") as log, _signals_as_interruptions():
+    with open(log_path, "wb", opener=open_private) as log, _signals_as_interruptions():
         process = subprocess.Popen(
             command,
             env=full_environment,

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import TextIO
 
 from modelparallel.launch.folder import JobFolder
+from modelparallel.private_files import open_private
 
 _CHUNK = 1 << 16
 
@@ -29,7 +30,7 @@ class Console:
 
     def say(self, text: str) -> None:
         """A line of the launcher itself; kept in logs/launcher.log as well."""
-        with self._folder.launcher_log.open("a", encoding="utf-8") as log:
+        with open(self._folder.launcher_log, "a", encoding="utf-8", opener=open_private) as log:
             log.write(text + "\n")
         self.write_lines("launcher", [text])
         self.flush()

@@ -10,21 +10,30 @@ import os
 import socket
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from modelparallel.private_files import is_own, open_private
 
 
 @contextmanager
 def reserved_port(preferred: int) -> Iterator[int]:
     """A port that is free now, and that no other job of this launcher takes."""
     lock_path = Path(tempfile.gettempdir()) / f"modelparallel-port-{os.getuid()}-{preferred}.lock"
-    with lock_path.open("w", encoding="ascii") as lock:
-        try:
+    # Others may have put a link or a file of theirs under the name; then there is no lock, and 7777 is left alone.
+    lock: int | None = None
+    is_mine = False
+    with suppress(OSError):
+        lock = open_private(lock_path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK)
+        os.fchmod(lock, 0o600)  # of a file of another user this fails
+        if is_own(lock):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             is_mine = True
-        except OSError:
-            is_mine = False
+    try:
         yield preferred if is_mine and _is_free(preferred) else _any_free_port()
+    finally:
+        if lock is not None:
+            os.close(lock)
 
 
 def _is_free(port: int) -> bool:

@@ -66,7 +66,7 @@ def _own_global_rank() -> int:
 
 def _redirect_output(log: Path) -> None:
     """Send file descriptors 1 and 2 to the log: one file, in the order of writing, C++ included."""
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o600)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.close(descriptor)
