@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 import modelparallel as smp
 from distributed_run import mean_over_replicas, own_share
 from modelparallel import model_states
-from modelparallel.session import let_threads_finish
+from modelparallel.ending import let_threads_finish
 from parity import ReferenceResult, assert_parity, reference_run
 
 

@@ -64,7 +64,7 @@ class Runtime:
                 of.config.timeout_seconds,
                 self._pair_channels(of),
             )
-            of.closers.append(transport.close)
+            of.transports.append(transport)
         self.engine = PipelineEngine(
             of.device, transport, of.config.push_limit_bytes, of.config.pipeline, of.config.active_microbatches
         )

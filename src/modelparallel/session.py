@@ -11,17 +11,14 @@ import contextlib
 import datetime
 import logging
 import os
-import sys
-import threading
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
+from modelparallel import ending
 from modelparallel.config import Config, load_config, merge_second_init
 from modelparallel.errors import CommunicationError, NotInitializedError, SMPConfigError, SMPError
 from modelparallel.topology import ProcessIdentity, Topology, discover_process, master_host
@@ -47,8 +44,14 @@ class Session:
     models: list[Any] = field(default_factory=list)
     # What the wrappers share (`runtime.Runtime`); made by them when it is first needed.
     runtime: Any = None
-    # Called before the process groups are destroyed; the order does not matter.
+    # Called at the end: first, with the seconds that each may take, those that finish what works in the background;
+    # then, before the connections are closed, the others. The order does not matter.
+    finishers: list[Callable[[float], None]] = field(default_factory=list)
     closers: list[Callable[[], None]] = field(default_factory=list)
+    # What has threads that listen to other ranks: `say_goodbye()` before the ranks meet, `close()` afterwards.
+    transports: list[Any] = field(default_factory=list)
+    # The process is known to end by an error, which `sys` does not say of an exit code.
+    ends_by_error: bool = False
     # Process groups by purpose and ranks, so that a second smp.init makes only those that are missing.
     _made: dict[tuple[str, tuple[int, ...]], dist.ProcessGroup] = field(default_factory=dict)
     _has_default_group: bool = False
@@ -57,6 +60,11 @@ class Session:
     def made_groups(self) -> dict[tuple[str, tuple[int, ...]], dist.ProcessGroup]:
         """All process groups by purpose and ranks; whoever makes one adds it, so that it is destroyed at the end."""
         return self._made
+
+    @property
+    def made_default_group(self) -> bool:
+        """Whether the default group of torch.distributed is the session's, and not the script's."""
+        return self._has_default_group
 
 
 _current: Session | None = None
@@ -112,66 +120,26 @@ def initialize(parameters: Mapping[str, Any] | str | None = None, environ: Mappi
         raise
     _current = session
     atexit.register(shutdown)
+    ending.before_threads_end(_finish_background)
     return session
 
 
 def shutdown() -> None:
-    """Forget the session and destroy the process groups that it made; local. For tests, and at the end of the process.
+    """Forget the session, say goodbye to the other ranks and let go of its process groups and threads. For tests, and
+    at the end of the process. Not collective, but waits some seconds for ranks that come later.
 
-    Without it torch's threads may abort the process at its end.
+    Without it torch's threads may abort the process at its end ([Note: the end of a process]).
     """
     global _current
     session, _current = _current, None
     atexit.unregister(shutdown)
-    if session is None or not dist.is_initialized():
-        return
-    for close in session.closers:
-        close()
-    if sys.exc_info()[0] is not None or getattr(sys, "last_exc", None) or getattr(sys, "last_value", None):
-        # This process has failed. Its peers may never answer what is still under way, so nothing is waited for.
-        for process_group in {id(group): group for group in session._made.values()}.values():
-            with contextlib.suppress(RuntimeError):  # the backend may be broken already; the process ends anyway
-                process_group.abort()
-    if session._has_default_group:
-        dist.destroy_process_group()
-    else:
-        for process_group in {id(group): group for group in session._made.values()}.values():
-            if process_group is not dist.group.WORLD:
-                dist.destroy_process_group(process_group)
-    let_threads_finish()
+    if session is not None and dist.is_initialized():
+        ending.leave(session)
 
 
-def let_threads_finish() -> None:
-    """Give gloo's threads the interpreter until all of them sleep.
-
-    A gloo thread reports a finished operation first and lets go of its tensors afterwards, for which it needs the
-    interpreter lock. If the interpreter has begun to end by then, the process is aborted ("terminate called without an
-    active exception"), although the script was done; seen in one of four jobs on a busy machine. Destroying the group
-    only waits for the threads if nothing refers to the group any more, and scripts and models do.
-    """
-    others = Path("/proc/self/task")
-    num_quiet = 0
-    for _ in range(200):
-        # Asleep, this thread leaves the interpreter to one that waits for it. Once is not enough: a thread may come to
-        # wait for the interpreter, which looks like sleep, while this one is looking.
-        time.sleep(0.002)
-        num_quiet = num_quiet + 1 if others.is_dir() and not _is_thread_running(others) else 0
-        if num_quiet == 3:
-            return
-
-
-def _is_thread_running(folder: Path) -> bool:
-    """Whether a thread of this process other than the caller's wants a processor (Linux)."""
-    for task in folder.iterdir():
-        if int(task.name) == threading.get_native_id():
-            continue
-        try:
-            # "pid (name) state ..."; the name may contain anything but is followed by the last bracket.
-            if (task / "stat").read_text().rpartition(")")[2].split()[0] == "R":
-                return True
-        except (FileNotFoundError, ProcessLookupError):  # the thread has just ended
-            continue
-    return False
+def _finish_background() -> None:
+    if _current is not None:
+        ending.finish_background(_current)
 
 
 def _initialize_again(session: Session, parameters: Mapping[str, Any] | str | None) -> None:

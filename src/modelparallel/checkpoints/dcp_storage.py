@@ -86,9 +86,10 @@ class DraftWriter(FileSystemWriter):
         extra_files: Mapping[str, bytes],
         facts: Mapping[str, Any],
         after: Callable[[], None],
+        note: Callable[[str], None],
     ) -> None:
         """``extra_files`` are written by the coordinator, ``facts`` go into the completion record, ``after`` is called
-        when the checkpoint is in place.
+        when the checkpoint is in place, ``note`` where this rank is (`SaveProgress.note`).
         """
         super().__init__("unused", sync_files=False)
         self._draft = draft
@@ -96,12 +97,14 @@ class DraftWriter(FileSystemWriter):
         self._extra_files = extra_files
         self._facts = facts
         self._after = after
+        self._note = note
         self._files = HashingFileSystem(draft.store)
         self.fs: Any = self._files
         self.path: Any = ""
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         """Nothing is made before every rank has a plan."""
+        self._note("planned")
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
@@ -111,6 +114,16 @@ class DraftWriter(FileSystemWriter):
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """This rank's files. Local."""
+        self._note("writing")
+        is_written = False
+        try:
+            records = self._write_files(plan, planner)
+            is_written = True
+        finally:
+            self._note("written" if is_written else "failed")
+        return records
+
+    def _write_files(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         by_group: dict[str, list[Any]] = {}
         for item in plan.items:
             by_group.setdefault(file_group(item.index.fqn), []).append(item)

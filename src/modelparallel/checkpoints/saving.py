@@ -91,11 +91,12 @@ def save_checkpoint(
 
     with agreed():  # before the ranks wait for each other's files
         snapshot = take_snapshot(runtime, models, optimizers, user_content, data_loader)
-    pending = write_partial(runtime, tag, Draft(store, name, token), snapshot, put_in_order, in_background=async_save)
+    draft = Draft(store, name, token)
+    pending = write_partial(runtime, tag, token, draft, snapshot, put_in_order, in_background=async_save)
     if pending is None:
         return None
     if runtime.background_save is None:
-        runtime.session.closers.append(lambda: _finish_at_exit(runtime))
+        runtime.session.finishers.append(lambda seconds: runtime.background_save.finish(seconds))
     runtime.background_save = pending
     return pending
 
@@ -165,8 +166,3 @@ def _settle_earlier(runtime: Runtime, if_saving: str) -> None:
                 "save less often, or wait for it"
             )
     pending.wait()
-
-
-def _finish_at_exit(runtime: Runtime) -> None:
-    if runtime.background_save is not None:
-        runtime.background_save.wait()

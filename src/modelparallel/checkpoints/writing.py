@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
+import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
@@ -21,7 +24,10 @@ from modelparallel.checkpoints.dcp_storage import DraftWriter, RankInfo
 from modelparallel.checkpoints.planners import PieceSavePlanner, entry_of
 from modelparallel.checkpoints.user_content import named_types, saved_bytes
 from modelparallel.comm.groups import gloo_group
+from modelparallel.comm.waiting import said
+from modelparallel.ending import close_connections, leave_at_once
 from modelparallel.errors import CheckpointError, SMPError, WaitTimeoutError
+from modelparallel.torch_compat import default_store
 from modelparallel.version import __version__
 
 if TYPE_CHECKING:
@@ -31,8 +37,10 @@ if TYPE_CHECKING:
     from modelparallel.runtime import Runtime
 
 PLAN_NAME, USER_CONTENT_NAME = "plan.json", "user_content.pt"
-#: The longest that ranks wait for each other's files.
-FILE_TIMEOUT_SECONDS = 3600.0
+#: How long the job's store, and a thread whose wait is over, have to answer.
+_STORE_SECONDS = 5.0
+
+logger = logging.getLogger("modelparallel")
 
 
 @dataclass(frozen=True)
@@ -85,14 +93,68 @@ def take_snapshot(
     return Snapshot(contents, files, facts)
 
 
+class SaveProgress:
+    """How far the ranks are with one save, as they note it in the store of the job: whom a save waits for."""
+
+    def __init__(self, runtime: Runtime, tag: str, token: str) -> None:
+        world = runtime.session.groups.world
+        self._rank, self._size = world.rank_in_group, world.size
+        self._timeout_seconds = runtime.session.config.timeout_seconds
+        self._tag = tag
+        self._store = dist.PrefixStore(f"modelparallel/saves/{token}", default_store())
+        #: When this rank last did a part of its own work, and whether it does now.
+        self.active_at, self.is_writing = time.monotonic(), False
+
+    def note(self, step: str) -> None:
+        """Where this rank is: it has "planned", is "writing", has "written" or "failed" to. Local."""
+        self.active_at, self.is_writing = time.monotonic(), step == "writing"
+        self._store.set(f"{step}/{self._rank}", "")
+
+    def awaited(self) -> str:
+        """Who is waited for, in words. May wait itself, for the store. Local."""
+        doing = f"global rank {self._rank}: waiting for the checkpoint {self._tag!r}"
+        for step, what in (("planned", "that have not begun to write it"), ("written", "that have not written theirs")):
+            missing = [rank for rank in range(self._size) if not self._store.check([f"{step}/{rank}"])]
+            if missing:
+                return f"{doing}: files of the global ranks {missing}, {what}"
+        return f"{doing}: all ranks have written their files, global rank 0 puts them in order"
+
+    def timed_out(self, seconds: float | None = None) -> WaitTimeoutError:
+        """The error of a wait that was too long. ``seconds``: other than ``timeout_seconds``."""
+        found: list[str] = []
+        asking = threading.Thread(target=lambda: found.append(self.awaited()), daemon=True)
+        asking.start()
+        asking.join(_STORE_SECONDS)
+        text = found[0] if found else f"the checkpoint {self._tag!r} is not complete, and the job's store says nothing"
+        if seconds is not None and seconds != self._timeout_seconds:
+            return WaitTimeoutError(f"{text}: not complete after {seconds:g} s: wait longer")
+        return WaitTimeoutError(
+            f"{text}: nothing came within timeout_seconds={self._timeout_seconds:g}: a process is stopped or its disk "
+            "hangs, or the disks of some ranks are that much slower than others': then raise timeout_seconds"
+        )
+
+
 class PendingSave:
     """A save that may still run. ``wait`` raises what went wrong, on every rank."""
 
-    def __init__(self, tag: str, future: Future[Any], failed: Callable[[BaseException], SMPError]) -> None:
-        """``failed`` puts things right after an error of ``future``, and says what to raise for it."""
+    def __init__(
+        self,
+        tag: str,
+        future: Future[Any],
+        failed: Callable[[BaseException], SMPError],
+        progress: SaveProgress,
+        give_up: Callable[[], None],
+        timeout_seconds: float,
+    ) -> None:
+        """``failed`` puts things right after an error of ``future``, and says what to raise for it; ``give_up`` ends
+        the waits of ``future`` by an error.
+        """
         self.tag = tag
         self._future = future
         self._failed = failed
+        self._progress = progress
+        self._give_up = give_up
+        self._timeout_seconds = timeout_seconds
         self._is_reported = False
 
     def done(self) -> bool:
@@ -100,33 +162,63 @@ class PendingSave:
         return self._future.done()
 
     def wait(self, timeout: float | None = None) -> None:
-        """Wait until the checkpoint is complete. Local. ``timeout`` in seconds; None: as long as files may take.
+        """Wait until the checkpoint is complete. Local. ``timeout`` in seconds; None: as long as this rank itself
+        writes, and then ``timeout_seconds`` for the others. Says after 10 s who is waited for.
 
         Raises CheckpointError when the save has failed, once; WaitTimeoutError when the time is up.
         """
-        seconds = FILE_TIMEOUT_SECONDS if timeout is None else timeout
-        try:
-            error = self._future.exception(timeout=seconds)
-        except FutureTimeoutError as timed_out:
-            raise WaitTimeoutError(
-                f"the checkpoint {self.tag!r} is not written after {seconds:g} s: the disk or a rank is slow, look at "
-                "its folder's draft; or wait longer"
-            ) from timed_out
+        seconds = self._timeout_seconds if timeout is None else timeout
+        start = time.monotonic()
+        if not self.done():
+            with said(self._progress.awaited):
+                while not self.done():
+                    now = time.monotonic()
+                    began = max(start, now if self._progress.is_writing else self._progress.active_at)
+                    left = (start if timeout is not None else began) + seconds - now
+                    if left <= 0:
+                        raise self._progress.timed_out(seconds)
+                    with suppress(FutureTimeoutError):
+                        self._future.exception(timeout=left)
+        error = self._future.exception()
         if error is not None and not self._is_reported:
             self._is_reported = True
             raise self._failed(error) from error
 
+    def finish(self, seconds: float) -> None:
+        """At the end of the process: wait, or give it up. Local. Raises as `wait` does."""
+        try:
+            self.wait(None if seconds >= self._timeout_seconds else seconds)
+        except WaitTimeoutError:
+            self._give_up()
+            with suppress(FutureTimeoutError):
+                self._future.exception(timeout=_STORE_SECONDS)
+            if not self.done():  # its thread hangs in the system, and Python would wait for it for ever
+                logger.exception("at the end of the process")
+                leave_at_once(1)
+            raise
+
 
 def write_partial(
-    runtime: Runtime, tag: str, draft: Draft, snapshot: Snapshot, after: Callable[[], None], *, in_background: bool
+    runtime: Runtime,
+    tag: str,
+    token: str,
+    draft: Draft,
+    snapshot: Snapshot,
+    after: Callable[[], None],
+    *,
+    in_background: bool,
 ) -> PendingSave | None:
-    """Write the checkpoint; collective over the world. ``after`` runs on the first rank when it is complete.
+    """Write the checkpoint; collective over the world. ``after`` runs on the first rank when it is complete. ``token``
+    tells this save from all others of the job.
 
     In the background the tensors are copied first, so that training may change them; returns None else. Raises
     CheckpointError on every rank, and the draft is gone, when a rank fails.
     """
     groups = runtime.session.groups
-    writer = DraftWriter(draft, RankInfo(*job_state.coordinates(groups)), snapshot.files, snapshot.facts, after)
+    progress = SaveProgress(runtime, tag, token)
+    writer = DraftWriter(
+        draft, RankInfo(*job_state.coordinates(groups)), snapshot.files, snapshot.facts, after, progress.note
+    )
     contents = snapshot.contents
     planner = PieceSavePlanner(contents.pieces, list(contents.objects))
     state: dict[str, Any] = {entry_of(piece): piece.tensor for piece in contents.pieces}
@@ -137,14 +229,21 @@ def write_partial(
         if groups.world.rank_in_group == 0:
             with suppress(CheckpointError):  # what went wrong first is what is to be told
                 draft.discard()
+        if is_timeout(error):
+            return progress.timed_out()
         return explained(error, f"saving the checkpoint {tag!r}", groups.world.rank_in_group)
 
     try:
-        arguments["process_group"] = world_process_group(runtime)
+        process_group = arguments["process_group"] = world_process_group(runtime)
         if in_background:
             response: Any = dcp.async_save(state, **arguments)
-            return PendingSave(tag, getattr(response, "upload_completion", response), failed)
-        dcp.save(state, **arguments)
+            future = getattr(response, "upload_completion", response)
+            timeout_seconds = runtime.session.config.timeout_seconds
+            return PendingSave(
+                tag, future, failed, progress, lambda: close_connections([process_group]), timeout_seconds
+            )
+        with said(progress.awaited):
+            dcp.save(state, **arguments)
     except (CheckpointException, Exception) as error:
         raise failed(error) from error
     return None
@@ -168,11 +267,12 @@ def explained(error: BaseException, doing: str, own_rank: int) -> SMPError:
 
 def world_process_group(runtime: Runtime) -> dist.ProcessGroup:
     """The process group of checkpoints. Collective over the world when it is first made."""
-    config = runtime.session.config
-    return gloo_group(
-        runtime.session.groups.world,
-        "checkpoints",
-        runtime.session.made_groups,
-        config.timeout_seconds,
-        max(FILE_TIMEOUT_SECONDS, config.timeout_seconds),
-    )
+    session = runtime.session
+    return gloo_group(session.groups.world, "checkpoints", session.made_groups, session.config.timeout_seconds)
+
+
+def is_timeout(error: BaseException) -> bool:
+    """Whether an error of DCP is that another rank did not come in time."""
+    if isinstance(error, CheckpointException):
+        return any(is_timeout(cause) for cause, _ in error.failures.values())
+    return not isinstance(error, SMPError) and "timed out" in str(error).lower()

@@ -28,6 +28,7 @@ from modelparallel.comm.diagnosis import place_of
 from modelparallel.comm.event_log import user_code_line
 from modelparallel.comm.pair_channels import PairChannels
 from modelparallel.comm.transport import Message, MessageKind, MessageName, StageTransport
+from modelparallel.ending import close_connections, join_threads
 from modelparallel.errors import CommunicationError, WaitTimeoutError
 
 _HEADER = struct.Struct("<7q")
@@ -95,11 +96,11 @@ class GlooTransport(StageTransport):
         self._send_locks = {peer: threading.Lock() for peer in self.peers()}
         self._inline_bytes = dict.fromkeys(self.peers(), _INLINE_BYTES)  # of what is sent to each peer
         self._is_closing = False
-        self._listeners = [
+        self.listeners = [
             threading.Thread(target=self._listen, args=(peer,), name=f"listen-to-stage-{peer}", daemon=True)
             for peer in self.peers()
         ]
-        for listener in self._listeners:
+        for listener in self.listeners:
             listener.start()
 
     def _listen(self, peer: int) -> None:
@@ -207,8 +208,8 @@ class GlooTransport(StageTransport):
             f"message.\n{history}"
         )
 
-    def close(self) -> None:
-        """Say goodbye to the peers and let the listeners end. Local; waits a few seconds at most."""
+    def say_goodbye(self) -> None:
+        """Tell the peers that no message will come any more. Local; waits a few seconds at most."""
         if self._is_closing:
             return
         self._is_closing = True
@@ -220,16 +221,15 @@ class GlooTransport(StageTransport):
             frame = _frames(farewell, torch.empty(0, dtype=torch.uint8), _INLINE_BYTES)[0]
             with suppress(RuntimeError):  # the peer has gone, too
                 works.append((self._process_group.send([frame], self._global_ranks[peer], _TAG), frame))
+        deadline = time.monotonic() + _GOODBYE_SECONDS
         for work, _ in works:
             with suppress(RuntimeError):
-                work.wait(timedelta(seconds=_GOODBYE_SECONDS))
-        deadline = time.monotonic() + _GOODBYE_SECONDS
-        for listener in self._listeners:  # most peers end at the same time as this process
-            listener.join(max(0.0, deadline - time.monotonic()) if listener.is_alive() else 0.0)
-        if any(listener.is_alive() for listener in self._listeners):
-            with suppress(RuntimeError):
-                self._process_group.abort()
-            for listener in self._listeners:
-                listener.join(1.0)
+                work.wait(timedelta(seconds=max(0.001, deadline - time.monotonic())))
+
+    def close(self) -> None:
+        """Say goodbye and let the listeners end, whatever the peers do. Local."""
+        self.say_goodbye()
+        close_connections([self._process_group])
+        join_threads(self.listeners)
         if self.channels is not None:
             self.channels.close()

@@ -128,20 +128,15 @@ def gloo_group(
     purpose: str,
     made: MutableMapping[tuple[str, tuple[int, ...]], dist.ProcessGroup],
     timeout_seconds: float,
-    operation_seconds: float | None = None,
 ) -> dist.ProcessGroup:
     """A gloo process group of the ranks of ``group`` for one purpose alone, so that its operations need no common order
     with others (they may run in a thread of their own). Collective over ``group`` when it is first asked for. ``made``
     as in :func:`build_groups`.
 
-    ``timeout_seconds`` is the longest wait of its making, in which nothing tells the ranks of one that has died;
-    ``operation_seconds`` (None: the same) that of its operations, in which the connection does.
+    ``timeout_seconds`` is the longest wait of its making, in which nothing tells the ranks of one that has died, and of
+    its operations, in which the connection does.
     """
-    is_new = (purpose, group.ranks) not in made
-    process_group = _made_group(purpose, group.ranks, made, timeout_seconds, "gloo")
-    if is_new and operation_seconds is not None:
-        process_group.set_timeout(datetime.timedelta(seconds=operation_seconds))
-    return process_group
+    return _made_group(purpose, group.ranks, made, timeout_seconds, "gloo")
 
 
 def _made_group(

@@ -116,6 +116,16 @@ def first_failure(
     return min(candidates, key=lambda candidate: (candidate.is_consequence, candidate.time)).failure
 
 
+def failed_ends(exit_codes: Mapping[int, int]) -> list[str]:
+    """Warnings for a job whose processes have all done their work, and some of which did not end well."""
+    lines = []
+    for global_rank, code in sorted(exit_codes.items()):
+        if code:
+            how = f"was ended by {_signal_name(-code)}" if code < 0 else f"ended with exit code {code}"
+            lines.append(f"warning: rank {global_rank} {how} after its script had finished; it counts as finished")
+    return lines
+
+
 def _recorded(folder: JobFolder, global_rank: int, exit_code: int | None) -> _Candidate | None:
     """A process that wrote down its exception."""
     try:

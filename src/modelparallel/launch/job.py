@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TextIO
@@ -15,10 +16,10 @@ from modelparallel.errors import LaunchError
 from modelparallel.launch.attempts import Attempt, history, next_start, write_attempts
 from modelparallel.launch.devices import Device, device_names, working_devices
 from modelparallel.launch.environment import job_environment, resource_config
-from modelparallel.launch.failures import JobInterrupted, RankFailure, first_failure
+from modelparallel.launch.failures import JobInterrupted, RankFailure, failed_ends, first_failure
 from modelparallel.launch.folder import JobFolder, checked_job_name
 from modelparallel.launch.memory_summary import memory_summary
-from modelparallel.launch.processes import end_leftovers
+from modelparallel.launch.processes import end_leftovers, guarded
 from modelparallel.launch.rendezvous_port import reserved_port
 from modelparallel.launch.supervision import RankMonitor
 from modelparallel.private_files import write_private
@@ -102,20 +103,21 @@ def run_job(job: JobSpec, output: TextIO | None = None, monitor: RankMonitor | N
     After a failure all processes are ended and started again, up to `job.max_restarts` times; not after a timeout, a
     signal to this process, or `monitor.request_stop`.
     """
-    output = output or sys.stdout
     check_script(job.script)
     checked_job_name(job.name)
     folder = job.folder
-    with folder.held():
+    with folder.held(), guarded(folder.description), ExitStack() as stack:
         folder.prepare(job.source_dir, job.channels, job.checkpoints)
         monitor = monitor or RankMonitor()
-        monitor.attach(folder, output, job.timeout)
+        monitor.attach(folder, output or sys.stdout, job.timeout)
+        stack.callback(monitor.detach)
         monitor.say(_opening_line(job))
         for line in _notices(job):
             monitor.say(line)
         started = time.monotonic()
         result, attempts = _run_attempts(job, monitor)
         seconds = time.monotonic() - started
+        stack.enter_context(monitor.spare_files())
         message = result.message
         if len(attempts) > 1:
             # The traceback stays the last thing that is shown.
@@ -131,7 +133,10 @@ def run_job(job: JobSpec, output: TextIO | None = None, monitor: RankMonitor | N
             monitor.say(f"job {job.name} finished in {seconds:.1f} s{restarts}")
             message = ""
         else:
-            write_private(folder.failure_file, message + "\n")
+            try:
+                write_private(folder.failure_file, message.encode(errors="backslashreplace").decode() + "\n")
+            except OSError as error:  # the caller has the message
+                monitor.say(f"{folder.failure_file} cannot be written: {error.strerror}")
         return replace(result, seconds=seconds, message=message, attempts=tuple(attempts))
 
 
@@ -192,10 +197,12 @@ def _run_attempt(job: JobSpec, monitor: RankMonitor, number: int) -> tuple[JobRe
         except JobInterrupted as interruption:
             interrupted = interruption
         finally:
-            end_leftovers(folder.description, patience=LEFTOVER_SECONDS if code == 0 else 0.0)
+            with monitor.spare_files():
+                end_leftovers(folder.description, patience=LEFTOVER_SECONDS if code == 0 else 0.0)
             monitor.finish()
     seconds = time.monotonic() - started
-    result = _outcome(job, monitor, code, exit_codes, interrupted, seconds)
+    with monitor.spare_files():
+        result = _outcome(job, monitor, code, exit_codes, interrupted, seconds)
     first_rank = None if result.failure is None else result.failure.global_rank
     reason = result.message if result.failure is None else result.failure.reason
     attempt = Attempt(number, job.num_processes, moment, seconds, result.exit_code, first_rank, reason, job.devices)
@@ -225,6 +232,7 @@ def _describe(job: JobSpec) -> None:
         "working_directory": str(job.working_directory),
         "logs": str(folder.logs),
         "status": str(folder.status),
+        "launcher": os.getpid(),
     }
     write_private(folder.description, json.dumps(description, indent=2) + "\n")
     folder.write_input_config("hyperparameters", job.hyperparameters)
@@ -268,6 +276,11 @@ def _outcome(
         message = f"job {job.name} was stopped after {seconds:.1f} s: {monitor.stop_reason}"
         exit_code = TIMEOUT_EXIT_CODE if is_timeout else 143
         return JobResult(exit_code, seconds, job.folder, message=message, is_stopped=True)
+    if code != 0 and all(job.folder.finished_file(rank).exists() for rank in range(job.num_processes)):
+        # The end of a process may go wrong when its work is done; what the others did then, too.
+        for line in failed_ends({**exit_codes, **monitor.exit_codes}):
+            monitor.say(line)
+        code = 0
     if code == 0:
         return JobResult(0, seconds, job.folder)
     failure = first_failure(job.folder, monitor.deaths, {**exit_codes, **monitor.exit_codes}, job.num_processes)

@@ -1,6 +1,7 @@
 """Starting the processes by Open MPI's mpirun, as training containers do. Ranks come from OMPI_COMM_WORLD_*."""
 
 import ctypes
+import functools
 import os
 import re
 import shutil
@@ -57,7 +58,7 @@ def run(job: "JobSpec", environment: Mapping[str, str], monitor: RankMonitor) ->
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            preexec_fn=_end_with_parent,
+            preexec_fn=functools.partial(_end_with_parent, os.getpid()),
         )
         try:
             code = _wait(process, monitor)
@@ -129,10 +130,12 @@ def _signals_as_interruptions() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _end_with_parent() -> None:
+def _end_with_parent(launcher: int) -> None:
     """In the child, before mpirun: have the kernel end it when the launcher dies without a chance to clean up."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != launcher:  # it has died before
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _told_exit_codes(text: str) -> dict[int, int]:

@@ -9,8 +9,10 @@ libraries print from C++ is there too.
 
 import codecs
 import os
+import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TextIO
 
 from modelparallel.launch.folder import JobFolder
@@ -20,37 +22,80 @@ _CHUNK = 1 << 16
 
 
 class Console:
-    """Writes whole lines from several threads; a reader that went away (a closed pipe) does not end the job."""
+    """Writes whole lines from several threads. Whatever happens to the stream, the job goes on, and the logs keep
+    everything: a reader that went away (a closed pipe), a full disk, an encoding without a character.
+    """
 
-    def __init__(self, stream: TextIO, folder: JobFolder) -> None:
+    def __init__(self, stream: TextIO | None, folder: JobFolder) -> None:
+        """``stream`` None: standard output was closed before this process started."""
         self._stream = stream
-        self._folder = folder
         self._lock = threading.Lock()
-        self._is_closed = False
+        self._is_closed = stream is None
+        self._num_lost = 0
+        # Open from now on: later there may be too many open files.
+        self._log: int | None = open_private(folder.launcher_log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
     def say(self, text: str) -> None:
         """A line of the launcher itself; kept in logs/launcher.log as well."""
-        with open(self._folder.launcher_log, "a", encoding="utf-8", opener=open_private) as log:
-            log.write(text + "\n")
+        self.note(text)
         self.write_lines("launcher", [text])
         self.flush()
 
+    def note(self, text: str) -> None:
+        """A line for logs/launcher.log alone."""
+        with self._lock, suppress(OSError):
+            if self._log is not None:
+                os.write(self._log, (text + "\n").encode(errors="backslashreplace"))
+
     def write_lines(self, source: str, lines: list[str]) -> None:
+        text = "".join(f"[{source}] {line}\n" for line in lines)
         with self._lock:
-            self._try(lambda: self._stream.write("".join(f"[{source}] {line}\n" for line in lines)))
+            if self._num_lost:
+                text = f"[launcher] {self._num_lost} lines could not be shown; the logs have them\n{text}"
+            if self._try(lambda stream: stream.write(_writable(text, stream))):
+                self._num_lost = 0
+            else:
+                self._num_lost += len(lines)
 
     def flush(self) -> None:
         with self._lock:
-            self._try(self._stream.flush)
+            self._try(lambda stream: stream.flush())
 
-    def _try(self, action: Callable[[], object]) -> None:
-        if self._is_closed:
-            return
+    def close(self) -> None:
+        """Let go of the log, and of a stream that does not take what it holds: Python would fail at its end."""
+        with self._lock:
+            if self._log is not None:
+                os.close(self._log)
+                self._log = None
+            if not self._try(lambda stream: stream.flush()) and self._stream is sys.stdout is not None:
+                with suppress(OSError, ValueError):
+                    nowhere = os.open(os.devnull, os.O_WRONLY)
+                    os.dup2(nowhere, self._stream.fileno())
+                    os.close(nowhere)
+
+    def _try(self, action: Callable[[TextIO], object]) -> bool:
+        if self._stream is None or self._is_closed:
+            return False
         try:
-            action()
+            action(self._stream)
         except (BrokenPipeError, ValueError):
-            # The logs keep everything, so the job goes on for whoever waits for its result.
             self._is_closed = True
+            return False
+        except OSError:  # a disk may have room again later
+            return False
+        return True
+
+
+def _writable(text: str, stream: TextIO) -> str:
+    """The text with what the stream's encoding cannot show written as escapes."""
+    encoding = getattr(stream, "encoding", None)
+    if not encoding:
+        return text
+    try:
+        text.encode(encoding, getattr(stream, "errors", None) or "strict")
+    except UnicodeError:
+        return text.encode(encoding, "backslashreplace").decode(encoding)
+    return text
 
 
 class LogRelay:

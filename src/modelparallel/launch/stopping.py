@@ -1,6 +1,7 @@
 """How a command of the command line stops with an error."""
 
 import sys
+from contextlib import suppress
 from typing import NoReturn
 
 import typer
@@ -9,8 +10,11 @@ from rich.console import Console
 
 def stop(message: str, code: int) -> NoReturn:
     """Print the message to stderr and end the command with this exit code."""
-    sys.stdout.flush()
-    console = Console(stderr=True, soft_wrap=True, highlight=False)
-    console.print("error:", style="bold red", end=" ")
-    console.print(message, markup=False)
+    # The exit code counts, also where nothing can be shown: a full disk, a closed pipe.
+    with suppress(OSError, ValueError, AttributeError):
+        sys.stdout.flush()
+    with suppress(OSError, ValueError):
+        console = Console(stderr=True, soft_wrap=True, highlight=False)
+        console.print("error:", style="bold red", end=" ")
+        console.print(message, markup=False)
     raise typer.Exit(code)

@@ -6,9 +6,12 @@ them writes, and, for what they started themselves, by the variable MODELPARALLE
 """
 
 import json
+import os
 import signal
 import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import TextIO
 
 from modelparallel.launch.folder import JobFolder
@@ -19,6 +22,8 @@ from modelparallel.launch.processes import WatchedProcess, end_leftovers, wait_f
 GRACE = 5.0
 _POLL_SECONDS = 0.05
 _STACK_SECONDS = 0.5
+#: As many as reading what a failed job left takes at a time.
+_NUM_SPARE_FILES = 8
 
 
 class RankMonitor:
@@ -38,13 +43,40 @@ class RankMonitor:
         self._failed_at: float | None = None
         self._stop_at: float | None = None
         self._was_terminated = False
+        self._spares: list[int] = []
+        self._troubles: set[str] = set()
 
-    def attach(self, folder: JobFolder, output: TextIO, timeout: float | None) -> None:
+    def attach(self, folder: JobFolder, output: TextIO | None, timeout: float | None) -> None:
         """Say which job to follow; its time, all attempts together, runs from now on."""
         self._folder = folder
         self._console = Console(output, folder)
         self._timeout = timeout
         self._deadline = None if timeout is None else time.monotonic() + timeout
+        self._take_spares()
+
+    def detach(self) -> None:
+        """The job is over, and nothing is said any more."""
+        self._give_spares()
+        self._console.close()
+
+    @contextmanager
+    def spare_files(self) -> Iterator[None]:
+        """For what must not fail because this process has too many open files: a few may be opened in the block."""
+        self._give_spares()
+        try:
+            yield
+        finally:
+            self._take_spares()
+
+    def _take_spares(self) -> None:
+        with suppress(OSError):
+            while len(self._spares) < _NUM_SPARE_FILES:
+                self._spares.append(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
+
+    def _give_spares(self) -> None:
+        with suppress(IndexError):  # two threads may do so at a time
+            while True:
+                os.close(self._spares.pop())
 
     def start(self, num_processes: int) -> None:
         """Follow an attempt with so many processes. A stop that was asked for before it counts for it, too."""
@@ -77,8 +109,9 @@ class RankMonitor:
         self._closing.set()
         if self._thread is not None:
             self._thread.join()
-        for relay in self._relays:
-            relay.close()
+        with self.spare_files():
+            for relay in self._relays:
+                self._attempt(relay.close)
         for process in self._alive.values():
             process.close()
         self._alive.clear()
@@ -86,14 +119,25 @@ class RankMonitor:
 
     def _run(self) -> None:
         while not self._closing.is_set():
-            self._notice_starts()
-            self._notice_deaths(_POLL_SECONDS)
+            self._attempt(self._notice_starts)
+            self._attempt(lambda: self._notice_deaths(_POLL_SECONDS))
             for relay in self._relays:
-                relay.forward()
+                self._attempt(relay.forward)
             self._console.flush()
-            self._enforce()
-        self._notice_starts()
-        self._notice_deaths(0.0)
+            self._attempt(self._enforce)
+        with self.spare_files():
+            self._attempt(self._notice_starts)
+            self._attempt(lambda: self._notice_deaths(0.0))
+
+    def _attempt(self, action: Callable[[], object]) -> None:
+        """Do a part of the work; if the system refuses (too many open files), it is done the next time."""
+        try:
+            action()
+        except OSError as error:
+            if str(error) not in self._troubles:
+                self._troubles.add(str(error))
+                self._console.note(f"supervision goes on after: {type(error).__name__}: {error}")
+            time.sleep(_POLL_SECONDS)
 
     def _notice_starts(self) -> None:
         for global_rank in range(self._num_processes):
@@ -136,7 +180,8 @@ class RankMonitor:
         if self._failed_at is None and self._has_failure():
             self._failed_at = now
         if self._failed_at is not None and now > self._failed_at + GRACE:
-            end_leftovers(self._folder.description, patience=0.0)
+            with self.spare_files():
+                end_leftovers(self._folder.description, patience=0.0)
 
     def _has_failure(self) -> bool:
         return any(self.exit_codes.values()) or any(

@@ -12,6 +12,7 @@ if __name__ == "__main__":
     del sys.path[0]
 
 import atexit
+import contextlib
 import ctypes
 import faulthandler
 import importlib.util
@@ -19,6 +20,7 @@ import io
 import json
 import os
 import signal
+import threading
 import time
 import traceback
 import types
@@ -34,7 +36,7 @@ def main() -> None:
     global_rank = _own_global_rank()
     status = Path(job["status"])
     _redirect_output(Path(job["logs"]) / f"rank_{global_rank}.log")
-    _end_with_launcher()
+    _end_with_launcher(job["launcher"])
     faulthandler.enable()
     # The launcher asks for the stacks of a job that runs out of time.
     faulthandler.register(signal.SIGUSR1, all_threads=True)
@@ -45,16 +47,19 @@ def main() -> None:
     if importlib.util.find_spec("modelparallel") is None:
         # The launcher was run from a source tree that is not installed.
         sys.path.append(str(Path(__file__).resolve().parents[2]))
+    exit_codes: list[int] = []
     # Registered first, so it runs last: handlers of the script may still communicate.
-    atexit.register(_leave_process_group)
+    atexit.register(_leave, exit_codes)
     try:
         if job["device"] == "cpu":
             _start_rehearsal(job)
         _run_as_main(script)
     except BaseException as error:
-        _record_and_leave(error, status / f"rank_{global_rank}.error.json", status, global_rank)
+        exit_codes.append(_code_of(error))
+        _record_and_leave(error, status, global_rank)
     else:
-        _write(status / f"rank_{global_rank}.finished.json", {"time": time.time()})
+        exit_codes.append(0)
+        _note(status / f"rank_{global_rank}.finished.json", {"time": time.time()})
 
 
 def _own_global_rank() -> int:
@@ -75,10 +80,21 @@ def _redirect_output(log: Path) -> None:
             stream.reconfigure(line_buffering=True, encoding="utf-8", errors="backslashreplace")
 
 
-def _end_with_launcher() -> None:
-    """Have the kernel kill this process when the launcher dies without a chance to clean up."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+def _end_with_launcher(launcher: int) -> None:
+    """Have the kernel kill this process when the launcher, or mpirun, dies without a chance to clean up."""
+    if sys.platform != "linux":
+        return
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    # It may have died before that. Another process is the parent then, which knows nothing of the job.
+    parent = os.getppid()
+    if parent == launcher:
+        return
+    try:
+        variables = Path(f"/proc/{parent}/environ").read_bytes().split(b"\0")
+    except OSError:
+        variables = []
+    if f"MODELPARALLEL_JOB={os.environ['MODELPARALLEL_JOB']}".encode() not in variables:
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _start_rehearsal(job: dict[str, Any]) -> None:
@@ -99,17 +115,16 @@ def _run_as_main(script: str) -> None:
     exec(code, module.__dict__)
 
 
-def _record_and_leave(error: BaseException, record_file: Path, status: Path, global_rank: int) -> None:
+def _record_and_leave(error: BaseException, status: Path, global_rank: int) -> None:
     """Write down why the script ended, show it as Python would, and exit with its code."""
+    exit_code = _code_of(error)
     if isinstance(error, SystemExit):
-        exit_code = _code_of(error)
         if exit_code == 0:
-            _write(status / f"rank_{global_rank}.finished.json", {"time": time.time()})
+            _note(status / f"rank_{global_rank}.finished.json", {"time": time.time()})
             raise error
         text = "" if isinstance(error.code, int) else str(error.code)
         summary, shown = f"it exited with code {exit_code}" + (f": {text}" if text else ""), text
     else:
-        exit_code = 128 + signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1
         own_frames = error.__traceback__
         while own_frames is not None and own_frames.tb_frame.f_code.co_filename == __file__:
             own_frames = own_frames.tb_next
@@ -123,7 +138,8 @@ def _record_and_leave(error: BaseException, record_file: Path, status: Path, glo
         "traceback": shown,
         "is_interrupt": isinstance(error, KeyboardInterrupt),
     }
-    _write(record_file, record)
+    _note(status / f"rank_{global_rank}.error.json", record)
+    _tell_session()
     if isinstance(error, SystemExit):
         raise error
     # torch.distributed installs a hook that prefixes lines by rank, which the launcher does already; a hook of the
@@ -134,21 +150,43 @@ def _record_and_leave(error: BaseException, record_file: Path, status: Path, glo
     raise SystemExit(exit_code)
 
 
-def _code_of(error: SystemExit) -> int:
+def _code_of(error: BaseException) -> int:
+    if not isinstance(error, SystemExit):
+        return 128 + signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1
     if error.code is None:
         return 0
     return error.code & 0xFF if isinstance(error.code, int) else 1
 
 
-def _leave_process_group() -> None:
-    """torch wants its process group destroyed before the interpreter goes; scripts of this API never do it."""
-    distributed = sys.modules.get("torch.distributed")
-    if distributed is not None and distributed.is_available() and distributed.is_initialized():
-        distributed.destroy_process_group()
-        # As after smp.init: a script that made its groups itself would now and then be aborted at its end.
-        from modelparallel.session import let_threads_finish
+def _tell_session() -> None:
+    """The process ends by an error: nothing is waited for."""
+    session: Any = sys.modules.get("modelparallel.session")
+    if session is not None and session.is_initialized():
+        session.current().ends_by_error = True
 
-        let_threads_finish()
+
+def _leave(exit_codes: list[int]) -> None:
+    """The last that runs before the interpreter ends. torch wants its process group destroyed by then; scripts of this
+    API never do it.
+    """
+    distributed = sys.modules.get("torch.distributed")
+    has_groups = distributed is not None and distributed.is_available() and distributed.is_initialized()
+    if not has_groups and "modelparallel.ending" not in sys.modules:
+        return
+    from modelparallel.ending import leave_at_once, let_threads_finish
+
+    if distributed is not None and has_groups:
+        distributed.destroy_process_group()
+    # A script that made its groups itself would now and then be aborted at its end, as any whose threads go on:
+    # [Note: the end of a process].
+    if (not let_threads_finish() or threading.active_count() > 1) and exit_codes:
+        leave_at_once(exit_codes[0])
+
+
+def _note(path: Path, content: dict[str, Any]) -> None:
+    """Write down how the script ended; a disk that is full does not change it."""
+    with contextlib.suppress(OSError):
+        _write(path, content)
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
