@@ -33,6 +33,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from modelparallel.data_parallel.shard_gradient import ShardGradient
 from modelparallel.data_parallel.waits import wait_for
 
 if TYPE_CHECKING:
@@ -92,17 +93,22 @@ class Slot:
 
     @property
     def needs_rescaling(self) -> bool:
+        """Whether a final gradient, summed like a local one, would become another."""
         return self.divisor != self.group_size
 
     def final_part_to_local(self) -> None:
         """Before new local gradients are added to a final one: make the sum over the group, divided, give the final
         one again.
         """
-        if self.is_final:
-            self.is_final = False
-            if self.parameter.grad is not None:
-                with torch.no_grad():
-                    self.parameter.grad.mul_(self.divisor / self.group_size)
+        if not self.is_final:
+            return
+        self.is_final = False
+        gradient = self.parameter.grad
+        with torch.no_grad():
+            if isinstance(gradient, ShardGradient):
+                self.parameter.grad = gradient.as_addend(self.divisor)
+            elif gradient is not None and self.divisor != self.group_size:
+                gradient.mul_(self.divisor / self.group_size)
 
     @property
     def pack_divisor(self) -> int:
@@ -112,7 +118,8 @@ class Slot:
     @property
     def gradient(self) -> torch.Tensor | None:
         """The local gradient."""
-        return None if self.is_silent else self.parameter.grad
+        gradient = self.parameter.grad
+        return None if self.is_silent or isinstance(gradient, ShardGradient) else gradient
 
     @property
     def pack_scale(self) -> float:

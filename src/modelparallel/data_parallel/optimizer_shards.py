@@ -130,20 +130,15 @@ class OptimizerShards:
         return True
 
     def collect_gradients(self) -> None:
-        """Nothing is left to collect; parameters whose data was replaced come back."""
+        """What scripts have done at ``p.grad`` counts, and parameters whose data was replaced come back."""
         for bucket in self.buckets:
+            bucket.take_edits()
             bucket.take_back()
 
     def forget_gradients(self, *, set_to_none: bool = True) -> None:
-        """Forget the gradients of shards, or fill them with zeros, and forget those of whole parameters."""
-        for entry in self._entries:
-            entry.parameter.grad = None
-        for shards in self._shards.values():
-            for shard in shards:
-                if set_to_none or shard.tensor.grad is None:
-                    shard.tensor.grad = None
-                else:
-                    shard.tensor.grad.zero_()
+        """Forget the gradients of shards and what waits for a reduction, or fill them with zeros."""
+        for bucket in self.buckets:
+            bucket.forget_gradients(set_to_none=set_to_none)
 
     def finish_update(self) -> None:
         """All ranks get the new values; collective over the groups. Raises WaitTimeoutError or CommunicationError."""

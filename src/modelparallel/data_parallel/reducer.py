@@ -191,7 +191,7 @@ class GradientReducer:
         for slot in slots:
             hook = self._make_hook(slot, bucket_of.get(id(slot)))
             self._handles.append(slot.parameter.register_post_accumulate_grad_hook(hook))
-            if slot.needs_rescaling:
+            if slot.needs_rescaling or id(slot.parameter) in shared_slots:
                 self._handles.append(slot.parameter.register_hook(_make_rescaling_hook(slot)))
 
     def _fill_buckets(self, pairs: Sequence[tuple[ReducedParameter, Slot]]) -> list[tuple[list[Slot], Group]]:

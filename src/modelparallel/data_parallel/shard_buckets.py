@@ -4,7 +4,8 @@
 It is cut into one block for each rank of the group; what of a parameter lies in the rank's own block is a shard, a view
 of the same memory, which an optimizer updates. So after an update the blocks of all ranks are gathered in place.
 Gradients are packed into a flat tensor of the same layout; each rank gets the sum of its own block. Then the local
-gradients of whole parameters and the flat tensor are let go, and the gradients of shards, views of the sum, stay.
+gradients of whole parameters and the flat tensor are let go, and the gradients of shards, views of the sum, stay. What
+stands at ``p.grad`` for them is in shard_gradient.py; what a script does there counts (`take_edits`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import nn
 
 from modelparallel.data_parallel.block_messages import BlockMessages, OwnBlock, start_from_owners, start_to_owners
 from modelparallel.data_parallel.buckets import Bucket, Slot, gradient_dtype
+from modelparallel.data_parallel.shard_gradient import ShardGradient, part_of_whole
 from modelparallel.errors import StepUsageError
 from modelparallel.shards import Shard
 
@@ -75,6 +77,9 @@ class ShardBucket(Bucket):
             slot.parameter.data = data
             self._addresses.append(data.data_ptr())
         self._places = self._cut_shards(counted, has_whole_parameters)
+        self._place_at = {place.position: place for place in self._places}
+        # What stands at ``p.grad`` of each parameter for the gradient of its shards, since it was put there.
+        self._shown: list[ShardGradient | None] = [None] * len(self.slots)
 
     def _cut_shards(self, counted: set[int], has_whole_parameters: bool) -> list[_Place]:
         places = []
@@ -135,32 +140,92 @@ class ShardBucket(Bucket):
     @torch.no_grad()
     def unpack(self) -> None:
         """Write the gradients of the shards, or add to them; where no rank had a gradient they stay. Whole parameters
-        have none any more.
+        show them.
         """
         assert self._own_block is not None
         block = self._own_block.add_up()
-        for place in self._places:
-            if not self.has_anywhere[place.position]:
-                continue
-            tensor = place.shard.tensor
-            gradient = block[place.start : place.stop].view(tensor.shape)
-            if tensor.grad is not None:
-                tensor.grad.add_(gradient)
-                continue
-            if gradient_dtype(tensor) != gradient.dtype:
-                tensor.grad_dtype = gradient.dtype
-            tensor.grad = gradient.data
-        for slot in self.slots:
+        self.take_edits(is_reduced=True)
+        for position, slot in enumerate(self.slots):
             slot.is_final = True
-            slot.parameter.grad = None
+            if not self.has_anywhere[position]:
+                continue
+            place = self._place_at.get(position)
+            if place is not None:
+                tensor = place.shard.tensor
+                gradient = block[place.start : place.stop].view(tensor.shape)
+                if tensor.grad is not None:
+                    tensor.grad.add_(gradient)
+                else:
+                    self._give(place, gradient.data)
+            self._show(position)
         self._is_consumed = False
+
+    # What stands at ``p.grad``
+
+    def _give(self, place: _Place, gradient: torch.Tensor | None) -> None:
+        tensor = place.shard.tensor
+        if gradient is not None and gradient_dtype(tensor) != gradient.dtype:
+            tensor.grad_dtype = gradient.dtype
+        tensor.grad = gradient
+
+    def _show(self, position: int) -> None:
+        slot, place = self.slots[position], self._place_at.get(position)
+        if self._shown[position] is None:
+            dtype = self.dtype if place is None or place.shard.tensor.grad is None else place.shard.tensor.grad.dtype
+            start, stop = (0, 0) if place is None else (place.shard.start, place.shard.stop)
+            self._shown[position] = ShardGradient(
+                slot.name, slot.parameter.shape, start, stop, dtype=dtype, device=slot.parameter.device,
+                shard=None if place is None else place.shard.tensor,
+            )  # fmt: skip
+        slot.parameter.grad = self._shown[position]
+
+    def take_edits(self, *, is_reduced: bool = False) -> None:
+        """What a script has put at ``p.grad`` since the gradients were shown, or taken away there, holds for the
+        shards. ``is_reduced``: ordinary gradients there are in the sum that has come, and go.
+        """
+        for position, slot in enumerate(self.slots):
+            now, shown, place = slot.parameter.grad, self._shown[position], self._place_at.get(position)
+            if now is shown:
+                if shown is not None and shown.is_taken:
+                    slot.parameter.grad = self._shown[position] = None
+                continue
+            is_given = isinstance(now, ShardGradient) or (now is not None and slot.is_final and not is_reduced)
+            if place is not None:
+                self._give(place, self._part_of(now, place) if now is not None and is_given else None)
+            if is_given:
+                self._show(position)
+                continue
+            self._shown[position] = None
+            if is_reduced:
+                slot.parameter.grad = None
+
+    @staticmethod
+    def _part_of(gradient: torch.Tensor, place: _Place) -> torch.Tensor:
+        if isinstance(gradient, ShardGradient):
+            own = gradient.to_local()
+        else:
+            own = part_of_whole(gradient, place.shard.start, place.shard.stop)
+        return own.view(place.shard.tensor.shape)
 
     def unpack_silently(self) -> None:
         """The shards get their gradients: this rank goes on updating them. Nobody else clears used ones now."""
         if self._is_consumed:
-            for shard in self.shards:
-                shard.tensor.grad = None
+            self.forget_gradients(set_to_none=True)
         self.unpack()
+
+    def forget_gradients(self, *, set_to_none: bool) -> None:
+        """``zero_grad`` of the shards, and of what is or waits at ``p.grad``."""
+        self.take_edits()
+        for position, slot in enumerate(self.slots):
+            if set_to_none:
+                slot.parameter.grad = self._shown[position] = None
+            elif slot.parameter.grad is not None:
+                slot.parameter.grad.zero_()
+        for shard in self.shards:
+            if set_to_none:
+                shard.tensor.grad = None
+            elif shard.tensor.grad is not None:
+                shard.tensor.grad.zero_()
 
     def forget(self) -> None:
         """After the reduction: nothing is under way, and nothing of it is held."""

@@ -34,6 +34,9 @@ from torch.utils.flop_counter import (
     flop_registry as flop_registry,
 )  # operation -> its count of floating-point operations
 
+#: ``__torch_function__`` of a tensor subclass that only looks at operations below autograd; torch documents no name.
+no_torch_function = torch._C._disabled_torch_function_impl
+
 # Disables the dispatch to tensor subclasses: metadata of a StageTensor is answered by its own wrapper tensor.
 DisableTorchFunctionSubclass = torch._C.DisableTorchFunctionSubclass
 
