@@ -25,11 +25,13 @@ from modelparallel.construction import (
     delayed_parameter_initialization,
     model_creation,
 )
+from modelparallel.data_of_ranks import data_sampler
 from modelparallel.gradient_norm import clip_grad_norm_
 from modelparallel.memory_use import memory_report
 from modelparallel.model import DistributedModel
 from modelparallel.model_partition import set_partition
 from modelparallel.optimizer import DistributedOptimizer
+from modelparallel.pipeline.batch_lists import SampleList
 from modelparallel.pipeline.calls import mark_dynamic as dynamic
 from modelparallel.ranks_and_messages import (
     allgather,
@@ -98,6 +100,7 @@ __all__ = [
     "DistributedOptimizer",
     "GlobalBatchSampler",
     "RankType",
+    "SampleList",
     "StepOutput",
     "__version__",
     "allgather",
@@ -108,6 +111,7 @@ __all__ = [
     "checkpoint_sequential",
     "checkpoint_wrapper",
     "clip_grad_norm_",
+    "data_sampler",
     "delay_param_initialization",
     "delayed_parameter_initialization",
     "dp_barrier",

@@ -294,16 +294,18 @@ class DistributedModel(ModelParameters):
         """The backward of the last microbatch begins."""
         self.gradients.arm()
 
-    def finish_step(self, has_backward: bool) -> None:
+    def finish_step(self, has_backward: bool) -> bool:
         """The step function has run: reduce gradients, run the hooks that wait for the first step. Called by smp.step.
 
         ``has_backward``: some model of the step has called backward; the gradients may have reached this one too.
+        Returns whether gradients were reduced over the data-parallel ranks.
         """
-        self.gradients.finish_step(has_backward)
+        has_reduced = self.gradients.finish_step(has_backward)
         if not self._has_run_post_step_hooks:
             self._has_run_post_step_hooks = True
             for hook in list(self._post_step_hooks.values()):
                 hook(self, self.optimizer_of_parameters())
+        return has_reduced
 
     def abort_step(self) -> None:
         """The step function raised. Called by smp.step."""

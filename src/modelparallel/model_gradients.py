@@ -263,17 +263,18 @@ class ModelGradients:
         if self.sharding is not None and self._has_begun:
             self.sharding.arm()
 
-    def finish_step(self, has_backward: bool) -> None:
+    def finish_step(self, has_backward: bool) -> bool:
         """The step function has run; ``has_backward``: some model of the step has called backward, and the gradients
         may have reached this one too. Collective over the groups of the parameters where gradients become final.
+        Returns whether they were reduced over the data-parallel ranks.
         """
         if self.sharding is not None and not (self._has_begun and has_backward):
             self.sharding.free()
         if not self._has_begun:
-            return
+            return False
         if not has_backward:
             self.abort_step()
-            return
+            return False
         will_synchronize = self._will_synchronize()
         self._num_backward_steps += 1
         if self.reducer is not None:
@@ -282,6 +283,7 @@ class ModelGradients:
             self.sharding.finish_step()
         if self._replicas is not None and will_synchronize:
             self._replicas.add_up()
+        return will_synchronize and self.reducer is not None
 
     def abort_step(self) -> None:
         """The step ended without a backward, or raised."""

@@ -15,6 +15,7 @@ from torch import nn
 from modelparallel import session
 from modelparallel.comm.gloo_transport import GlooTransport
 from modelparallel.comm.pair_channels import PairChannels
+from modelparallel.data_of_ranks import InputChecks
 from modelparallel.errors import SMPConfigError
 from modelparallel.event_files import EventFile
 from modelparallel.memory import HostStore
@@ -81,6 +82,7 @@ class Runtime:
         if self._event_file is not None and self._event_file.is_written_at_exit:
             of.closers.append(self._write_at_exit)
         self.step: RunningStep | None = None
+        self.input_checks = InputChecks()
         self.num_steps = 0
         # What earlier processes of a resumed job have run: random numbers count from the job's first step, and
         # messages from this process's.

@@ -16,6 +16,7 @@ from modelparallel.errors import DivergenceError, SMPConfigError, StepUsageError
 from modelparallel.memory_use import explaining_memory
 from modelparallel.model import DistributedModel
 from modelparallel.model_partition import partition_models
+from modelparallel.pipeline.batch_lists import ListReader
 from modelparallel.pipeline.executor import MicrobatchRun, run_locally, run_step
 from modelparallel.pipeline.inputs import share_inputs
 from modelparallel.pipeline.lockstep import check_microbatches
@@ -53,7 +54,11 @@ class StepFunction:
         self._detach_outputs = detach_outputs
         # The usual case, and the quick one: every argument can be given by name.
         named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_KEYWORD)
-        self._takes_names = all(parameter.kind in named for parameter in self._signature.parameters.values())
+        parameters = self._signature.parameters.values()
+        self._takes_names = all(parameter.kind in named for parameter in parameters)
+        self._variadic = next((p.name for p in parameters if p.kind is inspect.Parameter.VAR_POSITIONAL), None)
+        self._lists = ListReader()
+        self._said: set[Hashable] = set()
         self._check_names()
 
     def _check_names(self) -> None:
@@ -107,7 +112,10 @@ class StepFunction:
         seed = int(torch.randint(_MAX_SEED, (), device="cpu")) if config.seed is None else config.seed
         if runtime.is_pipelined:
             arguments, seed = self._shared(runtime, arguments, seed, number)
+        if runtime.session.groups.dp.size > 1 and runtime.engine.stage == 0:
+            runtime.input_checks.note(arguments, self._whole)
         microbatches = self._split(arguments, config)
+        self._say(runtime, microbatches.notices)
         running = RunningStep()
         try:
             place = 0 if config.seed is None else number + runtime.num_earlier_steps
@@ -119,14 +127,15 @@ class StepFunction:
         finally:
             runtime.step = None
         try:
-            for model in running.models:
-                model.finish_step(running.has_backward)
+            has_reduced = [model.finish_step(running.has_backward) for model in running.models]
         except BaseException as error:
             if runtime.is_pipelined:
                 runtime.engine.transport.abandon(error)
             raise
         if runtime.is_pipelined:
             runtime.engine.transport.end_step()
+        if any(has_reduced):
+            self._compare_replicas(runtime)
         if running.has_backward:
             runtime.check_offload()
         return merge_outputs(outputs, microbatches.weights)
@@ -142,9 +151,14 @@ class StepFunction:
         try:
             own_trained = _trained_flags(runtime)
             extra = (seed, self._title, engine.knowledge(), own_trained)
+            own = arguments
             arguments, (seed, called, knowledge, trained) = share_inputs(
                 engine.transport, arguments, extra, number, runtime.session.device
             )
+            if engine.stage:
+                text = runtime.input_checks.difference_of_stages(own, arguments, engine.stage)
+                if text:
+                    runtime_module.logger.warning(text)
             if called != self._title:
                 raise DivergenceError(
                     f"pp_rank {engine.stage} calls the step function {self._title} at {user_code_line()}, pp_rank 0 "
@@ -156,6 +170,15 @@ class StepFunction:
             engine.transport.abandon(error)
             raise
         return arguments, seed
+
+    def _compare_replicas(self, runtime: Runtime) -> None:
+        """In the first steps, and on one stage: whether the data-parallel ranks feed samples of their own."""
+        groups = runtime.session.groups
+        if runtime.engine.stage or any(model.gradients.joining.is_joining for model in runtime.session.models):
+            return
+        text = runtime.input_checks.compare_replicas(groups, is_prescaled=runtime.session.config.prescaled_batch)
+        if text and groups.dp.rank_in_group == 0:
+            runtime_module.logger.warning(text)
 
     def _named_arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """Arguments by name; those of ``*args`` and ``**kwargs`` parameters under names of their own."""
@@ -195,7 +218,16 @@ class StepFunction:
             self._axes,
             self._whole,
             is_uneven_allowed=config.uneven_microbatches == "exact",
+            reader=self._lists,
+            variadic=self._variadic,
         )
+
+    def _say(self, runtime: Runtime, notices: Mapping[Hashable, str]) -> None:
+        """Each once, and not by every rank."""
+        for subject, text in notices.items():
+            if subject not in self._said and runtime.session.groups.world.rank_in_group == 0:
+                runtime_module.logger.warning(text)
+            self._said.add(subject)
 
     def _trace(self, runtime: Runtime, arguments: Mapping[str, Any], config: Config) -> list[DistributedModel]:
         """Run the body once on the first microbatch, for real, on the unsplit models; returns those that it calls."""

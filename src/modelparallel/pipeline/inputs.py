@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import pickle
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from modelparallel import trees
 from modelparallel.comm.transport import MessageKind, MessageName, StageTransport
 from modelparallel.errors import StepUsageError
-from modelparallel.pipeline.microbatches import SlicedObject
+from modelparallel.pipeline.batch_lists import SlicedObject
 from modelparallel.pipeline.stage_tensor import TensorSpec, is_dense
 from modelparallel.pipeline.wire import TENSORS_PER_MESSAGE, pack, receive_tensors
 
@@ -56,13 +56,40 @@ class _TensorPickler(pickle.Pickler):
         self._indices: dict[int, int] = {}
 
     def persistent_id(self, value: Any) -> Any:
-        if isinstance(value, torch.Tensor):
+        if isinstance(value, torch.Tensor) and value.layout is torch.strided and not value.is_nested:
             # The same object twice stays one object: what the body writes to it is seen under both names.
             if id(value) not in self._indices:
                 self._indices[id(value)] = len(self.tensors)
                 self.tensors.append(value)
             return self._indices[id(value)]
         return None
+
+    def reducer_override(self, value: Any) -> Any:
+        """Sparse tensors travel as their parts."""
+        if not isinstance(value, torch.Tensor):
+            return NotImplemented
+        if value.is_nested or value.layout not in _SPARSE_PARTS:
+            raise pickle.PicklingError(f"a tensor of layout {value.layout}")
+        parts = [part(value.detach()) for part in _SPARSE_PARTS[value.layout]]
+        is_coalesced = value.layout is torch.sparse_coo and value.is_coalesced()
+        return _sparse_tensor, (value.layout, tuple(parts), tuple(value.shape), is_coalesced)
+
+
+_SPARSE_PARTS: dict[torch.layout, tuple[Callable[..., torch.Tensor], ...]] = {
+    torch.sparse_coo: (torch.Tensor._indices, torch.Tensor._values),
+    torch.sparse_csr: (torch.Tensor.crow_indices, torch.Tensor.col_indices, torch.Tensor.values),
+    torch.sparse_csc: (torch.Tensor.ccol_indices, torch.Tensor.row_indices, torch.Tensor.values),
+}
+
+
+def _sparse_tensor(
+    layout: torch.layout, parts: tuple[torch.Tensor, ...], shape: tuple[int, ...], is_coalesced: bool
+) -> torch.Tensor:
+    if layout is torch.sparse_coo:
+        indices, values = parts
+        return torch.sparse_coo_tensor(indices, values, shape, is_coalesced=is_coalesced)
+    outer, inner, values = parts
+    return torch.sparse_compressed_tensor(outer, inner, values, shape, layout=layout)
 
 
 class _TensorUnpickler(pickle.Unpickler):

@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from modelparallel import trees
 from modelparallel.errors import StepUsageError
-
-
-class SlicedObject:
-    """The results of an object's own ``smp_slice``, one per microbatch; made where the object is, before it travels.
-
-    No dataclass: those are containers.
-    """
-
-    def __init__(self, parts: tuple[Any, ...]) -> None:
-        self.parts = parts
+from modelparallel.pipeline.batch_lists import ListReader, SampleList, SlicedObject, place
 
 
 @dataclass(frozen=True)
@@ -28,6 +19,8 @@ class Microbatches:
 
     arguments: tuple[dict[str, Any], ...]
     weights: tuple[float, ...]
+    #: What the user should hear once about the arguments, by what it is about.
+    notices: Mapping[Hashable, str] = field(default_factory=dict)
 
 
 def slice_objects(
@@ -55,44 +48,34 @@ def split(
     whole: set[str],
     *,
     is_uneven_allowed: bool,
+    reader: ListReader | None = None,
+    variadic: str | None = None,
 ) -> Microbatches:
     """The microbatches of ``arguments`` (name -> value; objects already cut by :func:`slice_objects`).
 
     A batch that does not divide is cut into parts that differ by one sample; with fewer samples than microbatches only
-    as many parts as samples are made. Raises StepUsageError naming argument, length and the number of microbatches
-    where that is not allowed or unclear.
+    as many parts as samples are made. ``reader`` remembers how lists were read; ``variadic`` is the argument that holds
+    ``*args``. Raises StepUsageError naming argument, length and the number of microbatches where that is not allowed or
+    unclear.
     """
-    lengths = _lengths(arguments, axes, whole)
-    sizes = _sizes(lengths, num_microbatches, is_uneven_allowed=is_uneven_allowed)
+    reading = (reader or ListReader()).read(arguments, axes, whole, num_microbatches, variadic)
+    sizes = _sizes(reading.lengths, num_microbatches, is_uneven_allowed=is_uneven_allowed)
     total = sum(sizes)
 
-    def part(index: int) -> dict[str, Any]:
-        def cut(name: str, value: Any) -> Any:
-            axis = axes.get(name, 0)
-            return trees.map_leaves(lambda leaf: _part(leaf, axis, index, sizes), value)
+    def cut(path: trees.Path, value: Any, index: int) -> Any:
+        if path in reading.cut:
+            return _rows(value, index, sizes)
+        if not trees.is_container(value):
+            return _part(value, axes.get(path[0], 0), index, sizes, path)
+        pairs = trees.children(value)
+        found = {key: cut((*path, key), child, index) for key, child in pairs}
+        return value if all(found[key] is child for key, child in pairs) else trees.rebuild(value, found)
 
-        return {name: value if name in whole else cut(name, value) for name, value in arguments.items()}
-
-    result = [part(index) for index in range(len(sizes))]
-    return Microbatches(tuple(result), tuple(size / total for size in sizes))
-
-
-def _lengths(arguments: Mapping[str, Any], axes: Mapping[str, int], whole: set[str]) -> list[tuple[str, int]]:
-    lengths = []
-    for name, value in arguments.items():
-        if name in whole:
-            continue
-        for leaf in trees.leaves(value):
-            if isinstance(leaf, torch.Tensor) and leaf.ndim > 0:
-                axis = axes.get(name, 0)
-                if not -leaf.ndim <= axis < leaf.ndim:
-                    raise StepUsageError(
-                        f"smp.step: argument '{name}' has a tensor of shape {tuple(leaf.shape)}, which has no axis "
-                        f"{axis} to split along: "
-                        f"correct input_split_axes, or name it in non_split_inputs"
-                    )
-                lengths.append((name, leaf.shape[axis]))
-    return lengths
+    result = [
+        {name: value if name in whole else cut((name,), value, index) for name, value in arguments.items()}
+        for index in range(len(sizes))
+    ]
+    return Microbatches(tuple(result), tuple(size / total for size in sizes), reading.notices)
 
 
 def _sizes(lengths: Sequence[tuple[str, int]], num_microbatches: int, *, is_uneven_allowed: bool) -> list[int]:
@@ -125,16 +108,42 @@ def _sizes(lengths: Sequence[tuple[str, int]], num_microbatches: int, *, is_unev
     return [length // num_parts + (1 if index < length % num_parts else 0) for index in range(num_parts)]
 
 
-def _part(leaf: Any, axis: int, index: int, sizes: Sequence[int]) -> Any:
+def _range(length: int, index: int, sizes: Sequence[int]) -> tuple[int, int]:
+    """(start, length) of the part of a microbatch."""
+    if length % len(sizes) == 0:
+        return index * (length // len(sizes)), length // len(sizes)
+    return sum(sizes[:index]), sizes[index]
+
+
+def _rows(value: Any, index: int, sizes: Sequence[int]) -> Any:
+    """The elements of a list of samples, or the rows of an array."""
+    start, length = _range(len(value), index, sizes)
+    rows = value[start : start + length]
+    return list(rows) if isinstance(value, SampleList) else rows
+
+
+def _part(leaf: Any, axis: int, index: int, sizes: Sequence[int], path: trees.Path) -> Any:
     if isinstance(leaf, SlicedObject):
         return leaf.parts[index]
     if not isinstance(leaf, torch.Tensor) or leaf.ndim == 0:
         return leaf
-    length = leaf.shape[axis]
-    if length % len(sizes) == 0:
-        part = leaf.narrow(axis, index * (length // len(sizes)), length // len(sizes))
-    else:
-        part = leaf.narrow(axis, sum(sizes[:index]), sizes[index])
+    start, length = _range(leaf.shape[axis], index, sizes)
+    if leaf.is_nested or leaf.layout is not torch.strided:
+        return _sparse_part(leaf, axis, start, length, path)
+    part = leaf.narrow(axis, start, length)
     # With a version counter of its own: under a pipeline the body may write to its part before the backward of another
     # microbatch has run.
     return part if part.requires_grad else part.data
+
+
+def _sparse_part(leaf: torch.Tensor, axis: int, start: int, length: int, path: trees.Path) -> torch.Tensor:
+    if leaf.is_nested or leaf.layout not in (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc):
+        kind = "nested" if leaf.is_nested else str(leaf.layout)
+        raise StepUsageError(
+            f"smp.step: {place(path)} is a {kind} tensor, which cannot be split into microbatches: pass a padded or "
+            "dense tensor, or a list of one tensor per sample (smp.SampleList), or name it in non_split_inputs"
+        )
+    rows = torch.arange(start, start + length, device=leaf.device)
+    if leaf.layout is torch.sparse_coo:
+        return leaf.index_select(axis, rows)
+    return leaf.to_sparse_coo().index_select(axis, rows).to_sparse(layout=leaf.layout)
