@@ -111,3 +111,10 @@ class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
 
 class CheckpointCorruptError(CheckpointError):
     """A checkpoint is not complete, or its files are not what was written."""
+
+
+#: What a script can do where a module cannot be called inside those of other stages; the end of several messages.
+REMEDY_FOR_GUESTS = (
+    "call it between the modules and hand its output to them, give each of them one of its own, or place it and the "
+    "modules that call it on one stage (auto_partition: False, smp.set_partition)"
+)

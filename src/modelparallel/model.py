@@ -389,16 +389,17 @@ class DistributedModel(ModelParameters):
         """
         self._loads.append(load)
 
-    def trace(self, run: Callable[[], None]) -> Trace:
-        """What ``run``, a step on the unsplit models, does with this one; they are left as they were."""
+    def trace(self, run: Callable[[], object], units: Sequence[str] | None = None) -> Trace:
+        """What ``run``, a step on the unsplit models, does with the units of this one; they are left as they were."""
+        units = self._units if units is None else units
         if any(construction.is_deferred(model.module) for model in self._runtime.session.models):
-            return construction.trace_shapes(lambda: trace_step(self.module, self._units, run))
+            return construction.trace_shapes(lambda: trace_step(self.module, units, run))
         device = self._runtime.session.device
         if device.type == "cuda" and self._trace_device == "gpu":
             self.module.to(device)
         return trace_step(
             self.module,
-            self._units,
+            units,
             run,
             measure_times=self._trace_execution_times,
             measure_memory=self._trace_memory_usage,
@@ -411,7 +412,7 @@ class DistributedModel(ModelParameters):
         self._plan = plan
         if runtime.session.groups.world.rank_in_group == 0:
             log_plan(plan)
-        self._table.set_homes(plan.home_of_tensor)
+        self._table.set_homes(plan.home_of_tensor, plan.copies_of)
         device = runtime.session.device
         if not self._precision.casts_when_placed:  # otherwise parameters are born sharded
             construction.place_deferred(self.module, device, self.is_local)
@@ -434,9 +435,10 @@ class DistributedModel(ModelParameters):
         units = set(self._units)
         for name, home in plan.modules:
             placed = self.module.get_submodule(name)
-            if home == engine.stage:
+            copies = plan.copies_of(name)
+            if engine.stage in (home, *copies):
                 self._compile_call(placed, name)
-            engine.place_module(placed, name, home, is_unit=name in units)
+            engine.place_module(placed, name, home, copies, is_unit=name in units)
         if self._compiler is not None:
             self._compiler.log(runtime.session.config.pipeline)
         model_states.check_early_part(self)

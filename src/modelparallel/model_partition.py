@@ -12,6 +12,7 @@ from modelparallel import runtime as runtime_module
 from modelparallel import trees
 from modelparallel.errors import CannotTraceError, PartitionError
 from modelparallel.model import DistributedModel
+from modelparallel.partitioning.guests import may_have_guests, with_copies
 from modelparallel.plan.partition import PartitionPlan
 from modelparallel.ranks_and_messages import allgather
 from modelparallel.runtime import Runtime
@@ -63,6 +64,8 @@ def _agreed_plan(
         # The whole TP_GROUP traces, since split layers talk to each other.
         if groups.pp.rank_in_group == 0 and groups.rdp.rank_in_group == 0:
             plan, called = _traced_plan(model, trace_body) if is_traced else (model.make_plan(None), [])
+            if plan.origin == "manual" and not config.skip_tracing:
+                plan = _with_copies(model, plan, trace_body)
             made = plan, [models.index(other) for other in called]
     except Exception as error:
         problem = error
@@ -86,6 +89,19 @@ def _traced_plan(model: DistributedModel, trace_body: TraceBody) -> tuple[Partit
         logger.info("partitioned by sizes alone, without a trace: %s", error)
         trace = None
     return model.make_plan(trace), called
+
+
+def _with_copies(model: DistributedModel, plan: PartitionPlan, trace_body: TraceBody) -> PartitionPlan:
+    """A placement by hand needs a trace only to find out which modules are called inside others."""
+    units = [name for name, _ in plan.modules]
+    if not may_have_guests(model.module, units):
+        return plan
+    try:
+        trace = model.trace(lambda: trace_body(), units)
+    except CannotTraceError as error:
+        logger.info("not traced for modules that are called inside others: %s", error)
+        return plan
+    return with_copies(plan, model.module, trace)
 
 
 def set_partition(module: nn.Module, index: int) -> None:

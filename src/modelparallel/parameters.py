@@ -88,14 +88,19 @@ class ParameterTable:
             self._names[id(known)] = name
         self._faces.update((id(face), face) for face in faces)
 
-    def set_homes(self, home_of: Callable[[str], int | None]) -> None:
-        """Complete the table: ``home_of`` gives the stage of a name, None for a constant that every stage holds.
+    def set_homes(
+        self, home_of: Callable[[str], int | None], copies_of: Callable[[str], Iterable[int]] = lambda name: ()
+    ) -> None:
+        """Complete the table: ``home_of`` gives the stage of a name, None for a constant that every stage holds,
+        ``copies_of`` further stages that hold a copy.
 
         A tensor of several names has its home where the first of them is, and replicas where the others are.
         """
         for name, row in self._rows.items():
             home = home_of(name)
-            others = {home_of(alias) for alias in row.aliases} - {home, None}
+            others = {home_of(alias) for alias in row.aliases}
+            others.update(stage for alias in (name, *row.aliases) for stage in copies_of(alias))
+            others -= {home, None}
             replicas = tuple(sorted(stage for stage in others if stage is not None)) if home is not None else ()
             self._rows[name] = replace(row, home=home, replicas=replicas)
 

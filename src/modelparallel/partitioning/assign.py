@@ -12,6 +12,7 @@ from torch import nn
 
 from modelparallel.errors import PartitionError
 from modelparallel.partitioning.costs import Trace, microbatches_in_flight, sizes_only, untied
+from modelparallel.partitioning.guests import settled, with_copies
 from modelparallel.partitioning.manual import Mark, check_sharing, manual_plan
 from modelparallel.partitioning.solve import solve
 from modelparallel.partitioning.split import StepTime
@@ -93,8 +94,9 @@ def make_plan(
             memory_limit=memory_limit,
             step_time=step_time,
         )
-        known = trace or sizes_only(root, units)
+        known = settled(root, trace or sizes_only(root, units))
         plan = _with_ties(find, root, known, tied_weights) if known.ties else find(known)
+        plan = with_copies(plan, root, known)
     check_plan(plan, root)
     if tied_weights == "colocate":
         check_sharing(root, plan)
@@ -126,7 +128,7 @@ def _with_ties(
 ) -> PartitionPlan:
     if tied_weights == "colocate":
         return find(trace)
-    replicated = find(untied(root, trace))
+    replicated = find(settled(root, untied(root, trace)))
     if tied_weights == "replicate":
         return replicated
     try:

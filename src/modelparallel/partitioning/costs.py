@@ -145,6 +145,7 @@ class Trace:
         source: ``"run"`` (a microbatch ran for real) or ``"sizes"``.
         has_gradients: whether the run recorded anything for a backward.
         flows: what travels between units that are placed apart, equal ones summed; empty if nothing ran.
+        guests: (unit or tensor, the units inside whose calls it was called or read); see guests.py.
     """
 
     units: tuple[UnitCosts, ...]
@@ -154,6 +155,7 @@ class Trace:
     source: str = "sizes"
     has_gradients: bool = False
     flows: tuple[Flow, ...] = ()
+    guests: tuple[tuple[str, tuple[str, ...]], ...] = ()
 
     @property
     def order(self) -> tuple[str, ...]:
@@ -222,7 +224,7 @@ def sizes_only(root: nn.Module, units: Sequence[str], stateful_buffers: Sequence
             tensor_costs.append(TensorCosts(direct.name, *_sizes((), [direct.tensor])))
     # `direct_tensors` lists a tensor under its first name only. A parameter whose first name lies in a unit may have
     # another one above the units: it has a home already.
-    return Trace(tuple(unit_costs), tuple(tensor_costs), _groups(sharing.values()), tuple(stateful_buffers))
+    return Trace(tuple(unit_costs), tuple(tensor_costs), merged_groups(sharing.values()), tuple(stateful_buffers))
 
 
 def untied(root: nn.Module, trace: Trace) -> Trace:
@@ -283,7 +285,7 @@ def _sizes(parameters: Sequence[torch.Tensor], buffers: Iterable[torch.Tensor]) 
     )
 
 
-def _groups(shared: Iterable[list[str]]) -> tuple[tuple[str, ...], ...]:
+def merged_groups(shared: Iterable[list[str]]) -> tuple[tuple[str, ...], ...]:
     """Merge lists of names that overlap (a unit may share one parameter with one unit and another with another)."""
     groups: list[list[str]] = []
     for names in shared:

@@ -228,6 +228,7 @@ class _Recorder:
         self._output_gradient = dict.fromkeys(units, False)
         self._near: dict[str, str | None] = {}
         self._waiting: list[str] = []  # tensors above the units used before any unit ran
+        self._guests: dict[str, dict[str, None]] = {}  # of units and tensors, the units inside which they are used
         self._stack: list[
             tuple[str, int, float, int]
         ] = []  # active unit, its nested calls, start time, allocated bytes
@@ -251,6 +252,13 @@ class _Recorder:
             for parameter in self._modules[unit].parameters()
             if storage_of(parameter) is not None
         }
+
+        self._holders: dict[int, list[str]] = {}  # of tensors, the units that have them
+        for unit in self._units:
+            for tensor in (*self._modules[unit].parameters(), *self._modules[unit].buffers()):
+                self._holders.setdefault(id(tensor), []).append(unit)
+        for direct in direct_tensors(root, self._units):
+            self._holders.setdefault(id(direct.tensor), []).append(direct.name)
 
     def _is_trainable(self, unit: str) -> bool:
         return any(parameter.requires_grad for parameter in self._modules[unit].parameters())
@@ -287,6 +295,9 @@ class _Recorder:
             if self._stack and self._stack[-1][0] == unit:
                 self._stack[-1] = (unit, self._stack[-1][1] + 1, *self._stack[-1][2:])
                 return
+            if self._stack:  # its work is that of the module that calls it
+                self._guests.setdefault(unit, {})[self._stack[-1][0]] = None
+                return
             if not self._calls[unit]:
                 self._first_call(unit)
             self._calls[unit] += 1
@@ -310,7 +321,7 @@ class _Recorder:
     def _leave(self, unit: str) -> Callable[..., None]:
         def leave(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object) -> None:
             if not self._stack or self._stack[-1][0] != unit:
-                return  # an error unwinds the calls
+                return  # a guest; or an error unwinds the calls
             _, nested, start, allocated = self._stack[-1]
             if nested > 1:
                 self._stack[-1] = (unit, nested - 1, start, allocated)
@@ -357,6 +368,14 @@ class _Recorder:
             )
         # Not the tensor itself: a node that saves its own output would keep itself alive, and with it the weights.
         return tensor.detach()
+
+    def inside(self, inputs: Iterator[torch.Tensor]) -> None:
+        """An operation of the unit that runs: it may read a weight of another one."""
+        host = self._stack[-1][0]
+        for tensor in inputs:
+            holders = self._holders.get(id(tensor), ())
+            if holders and host not in holders:
+                self._guests.setdefault(holders[0], {})[host] = None
 
     def before_glue(self, inputs: Sequence[torch.Tensor]) -> None:
         """An operation outside the units runs where the weight it reads lives, else where its data is."""
@@ -416,7 +435,13 @@ class _Recorder:
         )
         tensors = tuple(replace(tensor, near_unit=self._near.get(tensor.name)) for tensor in sizes.tensors)
         return replace(
-            sizes, units=units, tensors=tensors, source="run", has_gradients=self._has_gradients, flows=flows
+            sizes,
+            units=units,
+            tensors=tensors,
+            source="run",
+            has_gradients=self._has_gradients,
+            flows=flows,
+            guests=tuple((guest, tuple(hosts)) for guest, hosts in self._guests.items()),
         )
 
 
@@ -431,6 +456,7 @@ class _GlueWatch(TorchFunctionMode):
         kwargs = kwargs or {}
         recorder = self._recorder
         if recorder._stack:
+            recorder.inside(_tensors((args, kwargs)))
             return func(*args, **kwargs)
         inputs = [tensor for tensor in _tensors((args, kwargs)) if storage_of(tensor) is not None]
         recorder.before_glue(inputs)

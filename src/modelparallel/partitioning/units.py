@@ -63,7 +63,7 @@ def has_weights(module: nn.Module) -> bool:
     """Whether ``module`` holds, somewhere inside, a parameter or the running statistics of a norm."""
     if next(module.parameters(), None) is not None:
         return True
-    return any(_has_running_statistics(inner) for inner in module.modules())
+    return any(has_running_statistics(inner) for inner in module.modules())
 
 
 def is_whole(module: nn.Module) -> bool:
@@ -175,7 +175,8 @@ def _is_distributed(module: nn.Module) -> bool:
     return callable(getattr(module, "split_tensors", None))
 
 
-def _has_running_statistics(module: nn.Module) -> bool:
+def has_running_statistics(module: nn.Module) -> bool:
+    """Whether it is a norm that changes its buffers in training."""
     norms = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
     return isinstance(module, norms) and module.track_running_stats and module.running_mean is not None
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from modelparallel import trees
-from modelparallel.errors import UnsupportedError
+from modelparallel.errors import REMEDY_FOR_GUESTS, StepUsageError, UnsupportedError
 from modelparallel.pipeline import glue
 from modelparallel.pipeline.arguments import Arguments, taken_apart
 from modelparallel.pipeline.randomness import RandomFrames, may_draw
@@ -28,12 +28,15 @@ DYNAMIC_MARK = "_modelparallel_dynamic"
 
 @dataclass
 class PlacedModule:
-    """A module with a home; ``inner`` is its own call, hooks included; ``unit`` its number if frames hang on it."""
+    """A module with a home; ``inner`` is its own call, hooks included; ``unit`` its number if frames hang on it;
+    ``holders`` the stages that have it, more than one if it is called inside modules of other stages.
+    """
 
     module: nn.Module
     name: str
     home: int
     unit: int | None
+    holders: tuple[int, ...]
     inner: Callable[..., Any] = lambda *args, **kwargs: None
     parameters: tuple[nn.Parameter, ...] = ()
     description: str = ""
@@ -93,7 +96,7 @@ def run(engine: PipelineEngine, program: Program, entry: PlacedModule, args: Any
             torch.is_grad_enabled(),
             autocast_state(),
             # Freezing a weight changes which outputs need gradients.
-            tuple([parameter.requires_grad for parameter in entry.parameters]),
+            tuple([parameter.requires_grad for parameter in (*entry.parameters, *engine.copied)]),
             arguments.skeleton,
             *arguments.keys(are_floats_plain=False),
         )
@@ -113,6 +116,28 @@ def run(engine: PipelineEngine, program: Program, entry: PlacedModule, args: Any
     program.tracker.note_work(home, entry.name, is_training=entry.module.training)
     call = program.counted(call, home, entry.parameters)
     return glue.execute(program, entry.description, key, arguments, home, call, protect=True)
+
+
+def run_inside(engine: PipelineEngine, entry: PlacedModule, args: Any, kwargs: Any) -> Any:
+    """A placed module is called inside another one, or in a function of autograd, that runs here."""
+    if engine.stage not in entry.holders:
+        raise StepUsageError(
+            f"module '{entry.name}' is on pp_rank {entry.home} and is called inside a module (or an autograd.Function) "
+            f"that runs on pp_rank {engine.stage}, which has no copy of it: the step that was traced for the partition "
+            "made no such call, or none was traced (skip_tracing, a loaded plan). Let the first step make it, or "
+            f"{REMEDY_FOR_GUESTS}"
+        )
+    if not entry.has_buffers or len(entry.holders) == 1:
+        return entry.inner(*args, **kwargs)
+    before = buffer_state(entry.module)
+    output = entry.inner(*args, **kwargs)
+    if buffer_state(entry.module) != before:
+        raise UnsupportedError(
+            f"{entry.description} is called inside modules of several stages (pp_ranks "
+            f"{', '.join(map(str, entry.holders))} have copies of it) and changes its buffers; the copies would "
+            f"go apart: {REMEDY_FOR_GUESTS}"
+        )
+    return output
 
 
 def buffer_state(module: nn.Module) -> tuple[tuple[int, int], ...]:

@@ -142,6 +142,7 @@ class PipelineEngine:
         self._transport = transport
         self.push_limit_bytes = push_limit_bytes
         self.placed: dict[int, PlacedTensor] = {}
+        self.copied: list[nn.Parameter] = []  # of modules that several stages have
         self.structures: dict[Hashable, Structure] = {}
         self.plans = StepPlans(schedule_kind, active_microbatches)
         self.workers = WorkerPool()
@@ -235,22 +236,24 @@ class PipelineEngine:
         assigned = [(owner, name) for owner, name, _ in self._assigned_buffers]
         return [(owner, name, owner._buffers.get(name)) for owner, name in (*assigned, *self._loose_buffers)]
 
-    def place_module(self, module: nn.Module, name: str, home: int, *, is_unit: bool) -> None:
-        """From now on calls of ``module`` inside a step run on ``home``."""
-        entry = calls.PlacedModule(module, name, home, unit_number(name) if is_unit else None)
+    def place_module(
+        self, module: nn.Module, name: str, home: int, copies: Sequence[int] = (), *, is_unit: bool
+    ) -> None:
+        """From now on calls of ``module`` inside a step run on ``home``, those inside other modules also on the stages
+        that have ``copies``.
+        """
+        entry = calls.PlacedModule(module, name, home, unit_number(name) if is_unit else None, (home, *copies))
         self._homes.clear()
+        if copies:
+            self.copied.extend(entry.parameters)
 
         def call(*args: Any, **kwargs: Any) -> Any:
             if self.is_native:
-                if entry.home != self.stage and self.program is not None:
-                    raise StepUsageError(
-                        f"module '{entry.name}' is on pp_rank {entry.home} and is called from inside a module or an "
-                        f"autograd.Function that runs on pp_rank {self.stage}: place both on one stage "
-                        "(smp.set_partition)"
-                    )
+                if self.program is not None:
+                    return calls.run_inside(self, entry, args, kwargs)
                 return entry.inner(*args, **kwargs)
             if self.program is None:
-                if entry.home != self.stage:
+                if self.stage not in entry.holders:
                     raise StepUsageError(
                         f"module '{entry.name}' is on pp_rank {entry.home} and was called on pp_rank {self.stage} "
                         "outside a step: "

@@ -58,6 +58,7 @@ class PartitionPlan:
         num_stages: the pipeline degree the plan is for.
         modules: (module name, stage), in execution order (module order where nothing was traced).
         tensors: (full tensor name, stage) of the parameters and changing buffers owned by modules above all units.
+        copies: (module or tensor, stages) of further stages that hold a copy, since modules there call or read it.
         origin: how the plan was made: ``"traced"``, ``"sizes"``, ``"manual"`` or ``"loaded"``.
         figures: one entry per stage, or empty.
         virtual_degree: pieces of the model on each stage.
@@ -71,6 +72,7 @@ class PartitionPlan:
     num_stages: int
     modules: tuple[tuple[str, int], ...]
     tensors: tuple[tuple[str, int], ...] = ()
+    copies: tuple[tuple[str, tuple[int, ...]], ...] = ()
     origin: str = field(default="manual", compare=False)
     figures: tuple[StageFigures, ...] = field(default=(), compare=False)
     virtual_degree: int = field(default=1, compare=False)
@@ -96,6 +98,10 @@ class PartitionPlan:
     @cached_property
     def _stage_of_tensor(self) -> Mapping[str, int]:
         return dict(self.tensors)
+
+    @cached_property
+    def _stages_of_copies(self) -> Mapping[str, tuple[int, ...]]:
+        return dict(self.copies)
 
     @property
     def work(self) -> dict[str, tuple[float, float, float]]:
@@ -124,6 +130,11 @@ class PartitionPlan:
         if name in self._stage_of_tensor:
             return self._stage_of_tensor[name]
         return self.home_of_module(name.rpartition(".")[0])
+
+    def copies_of(self, name: str) -> tuple[int, ...]:
+        """The further stages that hold a copy of the module, parameter or buffer with this full name."""
+        places = (self._stages_of_copies.get(entry, ()) for entry in _enclosing(name))
+        return next((stages for stages in places if stages), ())
 
     def modules_on(self, stage: int) -> tuple[str, ...]:
         """The names of the units on ``stage``, in execution order."""
@@ -191,6 +202,7 @@ class PartitionPlan:
             "origin": self.origin,
             "modules": [list(entry) for entry in self.modules],
             "tensors": [list(entry) for entry in self.tensors],
+            "copies": [[name, list(stages)] for name, stages in self.copies],
             "figures": [vars(figures) for figures in self.figures],
             "virtual_degree": self.virtual_degree,
             "costs": [list(entry) for entry in self.costs],
@@ -212,6 +224,7 @@ class PartitionPlan:
                 num_stages=int(content["num_stages"]),
                 modules=tuple((str(name), int(stage)) for name, stage in content["modules"]),
                 tensors=tuple((str(name), int(stage)) for name, stage in content["tensors"]),
+                copies=tuple((str(name), tuple(map(int, stages))) for name, stages in content.get("copies", ())),
                 origin=str(content["origin"]),
                 figures=tuple(
                     StageFigures(**{**figures, "in_flight": tuple(figures.get("in_flight", ()))})
