@@ -142,7 +142,10 @@ def look_up_objects(rows):
 def test_methods_and_attributes_of_objects():
     rows = rows_of("model", "optimizer", "output", "parameter")
     rows += [row for row in rows_of("smp") if row[1].startswith("state.")]
-    report(run_ranks(look_up_objects, 1, rows, parameters={})[0])
+    sharded = [row for row in rows if row[1].startswith(("ds_", "fp32_partitioned"))]
+    report(run_ranks(look_up_objects, 1, [row for row in rows if row not in sharded], parameters={})[0])
+    parameters = {"sharded_data_parallel_degree": 2, "ddp": True, "sdp_param_persistence_threshold": 0}
+    report(run_ranks(look_up_objects, 2, sharded, parameters=parameters)[0])
 
 
 @pytest.mark.parametrize("keyword", [path for _, path, _, _ in rows_of("keyword")])

@@ -47,7 +47,10 @@ def write_original(folder: str, model, optimizer, *, by_mp_rank: bool = False, c
     os.makedirs(place, exist_ok=True)
     rank = f"{smp.mp_rank()}" if by_mp_rank else f"{smp.pp_rank()}_{smp.tp_rank()}"
     is_sharded = smp.state.cfg.shard_optimizer_state
-    state, optimizer_state = model.local_state_dict(), optimizer.local_state_dict(gather_if_shard=not is_sharded)
+    state, optimizer_state = (
+        model.local_state_dict(gather_if_shard=True),
+        optimizer.local_state_dict(gather_if_shard=not is_sharded),
+    )
     if smp.rdp_rank() == 0:
         torch.save(state, f"{place}/model_{rank}.pt")
     if smp.rdp_rank() == 0 or is_sharded:

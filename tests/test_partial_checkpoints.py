@@ -80,8 +80,9 @@ def test_c088_state_dicts_loaded_before_the_first_step_take_effect_in_it():
     model, optimizer = make_job(0, **arguments)
     train(model, optimizer, range(3))
     full = model.state_dict(), optimizer.state_dict()
-    partial = ({name: value.clone() if isinstance(value, torch.Tensor) else value
-                for name, value in model.local_state_dict().items()}, optimizer.local_state_dict())  # fmt: skip
+    local = model.local_state_dict(gather_if_shard=True)
+    own = {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in local.items()}
+    partial = own, optimizer.local_state_dict()
     partial = torch.load(saved_to_memory(partial), weights_only=True)
     full = torch.load(saved_to_memory(full), weights_only=True)
     expected = train(model, optimizer, range(3, 6))

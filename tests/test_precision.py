@@ -193,7 +193,7 @@ def test_c059_an_overflow_anywhere_skips_the_update_everywhere():
     for culprit in range(smp.size()):
         optimizer.zero_grad()
         train_step(model, *batch)
-        before = copy.deepcopy(model.local_state_dict())
+        before = copy.deepcopy(model.local_state_dict(gather_if_shard=True))
         if smp.dp_size() == 1 or smp.tp_size() > 1:
             if smp.rank() == culprit:
                 next(iter(model.local_parameters())).grad.view(-1)[0] = float("inf")
@@ -206,7 +206,7 @@ def test_c059_an_overflow_anywhere_skips_the_update_everywhere():
         scale = optimizer.loss_scale
         optimizer.step()
         assert optimizer.overflow and optimizer.step_was_skipped and optimizer.loss_scale == scale / 2
-        after = model.local_state_dict()
+        after = model.local_state_dict(gather_if_shard=True)
         assert all(torch.equal(after[name], value) for name, value in before.items() if name[0] != "_")
     scale = optimizer.loss_scale
     for _ in range(2):
@@ -287,7 +287,7 @@ def test_states_hold_masters_and_the_scale_and_go_on_equally():
     model, optimizer = fresh()
     go_on(model, optimizer, batches[:3])
     saved = [
-        (copy.deepcopy(model.local_state_dict()), copy.deepcopy(optimizer.local_state_dict())),
+        (copy.deepcopy(model.local_state_dict(gather_if_shard=True)), copy.deepcopy(optimizer.local_state_dict())),
         (copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())),
     ]
     expected = go_on(model, optimizer, batches[3:])

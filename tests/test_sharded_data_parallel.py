@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
 
 import modelparallel as smp
 from distributed_run import own_share
 from modelparallel.config import validate_parameters
-from modelparallel.errors import SMPConfigError, UnsupportedError
+from modelparallel.errors import CheckpointError, SMPConfigError, UnsupportedError
+from modelparallel.model_states import StateDictError
 from parity import assert_parity
 from rank_tests import RankTests, on
 from sharded_training import (
@@ -43,6 +46,8 @@ HYBRID = RankTests(4, {"sharded_data_parallel_degree": 2, "microbatches": 2, **A
 TP2 = RankTests(4, {"sharded_data_parallel_degree": 2, "tensor_parallel_degree": 2, **ALL})
 PARTLY = RankTests(2, {"sharded_data_parallel_degree": 2, "sdp_param_persistence_threshold": 60})
 TIGHT = RankTests(2, {"sharded_data_parallel_degree": 2, "sdp_max_live_parameters": 400, **ALL})
+HALF = RankTests(2, {"sharded_data_parallel_degree": 2, "bf16": True, **ALL})
+BROAD = RankTests(2, {"sharded_data_parallel_degree": 2, "fp16": True})
 EVERY_WAY = (DP2, DP2_MB4, DP2_STEP, DP4, HYBRID, PARTLY, TIGHT)
 
 
@@ -51,6 +56,80 @@ def mark_blocks(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Linear) and module.in_features in (5, 6, 8) and module.bias is not None:
             smp.set_tensor_parallelism(module)
+
+
+class Counting(torch.optim.SGD):
+    """An optimizer whose ``zero_grad`` takes no argument."""
+
+    is_elementwise = True
+    num_calls = 0
+
+    def zero_grad(self):
+        self.num_calls += 1
+        super().zero_grad()
+
+
+@smp.step
+def squares(model, samples):
+    loss = model(samples).float().square().mean()
+    model.backward(loss)
+    return loss
+
+
+@on(DP2, PARTLY, HYBRID, TP2, HALF, BROAD)
+def test_scripts_of_the_original_find_the_parts_of_this_rank():
+    torch.manual_seed(4)
+    module = nn.Sequential(nn.Linear(6, 7), nn.Tanh(), nn.Linear(7, 4), nn.Linear(4, 1, bias=False)).float()
+    if smp.tp_size() > 1:
+        smp.set_tensor_parallelism(module[2])
+    model = smp.DistributedModel(module)
+    module = model.get_module()
+    groups = [{"params": [p for p in module.parameters() if (p.dim() == 1) == is_bias]} for is_bias in (False, True)]
+    identities, offsets, ends = [[id(p) for p in group["params"]] for group in groups], {}, []
+    for group in groups:  # as scripts do it, before there is an optimizer
+        end = 0
+        for parameter in group["params"]:
+            assert parameter.ds_tensor.ds_numel == parameter.ds_tensor.numel()
+            assert parameter.ds_numel == parameter.numel() and parameter.ds_shape == parameter.shape
+            offsets[id(parameter)] = end
+            end += parameter.ds_tensor.ds_numel
+        ends.append(end)
+    optimizer = smp.DistributedOptimizer(Counting(groups, lr=0.1))
+    assert [flat.numel() for flat in optimizer.fp32_partitioned_groups_flat] == ends
+    assert [[id(p) for p in group] for group in optimizer.fp16_groups] == identities
+    assert [sum(p.ds_tensor.ds_numel for p in group["params"]) for group in optimizer.param_groups] == ends
+    parts = {
+        id(parameter): flat[offsets[id(parameter)] : offsets[id(parameter)] + parameter.ds_tensor.ds_numel]
+        for group, flat in zip(optimizer.fp16_groups, optimizer.fp32_partitioned_groups_flat, strict=True)
+        for parameter in group
+    }
+    shard_ranks = torch.distributed.get_process_group_ranks(optimizer.ds_param_shard_group)
+    assert len(shard_ranks) == 2
+
+    def check_parts(has_changed: bool) -> None:
+        state = model.local_state_dict(gather_if_shard=True)
+        for name, parameter in module.named_parameters():
+            own = parts[id(parameter)]
+            assert own.dtype == torch.float32
+            torch.testing.assert_close(parameter.ds_tensor.float(), own, rtol=1e-2, atol=1e-2)
+            held = smp.allgather(own.clone(), smp.WORLD)
+            joined = torch.cat([held[rank] for rank in shard_ranks]).view(state[name].shape)
+            assert torch.equal(joined.to(state[name].dtype), state[name]), name
+            assert torch.equal(state[name], before[name]) != has_changed, name
+
+    before = model.local_state_dict(gather_if_shard=True)
+    before = {name: value.clone() for name, value in before.items() if torch.is_tensor(value)}
+    check_parts(False)
+    generator = torch.Generator().manual_seed(smp.dp_rank())
+    for _ in range(2):
+        optimizer.zero_grad()
+        squares(model, torch.randn(4, 6, generator=generator))
+        optimizer.step()
+    check_parts(True)
+    assert optimizer.optimizer.num_calls == 2
+    state = optimizer.save_optimizer_backcompat(gather_if_shard=False)
+    optimizer.load_optimizer_backcompat(state, False)
+    check_parts(True)
 
 
 def num_bytes(tensors) -> int:
@@ -237,11 +316,37 @@ def test_state_dicts_are_whole_and_load_back():
     assert not result.missing_keys and not result.unexpected_keys
     assert_parity(model.state_dict(), changed, dtype=torch.float64)
     _step(model, gpt_loss, own_share(gpt_batches(4 * smp.dp_size())[0]))
-    partial = model.local_state_dict()
+    partial = model.local_state_dict(gather_if_shard=True)
     assert all(not isinstance(value, DTensor) for value in partial.values())
     model.load_state_dict({**partial, "norm.weight": partial["norm.weight"] * 2}, same_partition_load=True)
     expected = {**changed, "norm.weight": changed["norm.weight"] * 2}
     assert_parity(model.state_dict(), expected, dtype=torch.float64)
+
+
+@on(DP2, PARTLY, TP2)
+def test_a_local_state_dict_is_local():
+    model = smp.DistributedModel(make_gpt())
+    original = {name: value.clone() for name, value in model.state_dict().items()}
+    if smp.rank() == 0:  # the others never hear of it
+        own = model.local_state_dict()
+        shards = [name for name, value in own.items() if isinstance(value, DTensor)]
+        assert shards and own.pop("_smp_is_partial") and own.keys() == original.keys()
+        assert all(own[name].shape == original[name].shape for name in shards)
+        held = sum(own[name].to_local().numel() for name in shards) / sum(original[name].numel() for name in shards)
+        assert held < 0.75, held
+        with pytest.raises(CheckpointError, match=r"holds shards of parameters .*gather_if_shard=True"):
+            smp.save({"model": own}, "nowhere/model.pt")
+    kept = copy.deepcopy(model.local_state_dict())
+    model.load_state_dict({name: value + 1 for name, value in original.items()})
+    model.load_state_dict(kept)
+    assert_parity(model.state_dict(), original, dtype=torch.float64)
+    with pytest.raises(StateDictError, match=r"'norm\.weight' is a shard of one rank"):
+        other = DTensor.from_local(torch.zeros(2, dtype=torch.float64), kept_mesh(kept), [Replicate()])
+        model.load_state_dict({"norm.weight": other, "_smp_is_partial": True}, strict=False)
+
+
+def kept_mesh(state):
+    return next(value.device_mesh for value in state.values() if isinstance(value, DTensor))
 
 
 @on(DP2, PARTLY, TP2)

@@ -515,11 +515,12 @@ class DistributedModel(ModelParameters):
 
     # State dicts
 
-    def local_state_dict(self) -> dict[str, Any]:
+    def local_state_dict(self, gather_if_shard: bool = False) -> dict[str, Any]:
         """What this rank holds, under the user's names, with ``_smp_is_partial: True``; local. Source: smp-api section
-        5.
+        5. A parameter in shards is a ``DTensor`` with this rank's rows; ``gather_if_shard=True``: whole, and collective
+        over the ranks that share it.
         """
-        return model_states.local_state_dict(self)
+        return model_states.local_state_dict(self, gather_if_shard)
 
     def state_dict(self, *args: Any, gather_to_rank0: bool = False, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """The whole, un-sliced state on the CPU under the user's names.

@@ -28,6 +28,7 @@ from modelparallel.memory.deferred import is_deferred
 from modelparallel.memory.host_heap import trim_heap
 from modelparallel.model_join import ModelJoin
 from modelparallel.model_sharding import shard_parameters
+from modelparallel.own_parts import describe_own_parts
 from modelparallel.pipeline.replicas import ReplicatedParameters
 from modelparallel.topology import GroupKind
 
@@ -108,6 +109,8 @@ class ModelGradients:
         if self.sharding is not None:
             cast(module, {id(value) for value in module.parameters() if self.sharding.has(value)})
         local = list(self._local(self._table.parameters()))
+        if self.sharding is not None:
+            describe_own_parts([parameter for _, parameter in local], self.sharding)
         own_shards = self._share_out(local) if session.config.shard_optimizer_state else None
         if own_shards is not None:
             self.shards = own_shards

@@ -24,16 +24,17 @@ class StateDictError(SMPError, RuntimeError):
     """A state dict does not fit the model."""
 
 
-def local_state_dict(model: DistributedModel) -> dict[str, Any]:
+def local_state_dict(model: DistributedModel, gather_if_shard: bool) -> dict[str, Any]:
     """The entries that this rank holds, detached, and the partial mark.
 
-    A parameter that is sharded by sharded data parallelism is gathered: collective over the sharding group then.
+    A parameter that is sharded by sharded data parallelism is a ``DTensor`` with this rank's rows, or gathered:
+    collective over the sharding group then.
     """
     result: dict[str, Any] = {}
     sharding = model.gradients.sharding
     gathered: dict[int, torch.Tensor] = {}  # a tied parameter has several names
     for name, value in _local_entries(model):
-        if isinstance(value, DTensor):
+        if isinstance(value, DTensor) and gather_if_shard:
             if id(value) not in gathered:
                 gathered[id(value)] = value.full_tensor().detach() if sharding is None else sharding.whole(value)
             value = gathered[id(value)]
@@ -56,7 +57,7 @@ def _local_entries(model: DistributedModel) -> Iterator[tuple[str, Any]]:
 def full_state_dict(model: DistributedModel, gather_to_rank0: bool) -> dict[str, Any]:
     """The merged entries of the caller's MP_GROUP, on the CPU, in the order of the module."""
     groups = model._runtime.session.groups
-    local = local_state_dict(model)
+    local = local_state_dict(model, gather_if_shard=True)
     local.pop(PARTIAL_KEY)
     on_cpu = {name: value.cpu() if isinstance(value, torch.Tensor) else value for name, value in local.items()}
     own = (groups.pp.rank_in_group, groups.tp.rank_in_group, on_cpu)
@@ -98,6 +99,8 @@ def load_state_dict(
     entries = dict(state) if PARTIAL_KEY in state else translated(model, state)
     is_partial = bool(entries.pop(PARTIAL_KEY, False))
     groups = model._runtime.session.groups
+    # Shards are this rank's own, and nothing to be merged.
+    same_partition_load = same_partition_load or any(isinstance(value, DTensor) for value in entries.values())
     if is_partial and not same_partition_load and groups.mp.size > 1:
         parts = allgather((groups.pp.rank_in_group, groups.tp.rank_in_group, entries), CommGroup.MP_GROUP)
         entries = merge(model, parts)
@@ -160,14 +163,26 @@ def check_early_part(model: DistributedModel) -> None:
 
 def _check_shapes(model: DistributedModel, entries: Mapping[str, Any]) -> None:
     """Of all names, also those of other stages, so that every rank comes to the same end."""
+    sharding = model.gradients.sharding
     for name, value in entries.items():
         row = model.table.row_named(name)
         if row is None or not isinstance(value, torch.Tensor):
             continue
+        own: Any = model.table.tensor(row.name)
+        if isinstance(value, DTensor) and (sharding is None or not _are_shards_alike(value, own)):
+            raise StateDictError(
+                f"load_state_dict: '{name}' is a shard of one rank (local_state_dict of a model under sharded data "
+                "parallelism), and this rank holds another part: load a state_dict(), or "
+                "local_state_dict(gather_if_shard=True)"
+            )
         local_shape = model.table.tensor(row.name).shape
         if value.shape not in (torch.Size(row.full_shape), local_shape):
             found, local = tuple(value.shape), f" (local slice {tuple(local_shape)})" if row.split is not None else ""
             raise StateDictError(f"load_state_dict: '{name}' has shape {found}, the model has {row.full_shape}{local}")
+
+
+def _are_shards_alike(value: DTensor, own: Any) -> bool:
+    return isinstance(own, DTensor) and value.placements == own.placements and value.device_mesh == own.device_mesh
 
 
 def _local_part(model: DistributedModel, name: str, value: Any) -> Any:
@@ -177,7 +192,9 @@ def _local_part(model: DistributedModel, name: str, value: Any) -> Any:
     if row is None or sharding is None or not isinstance(value, torch.Tensor):
         return value
     parameter = model.table.tensor(row.name)
-    return sharding.placed(parameter, value) if sharding.has(parameter) else value
+    if not sharding.has(parameter):
+        return value
+    return value if isinstance(value, DTensor) else sharding.placed(parameter, value)
 
 
 def _local_slice(model: DistributedModel, name: str, value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,6 +18,7 @@ from modelparallel.errors import SMPConfigError
 from modelparallel.memory_use import explaining_memory, note_update
 from modelparallel.optimizer_norms import DistributedNorms
 from modelparallel.optimizer_targets import Targets, updates_each_element_alone
+from modelparallel.own_parts import FlatGroups
 from modelparallel.precision import LossScaler
 
 logger = logging.getLogger("modelparallel")
@@ -80,6 +82,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
         self.loss_scaler = scaler if self._runtime.session.config.fp16 else LossScaler(1.0, None)
         #: What the inner optimizer updates for the parameters.
         self.targets = Targets(optimizer, self._runtime)
+        self.own_parts = FlatGroups(self)
         if getattr(optimizer, "norms", False) is None:  # it needs norms of whole parameters: see optimizers.py
             optimizer.norms = DistributedNorms(self._runtime, self.targets)
         #: Whether a gradient of the last update was not finite; the same on all ranks.
@@ -90,7 +93,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
         self.replace_parameters()
         self._runtime.optimizers.append(weakref.ref(self))
         self._keep_local_parameters_of_all()
-        self.targets.settle(self.all_parameters())
+        self._settle_targets()
 
     def replace_parameters(self) -> None:
         """Take the new parameters for those that tensor parallelism has replaced since the optimizer was built.
@@ -196,28 +199,33 @@ class DistributedOptimizer(torch.optim.Optimizer):
         self.targets.refresh_masters()
         self.optimizer.step()
         self.targets.finish_update()
+        self.own_parts.refresh()
         return result
 
-    def zero_grad(self, set_to_none: bool | None = None, set_grads_to_None: bool | None = None) -> None:
+    def zero_grad(self, *args: Any, **kwargs: Any) -> None:
         """Forget the gradients of the parameters that this rank holds, or fill them with zeros.
 
-        Default: what the inner optimizer does by default (``set_grad_none`` of the fused ones; to None else).
+        The inner optimizer gets what is given, and decides where nothing is. ``set_grads_to_None`` is another name for
+        ``set_to_none`` where it does not know that one.
         """
-        if set_to_none is None:
-            set_to_none = set_grads_to_None
-        if set_to_none is None:
-            set_to_none = getattr(self.optimizer, "set_grad_none", True)
-        self.optimizer.zero_grad(set_to_none=set_to_none)
+        known = inspect.signature(self.optimizer.zero_grad).parameters
+        has_any = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in known.values())
+        if "set_grads_to_None" in kwargs and "set_grads_to_None" not in known and not has_any:
+            kwargs["set_to_none"] = kwargs.pop("set_grads_to_None")
+        self.optimizer.zero_grad(*args, **kwargs)
         self._found = None
         if not self.targets.are_trivial:
-            self.targets.forget_gradients(set_to_none=set_to_none)
+            said = [*args, *(kwargs[name] for name in ("set_to_none", "set_grads_to_None") if name in kwargs)]
+            by_default = next((one.default for one in known.values() if isinstance(one.default, bool)), True)
+            set_to_none = said[0] if said else getattr(self.optimizer, "set_grad_none", by_default)
+            self.targets.forget_gradients(set_to_none=bool(set_to_none))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; after the partition of the model it keeps what this rank holds."""
         self.optimizer.add_param_group(param_group)
         self._note_new_groups()
         self._keep_local_parameters_of_all()
-        self.targets.settle(self.all_parameters())
+        self._settle_targets()
 
     def __getattr__(self, name: str) -> Any:
         if name == "optimizer":
@@ -356,6 +364,26 @@ class DistributedOptimizer(torch.optim.Optimizer):
             for group in self.optimizer.param_groups
         ]
 
+    @property
+    def fp16_groups(self) -> list[list[nn.Parameter]]:
+        """The parameters of the model, by group, in whatever precision. Source: clients section 1.4."""
+        return self.own_parts.parameters()
+
+    @property
+    def fp32_partitioned_groups_flat(self) -> list[torch.Tensor]:
+        """Under sharded data parallelism: what this rank keeps of each group, as one flat tensor, of masters where
+        there are some; it follows each update. To be read only. Source: smp-api section 18.
+        """
+        return self.own_parts.flat()
+
+    @property
+    def ds_param_shard_group(self) -> dist.ProcessGroup:
+        """The ranks that together have each element of the parameters once. Source: smp-api section 18."""
+        group = self.own_parts.shard_group
+        if group is None:
+            raise AttributeError("ds_param_shard_group is there with sharded_data_parallel_degree > 1 alone")
+        return group.process_group
+
     # Indices
 
     def _param_id_to_index(self) -> dict[int, int]:
@@ -404,10 +432,14 @@ class DistributedOptimizer(torch.optim.Optimizer):
 
     def settle(self) -> None:
         """The parameters of a model are in place: masters and shards take the place of its parameters."""
-        self.targets.settle(self.all_parameters())
+        self._settle_targets()
         if self._waiting_state is not None and not self.has_unpartitioned_parameters():
             (state, gather_if_shard), self._waiting_state = self._waiting_state, None
             self.load_state_dict(state, gather_if_shard)
+
+    def _settle_targets(self) -> None:
+        self.targets.settle(self.all_parameters())
+        self.own_parts.describe_targets()
 
     def _keep_local_parameters_of_all(self) -> None:
         for model in self._runtime.session.models:
@@ -422,7 +454,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
             group["params"][:] = [
                 parameter for parameter in everything if all(model.is_local(parameter) for model in models)
             ]
-        self.targets.settle(self.all_parameters())
+        self._settle_targets()
 
     def has_unpartitioned_parameters(self) -> bool:
         """Whether some of the parameters belong to a model whose partition is still to come."""
@@ -460,6 +492,10 @@ class DistributedOptimizer(torch.optim.Optimizer):
         MP_GROUP for a partial state. Raises SMPConfigError when the groups differ. Source: smp-api section 7.
         """
         optimizer_states.load_state_dict(self, state_dict, gather_if_shard)
+
+    #: Of scripts for versions before 1.10, which had files of their own for these.
+    save_optimizer_backcompat = local_state_dict
+    load_optimizer_backcompat = load_state_dict
 
     def note_state_for_later(self, state_dict: Mapping[str, Any], gather_if_shard: bool) -> None:
         """Load it when the model is partitioned."""

@@ -113,6 +113,7 @@ def take_state(
         for target, master in masters:
             target.tensor.copy_(master)
             target.version = target.parameter._version  # it is the truth, whatever was loaded into the parameter
+    optimizer.own_parts.refresh()
 
 
 def _check_groups(optimizer: DistributedOptimizer, saved: Sequence[Mapping[str, Any]]) -> None:

@@ -19,6 +19,8 @@ import pickle
 from types import ModuleType
 from typing import Any
 
+from torch.distributed.tensor import DTensor
+
 from modelparallel.checkpoints.torch_files import read_torch_file, store_of_file, write_torch_file
 from modelparallel.errors import CheckpointError, CheckpointNotFoundError
 from modelparallel.ranks_and_messages import mp_rank, pp_rank, rdp_rank, tp_rank, tp_size
@@ -55,10 +57,12 @@ def save(
         pickle_module, pickle_protocol: as ``torch.save`` has them. ``pickel_module``: the same under the name that the
             original's documents have.
 
-    Raises FileNameError (a TypeError) when ``f`` is not a string, CheckpointError when the file cannot be written,
+    Raises FileNameError (a TypeError) when ``f`` is not a string, CheckpointError when the file cannot be written, or
+    the object holds shards of parameters,
     NotInitializedError for a part before ``smp.init()``. Source: smp-api sections 14 and 18.
     """
     _check_name("smp.save", f)
+    _check_whole(obj)
     arguments = {"pickle_module": pickel_module or pickle_module, "pickle_protocol": pickle_protocol}
     store, name = store_of_file(f + (_suffixes(v3)[0] if partial else ""))
     write_torch_file(store, name, obj, **arguments)
@@ -107,6 +111,22 @@ def load(
     if not arguments["weights_only"]:  # torch takes no other unpickler with it
         arguments["pickle_module"] = pickle_module
     return read_torch_file(store, name, map_location=map_location, **arguments)
+
+
+def _check_whole(obj: Any) -> None:
+    """A part of a model, saved by one rank of those that share its parameters, would be lost without the others."""
+    if _has_shards(obj):
+        raise CheckpointError(
+            "smp.save: the object holds shards of parameters (local_state_dict() under sharded data parallelism), of "
+            "which this rank has its rows alone: save model.local_state_dict(gather_if_shard=True), which all ranks of "
+            "the sharding group call, or use smp.save_checkpoint"
+        )
+
+
+def _has_shards(value: Any) -> bool:
+    if isinstance(value, dict | list | tuple):
+        return any(map(_has_shards, value.values() if isinstance(value, dict) else value))
+    return isinstance(value, DTensor)
 
 
 def _check_name(call: str, f: Any) -> None:

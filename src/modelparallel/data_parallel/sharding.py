@@ -275,6 +275,11 @@ class ShardedParameters:
             replaced.append((item.name, old, entry.inner.sharded, entry.inner.whole))
         replace(replaced)
 
+    @property
+    def shard_group(self) -> Group:
+        """The ranks among which each parameter is divided. Local."""
+        return self._groups.shard
+
     # What others ask (shards.ParameterShards)
 
     def has(self, parameter: torch.Tensor) -> bool:
