@@ -22,6 +22,8 @@ from transformers.models.gpt2.configuration_gpt2 import GPT2Config
 from transformers.models.gpt2.modeling_gpt2 import GPT2ForSequenceClassification, GPT2LMHeadModel, GPT2Model
 from transformers.models.gpt_neo.configuration_gpt_neo import GPTNeoConfig
 from transformers.models.gpt_neo.modeling_gpt_neo import GPTNeoForCausalLM, GPTNeoModel
+from transformers.models.gpt_neox.configuration_gpt_neox import GPTNeoXConfig
+from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXForCausalLM, GPTNeoXModel
 from transformers.models.gptj.configuration_gptj import GPTJConfig
 from transformers.models.gptj.modeling_gptj import GPTJForCausalLM, GPTJModel
 from transformers.models.roberta.configuration_roberta import RobertaConfig
@@ -47,6 +49,13 @@ def gptneo_config(**more: Any) -> GPTNeoConfig:
     sizes = {"vocab_size": VOCAB, "hidden_size": WIDTH, "num_layers": LAYERS, "num_heads": HEADS}
     kinds = {"attention_types": [[["global", "local"], LAYERS // 2]], "window_size": 3, "max_position_embeddings": 8}
     return GPTNeoConfig(**{**sizes, **kinds, **_TOKENS, **more})
+
+
+def gptneox_config(**more: Any) -> GPTNeoXConfig:
+    sizes = {"vocab_size": VOCAB, "hidden_size": WIDTH, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS}
+    kinds = {"intermediate_size": 24, "max_position_embeddings": 8, "rotary_pct": 0.5}
+    dropout = {"attention_dropout": 0.0, "hidden_dropout": 0.0}
+    return GPTNeoXConfig(**{**sizes, **kinds, **dropout, **_TOKENS, **more})
 
 
 def bert_config(cls: type = BertConfig, **more: Any) -> Any:
@@ -132,7 +141,7 @@ class Kind:
                     parameter.add_(torch.randn_like(parameter) * 0.1)
                 else:
                     parameter.mul_(4.0)
-        if hasattr(model, "lm_head") or self.model_class is BertLMHeadModel:
+        if hasattr(model, "lm_head") or hasattr(model, "embed_out") or self.model_class is BertLMHeadModel:
             model.loss_function = token_loss
         return model.double()
 
@@ -158,6 +167,14 @@ KINDS: dict[str, Kind] = {
     "gpt2-classes": Kind(GPT2ForSequenceClassification, gpt2_config, ("transformer",), class_batches),
     "gptj": Kind(GPTJForCausalLM, lambda: gptj_config(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0), ("",)),
     "gptneo": Kind(GPTNeoForCausalLM, gptneo_config, ("",)),
+    "gptneox": Kind(GPTNeoXForCausalLM, gptneox_config, ("",)),
+    "gptneox-options": Kind(
+        GPTNeoXForCausalLM,
+        lambda: gptneox_config(
+            use_parallel_residual=False, tie_word_embeddings=True, rotary_pct=1.0, rotary_emb_base=100.0
+        ),
+        ("",),
+    ),
     "bert": Kind(BertForMaskedLM, bert_config, ("bert.encoder",)),
     "bert-crossed": Kind(
         BertLMHeadModel,
@@ -176,6 +193,7 @@ BODIES = (
     (GPT2Model, gpt2_config),
     (GPTJModel, gptj_config),
     (GPTNeoModel, gptneo_config),
+    (GPTNeoXModel, gptneox_config),
     (BertModel, bert_config),
 )
 

@@ -40,7 +40,6 @@ FAMILIES = {
         "MixtralConfig",
         GROUPED | {"num_local_experts": 3, "output_router_logits": False, "experts_implementation": "eager"},
     ),
-    "gpt_neox": ("GPTNeoXForCausalLM", "GPTNeoXConfig", {"hidden_dropout": 0.0}),
     "phi3": ("Phi3ForCausalLM", "Phi3Config", GROUPED),
 }
 

@@ -24,7 +24,7 @@ import modelparallel as smp
 from huggingface_models import BODIES, F64, KINDS, bert_config, gpt2_config, gptj_config, gptneo_config, in_float64
 from modelparallel import registry
 from modelparallel.errors import SMPError, TensorParallelError
-from modelparallel.nn.huggingface import bert, gpt2, gptj, gptneo, register_families, roberta
+from modelparallel.nn.huggingface import bert, gpt2, gptj, gptneo, gptneox, register_families, roberta
 from modelparallel.nn.huggingface.translation import to_hf, to_smp
 from parity import assert_parity
 from pool import run_ranks
@@ -34,6 +34,10 @@ FUNCTIONS = {
     "gpt2": (gpt2.translate_state_dict_to_hf_gpt2, gpt2.translate_hf_state_dict_to_smdistributed_gpt2),
     "gptj": (gptj.translate_state_dict_to_hf_gptj, gptj.translate_hf_gptj_state_dict_to_smdistributed_gptj),
     "gptneo": (gptneo.translate_state_dict_to_hf_gptneo, gptneo.translate_hf_state_dict_to_smdistributed_gptneo),
+    "gptneox": (
+        gptneox.translate_state_dict_to_hf_gptneox,
+        gptneox.translate_hf_state_dict_to_smdistributed_gptneox,
+    ),
     "bert": (bert.translate_state_dict_to_hf_bert, bert.translate_hf_state_dict_to_smdistributed_bert),
     "roberta": (roberta.translate_state_dict_to_hf_roberta, roberta.translate_hf_state_dict_to_smdistributed_roberta),
 }
@@ -398,7 +402,7 @@ def head_and_embedding(state):
 @on(TP1, TP2, MATCHED)
 def test_heads_are_tied_as_the_configuration_says_where_initialization_is_skipped():
     is_kept = smp.state.cfg.match_weights
-    for name in ("gpt2", "gptj", "gptneo", "bert"):
+    for name in ("gpt2", "gptj", "gptneo", "gptneox", "bert"):
         for is_tied in (True, False):
             kind = KINDS[name]
             with mock.patch.object(PreTrainedModel, "init_weights", lambda self: None):

@@ -15,7 +15,7 @@ from pool import preload, run_ranks
 
 FAST_FAMILIES = ["llama", "mixtral"]
 FAMILY_NAMES = [
-    "llama", "llama-tied", "llama-eager", "llama-single", "mistral", "qwen2", "qwen3", "gemma", "mixtral", "gpt_neox",
+    "llama", "llama-tied", "llama-eager", "llama-single", "mistral", "qwen2", "qwen3", "gemma", "mixtral",
     "phi3",
 ]  # fmt: skip
 

@@ -160,7 +160,8 @@ class DistributedAttentionLayer(FamilyModule):
             self.query = SplitLinear(hidden_size, width, **qkv)
             self.key_value = SplitLinear(hidden_size, width, num_maps=2, **qkv)
         else:
-            self.qkv = SplitLinear(hidden_size, width, num_maps=3, **qkv)
+            by_head = self.options.qkv_by_head
+            self.qkv = SplitLinear(hidden_size, 3 * width if by_head else width, num_maps=1 if by_head else 3, **qkv)
         self.attention_core = FlashAttentionLayer(
             attention_dropout_prob,
             attention_head_size,
@@ -202,7 +203,7 @@ class DistributedAttentionLayer(FamilyModule):
         """What is added to the residual, in the layout inside; ``source`` is normalised."""
         seed = agreed_seed(self.tp_group) if self._has_dropout() else None
         if states is None:
-            query, key, value = self._heads(self.qkv(source), 3)
+            query, key, value = self._heads(self.qkv(source), 3, by_head=self.options.qkv_by_head)
         else:
             (query,) = self._heads(self.query(source), 1)
             key, value = self._heads(self.key_value(states), 2)
@@ -214,8 +215,11 @@ class DistributedAttentionLayer(FamilyModule):
     def _has_dropout(self) -> bool:
         return self.training and (self.hidden_dropout_prob > 0.0 or self.attention_dropout_prob > 0.0)
 
-    def _heads(self, mapped: torch.Tensor, num_maps: int) -> tuple[torch.Tensor, ...]:
+    def _heads(self, mapped: torch.Tensor, num_maps: int, *, by_head: bool = False) -> tuple[torch.Tensor, ...]:
         """[N, S, num_maps * local width] -> ``num_maps`` tensors [N, local heads, S, head_size]."""
+        if by_head:
+            shape = (*mapped.shape[:2], -1, num_maps, self.attention_head_size)
+            return mapped.view(shape).permute(3, 0, 2, 1, 4).unbind(0)
         shape = (*mapped.shape[:2], num_maps, -1, self.attention_head_size)
         return mapped.view(shape).permute(2, 0, 3, 1, 4).unbind(0)
 

@@ -44,7 +44,10 @@ class TransformerOptions:
         rotary_base: of the frequencies.
         parallel_attn_output: attention and output layer read the same normalised input:
             ``x + attention(LN x) + output(LN x)``.
+        single_pre_layernorm: with ``parallel_attn_output``; False: each of the two has a LayerNorm of its own.
         window_size: a query sees this many last keys only, its own included; a stack also takes one per layer.
+        qkv_by_head: the map to queries, keys and values gives those of one head after another; False: all queries, all
+            keys, all values.
         qkv_bias, attention_dense_bias: whether these maps have a bias.
         input_layernorm, output_layernorm: whether a stack normalises what it gets and what it gives; None: if
             ``pre_layernorm`` and ``post_layernorm``.
@@ -69,7 +72,9 @@ class TransformerOptions:
     rotary_interleaved: bool = True
     rotary_base: float = 10000.0
     parallel_attn_output: bool = False
+    single_pre_layernorm: bool = True
     window_size: int | Sequence[int | None] | None = None
+    qkv_by_head: bool = False
     qkv_bias: bool = True
     attention_dense_bias: bool = True
     input_layernorm: bool | None = None

@@ -162,7 +162,7 @@ class DistributedTransformerLayer(FamilyModule):
             layernorm_epsilon,
             initializer_range,
             use_normal_initialization,
-            pre_layernorm and not is_parallel,
+            pre_layernorm and not (is_parallel and self.options.single_pre_layernorm),
             post_layernorm,
             self.options.fp32_residual_addition,
             **extra,
@@ -183,7 +183,9 @@ class DistributedTransformerLayer(FamilyModule):
         if self.options.parallel_attn_output:
             assert self.attention.pre_layernorm is not None
             source = self.attention.pre_layernorm(hidden)
-            branches = self.attention.branch(source, None, *entries[1:3]) + self.output.branch(source)
+            attended = self.attention.branch(source, None, *entries[1:3])
+            own_layernorm = self.output.pre_layernorm
+            branches = attended + self.output.branch(source if own_layernorm is None else own_layernorm(hidden))
             return add_residual(hidden, branches, self.options)
         if self.cross_attention is None:
             return self.output(self.attention((hidden, *entries[1:])))

@@ -17,7 +17,7 @@ from packaging.version import Version
 from torch import nn
 
 from modelparallel import registry
-from modelparallel.nn.huggingface import answers, bert, gpt2, gptj, gptneo, options, roberta, translation
+from modelparallel.nn.huggingface import answers, bert, gpt2, gptj, gptneo, gptneox, options, roberta, translation
 from modelparallel.nn.huggingface.translation import Layout, Place, StateDict, Translate
 from modelparallel.nn.lm_head import DistributedTransformerLMHead
 from modelparallel.nn.transformer import DistributedTransformer
@@ -146,6 +146,15 @@ _FAMILIES: tuple[tuple[str, tuple[tuple[str, LanguageModel | Encoder], ...]], ..
             ("GPTNeoForCausalLM", "GPTNeoModel"),
             ("CausalLMOutputWithPast", "BaseModelOutputWithPast"),
             (gptneo.translate_state_dict_to_hf_gptneo, gptneo.translate_hf_state_dict_to_smdistributed_gptneo),
+        ),
+    ),
+    (
+        "gpt_neox.modeling_gpt_neox",
+        _language_models(
+            gptneox,
+            ("GPTNeoXForCausalLM", "GPTNeoXModel"),
+            ("CausalLMOutputWithPast", "BaseModelOutputWithPast"),
+            (gptneox.translate_state_dict_to_hf_gptneox, gptneox.translate_hf_state_dict_to_smdistributed_gptneox),
         ),
     ),
     ("bert.modeling_bert", (("BertEncoder", Encoder(bert.LAYOUT)),)),

@@ -85,7 +85,8 @@ def arguments_of(module: nn.Module, place: Place) -> ConstructorArguments:
             "of its own, set tie_word_embeddings=False in the configuration",
             stacklevel=6,  # where smp.DistributedModel is called
         )
-    words = next((value for name, value in state.items() if name.endswith("wte.weight")), None)
+    embedding = f"{place.layout.before[0].hf[0]}.weight" if place.layout.before else None
+    words = next((value for name, value in state.items() if embedding and name.endswith(embedding)), None)
     if words is not None and words.shape[0] != config.vocab_size:
         refuse(config, "vocab_size", f"the embedding has {words.shape[0]} rows")
     return ConstructorArguments((config,), {})

@@ -125,8 +125,8 @@ class Layout:
 
     ``before``, ``layer``, ``after``: what comes before, in and after each layer of ``hf_layers``. ``hf_order``: the
     names in a layer in the order of transformers, buffers included. ``buffers``: older versions of transformers kept
-    causal masks in the state dict. ``head``: of the causal language model, whose body then is called ``transformer``;
-    ``tied``: its weight, and the embedding that it may be.
+    causal masks in the state dict. ``head``: of the causal language model, whose body then is called ``hf_body``;
+    ``tied``: its weight, and the embedding that it may be, in transformers.
     """
 
     hf_layers: str
@@ -135,6 +135,7 @@ class Layout:
     hf_order: tuple[str, ...]
     before: tuple[Rule, ...] = ()
     after: tuple[Rule, ...] = ()
+    hf_body: str = "transformer"
     head: Rule | None = None
     has_head_bias: bool = False
     tied: tuple[str, str] = ("", "")
@@ -156,8 +157,8 @@ class Part:
 class Place:
     """Where a module of a family lies in a whole model.
 
-    ``prefix``: its name and a dot, or "". ``has_head``: it is the model with the head, whose body transformers calls
-    ``transformer``. ``is_layer``: it is a single layer.
+    ``prefix``: its name and a dot, or "". ``has_head``: it is the model with the head around its body. ``is_layer``: it
+    is a single layer.
     """
 
     layout: Layout
@@ -168,7 +169,7 @@ class Place:
     @property
     def hf_body(self) -> str:
         """What stands before the names of the body in transformers."""
-        return f"{self.prefix}transformer." if self.has_head else self.prefix
+        return f"{self.prefix}{self.layout.hf_body}." if self.has_head else self.prefix
 
     def parts(self, state: Mapping[str, Any]) -> Iterator[Part]:
         """All entries, in the order of both sides but for that inside a layer, with the layers that ``state``, of
@@ -242,8 +243,8 @@ def to_hf(state: Mapping[str, Any], places: Sequence[Place], max_seq_len: int | 
 
 
 def model_to_smp(state: Mapping[str, Any], layout: Layout) -> StateDict:
-    """`to_smp` for a whole language model: with a head if its body is called ``transformer``, the body alone if not."""
-    has_head = any(name.startswith(f"transformer.{layout.hf_layers}.") for name in state)
+    """`to_smp` for a whole language model: with a head if its body has a name in it, the body alone if not."""
+    has_head = any(name.startswith(f"{layout.hf_body}.{layout.hf_layers}.") for name in state)
     place = Place(layout, has_head=has_head)
     if not has_head:
         return to_smp(state, [place])
@@ -256,7 +257,8 @@ def model_to_smp(state: Mapping[str, Any], layout: Layout) -> StateDict:
 
 def model_to_hf(state: Mapping[str, Any], layout: Layout, max_seq_len: int | None) -> StateDict:
     """`to_hf` for a whole language model, with a head if there is one in it."""
-    return to_hf(state, [Place(layout, has_head=layout.tied[0] in state)], max_seq_len)
+    has_head = layout.head is not None and f"{layout.head.smp}.weight" in state
+    return to_hf(state, [Place(layout, has_head=has_head)], max_seq_len)
 
 
 def places_found(state: Mapping[str, Any], layout: Layout, *markers: str, is_layer: bool = False) -> list[Place]:
