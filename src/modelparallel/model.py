@@ -516,7 +516,7 @@ class DistributedModel(ModelParameters):
     # State dicts
 
     def local_state_dict(self, gather_if_shard: bool = False) -> dict[str, Any]:
-        """What this rank holds, with ``_smp_is_partial: True``; local. Parameters in shards are ``DTensor``s of its rows;
+        """What this rank holds, with ``_smp_is_partial: True``; local. Sharded parameters are ``DTensor``s of its rows;
         ``gather_if_shard=True``: whole, collective over the ranks that share them. Source: smp-api section 5.
         """
         return model_states.local_state_dict(self, gather_if_shard)
