@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from modelparallel import ranks_and_messages as smp
-from modelparallel import session
+from modelparallel import rendezvous, session
 from modelparallel.comm.objects import dumps, loads
 from modelparallel.config import load_config
 from modelparallel.errors import (
@@ -479,16 +479,16 @@ def kinds_of_groups() -> list[str]:
     ],
 )
 def test_meeting_point_on_one_host(environ: dict[str, str], expected: tuple[str, int]) -> None:
-    assert session._rendezvous(load_config({}, environ), ProcessIdentity(1, 2, 1, 2, "PMI"), environ) == expected
+    assert rendezvous._address(load_config({}, environ), ProcessIdentity(1, 2, 1, 2, "PMI"), environ) == expected
 
 
 def test_meeting_point_on_several_hosts() -> None:
     identity, config = ProcessIdentity(2, 4, 0, 2, "PMI"), load_config({}, {})
-    assert session._rendezvous(config, identity, {"SLURM_JOB_NODELIST": "n[4-7]"}) == ("n4", 7777)
+    assert rendezvous._address(config, identity, {"SLURM_JOB_NODELIST": "n[4-7]"}) == ("n4", 7777)
     with pytest.raises(SMPConfigError, match="MASTER_ADDR is not set, and PMI does not tell"):
-        session._rendezvous(config, identity, {})
+        rendezvous._address(config, identity, {})
     with pytest.raises(SMPConfigError, match="MASTER_PORT: expected int"):
-        session._rendezvous(config, identity, {"MASTER_ADDR": "a", "MASTER_PORT": "http"})
+        rendezvous._address(config, identity, {"MASTER_ADDR": "a", "MASTER_PORT": "http"})
 
 
 def test_device(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,7 +34,7 @@ LADDER: list[tuple[bool, set[str]]] = [
         },
     ),
     (True, {"plan"}),
-    (True, {"parameters", "shards", "session", "ending", "registry"}),
+    (True, {"parameters", "shards", "rendezvous", "session", "ending", "registry"}),
     (True, {"comm"}),
     (False, {"pipeline", "partitioning", "tensor_parallel", "data_parallel", "memory", "precision"}),
     (True, {"nn"}),

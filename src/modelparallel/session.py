@@ -7,23 +7,24 @@ One of the two ambient objects of the library (the other is `registry`). Only th
 from __future__ import annotations
 
 import atexit
-import contextlib
 import datetime
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
-from modelparallel import ending
+from modelparallel import ending, rendezvous
 from modelparallel.config import Config, load_config, merge_second_init
 from modelparallel.errors import CommunicationError, NotInitializedError, SMPConfigError, SMPError
-from modelparallel.topology import ProcessIdentity, Topology, discover_process, master_host
+from modelparallel.topology import ProcessIdentity, Topology, discover_process
+from modelparallel.torch_compat import default_store
 
 if TYPE_CHECKING:
+    from modelparallel.comm.authentication import MadeGroups
     from modelparallel.comm.groups import Groups
 
 logger = logging.getLogger("modelparallel")
@@ -41,6 +42,8 @@ class Session:
     identity: ProcessIdentity
     groups: Groups
     device: torch.device
+    # All process groups, so that a second smp.init makes only those that are missing, and all are destroyed at the end.
+    made_groups: MadeGroups
     models: list[Any] = field(default_factory=list)
     # What the wrappers share (`runtime.Runtime`); made by them when it is first needed.
     runtime: Any = None
@@ -52,14 +55,7 @@ class Session:
     transports: list[Any] = field(default_factory=list)
     # The process is known to end by an error, which `sys` does not say of an exit code.
     ends_by_error: bool = False
-    # Process groups by purpose and ranks, so that a second smp.init makes only those that are missing.
-    _made: dict[tuple[str, tuple[int, ...]], dist.ProcessGroup] = field(default_factory=dict)
     _has_default_group: bool = False
-
-    @property
-    def made_groups(self) -> dict[tuple[str, tuple[int, ...]], dist.ProcessGroup]:
-        """All process groups by purpose and ranks; whoever makes one adds it, so that it is destroyed at the end."""
-        return self._made
 
     @property
     def made_default_group(self) -> bool:
@@ -103,6 +99,9 @@ def initialize(parameters: Mapping[str, Any] | str | None = None, environ: Mappi
     identity = _identify(environ)
     config.check_world(identity.world_size)
     device = _choose_device(identity, environ, may_share=config.shares_devices)
+    # Imported here because comm is a layer above.
+    from modelparallel.comm.authentication import MadeGroups
+
     backend = backend_for(config, device)
     has_default_group = not dist.is_initialized()
     if has_default_group:
@@ -113,7 +112,8 @@ def initialize(parameters: Mapping[str, Any] | str | None = None, environ: Mappi
         if config.ddp_dist_backend == "nccl" and device.type != "cuda":
             logger.warning("ddp_dist_backend='nccl': gloo is used instead, since this process has no GPU")
     try:
-        session = _assemble(config, identity, device, has_default_group)
+        with rendezvous.shared_secret(default_store(), identity, environ) as secret:
+            session = _assemble(config, identity, device, has_default_group, MadeGroups(secret))
     except SMPError:
         if has_default_group:
             dist.destroy_process_group()
@@ -159,7 +159,7 @@ def _initialize_again(session: Session, parameters: Mapping[str, Any] | str | No
                 "smp.init was called again, after smp.DistributedModel, with parameters that change the groups "
                 f"({session.topology} -> {topology}): call it before the first model is wrapped"
             )
-        merged = _assemble(config, session.identity, session.device, session._has_default_group, session._made)
+        merged = _assemble(config, session.identity, session.device, session._has_default_group, session.made_groups)
         session.topology, session.groups = merged.topology, merged.groups
     session.config = config
 
@@ -169,18 +169,17 @@ def _assemble(
     identity: ProcessIdentity,
     device: torch.device,
     has_default_group: bool,
-    made: dict[tuple[str, tuple[int, ...]], dist.ProcessGroup] | None = None,
+    made: MadeGroups,
 ) -> Session:
     # Imported here because comm is a layer above: this function is the one place where the session makes its parts.
     from modelparallel.comm.groups import build_groups
 
     topology = _topology(config, identity.world_size)
     backend = backend_for(config, device)
-    made = {} if made is None else made
     world = dist.group.WORLD
-    if world is not None and _carries(backend):
-        made.setdefault(("training", tuple(range(identity.world_size))), world)
     try:
+        if world is not None and _carries(backend):
+            made.add("training", tuple(range(identity.world_size)), world, _group_timeout(config))
         groups = build_groups(
             topology,
             identity.global_rank,
@@ -196,7 +195,7 @@ def _assemble(
             f"global rank {identity.global_rank} of {identity.world_size}: the process groups could not be made, most "
             f"often because another process has ended or has not called smp.init ({str(error).splitlines()[0]})"
         ) from error
-    return Session(config, topology, identity, groups, device, _made=made, _has_default_group=has_default_group)
+    return Session(config, topology, identity, groups, device, made, _has_default_group=has_default_group)
 
 
 def _topology(config: Config, world_size: int) -> Topology:
@@ -264,63 +263,11 @@ def _initialize_torch_distributed(
 ) -> None:
     """The default process group, through a store on the host of global rank 0; a single process uses no network."""
     timeout = datetime.timedelta(seconds=_group_timeout(config))
-    with _named(identity, environ):
+    with rendezvous.named(identity, environ):
         dist.init_process_group(
             backend,
-            store=_make_store(config, identity, environ),
+            store=rendezvous.make_store(config, identity, environ),
             rank=identity.global_rank,
             world_size=identity.world_size,
             timeout=timeout,
         )
-
-
-def _make_store(config: Config, identity: ProcessIdentity, environ: Mapping[str, str]) -> dist.Store:
-    if identity.world_size == 1:
-        return dist.HashStore()
-    host, port = _rendezvous(config, identity, environ)
-    # torchrun's agent may itself serve the store, and outlives a restart of the workers: keys that the workers of an
-    # earlier attempt left behind would lead to processes that are gone. Hence the attempt in the prefix.
-    is_served_by_agent = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    store = dist.TCPStore(
-        host,
-        port,
-        world_size=identity.world_size,
-        is_master=identity.global_rank == 0 and not is_served_by_agent,
-        # Of the rendezvous only; the processes of a job start within minutes of each other, or not at all.
-        timeout=datetime.timedelta(seconds=min(config.timeout_seconds, 300.0)),
-        multi_tenant=True,
-    )
-    return dist.PrefixStore(f"modelparallel/attempt_{environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-
-
-def _rendezvous(config: Config, identity: ProcessIdentity, environ: Mapping[str, str]) -> tuple[str, int]:
-    """Host and port of the store."""
-    host = environ.get("MASTER_ADDR")
-    if not host and identity.local_world_size == identity.world_size:
-        host = "127.0.0.1"
-    host = host or master_host(environ)
-    if not host:
-        raise SMPConfigError(
-            f"MASTER_ADDR is not set, and {identity.source} does not tell the host of rank 0 of {identity.world_size} "
-            "processes on several hosts: set MASTER_ADDR to that host on all processes"
-        )
-    port = environ.get("MASTER_PORT") or str(config.ddp_port)
-    if not port.isdigit() or int(port) > 65535:
-        raise SMPConfigError(f"environment variable MASTER_PORT: expected int 0..65535, got {port!r}")
-    return host, int(port)
-
-
-@contextlib.contextmanager
-def _named(identity: ProcessIdentity, environ: Mapping[str, str]) -> Iterator[None]:
-    """Say who failed to meet whom, instead of an error of a socket."""
-    try:
-        yield
-    except (RuntimeError, ValueError) as error:
-        if isinstance(error, SMPConfigError):
-            raise
-        raise CommunicationError(
-            f"global rank {identity.global_rank} of {identity.world_size} (from {identity.source}) could not meet the "
-            f"other processes at MASTER_ADDR={environ.get('MASTER_ADDR')!r}, "
-            f"MASTER_PORT={environ.get('MASTER_PORT')!r}: {error}: check that all processes were started, that the "
-            "host can be reached and that the port is free"
-        ) from error

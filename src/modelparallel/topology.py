@@ -199,13 +199,16 @@ def all_strategies() -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class ProcessIdentity:
-    """What the launcher says about this process. `local_*` count the processes of this host."""
+    """What the launcher says about this process. `local_*` count the processes of this host; `is_host_known`: that was
+    said, and not taken for granted.
+    """
 
     global_rank: int
     world_size: int
     local_rank: int
     local_world_size: int
     source: str
+    is_host_known: bool = False
 
     def __post_init__(self) -> None:
         for rank_name, rank, size_name, size in (
@@ -245,7 +248,7 @@ def discover_process(environ: Mapping[str, str]) -> ProcessIdentity:
         # Without local variables the processes are taken to be on one host.
         local_size = _number(environ, local_size_key) if local_size_key in environ else world_size
         local_rank = _number(environ, local_rank_key) if local_rank_key in environ else global_rank % max(local_size, 1)
-        return ProcessIdentity(global_rank, world_size, local_rank, local_size, source)
+        return ProcessIdentity(global_rank, world_size, local_rank, local_size, source, local_size_key in environ)
     # Only a step started by srun has a step id and one process per task. A script run directly in a batch job also sees
     # SLURM_PROCID and SLURM_NTASKS, but it is alone.
     if "SLURM_PROCID" in environ and "SLURM_STEP_ID" in environ:
@@ -253,7 +256,9 @@ def discover_process(environ: Mapping[str, str]) -> ProcessIdentity:
         world_size = _number(environ, size_key) if size_key in environ else 1
         local_rank = _number(environ, "SLURM_LOCALID") if "SLURM_LOCALID" in environ else 0
         local_size = _slurm_local_size(environ, world_size)
-        return ProcessIdentity(_number(environ, "SLURM_PROCID"), world_size, local_rank, local_size, "Slurm")
+        is_known = "SLURM_STEP_TASKS_PER_NODE" in environ or "SLURM_TASKS_PER_NODE" in environ
+        global_rank = _number(environ, "SLURM_PROCID")
+        return ProcessIdentity(global_rank, world_size, local_rank, local_size, "Slurm", is_known)
     return ProcessIdentity(0, 1, 0, 1, "single process")
 
 

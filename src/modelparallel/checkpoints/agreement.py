@@ -30,7 +30,7 @@ def agreed() -> Iterator[None]:
         raise error
     for rank, report in enumerate(reports):
         if report is not None:
-            raise _error_class(report[0])(f"rank {rank} failed: {report[0]}: {report[1]}")
+            raise error_class(report[0])(f"rank {rank} failed: {report[0]}: {report[1]}")
 
 
 def agreed_token(function: str, **arguments: Any) -> str:
@@ -49,6 +49,7 @@ def agreed_token(function: str, **arguments: Any) -> str:
     return str(answers[0][1])
 
 
-def _error_class(name: str) -> type[CheckpointError]:
+def error_class(name: str) -> type[CheckpointError]:
+    """The class of an error that another rank has told the name of."""
     known: tuple[type[CheckpointError], ...] = (CheckpointNotFoundError, CheckpointCorruptError)
     return next((cls for cls in known if cls.__name__ == name), CheckpointError)

@@ -8,11 +8,11 @@ from traceback import StackSummary
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
 from modelparallel import optimizer_states
+from modelparallel.checkpoints.agreement import error_class
 from modelparallel.checkpoints.contents import (
     MASTER_KEY,
     model_pieces,
@@ -28,6 +28,7 @@ from modelparallel.checkpoints.pieces import Piece, whole_piece
 from modelparallel.checkpoints.planners import PieceLoadPlanner, is_object, tensor_entry
 from modelparallel.checkpoints.user_content import open_object
 from modelparallel.checkpoints.writing import explained, world_process_group
+from modelparallel.comm.authentication import gather_json
 from modelparallel.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -93,13 +94,15 @@ class StoredCheckpoint:
     def _agree(self, failure: CheckpointError | None, doing: str) -> None:
         """All ranks hear of each other's failures. Collective over the world."""
         world = self._runtime.session.groups.world
-        failures: list[CheckpointError | None] = [None] * world.size
+        told = None if failure is None else (type(failure).__name__, str(failure))
         try:
-            dist.all_gather_object(failures, failure, group=world_process_group(self._runtime))
+            reports = gather_json(told, world_process_group(self._runtime))
         except Exception as error:
             raise explained(failure or error, doing, world.rank_in_group) from error
         found: dict[int, tuple[BaseException, StackSummary]] = {
-            rank: (error, StackSummary()) for rank, error in enumerate(failures) if error is not None
+            rank: (error_class(report[0])(report[1]), StackSummary())
+            for rank, report in enumerate(reports)
+            if report is not None
         }
         if found:
             raise explained(CheckpointException(doing, found), doing, world.rank_in_group) from failure

@@ -13,10 +13,11 @@ that has gone astray. So nothing here looks at the clock. Two things are proof:
 
 from __future__ import annotations
 
-import pickle
+import json
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from modelparallel.comm.event_log import LoggedEvent, LogReport, first_difference
 
@@ -102,13 +103,22 @@ class Situation:
 
     def to_bytes(self) -> bytes:
         """For a message."""
-        return zlib.compress(pickle.dumps(self), 1)
+        return zlib.compress(json.dumps(asdict(self)).encode(), 1)
 
     @staticmethod
     def from_bytes(data: bytes) -> Situation:
         """What :meth:`to_bytes` gave."""
-        found: Situation = pickle.loads(zlib.decompress(data))
-        return found
+        found: dict[str, Any] = json.loads(zlib.decompress(data))
+        for name in ("num_sent", "num_received", "heard_waits"):  # by peer
+            found[name] = {int(peer): number for peer, number in found[name].items()}
+        found["waits"] = tuple(TellingWait(**wait) for wait in found["waits"])
+        call = found["group_call"]
+        found["group_call"] = call and GroupCall(**{**call, "stages": tuple(call["stages"])})
+        found["logs"] = tuple(
+            LogReport(**{**log, "events": tuple(LoggedEvent(**event) for event in log["events"])})
+            for log in found["logs"]
+        )
+        return Situation(**found)
 
     @property
     def waiting(self) -> str:

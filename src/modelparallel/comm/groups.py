@@ -4,12 +4,13 @@ Made once, by `smp.init`, from the topology. Parts of the library receive a `Gro
 """
 
 import datetime
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch.distributed as dist
 
+from modelparallel.comm.authentication import MadeGroups, gather_json
 from modelparallel.errors import DivergenceError
 from modelparallel.topology import GroupKind, Topology
 
@@ -64,7 +65,7 @@ def build_groups(
     backend: str,
     timeout_seconds: float,
     settings: Mapping[str, Any],
-    made: MutableMapping[tuple[str, tuple[int, ...]], dist.ProcessGroup],
+    made: MadeGroups,
 ) -> Groups:
     """Make the process groups of this process; collective over the world.
 
@@ -103,7 +104,7 @@ def build_groups(
 def divide_group(
     group: Group,
     num_ranks: int,
-    made: MutableMapping[tuple[str, tuple[int, ...]], dist.ProcessGroup],
+    made: MadeGroups,
     timeout_seconds: float,
 ) -> tuple[Group, Group]:
     """(the caller's run of ``num_ranks`` consecutive ranks of ``group``, the ranks with its place in the other runs).
@@ -126,7 +127,7 @@ def divide_group(
 def gloo_group(
     group: Group,
     purpose: str,
-    made: MutableMapping[tuple[str, tuple[int, ...]], dist.ProcessGroup],
+    made: MadeGroups,
     timeout_seconds: float,
 ) -> dist.ProcessGroup:
     """A gloo process group of the ranks of ``group`` for one purpose alone, so that its operations need no common order
@@ -142,26 +143,26 @@ def gloo_group(
 def _made_group(
     purpose: str,
     ranks: tuple[int, ...],
-    made: MutableMapping[tuple[str, tuple[int, ...]], dist.ProcessGroup],
+    made: MadeGroups,
     timeout_seconds: float,
     backend: str,
 ) -> dist.ProcessGroup:
     """The process group of this purpose and these ranks. Collective over them when it is first asked for."""
     if (purpose, ranks) not in made:
-        made[purpose, ranks] = dist.new_group(
+        process_group = dist.new_group(
             list(ranks),
             timeout=datetime.timedelta(seconds=timeout_seconds),
             backend=backend,
             use_local_synchronization=True,
             group_desc=f"modelparallel {purpose}",
         )
+        made.add(purpose, ranks, process_group, timeout_seconds)
     return made[purpose, ranks]
 
 
 def _check_agreement(settings: Mapping[str, Any], global_rank: int, process_group: dist.ProcessGroup) -> None:
     """Compare the configuration of all ranks; all of them raise `DivergenceError` if one differs."""
-    gathered: list[Any] = [None] * process_group.size()
-    dist.all_gather_object(gathered, dict(settings), group=process_group)
+    gathered = gather_json(dict(settings), process_group, default=repr)
     for other_rank, other in enumerate(gathered):
         differing = [key for key in other if other[key] != gathered[0][key]]
         if differing:

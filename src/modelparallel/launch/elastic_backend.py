@@ -13,6 +13,7 @@ from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs, Signa
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from modelparallel.launch import loopback_meeting
 from modelparallel.launch.attempts import MAX_RESTARTS_VARIABLE, RESTART_COUNT_VARIABLE
 from modelparallel.launch.environment import HOST_ADDRESS, interpreter, worker_command
 from modelparallel.launch.failures import JobInterrupted
@@ -69,15 +70,15 @@ def run(job: "JobSpec", environment: Mapping[str, str], port: int) -> tuple[int,
         "nproc_per_node": job.num_processes,
         "run_id": job.name,
         "role": "rank",
-        "rdzv_backend": "static",
+        "rdzv_backend": loopback_meeting.NAME,
         "rdzv_endpoint": f"{HOST_ADDRESS}:{port}",
-        "rdzv_configs": {"rank": 0, "timeout": 60},
         "local_addr": HOST_ADDRESS,
         "max_restarts": 0,
         "monitor_interval": 0.1,
         "logs_specs": _JobLogsSpecs(job.folder, environment),
         "shutdown_timeout": int(GRACE),
     }
+    loopback_meeting.register()
     known = inspect.signature(LaunchConfig).parameters
     config = LaunchConfig(**{name: value for name, value in options.items() if name in known})
     # The agent replaces ${local_rank} and the like in the arguments; the script's own dollars must arrive.

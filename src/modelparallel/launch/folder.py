@@ -37,7 +37,9 @@ DEFAULT_PARENT = "modelparallel-jobs"
 #: What a job writes into the directories that are its own, by the names of the files; see [Note: what goes].
 _WRITTEN = {
     "logs": re.compile(r"(rank_\d+|launcher|elastic|mpirun)\.log"),
-    "status": re.compile(r"job\.json|rank_\d+\.(started|error|finished|elastic)\.(json|partial)|rank_\d+\.partial"),
+    "status": re.compile(
+        r"job\.json|store|rank_\d+\.(started|error|finished|elastic)\.(json|partial)|rank_\d+\.partial"
+    ),
     "events": re.compile(r"rank\d+\.(jsonl|partial|memory\.json)"),
     "attempts": re.compile(r"attempts\.(json|partial)"),
     "config": re.compile(r"(hyperparameters|resourceconfig|inputdataconfig)\.json"),
@@ -114,6 +116,11 @@ class JobFolder:
     def description(self) -> Path:
         """The file from which every process of the job reads what it has to do."""
         return self.status / "job.json"
+
+    @property
+    def store(self) -> Path:
+        """The file through which the processes of an attempt find each other."""
+        return self.status / "store"
 
     @property
     def attempts(self) -> Path:

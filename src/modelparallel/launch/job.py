@@ -186,6 +186,7 @@ def _prepare_restart(job: JobSpec, monitor: RankMonitor, attempts: list[Attempt]
 def _run_attempt(job: JobSpec, monitor: RankMonitor, number: int) -> tuple[JobResult, Attempt]:
     folder, moment, started = job.folder, time.time(), time.monotonic()
     with reserved_port(job.preferred_port) as port:
+        folder.store.unlink(missing_ok=True)
         _describe(job)
         environment = job_environment(job, port, restart_count=number - 1)
         monitor.start(job.num_processes)

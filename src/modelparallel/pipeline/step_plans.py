@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import json
 import logging
-import pickle
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -52,6 +52,16 @@ class _Findings:
     waits: tuple[tuple[int, int], ...]
     carries_state: bool
     costs: Mapping[int, Work]
+
+    def to_bytes(self) -> bytes:
+        """For a message."""
+        return json.dumps([self.waits, self.carries_state, list(self.costs.items())]).encode()
+
+    @staticmethod
+    def from_bytes(data: bytes) -> _Findings:
+        """What :meth:`to_bytes` gave."""
+        waits, carries_state, costs = json.loads(data)
+        return _Findings(tuple(map(tuple, waits)), carries_state, {place: tuple(work) for place, work in costs})
 
 
 class StepPlans:
@@ -133,8 +143,8 @@ class StepPlans:
         changes_modes = any(recorder.changes_modes for recorder in recorders)
         own = _Findings(recorders[-1].local_waits(), carries_state or changes_modes, recorders[-1].costs)
         for peer in transport.peers():
-            transport.send_object(peer, _PLAN, pickle.dumps(own), _WHAT)
-        told = {peer: pickle.loads(transport.receive_object(peer, _PLAN, _WHAT)) for peer in transport.peers()}
+            transport.send_object(peer, _PLAN, own.to_bytes(), _WHAT)
+        told = {peer: _Findings.from_bytes(transport.receive_object(peer, _PLAN, _WHAT)) for peer in transport.peers()}
         told[transport.stage] = own
         counted = {position: work for found in told.values() for position, work in found.costs.items()}
         plan = self._made(programs, recorders, told, costs, counted, transport.num_stages)
@@ -193,10 +203,10 @@ class StepPlans:
         if runs != _COMPARED_RUN:
             return
         if transport.stage != 0:
-            transport.send_object(0, _PLAN, pickle.dumps(waiting_share), _WHAT)
+            transport.send_object(0, _PLAN, json.dumps(waiting_share).encode(), _WHAT)
             return
         found = [waiting_share]
-        found += [pickle.loads(transport.receive_object(peer, _PLAN, _WHAT)) for peer in transport.peers()]
+        found += [json.loads(transport.receive_object(peer, _PLAN, _WHAT)) for peer in transport.peers()]
         if not self.are_logged:
             return
         predicted = plan.idle_shares()
