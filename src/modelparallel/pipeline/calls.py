@@ -120,6 +120,9 @@ def run(engine: PipelineEngine, program: Program, entry: PlacedModule, args: Any
 
 def run_inside(engine: PipelineEngine, entry: PlacedModule, args: Any, kwargs: Any) -> Any:
     """A placed module is called inside another one, or in a function of autograd, that runs here."""
+    if engine.captured is not None:  # inside a transform, which looks after the weights
+        with engine.captured.in_unit(entry.unit if entry.needs_frame() else None):
+            return entry.inner(*args, **kwargs)
     if engine.stage not in entry.holders:
         raise StepUsageError(
             f"module '{entry.name}' is on pp_rank {entry.home} and is called inside a module (or an autograd.Function) "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
@@ -17,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from modelparallel import trees
 from modelparallel.comm.transport import StageTransport
 from modelparallel.errors import DivergenceError, StepUsageError
-from modelparallel.pipeline import calls, glue
+from modelparallel.pipeline import calls, glue, transforms
 from modelparallel.pipeline.bodies import WorkerPool
 from modelparallel.pipeline.buffers import BufferHabits
 from modelparallel.pipeline.chains import Work
@@ -38,6 +39,7 @@ from modelparallel.torch_compat import (
     resume_function_mode,
     suspend_function_mode,
 )
+from modelparallel.torch_compat.transforms import intercepted_transforms
 
 
 @dataclass(frozen=True)
@@ -159,6 +161,8 @@ class PipelineEngine:
         self.frames: RandomFrames | None = None
         self.kinds_without_random_glue: set[Hashable] = set()
         self.is_native = False
+        #: What the transform of torch.func that runs here has captured.
+        self.captured: transforms.Captured | None = None
         #: Whether the step that runs is the first of its kind.
         self.is_discovering = False
         #: Whether a region runs (for the first or the second time) that will be, or is, recomputed.
@@ -281,6 +285,19 @@ class PipelineEngine:
                     self._loose_buffers.append((owner, name))
                     self._loose_values[owner, name] = buffer
 
+    def holds_placed(self, module: nn.Module) -> bool:
+        """Whether ``module`` is above placed modules."""
+        placed = {id(entry.module) for entry in self._entries}
+        return any(id(part) in placed for part in module.modules() if part is not module)
+
+    def has_copy(self, tensor: torch.Tensor) -> bool:
+        """Whether this stage holds a copy of a placed parameter of another one."""
+        return any(
+            self.stage in entry.holders and any(tensor is known for known in entry.parameters)
+            for entry in self._entries
+            if len(entry.holders) > 1
+        )
+
     def homes_of(self, module: nn.Module) -> frozenset[int]:
         """The stages on which the weights of ``module`` are; empty without any, and before the partition."""
         known = self._homes.get(module)
@@ -383,6 +400,7 @@ class PipelineEngine:
             intercepted_function_apply(self._function_apply),
             intercepted_checkpoints(self._checkpoint),
             noticed_tensor_hooks(self._notice_hook),
+            intercepted_transforms(functools.partial(transforms.call, self)),
         ):
             yield
 

@@ -10,6 +10,7 @@ import pickle
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -62,7 +63,7 @@ def run(engine: PipelineEngine, program: Program, func: Callable[..., Any], args
                 ],
             )
     written = _written_index(traits, args, kwargs, arguments.given) if kwargs or traits.is_in_place else None
-    home = _choose_home(traits, arguments.values, inputs, written)
+    home = choose_home(traits, arguments.values, inputs, written)
     if written is not None and not isinstance(arguments.values[written], StageTensor):
         arguments.promote(written, program.written.add(program, arguments.values[written], home))
         inputs = arguments.inputs
@@ -327,7 +328,7 @@ def _note_written(tensor: StageTensor, home: int, requires_grad: bool, what: str
             member.mark_requires_grad()
 
 
-def _choose_home(
+def choose_home(
     traits: FunctionTraits, values: Sequence[Any], inputs: Sequence[StageTensor], written: int | None
 ) -> int:
     """Where the fewest bytes must be moved to; ties go to the later stage. Parameters do not move, nor does what is
@@ -419,12 +420,26 @@ def _special(program: Program, func: Any, name: str, args: Any, kwargs: Any) -> 
 def _requires_grad_(tensor: Any, requires_grad: bool = True) -> Any:
     if isinstance(tensor, StageTensor) and not tensor.is_pinned_home:
         if not requires_grad:
-            raise UnsupportedError(
-                "requires_grad_(False) on a value of a pipelined step is not supported: use x.detach()"
-            )
+            return _stop_requiring(tensor)
+        tensor.is_leaf_of_user = tensor.is_leaf_of_user or not tensor.spec.requires_grad
         tensor.mark_requires_grad()
         if tensor.local is not None and not tensor.local.requires_grad:
             tensor.local.requires_grad_()
+    return tensor
+
+
+def _stop_requiring(tensor: StageTensor) -> StageTensor:
+    if not tensor.spec.requires_grad:
+        return tensor
+    if not tensor.is_leaf_of_user:  # what torch says
+        raise RuntimeError(
+            "you can only change requires_grad flags of leaf variables. If you want to use a computed variable in a "
+            "subgraph that doesn't require differentiation use var_no_grad = var.detach()."
+        )
+    tensor.spec = replace(tensor.spec, requires_grad=False)
+    tensor.is_leaf_of_user = False
+    if tensor.local is not None:
+        tensor.local = tensor.local.detach()
     return tensor
 
 

@@ -84,6 +84,20 @@ class RandomFrames:
         """Seed for the next random operation in glue; every stage calls it for every such operation."""
         self._seed(_GLUE, self._count(_GLUE))
 
+    def counts(self) -> dict[int, int]:
+        """How often each unit was called, and random operations in glue."""
+        return dict(self._calls)
+
+    def counted_since(self, before: dict[int, int]) -> tuple[tuple[int, int], ...]:
+        """How often each since :meth:`counts`."""
+        more = ((what, count - before.get(what, 0)) for what, count in self._calls.items())
+        return tuple(sorted((what, count) for what, count in more if count))
+
+    def skip(self, counts: tuple[tuple[int, int], ...]) -> None:
+        """Another stage has made these calls."""
+        for what, count in counts:
+            self._calls[what] = self._calls.get(what, 0) + count
+
     @property
     def num_glue_operations(self) -> int:
         """How many random operations in glue there were."""

@@ -1,0 +1,164 @@
+"""What a function reads beside its arguments: values of the step and weights in its closure, in modules that it names,
+in its defaults. Found without running it, so that every stage finds the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from functools import partial
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from modelparallel import trees
+from modelparallel.pipeline.stage_tensor import StageTensor
+
+if TYPE_CHECKING:
+    from modelparallel.pipeline.engine import PipelineEngine
+    from modelparallel.pipeline.program import Program
+
+_PRIMITIVES = (int, float, complex, bool, str, bytes, type(None), type(...), torch.dtype, torch.device, slice, range)
+
+
+class Reached:
+    """``tensors``: values of the step, weights and buffers with a home, each once, in an order that all stages share.
+    ``key``: what else decides how the function works; None if that cannot be told.
+    """
+
+    def __init__(self, engine: PipelineEngine, program: Program) -> None:
+        self.tensors: list[torch.Tensor] = []
+        self.modules: list[nn.Module] = []
+        self._engine, self._program = engine, program
+        self._key: list[Hashable] = []
+        self._is_told = True
+        self._known: set[int] = set()
+        self._seen: set[tuple[int, int]] = set()
+        self._alive: list[Any] = []  # ids are unique among those that live only
+
+    @property
+    def key(self) -> Hashable | None:
+        return tuple(self._key) if self._is_told else None
+
+    def leave_out(self, tensors: list[torch.Tensor]) -> None:
+        """These are given in another way."""
+        self._known.update(id(tensor) for tensor in tensors)
+
+    def visit(self, value: Any, names: frozenset[str] = frozenset()) -> None:
+        """Look into ``value``; ``names``: those that the code uses that holds it."""
+        if isinstance(value, _PRIMITIVES):
+            self._key.append((type(value).__name__, repr(value)))
+            return
+        if (id(value), id(names)) in self._seen:
+            return
+        self._seen.add((id(value), id(names)))
+        self._alive.append((value, names))
+        if isinstance(value, torch.Tensor):
+            self._visit_tensor(value)
+        elif isinstance(value, nn.Module):
+            self._visit_module(value, names)
+        elif isinstance(value, FunctionType):
+            self._visit_function(value)
+        elif isinstance(value, MethodType):
+            self.visit(value.__func__)
+            self.visit(value.__self__, _names_of(value.__func__))
+        elif isinstance(value, partial):
+            for part in (value.func, value.args, value.keywords):
+                self.visit(part, names)
+        elif trees.is_container(value):
+            self._key.append((type(value).__qualname__, len(value) if hasattr(value, "__len__") else 0))
+            for key, child in trees.children(value):
+                self._key.append(repr(key))
+                self.visit(child, names)
+        elif isinstance(value, (type, ModuleType, BuiltinFunctionType)) or type(value).__module__ == "builtins":
+            self._key.append(getattr(value, "__qualname__", getattr(value, "__name__", type(value).__qualname__)))
+        else:
+            self._visit_object(value, names)
+
+    def _visit_tensor(self, tensor: torch.Tensor) -> None:
+        if not self._is_ours(tensor):
+            self._key.append((tuple(tensor.shape), str(tensor.dtype), tensor.requires_grad))
+        elif id(tensor) not in self._known:
+            self._known.add(id(tensor))
+            self.tensors.append(tensor)
+
+    def _is_ours(self, tensor: torch.Tensor) -> bool:
+        if isinstance(tensor, StageTensor) or id(tensor) in self._engine.placed:
+            return True
+        return self._program.written.find(self._program, tensor) is not None
+
+    def _visit_function(self, function: FunctionType) -> None:
+        names = _names_of(function)
+        self._key.append(function.__code__)
+        for cell in function.__closure__ or ():
+            try:
+                self.visit(cell.cell_contents, names)
+            except ValueError:
+                continue  # not filled yet
+        for value in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
+            self.visit(value, names)
+        if (function.__module__ or "").split(".")[0] == "torch":
+            return
+        for name in sorted(names & function.__globals__.keys()):
+            value = function.__globals__[name]
+            if isinstance(value, (torch.Tensor, nn.Module, FunctionType, *_PRIMITIVES)):
+                self.visit(value, names)
+
+    def _visit_module(self, module: nn.Module, names: frozenset[str]) -> None:
+        self._key.append((id(module), module.training))
+        self.modules.append(module)
+        if self._engine.holds_placed(module):
+            found = [name for name in sorted(names) if _has(module, name)]
+            for name in found:
+                self._visit_attribute(module, name, names)
+            if found:
+                return
+        # It is called, or given away. (One that is placed, or in a placed one, is small: all of it counts.)
+        for tensor in (*module.parameters(), *module.buffers()):
+            if self._is_ours(tensor):
+                self._visit_tensor(tensor)
+
+    def _visit_object(self, value: Any, names: frozenset[str]) -> None:
+        self._is_told = False
+        attributes = getattr(value, "__dict__", {})
+        found = [name for name in sorted(names) if name in attributes or callable(getattr(type(value), name, None))]
+        for name in found:
+            self._visit_attribute(value, name, names)
+        own_call = vars(type(value)).get("__call__")
+        if isinstance(own_call, FunctionType):
+            self.visit(MethodType(own_call, value))
+
+    def _visit_attribute(self, holder: Any, name: str, names: frozenset[str]) -> None:
+        own = getattr(type(holder), name, None)
+        if isinstance(own, property):
+            own = own.fget
+        if isinstance(own, FunctionType):
+            if not (own.__module__ or "").startswith("torch."):
+                self.visit(own)
+                self.visit(holder, _names_of(own))
+            return
+        self.visit(getattr(holder, name, None), names)
+
+
+def _has(module: nn.Module, name: str) -> bool:
+    """Whether it has something of this name that is not every module's."""
+    own = (module._parameters, module._buffers, module._modules, module.__dict__)
+    return any(name in part for part in own) or (hasattr(type(module), name) and not hasattr(nn.Module, name))
+
+
+_names: dict[CodeType, frozenset[str]] = {}
+
+
+def _names_of(function: Any) -> frozenset[str]:
+    """All names of attributes and globals in the code of a function and those that are made in it."""
+    code = function.__code__
+    found = _names.get(code)
+    if found is None:
+        names, pending = set(), [code]
+        while pending:
+            part = pending.pop()
+            names.update(part.co_names)
+            pending.extend(constant for constant in part.co_consts if isinstance(constant, CodeType))
+        found = _names[code] = frozenset(names)
+    return found
