@@ -21,6 +21,7 @@ from modelparallel.errors import CannotTraceError, PartitionError, SMPConfigErro
 from modelparallel.gradient_norm import intercept_clipping
 from modelparallel.memory.deferred import is_deferred
 from modelparallel.model_arguments import check_arguments
+from modelparallel.model_backward import ModelBackward
 from modelparallel.model_gradients import ModelGradients
 from modelparallel.model_parameters import ModelParameters
 from modelparallel.model_precision import ModelPrecision
@@ -71,6 +72,7 @@ class DistributedModel(ModelParameters):
     """
 
     _precision: ModelPrecision
+    _backward: ModelBackward
     #: The plan of a checkpoint, which the partition takes.
     stored_plan: PartitionPlan | None = None
     #: Whether cpu() has taken the partitioned model back.
@@ -102,7 +104,7 @@ class DistributedModel(ModelParameters):
         self._trace_device = trace_device
         self._trace_execution_times = trace_execution_times
         self._trace_memory_usage = trace_memory_usage
-        self._average_grads = average_grads_across_microbatches
+        self.__dict__["_backward"] = ModelBackward(self, runtime, is_averaged=average_grads_across_microbatches)
         self._compiler = None if options is None else ModuleCompiler(options)
         self._plan: PartitionPlan | None = None
         self._is_partitioned = False
@@ -192,7 +194,7 @@ class DistributedModel(ModelParameters):
         if step.is_tracing:
             self._check_traceable(step)
             return self._call_module(args, kwargs)
-        self._enter_step(step)
+        self.enter_step(step)
         output = self._call_module(args, kwargs)
         if self._runtime.is_pipelined:
             self._push_small_outputs(output)
@@ -207,42 +209,19 @@ class DistributedModel(ModelParameters):
         self,
         tensors: torch.Tensor | Sequence[torch.Tensor],
         grad_tensors: torch.Tensor | Sequence[torch.Tensor | None] | None = None,
+        *,
+        weight: float | torch.Tensor | None = None,
     ) -> None:
         """In place of ``tensors.backward(grad_tensors)`` inside a step function; with pipelining it runs at the end of
         the step.
 
         Gradients are averaged over the microbatches, weighted by their samples (``average_grads_across_microbatches``).
-        Source: smp-api section 5.
+        With ``weight``, the number of tokens (or samples, ...) that the loss is the mean of, they become those of the
+        mean over the tokens of all microbatches and data-parallel ranks of this step, whatever
+        ``average_grads_across_microbatches`` says; all losses of a step have a weight, or none. Source: smp-api section
+        5; ``weight`` is ours.
         """
-        roots = [tensors] if isinstance(tensors, torch.Tensor) else list(tensors)
-        if grad_tensors is None or isinstance(grad_tensors, torch.Tensor):
-            seeds: list[torch.Tensor | None] = [grad_tensors] * len(roots)
-        else:
-            seeds = list(grad_tensors)
-        if len(seeds) != len(roots):
-            raise StepUsageError(f"model.backward: {len(roots)} tensors but {len(seeds)} gradients; give one for each")
-        step = self._runtime.step
-        if step is None:
-            if self._runtime.is_pipelined:
-                raise StepUsageError("model.backward can only be called inside a function decorated with @smp.step")
-            torch.autograd.backward(roots, seeds)
-            return
-        if step.is_tracing:
-            return
-        self._enter_step(step)
-        step.has_backward = True
-        program = self._runtime.engine.program
-        weight = step.weight if program is None else program.weight
-        scale = (weight if self._average_grads else 1.0) * self._precision.loss_scale()
-        if program is not None:
-            with self._runtime.engine.native_region():
-                program.backward_root(roots, seeds, scale)
-            return
-        if step.is_last_microbatch:
-            step.arm()
-        if scale != 1.0:
-            seeds = [_scaled_seed(root, seed, scale) for root, seed in zip(roots, seeds, strict=True)]
-        torch.autograd.backward(roots, seeds)
+        self._backward.run(tensors, grad_tensors, weight)
 
     @property
     def loss_scale(self) -> float:
@@ -267,7 +246,7 @@ class DistributedModel(ModelParameters):
         if self._is_partitioned:
             raise CannotTraceError("the step function also calls a model that is already partitioned")
 
-    def _enter_step(self, step: RunningStep) -> None:
+    def enter_step(self, step: RunningStep) -> None:
         """The model is used in this step: once, and once more when it is first used with gradients."""
         if self not in step.models:
             self.check_has_not_left()
@@ -581,17 +560,6 @@ class DistributedModel(ModelParameters):
         return self.gradients.joining.join(
             divides_by_initial=divide_by_initial_world_size, is_enabled=enable, throws=throw_on_early_termination
         )
-
-
-def _scaled_seed(root: torch.Tensor, seed: torch.Tensor | None, scale: float) -> torch.Tensor:
-    if seed is not None:
-        return seed * scale
-    if root.numel() != 1:
-        raise StepUsageError(
-            f"model.backward without grad_tensors needs a scalar, got a tensor of shape {tuple(root.shape)}: reduce "
-            "it, or pass gradients"
-        )
-    return torch.full_like(root, scale)
 
 
 def _register(hooks: OrderedDict[int, Hook], hook: Hook) -> RemovableHandle:

@@ -75,6 +75,8 @@ class ModelGradients:
         self.shards: ParameterShards | None = None
         # The same, if the parameters themselves are sharded.
         self.sharding: ShardedParameters | None = None
+        # What earlier steps have left at ``p.grad``, by id, while a step with weighted losses runs.
+        self._aside: dict[int, torch.Tensor | None] | None = None
         self._has_begun = False
         self._num_backward_steps = 0
         # Counted here as well as in the reducer: before the partition there is none.
@@ -265,6 +267,51 @@ class ModelGradients:
             self.reducer.arm()
         if self.sharding is not None and self._has_begun:
             self.sharding.arm()
+
+    def set_aside(self) -> None:
+        """The first backward of a step with weighted losses begins: what is to be multiplied with what the step adds
+        begins at nothing. Local.
+        """
+        if self.reducer is not None:
+            self.reducer.make_local()
+        if self.sharding is not None:
+            self.sharding.set_aside()
+        self._aside = {}
+        for _, parameter in self._whole_here():
+            self._aside[id(parameter)] = parameter.grad
+            parameter.grad = None
+
+    def put_back(self, factor: float | None, done: set[int]) -> None:
+        """Such a step is over: its gradients are multiplied by ``factor`` and added to what was set aside; None: they
+        are let go. ``done``: parameters, by id, that another model has seen to. Local.
+        """
+        aside, self._aside = self._aside, None
+        if aside is None:
+            return
+        if self.sharding is not None:
+            self.sharding.put_back(factor)
+        with torch.no_grad():
+            for _, parameter in self._whole_here():
+                if id(parameter) in done:
+                    continue
+                done.add(id(parameter))
+                before, gradient = aside.get(id(parameter)), parameter.grad
+                if gradient is None or factor is None:
+                    parameter.grad = before
+                    continue
+                gradient.mul_(factor)
+                if before is not None:
+                    parameter.grad = before.add_(gradient) if before.layout is torch.strided else before + gradient
+        if factor is not None and self.reducer is not None:
+            self.reducer.arm()  # nothing was before
+
+    def _whole_here(self) -> Iterator[tuple[ParameterRow, nn.Parameter]]:
+        """The parameters of this rank whose gradients are at ``p.grad`` until they are reduced."""
+        return (
+            (row, parameter)
+            for row, parameter in self._local(self._table.parameters())
+            if self.sharding is None or not self.sharding.has(parameter)
+        )
 
     def finish_step(self, has_backward: bool) -> bool:
         """The step function has run; ``has_backward``: some model of the step has called backward, and the gradients

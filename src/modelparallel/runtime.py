@@ -21,6 +21,7 @@ from modelparallel.event_files import EventFile
 from modelparallel.memory import HostStore
 from modelparallel.nn.huggingface import new_names_of
 from modelparallel.pipeline.engine import PipelineEngine
+from modelparallel.pipeline.loss_weights import LossWeights
 
 if TYPE_CHECKING:
     from modelparallel.model import DistributedModel
@@ -35,13 +36,17 @@ class RunningStep:
     """The step function call that is under way, seen from the models."""
 
     weight: float = 1.0
+    microbatch: int = 0
     is_last_microbatch: bool = False
     is_tracing: bool = False
     has_backward: bool = False
     models: list[DistributedModel] = field(default_factory=list)
+    loss_weights: LossWeights = field(default_factory=LossWeights)
 
     def arm(self) -> None:
         """The backward of the last microbatch begins."""
+        if self.loss_weights.are_given:
+            return  # gradients are reduced when the total of the weights is known
         for model in self.models:
             model.arm()
 
@@ -84,6 +89,8 @@ class Runtime:
         self.step: RunningStep | None = None
         self.input_checks = InputChecks()
         self.num_steps = 0
+        #: The unit of weighted losses; None before the first step with some.
+        self.weight_unit: float | None = None
         # What earlier processes of a resumed job have run: random numbers count from the job's first step, and
         # messages from this process's.
         self.num_earlier_steps = 0

@@ -14,17 +14,27 @@ class StepOutput:
     """One returned tensor, per microbatch.
 
     ``outputs`` lists the tensors by microbatch. Microbatches may differ in size (a last batch that does not divide):
-    ``weights`` are their shares of the samples.
+    ``weights`` are their shares of the samples, or of what was given to ``model.backward(loss, weight=...)``; the sum
+    of that over the microbatches of this rank is ``total_weight``, None where nothing was given.
     """
 
-    def __init__(self, outputs: Sequence[torch.Tensor], weights: Sequence[float] | None = None) -> None:
+    def __init__(
+        self,
+        outputs: Sequence[torch.Tensor],
+        weights: Sequence[float] | None = None,
+        total_weight: float | None = None,
+    ) -> None:
         self.outputs = list(outputs)
+        self.total_weight = total_weight
         self.weights = tuple(weights) if weights is not None else (1 / len(self.outputs),) * len(self.outputs)
 
     def reduce_mean(self) -> torch.Tensor:
-        """The mean over the microbatches, weighted by their numbers of samples: of a mean-reduced loss, that of the
-        whole batch.
+        """The mean over the microbatches, weighted by their numbers of samples, or by the weights of their losses: of a
+        mean-reduced loss, that of the whole batch. A microbatch of weight 0 does not count; NaN if all are.
         """
+        if self.total_weight is not None:
+            counted = [output * weight for output, weight in zip(self.outputs, self.weights, strict=True) if weight]
+            return torch.stack(counted).sum(dim=0) if counted else self.outputs[0] * torch.nan
         if len(set(self.weights)) == 1:
             return (
                 torch.stack(self.outputs).mean(dim=0) if self._is_floating() else self.reduce_sum() / len(self.outputs)
@@ -47,7 +57,7 @@ class StepOutput:
 
     def detach(self) -> StepOutput:
         """The same, detached from the graph."""
-        return StepOutput([output.detach() for output in self.outputs], self.weights)
+        return StepOutput([output.detach() for output in self.outputs], self.weights, self.total_weight)
 
     def _is_floating(self) -> bool:
         return self.outputs[0].is_floating_point() or self.outputs[0].is_complex()
@@ -59,14 +69,14 @@ class StepOutput:
         return f"StepOutput({len(self.outputs)} x {tuple(self.outputs[0].shape)} {self.outputs[0].dtype})"
 
 
-def merge_outputs(outputs: Sequence[Any], weights: Sequence[float]) -> Any:
+def merge_outputs(outputs: Sequence[Any], weights: Sequence[float], total_weight: float | None = None) -> Any:
     """The returns of all microbatches as one: tensors become StepOutputs, other leaves lists, containers keep their
     types.
     """
 
     def merge(values: list[Any]) -> Any:
         if all(isinstance(value, torch.Tensor) for value in values):
-            return StepOutput(values, weights)
+            return StepOutput(values, weights, total_weight)
         return values
 
     return trees.zip_leaves(merge, list(outputs))

@@ -15,11 +15,13 @@ from modelparallel.comm.event_log import user_code_line
 from modelparallel.errors import DivergenceError, SMPConfigError, StepUsageError
 from modelparallel.memory_use import explaining_memory
 from modelparallel.model import DistributedModel
+from modelparallel.model_backward import scale_by_weights
 from modelparallel.model_partition import partition_models
 from modelparallel.pipeline.batch_lists import ListReader
 from modelparallel.pipeline.executor import MicrobatchRun, run_locally, run_step
 from modelparallel.pipeline.inputs import share_inputs
 from modelparallel.pipeline.lockstep import check_microbatches
+from modelparallel.pipeline.loss_weights import shares
 from modelparallel.pipeline.microbatches import Microbatches, slice_objects, split
 from modelparallel.pipeline.randomness import RandomFrames, SavedGenerators
 from modelparallel.runtime import RunningStep, Runtime
@@ -119,8 +121,12 @@ class StepFunction:
         running = RunningStep()
         try:
             place = 0 if config.seed is None else number + runtime.num_earlier_steps
-            outputs = self._run(runtime, running, microbatches, seed, place)
+            outputs, weights = self._run(runtime, running, microbatches, seed, place)
+            if running.loss_weights.are_given:
+                scale_by_weights(runtime, running, weights)
         except BaseException:
+            for model in runtime.session.models:
+                model.gradients.put_back(None, set())
             for model in running.models:
                 model.abort_step()
             raise
@@ -138,6 +144,8 @@ class StepFunction:
             self._compare_replicas(runtime)
         if running.has_backward:
             runtime.check_offload()
+        if running.loss_weights.are_given:
+            return merge_outputs(outputs, shares(weights), sum(weights))
         return merge_outputs(outputs, microbatches.weights)
 
     def _shared(
@@ -249,7 +257,8 @@ class StepFunction:
 
     def _run(
         self, runtime: Runtime, running: RunningStep, microbatches: Microbatches, seed: int, number: int
-    ) -> list[Any]:
+    ) -> tuple[list[Any], list[float]]:
+        """The outputs of the microbatches, and the weights of their losses: 0 where there was none."""
         engine = runtime.engine
         device = runtime.session.device
         dp_rank = runtime.session.groups.dp.rank_in_group
@@ -260,6 +269,7 @@ class StepFunction:
 
         def call(index: int) -> Any:
             running.weight = microbatches.weights[index]  # without a pipeline; its programs keep their own
+            running.microbatch = index
             running.is_last_microbatch = index == num_microbatches - 1
             return self._call(_on_device(microbatches.arguments[index], device))
 
@@ -274,14 +284,15 @@ class StepFunction:
                 outputs = run_locally(engine, runs, kind)
                 if self._detach_outputs:
                     outputs = trees.map_leaves(_detached, outputs)
-                return outputs
-            return run_step(
+                return outputs, [running.loss_weights.values.get(index, 0.0) for index in range(num_microbatches)]
+            outputs, given = run_step(
                 engine,
                 runs,
                 (kind, num_microbatches),
                 before_last_backward=running.arm,
                 detach_outputs=self._detach_outputs,
             )
+            return outputs, [weight or 0.0 for weight in given]
         finally:
             saved.restore()
 

@@ -300,6 +300,11 @@ class GradientReducer:
             self._start_reduction()
             self._mode = _Mode.ARMED
 
+    def make_local(self) -> None:
+        """Gradients that are final are ordinary local ones from now on, of which the sum, divided, is the same."""
+        for slot in self._slots.values():
+            slot.final_part_to_local()
+
     def finish_step(self) -> None:
         """End the step; if it synchronises, wait for all reductions and write the final gradients.
 

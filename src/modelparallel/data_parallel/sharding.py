@@ -96,6 +96,7 @@ class _Entry:
         #: Whether it had a reduced gradient before; None while nothing was reduced.
         self.had_gradient: bool | None = None
         self.tensor: nn.Parameter | None = None  # the parameter of optimizers
+        self.aside: torch.Tensor | None = None  # what waited for a reduction before a step with weighted losses
 
 
 class _Group:
@@ -385,6 +386,22 @@ class ShardedParameters:
         """The backward of the last microbatch begins."""
         if self._is_in_step and self._will_synchronize and self._reduces_in_backward:
             self._set_backward(True)
+
+    def set_aside(self) -> None:
+        """A step with weighted losses begins: what waits for a reduction is not multiplied with what it adds. Local."""
+        for entry in self._entries:
+            entry.aside = entry.inner.take_waiting()
+
+    def put_back(self, factor: float | None) -> None:
+        """It is over: multiply what it has added, or let go of that, and add what was set aside. Local."""
+        for entry in self._entries:
+            before, entry.aside = entry.aside, None
+            if factor is not None:
+                entry.inner.scale_waiting(factor, before)
+                continue
+            entry.inner.forget_waiting()
+            if before is not None:
+                entry.inner.wait_with(before)
 
     def finish_step(self) -> None:
         """End the step; if it synchronises, gradients become final. Collective over the mesh then."""

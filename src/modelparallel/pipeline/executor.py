@@ -20,6 +20,7 @@ from modelparallel.pipeline.bodies import Body, ThreadBody
 from modelparallel.pipeline.chains import Follower, Recorder, StepPlan
 from modelparallel.pipeline.engine import PipelineEngine
 from modelparallel.pipeline.interpreter import Interpreter, discovery_actions
+from modelparallel.pipeline.loss_weights import checked_weight
 from modelparallel.pipeline.program import Program
 from modelparallel.pipeline.randomness import RandomFrames
 from modelparallel.pipeline.sightings import Sightings
@@ -63,8 +64,9 @@ def run_step(
     *,
     before_last_backward: Callable[[], None],
     detach_outputs: bool,
-) -> list[Any]:
-    """Run all microbatches, forwards and backwards; returns the outputs, equal on all stages. Collective over PP_GROUP.
+) -> tuple[list[Any], list[float | None]]:
+    """Run all microbatches, forwards and backwards; returns the outputs and the weights of the losses, equal on all
+    stages. Collective over PP_GROUP.
 
     ``kind`` says what is run (which function, in which mode, how many microbatches): the first step of a kind runs in
     discovery order, the next ones by the plan that was made of it.
@@ -87,7 +89,11 @@ def run_step(
         program.check_leaves()
     if not is_first:
         engine.plans.note_run(kind, has_left=any(program.tracker.has_left for program in step.programs))
-    return results
+    return [output for output, _ in results], [_weight_of(weight) for _, weight in results]
+
+
+def _weight_of(weight: Any) -> float | None:
+    return None if weight is None else checked_weight(weight)
 
 
 class _StepRun:
@@ -140,7 +146,7 @@ class _StepRun:
         with engine.running(program):
             output = run.call()
         program.log.leave()
-        returned = trees.map_leaves(program.returned, output)
+        returned = trees.map_leaves(program.returned, (output, program.loss_weight))
         del output  # a tensor that only it refers to does not outlive the microbatch
         engine.settle_buffers(program)
         program.written.settle(program)

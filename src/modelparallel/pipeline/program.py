@@ -108,6 +108,8 @@ class Program:
         self.stage = engine.stage
         self.is_open = True
         self.has_root = False
+        #: What was given to ``model.backward`` as the weight of the loss.
+        self.loss_weight: float | StageTensor | None = None
         #: Whether it left something behind that another microbatch may read.
         self.carries_state = False
         #: Whether something in it must not be run through twice (hooks, recomputation).
@@ -430,41 +432,20 @@ class Program:
 
     # Backward
 
-    def backward_root(
-        self, tensors: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor | None], scale: float
-    ) -> None:
-        """``model.backward``: note where the backward starts; it runs when all forwards are done."""
+    def check_root(self) -> None:
+        """A backward may start here."""
         if self.region is not None:
             raise StepUsageError("model.backward was called inside a region that is recomputed: call it outside")
-        for tensor, gradient in zip(tensors, gradients, strict=True):
-            value = self.resolve(tensor)
-            if not isinstance(value, StageTensor) or not value.spec.requires_grad:
-                raise StepUsageError(
-                    "model.backward was given a tensor that does not depend on the model's parameters (requires_grad "
-                    "is False)"
-                )
-            if gradient is None and value.spec.num_elements != 1:
-                raise StepUsageError(
-                    "model.backward without grad_tensors needs a scalar, got a tensor of shape "
-                    f"{tuple(value.spec.shape)}: reduce it, or pass gradients"
-                )
-            seed = self.resolve(gradient)
-            if isinstance(seed, StageTensor):
-                self.fetch([seed], value.home, "gradient given to model.backward")
-            number = self.next_event("root of the backward")
-            self.has_root = True
-            self.tracker.note_root(value.home)
-            if value.home != self.stage:
-                continue
-            cuts = self._cut()
-            local = self.local(value)
-            start = (
-                torch.ones_like(local)
-                if seed is None
-                else (self.local(seed) if isinstance(seed, StageTensor) else seed)
-            )
-            start = start.detach().to(local.device) * scale
-            self._record(_Event("root", number, self.stage, [local], [start], cuts, "root"))
+
+    def root_here(self, value: StageTensor) -> tuple[torch.Tensor, list[torch.Tensor], list[Any]]:
+        """The local tensor of a root of the backward, what has its graph, and the cuts that end its piece."""
+        cuts = self._cut()
+        local = self.local(value)
+        return local, [original for original, leaf in cuts if leaf is local] or [local], cuts
+
+    def begin_backward(self, number: int, local: torch.Tensor, seed: torch.Tensor, cuts: list[Any]) -> None:
+        """The backward starts with ``seed`` at ``local``; it runs when all forwards are done."""
+        self._record(_Event("root", number, self.stage, [local], [seed], cuts, "root"))
 
     @property
     def has_backward_left(self) -> bool:

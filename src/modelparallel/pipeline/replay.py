@@ -9,7 +9,7 @@ saved is there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
@@ -151,7 +151,5 @@ class ReplayProgram(Program):
         self._num_buffers += 1
         return self._first_run.buffers[self._num_buffers - 1].stand_ins()
 
-    def backward_root(
-        self, tensors: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor | None], scale: float
-    ) -> None:
+    def check_root(self) -> None:
         raise self._other_way()

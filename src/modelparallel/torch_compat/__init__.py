@@ -404,6 +404,42 @@ def is_function_node(node: Any) -> bool:
     return isinstance(node, torch.autograd.function.BackwardCFunction)
 
 
+def keep_nan_out(roots: Sequence[torch.Tensor]) -> None:
+    """In the backward of these, NaN counts as zero: the mean over nothing has such a gradient, times zero."""
+
+    def cleaned(inputs: Any, unused: Any) -> Any:
+        return tuple(
+            None if gradient is None else torch.where(torch.isnan(gradient), torch.zeros_like(gradient), gradient)
+            for gradient in inputs
+        )
+
+    waiting = [root.grad_fn for root in roots if root.grad_fn is not None]
+    seen: set[Any] = set()
+    while waiting:
+        node = waiting.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node.next_functions:  # else it adds to a gradient
+            node.register_hook(cleaned)
+        waiting.extend(other for other, _ in node.next_functions if other is not None)
+
+
+def summed_loss(loss: torch.Tensor) -> str:
+    """The name of the operation, if this is a sum over samples, as by ``reduction="sum"``; else empty."""
+    node = loss.grad_fn
+    for _ in range(8):
+        if node is None:
+            return ""
+        # Private: torch says there how losses are reduced; 2 is "sum".
+        if getattr(node, "_saved_reduction", None) == 2 or node.name().startswith("SumBackward"):
+            return str(node.name())
+        if node.name() not in ("ToCopyBackward0", "ViewBackward0", "SqueezeBackward0", "AliasBackward0"):
+            return ""
+        node = node.next_functions[0][0]
+    return ""
+
+
 def leaves_of_graph(tensor: torch.Tensor) -> list[torch.Tensor]:
     """The tensors that a backward from ``tensor`` would give gradients to; the tensor itself if it is one."""
     if tensor.grad_fn is None:

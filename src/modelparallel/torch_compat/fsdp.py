@@ -78,6 +78,39 @@ class FSDPParameter:
         if whole is not None and not self.is_waiting:
             whole.grad = torch.zeros_like(whole)
 
+    def take_waiting(self) -> torch.Tensor | None:
+        """The gradient that is not reduced yet, which it then has no more."""
+        whole = self.whole
+        waiting: torch.Tensor | None = self._inner.unsharded_accumulated_grad
+        if whole is not None and whole.grad is not None:
+            waiting = whole.grad if waiting is None else waiting.add_(whole.grad)
+        self.forget_waiting()
+        return waiting
+
+    def scale_waiting(self, factor: float, before: torch.Tensor | None) -> None:
+        """Multiply the gradient that is not reduced yet, and add ``before`` to it."""
+        whole, waiting = self.whole, self._inner.unsharded_accumulated_grad
+        local = None if whole is None else whole.grad
+        for gradient in (waiting, local):
+            if gradient is not None:
+                gradient.mul_(factor)
+        if before is None:
+            return
+        if waiting is not None:
+            waiting.add_(before)
+        elif local is not None:
+            local.add_(before)
+        else:
+            self.wait_with(before)
+
+    def wait_with(self, gradient: torch.Tensor) -> None:
+        """Have this gradient to reduce, and no other; it lies where one of its dtype would."""
+        self.forget_waiting()
+        if self.whole is not None and self.whole.dtype == gradient.dtype:
+            self.whole.grad = gradient
+        else:
+            self._inner.unsharded_accumulated_grad = gradient
+
     def forget_waiting(self) -> None:
         """Forget the gradient that is not reduced yet."""
         self._inner.unsharded_accumulated_grad = None
