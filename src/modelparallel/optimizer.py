@@ -14,10 +14,12 @@ from torch import nn
 
 from modelparallel import gradient_norm, optimizer_states
 from modelparallel import runtime as runtime_module
-from modelparallel.errors import SMPConfigError
+from modelparallel.data_parallel.waits import wait_for
+from modelparallel.errors import SMPConfigError, UnsupportedError
 from modelparallel.memory_use import explaining_memory, note_update
 from modelparallel.optimizer_norms import DistributedNorms
-from modelparallel.optimizer_targets import Targets, updates_each_element_alone
+from modelparallel.optimizer_probe import OptimizerProbe, needs_probe
+from modelparallel.optimizer_targets import Targets, check_may_be_divided, updates_each_element_alone
 from modelparallel.own_parts import FlatGroups
 from modelparallel.precision import LossScaler
 
@@ -40,6 +42,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
     # Hugging Face's accelerate then takes the wrapper as prepared and leaves it as it is.
     _is_accelerate_prepared = True
     step_was_skipped = False
+    _has_said_doubt = False
     first_closure_call_this_step = True
     #: The norm of the gradient when it was clipped last.
     _global_grad_norm: torch.Tensor | None = None
@@ -75,8 +78,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
         # Not torch.optim.Optimizer.__init__: groups and state are those of the inner optimizer.
         self.__dict__["optimizer"] = optimizer
         self._runtime = runtime_module.current()
-        if self._runtime.session.groups.mp.size > 1:
-            updates_each_element_alone(optimizer)  # raises for one that looks at all parameters together
+        check_may_be_divided(optimizer, self._runtime)
         self._all: list[list[nn.Parameter]] = []
         self._waiting_state: tuple[Mapping[str, Any], bool] | None = None
         self.loss_scaler = scaler if self._runtime.session.config.fp16 else LossScaler(1.0, None)
@@ -90,6 +92,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
         self._has_checked_parameters = False
         # Whether some gradient here is not finite, once the gradients are collected.
         self._found: torch.Tensor | None = None
+        self._probe = self._make_probe() if needs_probe(optimizer) else None
         self.replace_parameters()
         self._runtime.optimizers.append(weakref.ref(self))
         self._keep_local_parameters_of_all()
@@ -170,6 +173,13 @@ class DistributedOptimizer(torch.optim.Optimizer):
         with explaining_memory(self._runtime, "in optimizer.step()"):
             result = self._update(closure)
         note_update(self._runtime, self._runtime.memory_path)
+        if self._probe is not None and self._probe.doubt is not None and not self._has_said_doubt:
+            self._has_said_doubt = True
+            logger.warning(
+                "%s could not be tried out for whether it looks beyond single parameters (%s): if it takes norms or "
+                "sums over several, or over sliced ones, they are those of this rank's part",
+                type(self.optimizer).__name__, self._probe.doubt,
+            )  # fmt: skip
         return result
 
     def _update(self, closure: Callable[[], Any] | None) -> Any:
@@ -180,7 +190,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
         # A closure may run the first step, in which the model is partitioned and shards take the parameters' place.
         is_settled = closure is None or not self.has_unpartitioned_parameters()
         if self.targets.are_trivial and not clips and not config.fp16 and is_settled:
-            return self.optimizer.step() if closure is None else self.optimizer.step(closure)
+            return self.optimizer.step() if closure is None else self.optimizer.step(self._with_mean_loss(closure))
         result = None
         if closure is not None:
             with torch.enable_grad():
@@ -197,10 +207,48 @@ class DistributedOptimizer(torch.optim.Optimizer):
         if clips:
             self._global_grad_norm = self._clip(config.sdp_gradient_clipping)
         self.targets.refresh_masters()
-        self.optimizer.step()
+        if closure is None or self._probe is None:
+            self.optimizer.step()
+        else:
+            self.optimizer.step(self._evaluated(result))
         self.targets.finish_update()
         self.own_parts.refresh()
         return result
+
+    def _evaluated(self, result: Any) -> Callable[[], Any]:
+        """In place of a closure that has been evaluated, for an optimizer of unknown kind."""
+        num_calls = 0
+
+        def closure() -> Any:
+            nonlocal num_calls
+            num_calls += 1
+            if num_calls > 1:
+                raise UnsupportedError(
+                    f"{type(self.optimizer).__name__} evaluates its closure several times within an update, where "
+                    "masters or shards of the parameters are not in the model yet: leave out fp16, bf16, "
+                    "shard_optimizer_state and sharded_data_parallel_degree, or use another optimizer"
+                )
+            return result
+
+        return closure
+
+    def _with_mean_loss(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+        """For an optimizer that may decide by the loss (a line search), which must be one number on all replicas."""
+        group = self._runtime.session.groups.dp
+        if group.size == 1 or updates_each_element_alone(self.optimizer):
+            return closure
+
+        def mean_loss() -> Any:
+            loss = closure()
+            if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
+                return loss
+            mean = loss.detach().clone()
+            work = dist.all_reduce(mean, group=group.process_group, async_op=True)
+            timeout = self._runtime.session.config.timeout_seconds
+            wait_for(work, timeout, "the mean of the losses that a closure has returned", group, mean.device)
+            return mean / group.size
+
+        return mean_loss
 
     def zero_grad(self, *args: Any, **kwargs: Any) -> None:
         """Forget the gradients of the parameters that this rank holds, or fill them with zeros.
@@ -243,7 +291,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
         self._has_checked_parameters = True
         models = self._runtime.session.models
         parameters = list(self.all_parameters())
-        self._warn_of_slices(parameters)
+        self._refuse_slices(parameters)
         foreign = [
             parameter for parameter in parameters if all(model.table.row_of(parameter) is None for model in models)
         ]
@@ -265,18 +313,54 @@ class DistributedOptimizer(torch.optim.Optimizer):
             len(foreign), len(parameters), shapes,
         )  # fmt: skip
 
-    def _warn_of_slices(self, parameters: Sequence[nn.Parameter]) -> None:
-        if hasattr(self.optimizer, "norms") or updates_each_element_alone(self.optimizer):
+    def _refuse_slices(self, parameters: Sequence[nn.Parameter]) -> None:
+        """An optimizer that is known to look at whole parameters must not be given slices."""
+        if self._probe is not None or hasattr(self.optimizer, "norms") or updates_each_element_alone(self.optimizer):
             return
         rows = [row for model in self._runtime.session.models for parameter in parameters
                 if (row := model.table.row_of(parameter)) is not None and row.split is not None]  # fmt: skip
-        if rows and self._runtime.session.groups.world.rank_in_group == 0:
-            logger.warning(
-                "%s may look at parameters as a whole, but of %d of them ('%s') each tensor-parallel rank has a slice: "
-                "norms and factors are then those of slices, and training differs from that of one process (set "
-                "is_elementwise = True on its class if it updates each element by itself)",
-                type(self.optimizer).__name__, len(rows), rows[0].name,
-            )  # fmt: skip
+        if rows and self._runtime.session.groups.tp.size > 1:
+            raise SMPConfigError(
+                f"{type(self.optimizer).__name__} looks at parameters as a whole, but of {len(rows)} of them "
+                f"('{rows[0].name}') each tensor-parallel rank has a slice: norms and factors would be those of "
+                "slices: use an element-wise optimizer (AdamW), smp.optimizers.FusedLAMB, which takes the norms of "
+                "whole parameters, or leave these layers whole (smp.set_tensor_parallelism(layer, False)); "
+                "is_elementwise = True on its class takes slices as parameters"
+            )
+
+    # Optimizers of unknown kind
+
+    def _make_probe(self) -> OptimizerProbe | None:
+        session, runtime = self._runtime.session, self._runtime
+        is_divided = session.groups.mp.size > 1 or runtime.shares_out_parameters
+        if not is_divided and not (session.config.fp16 or session.config.bf16):
+            return None
+
+        def row_of(tensor: torch.Tensor) -> Any:
+            target = self.targets.of_tensor(tensor)
+            return optimizer_states.row_of(self, tensor if target is None else target.parameter)
+
+        return OptimizerProbe(self.optimizer, row_of, self._around_call, is_divided=is_divided)
+
+    def _around_call(self, name: str) -> Callable[[], None]:
+        """A method of the inner optimizer beside ``step`` begins; the result is for its end."""
+        if self.targets.are_trivial:
+            return lambda: None
+        self.collect_gradients()
+        tensors = [tensor for group in self.optimizer.param_groups for tensor in group["params"]]
+        before = [tensor._version for tensor in tensors]
+
+        def after() -> None:
+            if before == [tensor._version for tensor in tensors]:
+                return
+            if self._runtime.shares_out_parameters:
+                raise UnsupportedError(
+                    f"{type(self.optimizer).__name__}.{name} changes parameters that are shared out among ranks, which "
+                    "optimizer.step() alone may do: leave out shard_optimizer_state and sharded_data_parallel_degree"
+                )
+            self.targets.finish_update()  # masters are rounded into the model
+
+        return after
 
     # Precision
 

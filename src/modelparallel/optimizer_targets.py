@@ -260,20 +260,38 @@ def updates_each_element_alone(optimizer: torch.optim.Optimizer) -> bool:
     cut anywhere.
 
     Said by the class (``is_elementwise``), known of torch's own; others may take norms of whole parameters.
-
-    Raises SMPConfigError for an optimizer that looks at all parameters together.
     """
     said = getattr(optimizer, "is_elementwise", None)
     if said is not None:
         return bool(said)
-    if isinstance(optimizer, torch.optim.LBFGS):
+    kind = type(optimizer)
+    return kind.__module__.startswith("torch.optim") and kind.__name__ not in ("Adafactor", "Muon", "LBFGS")
+
+
+def check_may_be_divided(optimizer: torch.optim.Optimizer, runtime: Runtime) -> None:
+    """Raise SMPConfigError for LBFGS where a rank has a part of the model, or masters take the parameters' place, and
+    for SparseAdam where gradients are reduced.
+    """
+    config = runtime.session.config
+    if isinstance(optimizer, torch.optim.SparseAdam) and runtime.session.groups.dp.size > 1:
+        raise SMPConfigError(
+            "SparseAdam takes sparse gradients, but gradients become dense when they are reduced over the "
+            "data-parallel ranks (the rows that a batch has used are not known then): use Adam and "
+            "sparse=False, or one data-parallel rank"
+        )
+    if not isinstance(optimizer, torch.optim.LBFGS):
+        return
+    if runtime.session.groups.mp.size > 1 or runtime.shares_out_parameters:
         raise SMPConfigError(
             "LBFGS looks at all parameters together, so that no rank may hold only a part of them: use another "
             "optimizer, or leave out pipeline_parallel_degree, tensor_parallel_degree, shard_optimizer_state and "
             "sharded_data_parallel_degree"
         )
-    kind = type(optimizer)
-    return kind.__module__.startswith("torch.optim") and kind.__name__ not in ("Adafactor", "Muon")
+    if config.fp16 or config.bf16:
+        raise SMPConfigError(
+            "LBFGS evaluates its closure within an update, where with fp16 and bf16 the fp32 masters are not in the "
+            "model yet: leave out fp16 and bf16, or use another optimizer"
+        )
 
 
 def _gradients_of(members: Sequence[Target]) -> list[tuple[torch.Tensor | None, int]]:
