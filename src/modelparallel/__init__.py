@@ -80,6 +80,7 @@ from modelparallel.tensor_parallel.contexts import (
 )
 from modelparallel.topology import CommGroup, RankType
 from modelparallel.version import __version__
+from modelparallel.weight_copies import average_weights, copy_weights
 
 WORLD = CommGroup.WORLD
 MP_GROUP = CommGroup.MP_GROUP
@@ -105,12 +106,14 @@ __all__ = [
     "__version__",
     "allgather",
     "amp",
+    "average_weights",
     "barrier",
     "broadcast",
     "checkpoint",
     "checkpoint_sequential",
     "checkpoint_wrapper",
     "clip_grad_norm_",
+    "copy_weights",
     "data_sampler",
     "delay_param_initialization",
     "delayed_parameter_initialization",

@@ -8,6 +8,7 @@
     |-- GroupTypeError (TypeError)               something that is not a CommGroup or a RankType where one is needed
     |-- NotInitializedError (RuntimeError)       used before smp.init()
     |-- StepUsageError (RuntimeError)            a model, or backward, used outside the place where it may be used
+    |-- AbsentTensorError (RuntimeError)         a weight that lives on another stage is read outside a step
     |-- PartitionError (RuntimeError)            the model cannot be placed on the stages as asked
     |-- CannotTraceError                         the step function cannot run on the unsplit model; never reaches users
     |-- ScheduleError (ValueError)               a pipeline schedule, or what it is made from, breaks a rule
@@ -55,6 +56,10 @@ class NotInitializedError(SMPError, RuntimeError):
 
 class StepUsageError(SMPError, RuntimeError):
     """A model, or its backward, is used outside the place where it may be used."""
+
+
+class AbsentTensorError(SMPError, RuntimeError):
+    """A parameter or buffer that lives on another pipeline stage is read where only its home has its values."""
 
 
 class PartitionError(SMPError, RuntimeError):

@@ -1,6 +1,7 @@
 """The exceptions under the module path of the original API (smp-api section 1); they are defined in ``errors.py``."""
 
 from modelparallel.errors import (
+    AbsentTensorError,
     CannotTraceError,
     CheckpointCorruptError,
     CheckpointError,
@@ -26,6 +27,7 @@ from modelparallel.errors import (
 )
 
 __all__ = [
+    "AbsentTensorError",
     "CannotTraceError",
     "CheckpointCorruptError",
     "CheckpointError",

@@ -7,31 +7,33 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from modelparallel import construction, model_states, registry, trees
+from modelparallel import construction, model_states, trees
 from modelparallel import runtime as runtime_module
+from modelparallel.absent_tensors import make_absent
 from modelparallel.amp import agree_on_found_infs
 from modelparallel.compilation import ModuleCompiler, checked_options, take_off_compiled_calls
-from modelparallel.errors import CannotTraceError, PartitionError, SMPConfigError, StepUsageError
+from modelparallel.errors import CannotTraceError, SMPConfigError, StepUsageError, UnsupportedError
 from modelparallel.gradient_norm import intercept_clipping
+from modelparallel.initial_weights import agree_before_slicing, check_drawn_slices
+from modelparallel.known_parameters import KnownParameters
 from modelparallel.memory.deferred import is_deferred
 from modelparallel.model_arguments import check_arguments
 from modelparallel.model_backward import ModelBackward
 from modelparallel.model_gradients import ModelGradients
-from modelparallel.model_parameters import ModelParameters
+from modelparallel.model_plan import PlannedModel, structure_of
 from modelparallel.model_precision import ModelPrecision
 from modelparallel.model_sharding import check_can_shard
 from modelparallel.module_view import alias_inherited_forwards, attach_module_attribute
 from modelparallel.nn.huggingface import prepare_families
-from modelparallel.parameters import ParameterTable, stand_in
-from modelparallel.partitioning import Trace, check_plan, find_units, log_plan, make_plan, trace_step, work_of_call
+from modelparallel.parameters import ParameterTable
+from modelparallel.partitioning import find_units, log_plan, work_of_call
 from modelparallel.pipeline.pushes import push
-from modelparallel.pipeline.scheduling import step_predictor
 from modelparallel.pipeline.stage_tensor import StageTensor
 from modelparallel.plan.partition import PartitionPlan
 from modelparallel.runtime import RunningStep
@@ -42,7 +44,7 @@ from modelparallel.torch_compat import has_own_compiled_call
 Hook = Callable[["DistributedModel", Any], Any]
 
 
-class DistributedModel(ModelParameters):
+class DistributedModel(PlannedModel):
     """Wraps the user's model; use it in place of the model from then on. Collective over the world.
 
     Without pipelining (pp=1) modules marked for tensor parallelism are replaced, parameters are placed on the device
@@ -65,6 +67,8 @@ class DistributedModel(ModelParameters):
         gradient_as_bucket_view: final gradients are views of the reduction buckets, which then take no memory of their
             own; do not keep ``p.grad`` beyond a ``zero_grad`` to save memory.
         find_unused_parameters: accepted; unused parameters always work.
+        same_as: ours, not the original's: a wrapped model of the same structure whose partition this one takes; models
+            of one structure are partitioned alike by default (see docs/partitioning.md).
         compile: ours, not the original's: True, or a dict of options of ``torch.compile``: compile the calls of the
             modules that this process runs (see docs/engine.md). Default: False.
 
@@ -73,8 +77,6 @@ class DistributedModel(ModelParameters):
 
     _precision: ModelPrecision
     _backward: ModelBackward
-    #: The plan of a checkpoint, which the partition takes.
-    stored_plan: PartitionPlan | None = None
     #: Whether cpu() has taken the partitioned model back.
     has_left = False
 
@@ -92,6 +94,7 @@ class DistributedModel(ModelParameters):
         gradient_as_bucket_view: bool = False,
         find_unused_parameters: bool = False,
         *,
+        same_as: PlannedModel | None = None,
         compile: bool | Mapping[str, Any] | None = False,
     ) -> None:
         check_arguments(module, trace_device, trace_execution_times, backward_passes_per_step, bucket_cap_mb)
@@ -119,8 +122,11 @@ class DistributedModel(ModelParameters):
 
         before, config = dict(module.named_parameters(remove_duplicate=False)), active.config
         prepare_families(module, keeps_weights=config.match_weights)
+        agree_before_slicing(module, active)
         with construction.take_in(module):
             module = replace_marked_modules(module, active.groups.tp, config.match_weights, config.prescaled_batch)
+        if not config.match_weights:
+            check_drawn_slices(module, active)
         runtime.note_replaced(before, module)
         del before  # whole parameters, which may be about to be sharded
         for optimizer in runtime.live_optimizers():
@@ -141,6 +147,10 @@ class DistributedModel(ModelParameters):
                 construction.place_deferred(module, active.device)
             module.to(active.device)
         self._table = ParameterTable(module)
+        self.known = KnownParameters(module, self._table)
+        self.structure = structure_of(module, self._table)
+        self.take_partition_of(same_as)
+        self.averages = {}
         self.__dict__["gradients"] = ModelGradients(
             self._table,
             runtime,
@@ -151,6 +161,7 @@ class DistributedModel(ModelParameters):
             gradient_as_bucket_view=gradient_as_bucket_view,
             finds_unused_parameters=find_unused_parameters,
         )
+        self._index = len(active.models)
         active.models.append(self)
         if not runtime.is_pipelined:
             self._place_whole()
@@ -162,7 +173,8 @@ class DistributedModel(ModelParameters):
         """Without pipelining: everything is at home here."""
         for name in self._units:
             unit = self.module.get_submodule(name)
-            self._runtime.engine.frame_unit(unit, name, is_compiled=self._compile_call(unit, name))
+            is_compiled = self._compile_call(unit, name)
+            self._runtime.engine.frame_unit(unit, self.title_of(name), is_compiled=is_compiled)
         if self._compiler is not None:
             self._compiler.log("")
         self.gradients.start(self.module, self._units, self._precision.cast_module)
@@ -187,6 +199,7 @@ class DistributedModel(ModelParameters):
                     "             return loss"
                 )
             self.run_post_partition_hooks()
+            self.check_parameters()
             self.gradients.prepare(is_training=self.training)
             output = self._call_module(args, kwargs)
             self.gradients.end_forward()
@@ -256,6 +269,7 @@ class DistributedModel(ModelParameters):
                     "has not been partitioned: "
                     "pass every model to the step function as an argument"
                 )
+            self.check_parameters()
             step.models.append(self)
             self.run_post_partition_hooks()
             self.gradients.enter_step()
@@ -279,6 +293,8 @@ class DistributedModel(ModelParameters):
         ``has_backward``: some model of the step has called backward; the gradients may have reached this one too.
         Returns whether gradients were reduced over the data-parallel ranks.
         """
+        if not self._has_run_post_step_hooks:
+            self.check_made()
         has_reduced = self.gradients.finish_step(has_backward)
         if not self._has_run_post_step_hooks:
             self._has_run_post_step_hooks = True
@@ -298,92 +314,6 @@ class DistributedModel(ModelParameters):
 
     # Partition
 
-    @property
-    def partitioned(self) -> bool:
-        """Whether the model has been partitioned: at the first step call, or at once without pipelining."""
-        return self._is_partitioned
-
-    @property
-    def partition_plan(self) -> PartitionPlan | None:
-        """The frozen plan; None before the partition and without pipelining."""
-        return self._plan
-
-    def set_partition(self, module: nn.Module, index: int) -> None:
-        """Place an existing module on a stage (``smp.set_partition``)."""
-        if self._is_partitioned and self._runtime.is_pipelined:
-            raise PartitionError("smp.set_partition: the model is already partitioned; call it before the first step")
-        self._overrides.append((module, index))
-
-    @property
-    def plan_file(self) -> str | None:
-        """Where the plan is saved to or loaded from: ``partition_file``; of the second model in a process
-        ``partition_file.1``.
-        """
-        config = self._runtime.session.config
-        index = self._runtime.session.models.index(self)
-        return f"{config.partition_file}.{index}" if config.partition_file and index else config.partition_file
-
-    def make_plan(self, trace: Trace | None) -> PartitionPlan:
-        """The plan of this model under the session's configuration; local."""
-        config = self._runtime.session.config
-        return make_plan(
-            self.module,
-            config.pipeline_parallel_degree,
-            units=self._units,
-            trace=trace,
-            memory_weight=config.memory_weight,
-            num_microbatches=config.microbatches,
-            active_microbatches=config.active_microbatches,
-            schedule=config.pipeline,
-            virtual_degree=config.virtual_pipeline_degree,
-            memory_limit=config.memory_limit,
-            step_time=step_predictor(config.pipeline, config.microbatches, config.active_microbatches),
-            tied_weights=config.tied_weights,
-            is_automatic=config.auto_partition,
-            marks=registry.partition_mark,
-            overrides=self._overrides,
-            default_partition=config.default_partition,
-            load_from=self.plan_file if config.load_partition else None,
-            stored=self.stored_plan,
-        )
-
-    def use_stored_plan(self, plan: PartitionPlan) -> None:
-        """Take the plan of a checkpoint at the partition. Local; on all ranks alike.
-
-        Raises PartitionError if it is for another number of stages or another model, and is not taken.
-        """
-        config = self._runtime.session.config
-        wanted, found = (
-            (config.pipeline_parallel_degree, config.virtual_pipeline_degree),
-            (plan.num_stages, plan.virtual_degree),
-        )
-        if wanted != found:
-            raise PartitionError(f"it is for (stages, virtual degree) = {found}, and this job has {wanted}")
-        check_plan(plan, self.module)
-        self.stored_plan = plan
-
-    def load_when_partitioned(self, load: Callable[[], None]) -> None:
-        """Call ``load`` at the partition, when every rank has its part and before any hook. Local; on all ranks alike,
-        since it may be collective over the world.
-        """
-        self._loads.append(load)
-
-    def trace(self, run: Callable[[], object], units: Sequence[str] | None = None) -> Trace:
-        """What ``run``, a step on the unsplit models, does with the units of this one; they are left as they were."""
-        units = self._units if units is None else units
-        if any(construction.is_deferred(model.module) for model in self._runtime.session.models):
-            return construction.trace_shapes(lambda: trace_step(self.module, units, run))
-        device = self._runtime.session.device
-        if device.type == "cuda" and self._trace_device == "gpu":
-            self.module.to(device)
-        return trace_step(
-            self.module,
-            units,
-            run,
-            measure_times=self._trace_execution_times,
-            measure_memory=self._trace_memory_usage,
-        )
-
     def place(self, plan: PartitionPlan) -> None:
         """Give every module its home according to the plan; collective over the world."""
         runtime = self._runtime
@@ -392,23 +322,14 @@ class DistributedModel(ModelParameters):
         if runtime.session.groups.world.rank_in_group == 0:
             log_plan(plan)
         self._table.set_homes(plan.home_of_tensor, plan.copies_of)
-        device = runtime.session.device
         if not self._precision.casts_when_placed:  # otherwise parameters are born sharded
-            construction.place_deferred(self.module, device, self.is_local)
-        for source in (self._table.parameters(), self._table.buffers()):
-            for row, tensor in source:
-                if row.home is not None:
-                    engine.place_tensor(tensor, row.name, row.home)
-                if self._table.is_local(row, engine.stage):
-                    if not is_deferred(tensor):
-                        tensor.data = tensor.data.to(device)
-                else:
-                    tensor.data = stand_in(tensor, device)
+            construction.place_deferred(self.module, runtime.session.device, self.is_local)
+        self._place_tensors()
         for owner, attribute in (name.rpartition(".")[::2] for name, _ in plan.tensors):
             if attribute in self.module.get_submodule(owner)._buffers:
                 engine.place_buffer(self.module.get_submodule(owner), attribute)
         engine.place_model(self.module)
-        engine.costs.update(plan.work)
+        engine.costs.update({self.title_of(name): work for name, work in plan.work.items()})
         is_compiled = self._compiler is not None or any(map(has_own_compiled_call, self.module.modules()))
         engine.count_work = None if plan.costs or is_compiled else work_of_call  # counting keeps code from compiling
         units = set(self._units)
@@ -417,7 +338,7 @@ class DistributedModel(ModelParameters):
             copies = plan.copies_of(name)
             if engine.stage in (home, *copies):
                 self._compile_call(placed, name)
-            engine.place_module(placed, name, home, copies, is_unit=name in units)
+            engine.place_module(placed, self.title_of(name), home, copies, is_unit=name in units)
         if self._compiler is not None:
             self._compiler.log(runtime.session.config.pipeline)
         model_states.check_early_part(self)
@@ -430,6 +351,17 @@ class DistributedModel(ModelParameters):
         for load in loads:
             load()
         self.run_post_partition_hooks()
+
+    def _place_tensors(self) -> None:
+        engine, device = self._runtime.engine, self._runtime.session.device
+        for source in (self._table.parameters(), self._table.buffers()):
+            for row, tensor in source:
+                if row.home is not None:
+                    engine.place_tensor(tensor, self.title_of(row.name), row.home)
+                if row.home is not None and not self._table.is_local(row, engine.stage):
+                    make_absent(tensor, self.title_of(row.name), row.home, engine.stage, device)
+                elif not is_deferred(tensor):
+                    tensor.data = tensor.data.to(device)
 
     def _compile_call(self, module: nn.Module, name: str) -> bool:
         """Compile the calls of a module that this process runs, if that is asked for; whether they are compiled."""
@@ -474,8 +406,16 @@ class DistributedModel(ModelParameters):
     # Moving
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> DistributedModel:
-        if not self._runtime.is_pipelined or self._is_partitioned:
+        if not self._runtime.is_pipelined:
             return super()._apply(fn, recurse)
+        if self._is_partitioned:
+            buffers = [(owner, dict(owner._buffers)) for owner in self.module.modules()]
+            super()._apply(fn, recurse)
+            for owner, known in buffers:  # torch makes new ones, which would have no home
+                for name, buffer in known.items():
+                    if buffer is not None and (converted := owner._buffers[name]) is not None:
+                        buffer.data, owner._buffers[name] = converted, buffer
+            return self
         # The library moves each part itself, at the first step; of a conversion, only the dtype counts.
         return super()._apply(lambda tensor: tensor.to(fn(torch.empty(0, dtype=tensor.dtype)).dtype), recurse)
 
@@ -491,6 +431,25 @@ class DistributedModel(ModelParameters):
             self.has_left = True
         self.module._apply(lambda tensor: tensor.cpu())
         return self
+
+    # Copies
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
+        raise UnsupportedError(
+            "copy.deepcopy of a smp.DistributedModel (AveragedModel of torch.optim.swa_utils makes one): its parts are "
+            "on several ranks, which it talks to\n"
+            "  wrong: average = copy.deepcopy(model)\n"
+            "  right: average = smp.DistributedModel(copy.deepcopy(module))  # of the module, before wrapping\n"
+            "         smp.average_weights(average, model, decay)  # or smp.copy_weights(average, model)"
+        )
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise UnsupportedError(
+            "a smp.DistributedModel cannot be pickled (torch.save, copy.copy): its parts are on several ranks, which "
+            "it talks to\n"
+            "  wrong: torch.save(model, path)\n"
+            "  right: smp.save_checkpoint(path, tag=...), or torch.save(model.state_dict(), path)"
+        )
 
     # State dicts
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from modelparallel.errors import SMPConfigError, StepUsageError
 from modelparallel.model_parameters import ModelParameters
@@ -32,6 +33,17 @@ def check_arguments(
             raise StepUsageError(
                 f"smp.DistributedModel: the model contains a {type(part).__name__}: wrap the whole model once, "
                 "without it"
+            )
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if is_lazy(tensor):
+            kind = type(module.get_submodule(name.rpartition(".")[0])).__name__
+            raise StepUsageError(
+                f"'{name}' of a lazy module ({kind}) has no shape yet, so that it cannot be placed: call the model "
+                "once on an example batch before it is wrapped, on all ranks\n"
+                "  wrong: model = smp.DistributedModel(model)\n"
+                "  right: with torch.no_grad():\n"
+                "             model(example)\n"
+                "         model = smp.DistributedModel(model)"
             )
     if trace_device not in ("cpu", "gpu"):
         raise SMPConfigError(f'trace_device: must be "cpu" or "gpu", got {trace_device!r}')

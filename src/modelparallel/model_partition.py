@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -11,6 +12,7 @@ from torch import nn
 from modelparallel import runtime as runtime_module
 from modelparallel import trees
 from modelparallel.errors import CannotTraceError, PartitionError
+from modelparallel.initial_weights import agree_before_partition
 from modelparallel.model import DistributedModel
 from modelparallel.partitioning.guests import may_have_guests, with_copies
 from modelparallel.plan.partition import PartitionPlan
@@ -40,15 +42,64 @@ def partition_models(runtime: Runtime, arguments: Mapping[str, Any], trace_body:
             model.run_post_partition_hooks()
         return
     waiting = [model for index, model in enumerate(known) if not model.partitioned and model not in known[:index]]
-    plans: list[PartitionPlan] = []
+    # What is trained comes first: models of its structure take its plan.
+    waiting.sort(key=lambda model: (model.same_as is not None, not model.is_trained()))
+    plans: list[tuple[DistributedModel, PartitionPlan]] = []
     # All are traced before the first of them is split up.
     for model in waiting:
         model.check_has_not_left()
-        plan, called = _agreed_plan(runtime, model, trace_body)
-        plans.append(plan)
-        waiting.extend(other for other in called if other not in waiting and not other.partitioned)
-    for model, plan in zip(waiting, plans, strict=True):
+        model.look_again()
+        agree_before_partition(model, runtime.session)
+        if (plan := _plan_of_twin(runtime, model, plans)) is None:
+            plan, called = _agreed_plan(runtime, model, trace_body)
+            waiting.extend(other for other in called if other not in waiting and not other.partitioned)
+        plans.append((model, plan))
+    for model, plan in plans:
         model.place(plan)
+    for model, _ in plans:
+        _warn_of_unlike(runtime, model)
+
+
+def _plan_of_twin(
+    runtime: Runtime, model: DistributedModel, plans: Sequence[tuple[DistributedModel, PartitionPlan]]
+) -> PartitionPlan | None:
+    """[Note: twins] Models of one structure are partitioned alike, so that lists of their parameters correspond on
+    every stage: a target network, an average or a teacher is updated by a loop over two lists. The plan is that of the
+    model that was planned first; None: the model needs a plan of its own. Local, and the same on all ranks.
+    """
+    config = runtime.session.config
+    known = [*((other, other.partition_plan) for other in runtime.session.models if other.partitioned), *plans]
+    named = model.same_as
+    if named is not None:
+        found = [(other, plan) for other, plan in known if other is named]
+        if not found:
+            raise PartitionError(
+                "the model that same_as names is not partitioned: give it to this step function, too, or to an "
+                "earlier one"
+            )
+    elif config.load_partition or model.stored_plan is not None or model.is_placed_by_hand():
+        return None
+    else:
+        found = [(other, plan) for other, plan in known if other.structure == model.structure]
+    for other, plan in found:
+        # Of a model that is not trained the limit has counted less.
+        is_tight = config.memory_limit is not None and model.is_trained() and not other.is_trained()
+        if plan is not None and (named is not None or not is_tight):
+            return replace(plan, origin=f"as model {other.index}")
+    return None
+
+
+def _warn_of_unlike(runtime: Runtime, model: DistributedModel) -> None:
+    for other in runtime.session.models:
+        if other is model or not other.partitioned or other.structure != model.structure:
+            continue
+        if other.partition_plan != model.partition_plan and runtime.session.groups.world.rank_in_group == 0:
+            logger.warning(
+                "models %d and %d (%s) have one structure and different partitions, so that lists of their parameters "
+                "do not correspond on the stages: wrap one with same_as=, or copy with smp.copy_weights",
+                other.index, model.index, type(model.module).__name__,
+            )  # fmt: skip
+            return
 
 
 def _agreed_plan(
@@ -85,6 +136,8 @@ def _traced_plan(model: DistributedModel, trace_body: TraceBody) -> tuple[Partit
     called: list[DistributedModel] = []
     try:
         trace = model.trace(lambda: called.extend(trace_body()))
+        for traced in (model, *called):
+            traced.check_made()
     except CannotTraceError as error:
         logger.info("partitioned by sizes alone, without a trace: %s", error)
         trace = None

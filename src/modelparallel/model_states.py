@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.distributed.tensor import DTensor
 
+from modelparallel.absent_tensors import make_present
 from modelparallel.errors import SMPError, UnsupportedError
 from modelparallel.nn.huggingface import translations_of
 from modelparallel.plan.parameters import ParameterRow
@@ -117,9 +118,10 @@ def load_state_dict(
             f"{sorted(unexpected) or 'none'}: load a state dict of the same model, or pass strict=False"
         )
     _check_shapes(model, entries)
-    sliced = {name: _local_part(model, name, entries[name]) for name in entries if name in local_names}
+    sliced = {name: local_part(model, name, entries[name]) for name in entries if name in local_names}
     # strict=False: what lives on other stages is missing here by design; names were checked above.
     model.module.load_state_dict(sliced, strict=False)
+    model.has_own_part = model.has_own_part or (is_early and is_partial)
     model.early_names = set(sliced) if is_early and strict else None
     return torch.nn.modules.module._IncompatibleKeys(missing, unexpected)
 
@@ -185,7 +187,7 @@ def _are_shards_alike(value: DTensor, own: Any) -> bool:
     return isinstance(own, DTensor) and value.placements == own.placements and value.device_mesh == own.device_mesh
 
 
-def _local_part(model: DistributedModel, name: str, value: Any) -> Any:
+def local_part(model: DistributedModel, name: str, value: Any) -> Any:
     """What this rank's module takes: the tensor-parallel slice, and of a sharded parameter this rank's shard."""
     value = _local_slice(model, name, value)
     row, sharding = model.table.row_named(name), model.gradients.sharding
@@ -229,4 +231,4 @@ def gather_whole(model: DistributedModel) -> None:
     for source in (model.table.parameters(), model.table.buffers()):
         for row, tensor in source:
             if not model.table.is_local(row, model._runtime.engine.stage):
-                tensor.data = values[row.name].clone()
+                make_present(tensor, values[row.name].clone())

@@ -19,6 +19,10 @@ class ParameterTable:
     """Rows by name, and the live tensors behind them."""
 
     def __init__(self, module: nn.Module) -> None:
+        self.rebuild(module)
+
+    def rebuild(self, module: nn.Module) -> None:
+        """Begin anew with what the module has now; before the partition."""
         splits, scaled = _declared_by_layers(module)
         self._rows: dict[str, ParameterRow] = {}
         self._tensors: dict[str, torch.Tensor] = {}
@@ -69,6 +73,10 @@ class ParameterTable:
         if name is None or (self._tensors[name] is not tensor and self._faces.get(id(tensor)) is not tensor):
             return None
         return self._rows[name]
+
+    def name_of(self, tensor: object) -> str | None:
+        """The name of the row of a parameter or buffer; None for anything else. Quick: every step asks for all."""
+        return self._names.get(id(tensor))
 
     def row_named(self, name: str) -> ParameterRow | None:
         """The row with this name or alias."""

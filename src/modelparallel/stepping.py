@@ -26,6 +26,7 @@ from modelparallel.pipeline.microbatches import Microbatches, slice_objects, spl
 from modelparallel.pipeline.randomness import RandomFrames, SavedGenerators
 from modelparallel.runtime import RunningStep, Runtime
 from modelparallel.step_output import merge_outputs
+from modelparallel.torch_compat import DisableTorchFunctionSubclass
 
 if TYPE_CHECKING:
     from modelparallel.config import Config
@@ -314,14 +315,15 @@ def _check_microbatches(runtime: Runtime, microbatches: Microbatches) -> None:
 def _trained_flags(runtime: Runtime) -> bytes:
     """For each parameter of the wrapped models, wherever it lives, whether it is trained."""
     models = runtime.session.models
-    return bytes([parameter.requires_grad for model in models for _, parameter in model.table.parameters()])
+    with DisableTorchFunctionSubclass():
+        return bytes([parameter.requires_grad for model in models for _, parameter in model.table.parameters()])
 
 
 def _check_trained(runtime: Runtime, own: bytes, first: bytes) -> None:
     """Compare with pp_rank 0: what is frozen decides what travels backwards, also from and to other stages."""
     if own == first or len(own) != len(first):
         return
-    names = [row.name for model in runtime.session.models for row, _ in model.table.parameters()]
+    names = [model.title_of(row.name) for model in runtime.session.models for row, _ in model.table.parameters()]
     index = next(index for index, flag in enumerate(own) if flag != first[index])
     raise DivergenceError(
         f"parameter '{names[index]}' has requires_grad={bool(own[index])} on pp_rank {runtime.engine.stage} and "

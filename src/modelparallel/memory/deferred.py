@@ -15,6 +15,8 @@ ShapesOnlyError. A step body can be traced so on a model that does not fit the h
 
 from __future__ import annotations
 
+import functools
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -150,6 +152,14 @@ class DeferredTensor(torch.Tensor):
 def is_deferred(value: object) -> bool:
     """Whether ``value`` is a tensor that waits for its storage."""
     return isinstance(value, DeferredTensor)
+
+
+def stream_of(tensor: torch.Tensor) -> int:
+    """A number for the places in the streams of random numbers that the values of a deferred tensor are drawn from."""
+    handle = tensor._handle if isinstance(tensor, DeferredTensor) else None
+    operations = [] if handle is None else needed_for([handle]).operations
+    states = (each.random.state.numpy().tobytes() for each in operations if each.random is not None)
+    return functools.reduce(lambda crc, state: zlib.crc32(state, crc), states, 0)
 
 
 # Functions of torch that reach for the memory of a tensor, so that no operation arrives.

@@ -17,7 +17,7 @@ from modelparallel.errors import REMEDY_FOR_GUESTS, StepUsageError, UnsupportedE
 from modelparallel.pipeline import glue
 from modelparallel.pipeline.arguments import Arguments, taken_apart
 from modelparallel.pipeline.randomness import RandomFrames, may_draw
-from modelparallel.torch_compat import autocast_state
+from modelparallel.torch_compat import DisableTorchFunctionSubclass, autocast_state
 
 if TYPE_CHECKING:
     from modelparallel.pipeline.engine import PipelineEngine
@@ -95,8 +95,7 @@ def run(engine: PipelineEngine, program: Program, entry: PlacedModule, args: Any
             entry.module.training,
             torch.is_grad_enabled(),
             autocast_state(),
-            # Freezing a weight changes which outputs need gradients.
-            tuple([parameter.requires_grad for parameter in (*entry.parameters, *engine.copied)]),
+            _trained((*entry.parameters, *engine.copied)),
             arguments.skeleton,
             *arguments.keys(are_floats_plain=False),
         )
@@ -116,6 +115,12 @@ def run(engine: PipelineEngine, program: Program, entry: PlacedModule, args: Any
     program.tracker.note_work(home, entry.name, is_training=entry.module.training)
     call = program.counted(call, home, entry.parameters)
     return glue.execute(program, entry.description, key, arguments, home, call, protect=True)
+
+
+def _trained(parameters: Sequence[nn.Parameter]) -> tuple[bool, ...]:
+    """Which weights are trained: freezing one changes which outputs need gradients."""
+    with DisableTorchFunctionSubclass():  # those of another stage are of a class that is slow to ask
+        return tuple([parameter.requires_grad for parameter in parameters])
 
 
 def run_inside(engine: PipelineEngine, entry: PlacedModule, args: Any, kwargs: Any) -> Any:

@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 _OF_NOBODY = (
     "a tensor that requires grad but belongs to no smp.DistributedModel meets the values of one inside smp.step: with "
     "pipelining its gradient would exist on one stage only. Make it part of the model (a parameter, or a module of "
-    "it), or detach it"
+    "it), or detach it; a module that the first forward makes is too late: call the model once before it is wrapped"
 )
 _NO_GRADIENT = TensorSpec((0,), (1,), torch.float32, False, "cpu")
 

@@ -59,7 +59,7 @@ class PartitionPlan:
         modules: (module name, stage), in execution order (module order where nothing was traced).
         tensors: (full tensor name, stage) of the parameters and changing buffers owned by modules above all units.
         copies: (module or tensor, stages) of further stages that hold a copy, since modules there call or read it.
-        origin: how the plan was made: ``"traced"``, ``"sizes"``, ``"manual"`` or ``"loaded"``.
+        origin: how the plan was made: ``"traced"``, ``"sizes"``, ``"manual"``, ``"loaded"``, or ``"as model 0"``.
         figures: one entry per stage, or empty.
         virtual_degree: pieces of the model on each stage.
         costs: (unit, its share of the work of the model's forward); empty if nothing was traced.

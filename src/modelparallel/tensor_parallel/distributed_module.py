@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -75,8 +76,12 @@ class DistributedModule(nn.Module):
     the group must construct it and call it in the same order.
     """
 
+    drawn_from = 0  # of one that was converted from an ordinary module: it has drawn nothing
+
     def __init__(self) -> None:
         super().__init__()
+        #: A checksum of the generator's state before the weights are drawn.
+        self.drawn_from = zlib.crc32(torch.get_rng_state().numpy().tobytes())
         override = _override.get()
         if override is not None:
             self.__dict__["_tp_group"] = override.group
