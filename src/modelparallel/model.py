@@ -21,12 +21,11 @@ from modelparallel.compilation import ModuleCompiler, checked_options, take_off_
 from modelparallel.errors import CannotTraceError, SMPConfigError, StepUsageError, UnsupportedError
 from modelparallel.gradient_norm import intercept_clipping
 from modelparallel.initial_weights import agree_before_slicing, check_drawn_slices
-from modelparallel.known_parameters import KnownParameters
 from modelparallel.memory.deferred import is_deferred
 from modelparallel.model_arguments import check_arguments
 from modelparallel.model_backward import ModelBackward
 from modelparallel.model_gradients import ModelGradients
-from modelparallel.model_plan import PlannedModel, structure_of
+from modelparallel.model_plan import PlannedModel
 from modelparallel.model_precision import ModelPrecision
 from modelparallel.model_sharding import check_can_shard
 from modelparallel.module_view import alias_inherited_forwards, attach_module_attribute
@@ -109,12 +108,6 @@ class DistributedModel(PlannedModel):
         self._trace_memory_usage = trace_memory_usage
         self.__dict__["_backward"] = ModelBackward(self, runtime, is_averaged=average_grads_across_microbatches)
         self._compiler = None if options is None else ModuleCompiler(options)
-        self._plan: PartitionPlan | None = None
-        self._is_partitioned = False
-        # What a partial state dict held that was loaded before the partition.
-        self.early_names: set[str] | None = None
-        self._overrides: list[tuple[nn.Module, int]] = []
-        self._loads: list[Callable[[], None]] = []
         self._post_partition_hooks: OrderedDict[int, Hook] = OrderedDict()
         self._post_step_hooks: OrderedDict[int, Hook] = OrderedDict()
         self.has_run_post_partition_hooks = False
@@ -147,10 +140,7 @@ class DistributedModel(PlannedModel):
                 construction.place_deferred(module, active.device)
             module.to(active.device)
         self._table = ParameterTable(module)
-        self.known = KnownParameters(module, self._table)
-        self.structure = structure_of(module, self._table)
-        self.take_partition_of(same_as)
-        self.averages = {}
+        self.begin_plan(same_as)
         self.__dict__["gradients"] = ModelGradients(
             self._table,
             runtime,

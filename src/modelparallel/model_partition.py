@@ -50,9 +50,8 @@ def partition_models(runtime: Runtime, arguments: Mapping[str, Any], trace_body:
         model.check_has_not_left()
         model.look_again()
         agree_before_partition(model, runtime.session)
-        if (plan := _plan_of_twin(runtime, model, plans)) is None:
-            plan, called = _agreed_plan(runtime, model, trace_body)
-            waiting.extend(other for other in called if other not in waiting and not other.partitioned)
+        plan, called = _agreed_plan(runtime, model, trace_body, _plan_of_twin(runtime, model, plans))
+        waiting.extend(other for other in called if other not in waiting and not other.partitioned)
         plans.append((model, plan))
     for model, plan in plans:
         model.place(plan)
@@ -103,19 +102,22 @@ def _warn_of_unlike(runtime: Runtime, model: DistributedModel) -> None:
 
 
 def _agreed_plan(
-    runtime: Runtime, model: DistributedModel, trace_body: TraceBody
+    runtime: Runtime, model: DistributedModel, trace_body: TraceBody, twin: PartitionPlan | None
 ) -> tuple[PartitionPlan, list[DistributedModel]]:
-    """The plan made by one rank, on every rank, and the models that the body calls as far as that is known."""
+    """The plan made by one rank, on every rank, and the models that the body calls as far as that is known.
+
+    ``twin``: the plan of a model of its structure.
+    """
     config, groups, models = runtime.session.config, runtime.session.groups, runtime.session.models
     made: tuple[PartitionPlan, list[int]] | None = None
     problem: BaseException | None = None
-    has_plan = config.load_partition or model.stored_plan is not None
+    has_plan = config.load_partition or model.stored_plan is not None or twin is not None
     is_traced = config.auto_partition and not config.skip_tracing and not has_plan
     try:
         # The whole TP_GROUP traces, since split layers talk to each other.
         if groups.pp.rank_in_group == 0 and groups.rdp.rank_in_group == 0:
-            plan, called = _traced_plan(model, trace_body) if is_traced else (model.make_plan(None), [])
-            if plan.origin == "manual" and not config.skip_tracing:
+            plan, called = _traced_plan(model, trace_body) if is_traced else (twin or model.make_plan(None), [])
+            if (twin is not None or plan.origin == "manual") and not config.skip_tracing:
                 plan = _with_copies(model, plan, trace_body)
             made = plan, [models.index(other) for other in called]
     except Exception as error:
@@ -145,7 +147,9 @@ def _traced_plan(model: DistributedModel, trace_body: TraceBody) -> tuple[Partit
 
 
 def _with_copies(model: DistributedModel, plan: PartitionPlan, trace_body: TraceBody) -> PartitionPlan:
-    """A placement by hand needs a trace only to find out which modules are called inside others."""
+    """A placement by hand, or as another model's, needs a trace only to find out which modules are called inside
+    others. What has copies in the other model has them here, too.
+    """
     units = [name for name, _ in plan.modules]
     if not may_have_guests(model.module, units):
         return plan
@@ -154,7 +158,10 @@ def _with_copies(model: DistributedModel, plan: PartitionPlan, trace_body: Trace
     except CannotTraceError as error:
         logger.info("not traced for modules that are called inside others: %s", error)
         return plan
-    return with_copies(plan, model.module, trace)
+    model.check_made()
+    found = with_copies(replace(plan, origin="manual"), model.module, trace)
+    stages = {name: {*plan.copies_of(name), *found.copies_of(name)} for name, _ in (*plan.copies, *found.copies)}
+    return replace(plan, copies=tuple((name, tuple(sorted(of))) for name, of in stages.items()))
 
 
 def set_partition(module: nn.Module, index: int) -> None:

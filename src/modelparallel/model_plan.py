@@ -32,6 +32,8 @@ class PlannedModel(ModelParameters):
     #: In fp32, of the weights in half precision: what smp.average_weights has made of them.
     averages: dict[str, torch.Tensor]
     known: KnownParameters
+    #: What a partial state dict held that was loaded before the partition.
+    early_names: set[str] | None = None
     #: Whether a part of the model was loaded before the partition, other ones on other ranks.
     has_own_part = False
     has_left: bool
@@ -139,6 +141,17 @@ class PlannedModel(ModelParameters):
             measure_memory=self._trace_memory_usage,
         )
 
+    def begin_plan(self, same_as: PlannedModel | None) -> None:
+        """The model has its table. ``same_as``: that of the constructor."""
+        self._plan = None
+        self._is_partitioned = False
+        self._overrides = []
+        self._loads = []
+        self.averages = {}
+        self.known = KnownParameters(self.module, self._table)
+        self.structure = structure_of(self.module, self._table)
+        self._take_partition_of(same_as)
+
     # What the script changes
 
     def look_again(self) -> None:
@@ -195,8 +208,7 @@ class PlannedModel(ModelParameters):
 
     # Models of one structure
 
-    def take_partition_of(self, model: PlannedModel | None) -> None:
-        """``same_as`` of the constructor."""
+    def _take_partition_of(self, model: PlannedModel | None) -> None:
         if model is None:
             return
         if not isinstance(model, PlannedModel):
