@@ -569,7 +569,7 @@ def test_a_body_that_needs_values_is_partitioned_by_sizes():
 
     try:
         with smp.delay_param_initialization():
-            module = Small()
+            module = nn.Sequential(Small())  # of no structure that was planned before
         reads_the_loss(smp.DistributedModel(module), torch.arange(24).reshape(4, 6) % 12)
     finally:
         logging.getLogger("modelparallel").removeHandler(handler)
