@@ -119,12 +119,6 @@ def loss_backward(model: Any, x: Tensor) -> Tensor:
     return loss
 
 
-def autograd_grad(model: Any, x: Tensor) -> Tensor:
-    loss = model(x).mean()
-    torch.autograd.grad(loss, list(model.parameters())[:1])
-    return loss
-
-
 def grad_of_value(model: Any, x: Tensor) -> Tensor:
     y = model(x)
     loss = finish(model, y)
@@ -173,7 +167,6 @@ ALIKE: dict[str, tuple[Callable[..., Any], Callable[[], nn.Module], str]] = {
     "not_from_model": (*run(not_from_model), "does not depend on the model's parameters"),
     "torch_save": (*run(trains, saves), "cannot be pickled or saved inside smp.step"),
     "loss_backward": (*run(loss_backward), r"use model.backward\(loss\)"),
-    "autograd_grad": (*run(autograd_grad), "gradients inside a step are not known"),
     "grad_of_value": (*run(grad_of_value), "gradients inside a step are not known"),
     "not_scalar": (*run(not_scalar), "needs a scalar"),
     "two_outs": (*run(trains, two_outs), "out=several tensors"),

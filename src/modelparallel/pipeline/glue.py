@@ -405,6 +405,10 @@ def _special(program: Program, func: Any, name: str, args: Any, kwargs: Any) -> 
             raise StepUsageError(str(NO_OPERATIONS["grad"]))
         if name == "_version":
             return (0,)
+    if func is torch.autograd.grad:
+        from modelparallel.pipeline import inner_gradients  # it is made of operations
+
+        return (inner_gradients.run(program.engine, program, args, kwargs),)
     reason = NO_OPERATIONS.get(name)
     if reason is not None and not (name == "grad" and kind != "grad"):
         raise StepUsageError(f"{name} on a value of a pipelined step: {reason}")

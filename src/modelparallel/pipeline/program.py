@@ -114,6 +114,9 @@ class Program:
         self.carries_state = False
         #: Whether something in it must not be run through twice (hooks, recomputation).
         self.is_whole_backward = False
+        #: Whether graphs of later pieces reach into earlier ones, see inner_gradients.py.
+        self.keeps_graphs = False
+        self._last_event = 0
         #: While pushed values are read to find out the structure of a result, as only the first time needs.
         self.is_finding_out = False
         self.written = WrittenTensors()
@@ -162,6 +165,7 @@ class Program:
     ) -> StageTensor:
         """A value that ``home`` has computed; every stage makes it at the same point of the program."""
         result = StageTensor(self, spec, home, local, aliases)
+        result.born = self._last_event
         self._live.append(weakref.ref(result))
         if self.region is not None:
             self.region.made.add(id(result))
@@ -352,7 +356,8 @@ class Program:
 
         ``source``, ``destination``: of a value that moves.
         """
-        return self.log.note(description, source, destination)
+        self._last_event = number = self.log.note(description, source, destination)
+        return number
 
     def _cut(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         cuts: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -447,6 +452,15 @@ class Program:
         """The backward starts with ``seed`` at ``local``; it runs when all forwards are done."""
         self._record(_Event("root", number, self.stage, [local], [seed], cuts, "root"))
 
+    def pieces(self) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], list[tuple[int, int, list[Any]]]]:
+        """The cuts so far, also of ordinary tensors, and (number, sender, leaves) of what was received, in order."""
+        cuts = [*self._without_graphs.values(), *(pair for event in self._tape for pair in event.cuts)]
+        return cuts, [(event.number, event.peer, event.leaves) for event in self._tape if event.kind == "receive"]
+
+    def sent_in(self, number: int) -> list[torch.Tensor | None]:
+        """What this stage has sent in an event."""
+        return next(event.leaves for event in self._tape if event.number == number and event.kind == "send")
+
     @property
     def has_backward_left(self) -> bool:
         """Whether the tape has not been replayed to its beginning."""
@@ -530,7 +544,7 @@ class Program:
             return
         tensors, gradients = [tensor for tensor, _ in work], [gradient for _, gradient in work]
         if not is_split or self.is_whole_backward:
-            torch.autograd.backward(tensors, gradients)
+            torch.autograd.backward(tensors, gradients, retain_graph=self.keeps_graphs)
             return
         part = SplitBackward(self.engine.placed)
         part.run_inputs(tensors, gradients)
