@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import clip_grad_norm_ as imported_before
+from torch.nn.utils import clip_grads_with_norm_ as clip_with_norm_before
+from torch.nn.utils import get_total_norm as get_norm_before
 
 import modelparallel as smp
 from distributed_run import assert_equal_over, merged_gradients, own_share
@@ -21,6 +23,7 @@ PP2 = RankTests(2, {"pipeline_parallel_degree": 2, "microbatches": 2})
 PP3 = RankTests(3, {"pipeline_parallel_degree": 3, "microbatches": 2})
 TP2 = RankTests(2, {"tensor_parallel_degree": 2})
 DP2 = RankTests(2, {})
+SHARDED = RankTests(2, {"shard_optimizer_state": True})
 REPLICATED = RankTests(
     2, {"pipeline_parallel_degree": 2, "microbatches": 2, "tied_weights": "replicate", "memory_weight": 0.0}
 )
@@ -174,11 +177,69 @@ def test_before_the_partition_there_is_nothing_to_clip():
 
 
 def clip_after_the_session():
+    def inside(function):
+        return [cell.cell_contents for cell in function.__closure__]
+
+    utils = torch.nn.utils
+    functions = [utils.get_total_norm, utils.clip_grads_with_norm_, utils.clip_grad_value_]
+    before = [inside(function) for function in functions]
     trained()
-    during = torch.nn.utils.clip_grad._get_total_norm
+    during = [inside(function) for function in functions]
     smp.session.shutdown()
-    return during is torch.nn.utils.clip_grad._get_total_norm
+    return [now != one for now, one in zip(during, before, strict=True)], before == list(map(inside, functions))
 
 
 def test_torch_is_put_back_when_the_session_ends():
-    assert run_ranks(clip_after_the_session, 2, parameters={"pipeline_parallel_degree": 2}) == [False, False]
+    expected = ([True, True, True], True)
+    assert run_ranks(clip_after_the_session, 2, parameters={"pipeline_parallel_degree": 2}) == [expected] * 2
+
+
+@on(PP2, PP3, TP2, DP2, SHARDED)
+def test_torch_s_functions_for_the_norm_alone_and_the_clipping_alone():
+    ways = (lambda grad: grad, lambda grad: grad.detach(), lambda grad: grad.data)
+    for of in ways[:1] if smp.state.cfg.shard_optimizer_state else ways:
+        model, plain = trained()
+        gradients = [of(value.grad) for value in model.parameters() if value.grad is not None]
+        expected = get_norm_before([value.grad for value in plain.parameters() if value.grad is not None])
+        norm = get_norm_before(gradients)
+        torch.testing.assert_close(norm, expected, rtol=1e-12, atol=0)
+        clip_with_norm_before(model.parameters(), 0.1, norm)
+        clip_with_norm_before(plain.parameters(), 0.1, expected)
+        torch.testing.assert_close(
+            smp.clip_grad_norm_(model, 1.0), torch.tensor(0.1, dtype=torch.float64), rtol=1e-5, atol=0
+        )
+    if smp.pp_size() * smp.tp_size() > 1:
+        for tensors in (model.parameters(), [torch.ones(3), *gradients]):
+            with pytest.raises(SMPConfigError, match="not all gradients of wrapped models"):
+                get_norm_before(tensors)
+    torch.testing.assert_close(get_norm_before([torch.ones(4)]), torch.tensor(2.0))
+
+
+@on(PP2)
+def test_norms_of_complex_gradients_are_in_full_precision():
+    class Wave(nn.Module):
+        def __init__(self, seed):
+            super().__init__()
+            torch.manual_seed(seed)
+            self.factor = nn.Parameter(torch.randn(5, dtype=torch.complex128))
+
+        def forward(self, x):
+            return x * self.factor
+
+    torch.manual_seed(1)
+    x = torch.randn(4, 5, dtype=torch.complex128)
+
+    @smp.step
+    def step(model, x):
+        loss = model(x).abs().square().mean()
+        model.backward(loss)
+        return loss
+
+    plain, model = (nn.Sequential(Wave(1), Wave(2)) for _ in range(2))
+    model = smp.DistributedModel(model)
+    step(model, x)
+    plain(x).abs().square().mean().backward()
+    expected = torch.nn.utils.get_total_norm([value.grad for value in plain.parameters()])
+    found = smp.clip_grad_norm_(model, 1e9)
+    assert found.dtype == torch.float64
+    torch.testing.assert_close(found, expected, rtol=1e-13, atol=0)

@@ -4,9 +4,9 @@
 changes the direction of the update in silence. Here each element of the model is counted once: a parameter that several
 ranks hold is added up by one of them (tp_rank 0; the home of a copied parameter; the rank that a shard says), and the
 parts are summed in float64 over the MP_GROUP, over the world where parameters are shared out among replicas.
-``torch.nn.utils.clip_grad_norm_`` takes the norm and clips by two functions of its own module, which are replaced
-(`torch_compat.intercept_clip_grad_norm`) once a model is wrapped in a job where that matters: so a plain script, and
-Hugging Face's Trainer, get this norm too.
+``clip_grad_norm_``, ``get_total_norm`` and ``clip_grads_with_norm_`` of torch ask for it once a model is wrapped in a
+job where that matters (`torch_compat.intercept_clip_grad_norm`): so a plain script, and Hugging Face's Trainer, get
+this norm too.
 """
 
 from __future__ import annotations
@@ -144,7 +144,9 @@ def reduce(value: torch.Tensor, group: Group, operation: Any, runtime: Runtime, 
 
 def _is_double(runtime: Runtime) -> bool:
     """Equal on all ranks: the tables hold all parameters, wherever they are."""
-    return any(row.dtype == torch.float64 for model in runtime.session.models for row in model.table.rows())
+    return any(
+        row.dtype in (torch.float64, torch.complex128) for model in runtime.session.models for row in model.table.rows()
+    )
 
 
 def parts_of(runtime: Runtime, tensors: Iterable[torch.Tensor]) -> list[_Part]:
@@ -218,6 +220,36 @@ def check_finite(norm: torch.Tensor) -> None:
         )
 
 
+def _parameters_of_gradients(runtime: Runtime, gradients: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+    """Those whose gradients, or other tensors on the memory of these, are given; as they are if none is ours.
+
+    Raises SMPConfigError for weights, and for gradients of which only some are ours: nobody could add them up rightly.
+    """
+    tensors = [tensor for model in runtime.session.models for _, tensor in model.table.parameters()]
+    own = {id(tensor) for tensor in tensors}
+    tensors += [tensor for one in runtime.live_optimizers() for group in one.param_groups for tensor in group["params"]]
+    known = {_memory_of(tensor.grad): tensor for tensor in reversed(tensors) if tensor.grad is not None}
+    found = [known.get(_memory_of(gradient)) for gradient in gradients]
+    are_weights = [id(gradient) in own for gradient in gradients]
+    if all(parameter is None for parameter in found) and not any(are_weights):
+        return gradients
+    if any(parameter is None for parameter in found):
+        if runtime.session.groups.mp.size == 1:
+            return gradients  # of whole weights
+        raise SMPConfigError(
+            "torch.nn.utils.get_total_norm: the tensors are not all gradients of wrapped models, and each rank has a "
+            "part of the model, so that their norm would be that of a part: pass the gradients as they are "
+            "(p.grad for p in model.parameters()), or use smp.clip_grad_norm_(model, float('inf'))"
+        )
+    return [parameter for parameter in found if parameter is not None]
+
+
+def _memory_of(tensor: torch.Tensor) -> object:
+    local = local_part(tensor)
+    has_memory = local.layout == torch.strided and local.numel() > 0
+    return (local.data_ptr(), local.numel()) if has_memory else id(tensor)
+
+
 def intercept_clipping(runtime: Runtime) -> None:
     """Let ``torch.nn.utils.clip_grad_norm_`` give this norm from now on, and ``clip_grad_value_`` reach masters and
     shards, until the session ends.
@@ -226,10 +258,13 @@ def intercept_clipping(runtime: Runtime) -> None:
     """
     groups = runtime.session.groups
 
+    def can_matter() -> bool:
+        has_masters = any(not optimizer.targets.are_trivial for optimizer in runtime.live_optimizers())
+        return groups.mp.size > 1 or has_masters or runtime.shares_out_parameters
+
     def are_ours(parameters: Sequence[torch.Tensor]) -> bool:
         models = runtime.session.models
-        has_masters = any(not optimizer.targets.are_trivial for optimizer in runtime.live_optimizers())
-        if groups.mp.size == 1 and not has_masters and not runtime.shares_out_parameters:
+        if not can_matter():
             return False
         if not parameters:  # a stage without any of them takes part in the sum
             return any(model.partitioned for model in models)
@@ -240,7 +275,10 @@ def intercept_clipping(runtime: Runtime) -> None:
             for tensor in parameters
         )
 
-    def norm_of(parameters: Sequence[torch.Tensor], norm_type: float, error_if_nonfinite: bool) -> torch.Tensor | None:
+    def norm_of(
+        tensors: Sequence[torch.Tensor], are_parameters: bool, norm_type: float, error_if_nonfinite: bool
+    ) -> torch.Tensor | None:
+        parameters = tensors if are_parameters or not can_matter() else _parameters_of_gradients(runtime, tensors)
         if not are_ours(parameters):
             return None
         norm = total_norm(runtime, parts_of(runtime, parameters), norm_type)

@@ -258,63 +258,82 @@ def noticed_tensor_hooks(notice: Callable[[], None]) -> Iterator[None]:
         torch.Tensor.register_hook = original  # type: ignore[method-assign]
 
 
-def intercept_clip_grad_norm(
-    norm_of: Callable[[Sequence[torch.Tensor], float, bool], torch.Tensor | None],
-    clip: Callable[[Sequence[torch.Tensor], float, torch.Tensor], bool],
-) -> Callable[[], None]:
-    """Let ``torch.nn.utils.clip_grad_norm_``, however it was imported, ask ``norm_of(parameters, norm_type,
-    error_if_nonfinite)`` for the norm, unless that says None, and ``clip(parameters, max_norm, norm)`` to scale the
-    gradients, unless that says False. Returns what takes it back.
-
-    It calls two private functions through the globals of its module. The first is given gradients only, and a rank may
-    hold none, so the parameters are taken from the caller's variables.
+def _put_inside(function: Any, make: Callable[[Any], Any]) -> Callable[[], None]:
+    """Let a function of ``torch.nn.utils.clip_grad``, however it was imported, run ``make(what it runs)`` instead;
+    returns what takes it back. All of them are wrappers that run the ``func`` of their closure without gradients.
     """
-    module: Any = torch.nn.utils.clip_grad
-    get_total_norm, clip_with_norm = module._get_total_norm, module._clip_grads_with_norm_
-
-    def total_norm(
-        tensors: Any, norm_type: float = 2.0, error_if_nonfinite: bool = False, foreach: bool | None = None
-    ) -> Any:
-        parameters = sys._getframe(1).f_locals.get("parameters")
-        if isinstance(parameters, list):
-            norm = norm_of(parameters, norm_type, error_if_nonfinite)
-            if norm is not None:
-                return norm
-        return get_total_norm(tensors, norm_type, error_if_nonfinite, foreach)
-
-    def clip_grads(parameters: Any, max_norm: float, norm: torch.Tensor, foreach: bool | None = None) -> None:
-        if isinstance(parameters, torch.Tensor):
-            parameters = [parameters]
-        parameters = list(parameters)
-        if not clip(parameters, max_norm, norm):
-            clip_with_norm(parameters, max_norm, norm, foreach)
-
-    module._get_total_norm, module._clip_grads_with_norm_ = total_norm, clip_grads
+    cell = function.__closure__[function.__code__.co_freevars.index("func")]
+    original = cell.cell_contents
+    cell.cell_contents = functools.wraps(original)(make(original))
 
     def take_back() -> None:
-        module._get_total_norm, module._clip_grads_with_norm_ = get_total_norm, clip_with_norm
+        cell.cell_contents = original
+
+    return take_back
+
+
+def intercept_clip_grad_norm(
+    norm_of: Callable[[Sequence[torch.Tensor], bool, float, bool], torch.Tensor | None],
+    clip: Callable[[Sequence[torch.Tensor], float, torch.Tensor], bool],
+) -> Callable[[], None]:
+    """Let ``torch.nn.utils.get_total_norm`` and ``clip_grad_norm_`` ask ``norm_of(tensors, are_parameters, norm_type,
+    error_if_nonfinite)`` for the norm, unless that says None, and ``clip_grads_with_norm_`` and ``clip_grad_norm_`` ask
+    ``clip(parameters, max_norm, norm)`` to scale the gradients, unless that says False. Returns what takes it back.
+
+    ``clip_grad_norm_`` hands on gradients only, and a rank may hold none: the parameters are taken from its variables.
+    """
+    module: Any = torch.nn.utils.clip_grad
+    clip_grad_norm_ = module.clip_grad_norm_
+    code = clip_grad_norm_.__closure__[clip_grad_norm_.__code__.co_freevars.index("func")].cell_contents.__code__
+
+    def make_total_norm(original: Any) -> Any:
+        def total_norm(
+            tensors: Any, norm_type: float = 2.0, error_if_nonfinite: bool = False, foreach: bool | None = None
+        ) -> Any:
+            tensors = [tensors] if isinstance(tensors, torch.Tensor) else list(tensors)
+            caller = sys._getframe(2)  # behind the wrapper
+            are_parameters = caller.f_code is code
+            given = caller.f_locals["parameters"] if are_parameters else tensors
+            norm = norm_of(given, are_parameters, norm_type, error_if_nonfinite)
+            return original(tensors, norm_type, error_if_nonfinite, foreach) if norm is None else norm
+
+        return total_norm
+
+    def make_clip(original: Any) -> Any:
+        def clip_grads(parameters: Any, max_norm: float, total_norm: Any, foreach: bool | None = None) -> None:
+            parameters = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
+            if not clip(parameters, max_norm, total_norm):
+                original(parameters, max_norm, total_norm, foreach)
+
+        return clip_grads
+
+    put = [
+        _put_inside(module._get_total_norm, make_total_norm),
+        _put_inside(module._clip_grads_with_norm_, make_clip),
+    ]
+
+    def take_back() -> None:
+        for one in put:
+            one()
 
     return take_back
 
 
 def intercept_clip_grad_value(clip: Callable[[Sequence[torch.Tensor], float], bool]) -> Callable[[], None]:
     """Let ``torch.nn.utils.clip_grad_value_`` ask ``clip(parameters, clip_value)`` first, and do nothing if that says
-    True. Returns what takes it back. It is public, but nothing in it can be replaced for those who have imported it.
+    True. Returns what takes it back.
     """
+
+    def make(original: Any) -> Any:
+        def clip_grad_value_(parameters: Any, clip_value: float, foreach: bool | None = None) -> None:
+            parameters = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
+            if not clip(parameters, float(clip_value)):
+                original(parameters, clip_value, foreach)
+
+        return clip_grad_value_
+
     module: Any = torch.nn.utils.clip_grad
-    original = module.clip_grad_value_
-
-    @functools.wraps(original)
-    def clip_grad_value_(parameters: Any, clip_value: float, foreach: bool | None = None) -> None:
-        parameters = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
-        if not clip(parameters, float(clip_value)):
-            original(parameters, clip_value, foreach)
-
-    def put(function: Any) -> None:
-        module.clip_grad_value_ = torch.nn.utils.clip_grad_value_ = function
-
-    put(clip_grad_value_)
-    return lambda: put(original)
+    return _put_inside(module.clip_grad_value_, make)
 
 
 def intercept_unscaling(
