@@ -47,7 +47,7 @@ MEETING_SECONDS = 10.0
 AFTER_ERROR_SECONDS = 5.0
 #: In which threads end whose waits are over, and gloo's let go of what they hold; far more than they need.
 _THREAD_SECONDS = 30.0
-_TAG_OF_NOTHING = 5222  # nobody sends by it
+_TAG_OF_NOTHING = 5299  # nobody sends by it
 
 
 def has_failed(session: Session) -> bool:

@@ -16,6 +16,7 @@ from modelparallel.initial_weights import agree_before_partition
 from modelparallel.model import DistributedModel
 from modelparallel.partitioning.guests import may_have_guests, with_copies
 from modelparallel.plan.partition import PartitionPlan
+from modelparallel.raised_errors import RaisedError
 from modelparallel.ranks_and_messages import allgather
 from modelparallel.runtime import Runtime
 from modelparallel.topology import CommGroup
@@ -110,7 +111,7 @@ def _agreed_plan(
     """
     config, groups, models = runtime.session.config, runtime.session.groups, runtime.session.models
     made: tuple[PartitionPlan, list[int]] | None = None
-    problem: BaseException | None = None
+    problem: Exception | SystemExit | None = None
     has_plan = config.load_partition or model.stored_plan is not None or twin is not None
     is_traced = config.auto_partition and not config.skip_tracing and not has_plan
     try:
@@ -120,14 +121,17 @@ def _agreed_plan(
             if (twin is not None or plan.origin == "manual") and not config.skip_tracing:
                 plan = _with_copies(model, plan, trace_body)
             made = plan, [models.index(other) for other in called]
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         problem = error
-    answers = allgather((made, None if problem is None else f"{type(problem).__name__}: {problem}"), CommGroup.WORLD)
+    answers = allgather((made, None if problem is None else RaisedError.of(problem)), CommGroup.WORLD)
     if problem is not None:
         raise problem
-    failed = next(((rank, text) for rank, (_, text) in enumerate(answers) if text is not None), None)
+    failed = next(((rank, raised) for rank, (_, raised) in enumerate(answers) if raised is not None), None)
     if failed is not None:
-        raise PartitionError(f"global rank {failed[0]} could not trace and partition the model: {failed[1]}")
+        # As in later steps, where every rank comes to the error by itself.
+        raise failed[1].rebuilt() from PartitionError(
+            f"global rank {failed[0]} could not trace and partition the model: {failed[1].text}"
+        )
     result, indices = next(found for found, _ in answers if found is not None)
     if config.partition_file and not config.load_partition and groups.world.rank_in_group == 0:
         result.save(model.plan_file)

@@ -185,6 +185,7 @@ def _assemble(
             identity.global_rank,
             backend=backend,
             timeout_seconds=_group_timeout(config),
+            wait_seconds=config.timeout_seconds,
             settings=config.model_dump(),
             made=made,
         )

@@ -104,7 +104,7 @@ def synchronise_batch_norms(module: nn.Module, groups: Groups, *, has_equal_batc
         if type(part) is nn.SyncBatchNorm:
             layer.__class__ = GroupBatchNorm
         layer.process_group = group.process_group
-        layer.group = group
+        layer.group = group.of_layer(f"{type(part).__name__} '{name}'")
     if moved and groups.world.rank_in_group == 0:
         logger.info(
             "SyncBatchNorm over the ranks that run the layer, the %s group, and not over the world: %s",
@@ -125,4 +125,5 @@ def _group_of(name: str, process_group: Any, groups: Groups, default: Group) -> 
             f"({list(groups.dp.ranks)} here) run it, so it would wait for ever: convert with "
             "torch.nn.SyncBatchNorm.convert_sync_batchnorm(model), or give it ranks of smp.get_dp_process_group()"
         )
-    return Group(GroupKind.DP, ranks, ranks.index(groups.world.ranks[groups.world.rank_in_group]), process_group)
+    own = ranks.index(groups.world.ranks[groups.world.rank_in_group])
+    return Group(GroupKind.DP, ranks, own, process_group, groups.dp.timeout_seconds)

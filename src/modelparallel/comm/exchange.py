@@ -17,13 +17,16 @@ from __future__ import annotations
 import functools
 import zlib
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
+from modelparallel.comm.event_log import user_code_line
 from modelparallel.comm.host_copies import goes_by_host, on_host
-from modelparallel.errors import CommunicationError, DivergenceError
+from modelparallel.errors import CommunicationError, DivergenceError, WaitTimeoutError
 
 if TYPE_CHECKING:
     from modelparallel.comm.groups import Group
@@ -36,31 +39,54 @@ _SMALL_BYTES = 32768
 _FRAME = 63
 
 
+@dataclass(frozen=True)
+class Transfer:
+    """An operation of a collective that has been started: a message to or from the rank ``peer`` of the group, or
+    (None) with all of them.
+    """
+
+    work: Any
+    peer: int | None = None
+    is_receive: bool = True
+
+
 class Pending:
     """A collective that has been started. ``wait()`` gives its result; call it once."""
 
     def __init__(
         self,
-        works: Sequence[Any],
+        transfers: Sequence[Transfer],
         finish: Callable[[], torch.Tensor],
         group: Group | None = None,
         kept: Sequence[torch.Tensor] = (),
     ) -> None:
-        self._works = works
+        self._transfers = transfers
         self._finish = finish
         self._group = group
         self._kept = kept  # what is being sent must stay alive
 
     def wait(self) -> torch.Tensor:
-        """The result; on a GPU the current stream waits, not the caller."""
-        try:
-            for work in self._works:
-                work.wait()
-        except RuntimeError as error:
-            raise _failure(self._group, error) from error
+        """The result; on a GPU the current stream waits, not the caller.
+
+        Raises WaitTimeoutError when a rank does not come within the group's ``timeout_seconds``, CommunicationError
+        when it has gone.
+        """
+        for transfer in self._transfers:
+            try:
+                if transfer.peer is None or self._group is None:  # of a GPU: its backend has a watch of its own
+                    transfer.work.wait()
+                else:
+                    transfer.work.wait(_limit(self._group.timeout_seconds))
+            except RuntimeError as error:
+                raise _failure(self._group, error, transfer) from error
         result = self._finish()
-        self._works, self._kept = (), ()
+        self._transfers, self._kept = (), ()
         return result
+
+
+@functools.lru_cache(maxsize=16)
+def _limit(seconds: float) -> timedelta:
+    return timedelta(seconds=seconds)
 
 
 _Start = Callable[..., Pending]
@@ -90,7 +116,7 @@ def start_gather_rows(rows: torch.Tensor, group: Group, counts: Sequence[int]) -
     rows = rows.contiguous()
     if rows.is_cuda and len(set(counts)) == 1:
         work = _all_gather_single(gathered, rows, group=group.process_group, async_op=True)
-        return Pending([work], lambda: gathered, group, [rows])
+        return Pending([Transfer(work)], lambda: gathered, group, [rows])
     blocks = list(gathered.split(list(counts)))
     works = _start_blocks(blocks, [rows] * group.size, group)
     return Pending(works, lambda: gathered, group, [rows])
@@ -106,7 +132,7 @@ def start_reduce_rows(rows: torch.Tensor, group: Group, counts: Sequence[int]) -
     if rows.is_cuda and len(set(counts)) == 1:
         reduced = rows.new_empty((own, *rows.shape[1:]))
         work = _reduce_scatter_single(reduced, rows, group=group.process_group, async_op=True)
-        return Pending([work], lambda: reduced, group, [rows])
+        return Pending([Transfer(work)], lambda: reduced, group, [rows])
     return start_reduce_blocks(list(rows.split(list(counts))), group)
 
 
@@ -150,7 +176,7 @@ def start_all_reduce(tensor: torch.Tensor, group: Group) -> Pending:
     if tensor.is_cuda:
         total = tensor.clone(memory_format=torch.contiguous_format)
         work = dist.all_reduce(total, group=group.process_group, async_op=True)
-        return Pending([work], lambda: total, group)
+        return Pending([Transfer(work)], lambda: total, group)
     tensor = tensor.contiguous()
     if group.size == 2 or tensor.numel() * tensor.element_size() <= _SMALL_BYTES:
         return start_reduce_blocks([tensor] * group.size, group)
@@ -225,29 +251,47 @@ def _done(result: torch.Tensor) -> Pending:
     return Pending((), lambda: result)
 
 
-def _start_blocks(received: list[torch.Tensor], sent: Sequence[torch.Tensor], group: Group) -> list[Any]:
+def _start_blocks(received: list[torch.Tensor], sent: Sequence[torch.Tensor], group: Group) -> list[Transfer]:
     """Block i of ``sent`` goes to rank i, whose block comes into block i of ``received``. All are contiguous."""
     own = group.rank_in_group
     try:
         if sent[own].is_cuda:
             work = dist.all_to_all(received, list(sent), group=group.process_group, async_op=True)
-            return [work]
+            return [Transfer(work)]
         process_group = group.process_group
         peers = [rank for rank in range(group.size) if rank != own]
-        works = [process_group.recv([received[peer]], peer, _TAG) for peer in peers if received[peer].numel()]
-        works += [process_group.send([sent[peer]], peer, _TAG) for peer in peers if sent[peer].numel()]
+        transfers = [
+            Transfer(process_group.recv([received[peer]], peer, _TAG), peer) for peer in peers if received[peer].numel()
+        ]
+        transfers += [
+            Transfer(process_group.send([sent[peer]], peer, _TAG), peer, False) for peer in peers if sent[peer].numel()
+        ]
     except RuntimeError as error:
         raise _failure(group, error) from error
     if received[own].data_ptr() != sent[own].data_ptr():
         received[own].copy_(sent[own])
-    return works
+    return transfers
 
 
-def _failure(group: Group | None, error: RuntimeError) -> CommunicationError:
-    who = "" if group is None else f" over the {group.kind} group of global ranks {list(group.ranks)}"
+def _failure(group: Group | None, error: RuntimeError, transfer: Transfer | None = None) -> CommunicationError:
+    if group is None:
+        return CommunicationError(f"an exchange of tensors failed: {str(error).splitlines()[0]}")
+    peer = None if transfer is None else transfer.peer
+    who = f"the {group.kind} group {list(group.ranks)}" if peer is None else f"global rank {group.ranks[peer]}"
+    is_send = transfer is not None and not transfer.is_receive
+    what = (
+        f"{group.layer + ': ' if group.layer else ''}global rank {group.ranks[group.rank_in_group]} waited at "
+        f"{user_code_line()} for {who + ' to take a tensor' if is_send else 'a tensor of ' + who}"
+    )
+    if "timed out" in str(error).lower():
+        return WaitTimeoutError(
+            f"{what}, of the {group.kind} group of global ranks {list(group.ranks)}: it did not come within "
+            f"timeout_seconds={group.timeout_seconds:g}. It is stopped, slow, or has not called this layer: split "
+            "layers must be called by all ranks of the group in the same order; see its output"
+        )
     return CommunicationError(
-        f"an exchange of tensors{who} failed: {str(error).splitlines()[0]}. A process of the group has probably "
-        "failed, or runs another program"
+        f"{what}: the connection failed ({str(error).splitlines()[0]}): a process of the {group.kind} group of global "
+        f"ranks {list(group.ranks)} has probably failed, or runs another program"
     )
 
 

@@ -5,7 +5,7 @@ Made once, by `smp.init`, from the topology. Parts of the library receive a `Gro
 
 import datetime
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch.distributed as dist
@@ -21,18 +21,29 @@ class Group:
 
     `ranks` are the global ranks of its members, ascending; `rank_in_group` is the caller's position among them.
     `process_group` carries CPU tensors (gloo), and CUDA tensors (NCCL) where the job runs on GPUs; a group of one has a
-    real process group, too.
+    real process group, too. No wait in the group is longer than `timeout_seconds`. `layer` is the layer that works on
+    it, for errors: each has its own copy (`of_layer`).
     """
 
     kind: GroupKind
     ranks: tuple[int, ...]
     rank_in_group: int
     process_group: dist.ProcessGroup
+    timeout_seconds: float = field(default=600.0, compare=False)
+    layer: str = field(default="", compare=False)
+    _copies: dict[str, "Group"] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def size(self) -> int:
         """The number of members."""
         return len(self.ranks)
+
+    def of_layer(self, layer: str) -> "Group":
+        """The same group, for a layer of this full name."""
+        found = self._copies.get(layer)
+        if found is None:
+            found = self._copies[layer] = replace(self, layer=layer, _copies={})
+        return found
 
 
 @dataclass(frozen=True)
@@ -64,6 +75,7 @@ def build_groups(
     *,
     backend: str,
     timeout_seconds: float,
+    wait_seconds: float,
     settings: Mapping[str, Any],
     made: MadeGroups,
 ) -> Groups:
@@ -71,7 +83,8 @@ def build_groups(
 
     Arguments:
         backend: of the groups that training uses, as `torch.distributed.new_group` takes it.
-        timeout_seconds: the longest that an operation of these groups may take.
+        timeout_seconds: the longest that an operation of these groups may take at all.
+        wait_seconds: the longest that training waits in them.
         settings: the configuration; it must be equal on all ranks, or they would wait for each other in groups that
             are not the same. Compared before anything depends on it.
         made: process groups that exist already, by purpose and ranks; new ones are added. Groups of equal ranks (tp=1
@@ -93,7 +106,9 @@ def build_groups(
     groups = {}
     for kind in GroupKind:
         ranks = topology.group_ranks(kind, global_rank)
-        groups[kind.value] = Group(kind, ranks, ranks.index(global_rank), process_group("training", ranks))
+        groups[kind.value] = Group(
+            kind, ranks, ranks.index(global_rank), process_group("training", ranks), wait_seconds
+        )
     return Groups(
         **groups,
         pipeline_process_group=process_group("pipeline", world_ranks),
@@ -120,7 +135,8 @@ def divide_group(
         ("copies of shards", group.ranks[place::num_ranks]),
     ):
         made_group = _made_group(purpose, ranks, made, timeout_seconds, dist.get_backend_config(group.process_group))
-        result.append(Group(group.kind, ranks, ranks.index(group.ranks[group.rank_in_group]), made_group))
+        own = ranks.index(group.ranks[group.rank_in_group])
+        result.append(Group(group.kind, ranks, own, made_group, group.timeout_seconds))
     return result[0], result[1]
 
 

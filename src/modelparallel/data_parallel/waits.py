@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
+from modelparallel.comm.event_log import user_code_line
 from modelparallel.errors import CommunicationError, DivergenceError, WaitTimeoutError
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ def wait_for(work: dist.Work, timeout_seconds: float, purpose: str, group: Group
         else:
             work.wait()
     except RuntimeError as error:
-        who = f"on global rank {group.ranks[group.rank_in_group]}, group {list(group.ranks)}"
+        who = f"on global rank {group.ranks[group.rank_in_group]}, group {list(group.ranks)}, at {user_code_line()}"
         text = str(error).lower()
         if "timed out" in text or "timeout" in text:
             raise WaitTimeoutError(

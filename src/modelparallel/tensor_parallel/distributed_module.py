@@ -66,7 +66,7 @@ def current_settings() -> TensorParallelSettings:
 
 def is_session_group(tp_group: Group) -> bool:
     """Whether ``tp_group`` is what modules find by themselves."""
-    return session.is_initialized() and session.current().groups.tp is tp_group
+    return session.is_initialized() and session.current().groups.tp == tp_group
 
 
 class DistributedModule(nn.Module):
@@ -89,10 +89,8 @@ class DistributedModule(nn.Module):
     @property
     def tp_group(self) -> Group:
         """The group among whose ranks this module is split: the session's TP_GROUP."""
-        group = self.__dict__.get("_tp_group")
-        if group is not None:
-            return group
-        return session.current().groups.tp
+        group: Group = self.__dict__.get("_tp_group") or session.current().groups.tp
+        return group.of_layer(self.described)
 
     @property
     def described(self) -> str:
