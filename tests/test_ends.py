@@ -143,6 +143,13 @@ def late_in_backward(model):
     loss.backward()
 
 
+def late_before_a_layer(model):
+    import modelparallel as smp
+
+    model.module[0].seconds = 2.5 * smp.rank()
+    model(torch.ones(2, 8))
+
+
 class Inner(torch.nn.Module):
     def __init__(self):
         super().__init__()
@@ -166,7 +173,10 @@ class Normed(torch.nn.Module):
         super().__init__()
         self.norm = torch.nn.SyncBatchNorm(8)
 
+    seconds = 0.0
+
     def forward(self, x):
+        time.sleep(self.seconds)  # the broadcast of the buffers is over
         return self.norm(x)
 
 
@@ -191,8 +201,8 @@ WAITS = [
     (TENSOR, Inner, late_in_forward, "DistributedLinear '0.fc': global rank 0 waited at test_ends.py:"),
     (TENSOR, Inner, late_in_backward, "DistributedLinear '0.fc': global rank 0 waited at test_ends.py:"),
     (TENSOR, Words, late_in_forward, "DistributedEmbedding '0.words': global rank 0 waited at test_ends.py:"),
-    ({}, Normed, late_in_forward, "SyncBatchNorm '0.norm': global rank 0 waited at test_ends.py:"),
-    (TENSOR, Normed, late_in_forward, "SyncBatchNorm '0.norm': global rank 0 waited at test_ends.py:"),
+    ({}, Normed, late_before_a_layer, "SyncBatchNorm '0.norm': global rank 0 waited at test_ends.py:"),
+    (TENSOR, Normed, late_before_a_layer, "SyncBatchNorm '0.norm': global rank 0 waited at test_ends.py:"),
 ]
 
 

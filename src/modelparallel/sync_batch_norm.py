@@ -104,7 +104,7 @@ def synchronise_batch_norms(module: nn.Module, groups: Groups, *, has_equal_batc
         if type(part) is nn.SyncBatchNorm:
             layer.__class__ = GroupBatchNorm
         layer.process_group = group.process_group
-        layer.group = group.of_layer(f"{type(part).__name__} '{name}'")
+        layer.group = group.of_layer(f"SyncBatchNorm '{name}'")
     if moved and groups.world.rank_in_group == 0:
         logger.info(
             "SyncBatchNorm over the ranks that run the layer, the %s group, and not over the world: %s",
