@@ -12,7 +12,7 @@ from torch import nn
 
 import modelparallel as smp
 from modelparallel.data_parallel.shard_gradient import ShardGradient
-from modelparallel.errors import UnsupportedError
+from modelparallel.errors import StepUsageError, UnsupportedError
 from parity import assert_parity
 from rank_tests import RankTests, on
 
@@ -347,3 +347,35 @@ def test_all_of_this_with_other_shards():
     edit_between_clips()
     raise_between_steps()
     refuse_what_needs_the_whole()
+
+
+BF16 = RankTests(2, {"bf16": True, "pipeline_parallel_degree": 2, "microbatches": 2})
+
+
+@on(BF16)
+def test_edits_beside_masters_count_or_are_refused():
+    def gradients(optimizer):
+        return [p.grad.clone() for group in optimizer.param_groups for p in group["params"]]
+
+    model, net, optimizer = wrapped()
+    update(model, net, optimizer, "none", None, 0)
+    train_step(model, *make_batch(1))
+    for parameter in model.parameters():
+        parameter.grad.mul_(0.5)
+    optimizer.collect_gradients()
+    halves = gradients(optimizer)
+    for parameter in model.parameters():
+        parameter.grad.mul_(4)  # the masters' are made anew
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+    assert float(norm) > 1e-3
+    for clipped, half in zip(gradients(optimizer), halves, strict=True):
+        torch.testing.assert_close(clipped, half * 4 * 1e-3 / (float(norm) + 1e-6), rtol=1e-4, atol=1e-12)
+    for parameter in model.parameters():
+        parameter.grad.mul_(2)
+    with pytest.raises(StepUsageError, match=r"change p\.grad first, then clip"):
+        optimizer.step()
+    optimizer.zero_grad()
+    update(model, net, optimizer, "none", None, 2)
+    # The inner optimizer clears what the masters' gradients are made from, too.
+    optimizer.optimizer.zero_grad()
+    assert all(parameter.grad is None for parameter in model.parameters())

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
+import types
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -14,14 +16,14 @@ from torch import nn
 
 from modelparallel import gradient_norm, optimizer_states
 from modelparallel import runtime as runtime_module
-from modelparallel.data_parallel.waits import wait_for
 from modelparallel.errors import SMPConfigError, UnsupportedError
 from modelparallel.memory_use import explaining_memory, note_update
+from modelparallel.optimizer_closures import evaluated, with_mean_loss
 from modelparallel.optimizer_norms import DistributedNorms
 from modelparallel.optimizer_probe import OptimizerProbe, needs_probe
 from modelparallel.optimizer_targets import Targets, check_may_be_divided, updates_each_element_alone
 from modelparallel.own_parts import FlatGroups
-from modelparallel.precision import LossScaler
+from modelparallel.precision import LossScaler, half_dtype
 
 logger = logging.getLogger("modelparallel")
 
@@ -93,6 +95,8 @@ class DistributedOptimizer(torch.optim.Optimizer):
         # Whether some gradient here is not finite, once the gradients are collected.
         self._found: torch.Tensor | None = None
         self._probe = self._make_probe() if needs_probe(optimizer) else None
+        if half_dtype(self._runtime.session.config) is not None and hasattr(type(optimizer), "zero_grad"):
+            self._clear_by_inner()
         self.replace_parameters()
         self._runtime.optimizers.append(weakref.ref(self))
         self._keep_local_parameters_of_all()
@@ -190,7 +194,11 @@ class DistributedOptimizer(torch.optim.Optimizer):
         # A closure may run the first step, in which the model is partitioned and shards take the parameters' place.
         is_settled = closure is None or not self.has_unpartitioned_parameters()
         if self.targets.are_trivial and not clips and not config.fp16 and is_settled:
-            return self.optimizer.step() if closure is None else self.optimizer.step(self._with_mean_loss(closure))
+            return (
+                self.optimizer.step()
+                if closure is None
+                else self.optimizer.step(with_mean_loss(closure, self.optimizer, self._runtime))
+            )
         result = None
         if closure is not None:
             with torch.enable_grad():
@@ -210,45 +218,10 @@ class DistributedOptimizer(torch.optim.Optimizer):
         if closure is None or self._probe is None:
             self.optimizer.step()
         else:
-            self.optimizer.step(self._evaluated(result))
+            self.optimizer.step(evaluated(result, type(self.optimizer).__name__))
         self.targets.finish_update()
         self.own_parts.refresh()
         return result
-
-    def _evaluated(self, result: Any) -> Callable[[], Any]:
-        """In place of a closure that has been evaluated, for an optimizer of unknown kind."""
-        num_calls = 0
-
-        def closure() -> Any:
-            nonlocal num_calls
-            num_calls += 1
-            if num_calls > 1:
-                raise UnsupportedError(
-                    f"{type(self.optimizer).__name__} evaluates its closure several times within an update, where "
-                    "masters or shards of the parameters are not in the model yet: leave out fp16, bf16, "
-                    "shard_optimizer_state and sharded_data_parallel_degree, or use another optimizer"
-                )
-            return result
-
-        return closure
-
-    def _with_mean_loss(self, closure: Callable[[], Any]) -> Callable[[], Any]:
-        """For an optimizer that may decide by the loss (a line search), which must be one number on all replicas."""
-        group = self._runtime.session.groups.dp
-        if group.size == 1 or updates_each_element_alone(self.optimizer):
-            return closure
-
-        def mean_loss() -> Any:
-            loss = closure()
-            if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
-                return loss
-            mean = loss.detach().clone()
-            work = dist.all_reduce(mean, group=group.process_group, async_op=True)
-            timeout = self._runtime.session.config.timeout_seconds
-            wait_for(work, timeout, "the mean of the losses that a closure has returned", group, mean.device)
-            return mean / group.size
-
-        return mean_loss
 
     def zero_grad(self, *args: Any, **kwargs: Any) -> None:
         """Forget the gradients of the parameters that this rank holds, or fill them with zeros.
@@ -267,6 +240,18 @@ class DistributedOptimizer(torch.optim.Optimizer):
             by_default = next((one.default for one in known.values() if isinstance(one.default, bool)), True)
             set_to_none = said[0] if said else getattr(self.optimizer, "set_grad_none", by_default)
             self.targets.forget_gradients(set_to_none=bool(set_to_none))
+
+    def _clear_by_inner(self) -> None:
+        """``zero_grad`` of the inner optimizer, which has the masters, clears what their gradients are made from."""
+        targets, clear = self.targets, type(self.optimizer).zero_grad
+
+        @functools.wraps(clear)
+        def zero_grad(optimizer: Any, *args: Any, **kwargs: Any) -> None:
+            clear(optimizer, *args, **kwargs)
+            set_to_none = next(iter((*args, *kwargs.values())), getattr(optimizer, "set_grad_none", True))
+            targets.forget_gradients(set_to_none=bool(set_to_none))
+
+        vars(self.optimizer)["zero_grad"] = types.MethodType(zero_grad, self.optimizer)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; after the partition of the model it keeps what this rank holds."""

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from modelparallel.errors import SMPConfigError
+from modelparallel.errors import SMPConfigError, StepUsageError
 from modelparallel.precision import half_dtype, make_master, unscale, update_masters, write_back
 from modelparallel.shards import local_part
 
@@ -64,6 +64,8 @@ class Targets:
         # The gradients of the sources that were collected last, with their versions; held, so that another tensor
         # cannot be taken for one of them.
         self._collected: list[tuple[torch.Tensor | None, int]] | None = None
+        # What was made from them, by target, with its version then.
+        self._made: dict[int, tuple[torch.Tensor, int]] = {}
 
     # What there is
 
@@ -172,7 +174,7 @@ class Targets:
         """Forget all targets; the groups still hold them."""
         self._by_tensor.clear()
         self._by_parameter.clear()
-        self._collected = None
+        self._collected, self._made = None, {}
 
     # An update
 
@@ -187,6 +189,7 @@ class Targets:
         members = self._members()
         if self._collected is not None and _are_same(self._collected, _gradients_of(members)):
             return None
+        self._check_edits(members)
         for target in members:
             if target.has_own_gradient:
                 gradient = target.source.grad
@@ -197,7 +200,30 @@ class Targets:
             gradients = [local_part(target.tensor.grad) for target in members if target.tensor.grad is not None]
             unscale(gradients, scale, found)
         self._collected = _gradients_of(members)
+        self._made = {id(target.tensor): (own, own._version) for target in members
+                      if target.has_own_gradient and (own := local_part(target.tensor.grad)) is not None}  # fmt: skip
         return found
+
+    def _check_edits(self, members: Sequence[Target]) -> None:
+        """The gradients of the model have changed. Those made from them are made anew, unless they were changed, too:
+        clipped, say, which would be lost.
+        """
+        if self._collected is None:
+            return
+        for target in members:
+            made = self._made.get(id(target.tensor))
+            own = local_part(target.tensor.grad)
+            if made is None or target.source.grad is None or own is None:
+                continue
+            if own is not made[0] or own._version != made[1]:
+                rows = (model.table.row_of(target.parameter) for model in self._models)
+                name = next((row.name for row in rows if row is not None), "?")
+                raise StepUsageError(
+                    f"gradients were changed at the parameters of the model ('{name}' is one of them) after those of "
+                    "the optimizer had been made from them and clipped or changed, too: with fp16 and bf16 these are "
+                    "two tensors, and one of the changes would be lost: change p.grad first, then clip; call "
+                    "zero_grad() or step() before the next backward"
+                )
 
     def _members(self) -> list[Target]:
         """Of everything that is in the groups now."""
@@ -230,12 +256,12 @@ class Targets:
             shards.finish_update()
         for target in masters:
             target.version = target.parameter._version
-        self._collected = None
+        self._collected, self._made = None, {}
 
     def skip_update(self) -> None:
         """The gradients were no good: forget those that were made for the update."""
         self._forget_own_gradients()
-        self._collected = None
+        self._collected, self._made = None, {}
 
     def _forget_own_gradients(self) -> None:
         for target in self.all():
@@ -252,7 +278,7 @@ class Targets:
                 target.source.grad = None
         for shards in self.shards():
             shards.forget_gradients(set_to_none=set_to_none)
-        self._collected = None
+        self._collected, self._made = None, {}
 
 
 def updates_each_element_alone(optimizer: torch.optim.Optimizer) -> bool:
