@@ -431,6 +431,32 @@ def test_a_partitioned_model_is_converted_and_taken_back():
     copy.deepcopy(model.get_module())
 
 
+@on(PP2, PP3)
+def test_zip_with_a_whole_list_is_an_error():
+    module = net()
+    plain, old_list = copy.deepcopy(module), list(module.parameters())
+    plain_list = list(plain.parameters())
+    model = smp.DistributedModel(module)
+    for _, _ in zip(plain.parameters(), model.parameters(), strict=True):  # before the partition
+        pass
+    look(model, batch(0))
+    pairs = (
+        lambda: zip(plain.parameters(), model.parameters()),  # noqa: B905
+        lambda: zip(model.parameters(), plain.parameters()),  # noqa: B905
+        lambda: zip(plain_list, model.parameters()),  # noqa: B905
+        lambda: zip(tuple(plain_list), model.named_parameters()),  # noqa: B905
+        lambda: zip(plain.named_parameters(), model.named_parameters()),  # noqa: B905
+        lambda: zip(old_list, model.parameters()),  # noqa: B905
+    )
+    for pair in pairs:
+        with pytest.raises(StepUsageError, match=r"zip of a list of 22 parameters.*would pair the wrong"):
+            list(pair())
+    here = [parameter for _, parameter in model.named_parameters()]
+    for _ in range(2):
+        for own, parameter in zip(here, model.parameters(), strict=True):
+            assert own is parameter
+
+
 # Initial weights
 
 

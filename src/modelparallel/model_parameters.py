@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import nn
 
 from modelparallel.errors import PartitionError
+from modelparallel.pairings import PairedIterator, Place, place_with_zip
 from modelparallel.tensor_parallel.distributed_module import DistributedModule
 
 if TYPE_CHECKING:
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from modelparallel.parameters import ParameterTable
     from modelparallel.plan.partition import PartitionPlan
     from modelparallel.runtime import Runtime
+
+T = TypeVar("T")
 
 
 class ModelParameters(nn.Module):
@@ -32,6 +35,7 @@ class ModelParameters(nn.Module):
     _runtime: Runtime
     _plan: PartitionPlan | None
     _is_partitioned: bool
+    _checked_pairings: set[Place]
 
     def is_local(self, tensor: torch.Tensor) -> bool:
         """Whether this rank holds the parameter or buffer; before the partition, and of foreign tensors, it does."""
@@ -47,10 +51,20 @@ class ModelParameters(nn.Module):
         """The parameter table: names, shapes, homes and slices of all parameters and buffers."""
         return self._table
 
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """As ``named_parameters``, without the names."""
+        values = (parameter for _, parameter in self._held_parameters("", recurse, True))
+        return self._paired(values, recurse)
+
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Parameter]]:
         """Names as in the user's model; after the partition what this rank holds, inside a step function all."""
+        return self._paired(self._held_parameters(prefix, recurse, remove_duplicate), recurse and remove_duplicate)
+
+    def _held_parameters(
+        self, prefix: str, recurse: bool, remove_duplicate: bool
+    ) -> Iterator[tuple[str, nn.Parameter]]:
         for name, parameter in self.module.named_parameters(prefix, recurse, remove_duplicate):
             if self._runtime.step is not None:
                 yield name, parameter
@@ -59,6 +73,16 @@ class ModelParameters(nn.Module):
                 # A sharded parameter that is gathered at this moment is still the sharded one to those who ask.
                 known = parameter if row is None else self._table.tensor(row.name)
                 yield name, known  # type: ignore[misc]
+
+    def _paired(self, values: Iterator[T], are_all: bool) -> Iterator[T]:
+        """After the partition, in code that calls zip: look at what they are paired with."""
+        if not are_all or not self._is_partitioned or not self._runtime.is_pipelined or self._runtime.step is not None:
+            return values
+        place = place_with_zip(3)
+        if place is None or place in self._checked_pairings:
+            return values
+        here = [self.is_local(parameter) for parameter in self.module.parameters()]
+        return PairedIterator(values, sum(here), len(here), self._checked_pairings, place)
 
     def named_buffers(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True

@@ -148,6 +148,7 @@ class PlannedModel(ModelParameters):
         self._overrides = []
         self._loads = []
         self.averages = {}
+        self._checked_pairings = set()
         self.known = KnownParameters(self.module, self._table)
         self.structure = structure_of(self.module, self._table)
         self._take_partition_of(same_as)
