@@ -475,3 +475,14 @@ def test_parameters_of_no_wrapped_model_are_refused_or_named():
         optimizer.step()
         optimizer.step()
     assert warned.call_count == 1 and "(3,)" in warned.call_args.args
+
+
+@on(SINGLE, PP2)
+def test_a_parameter_that_is_listed_twice_is_updated_once():
+    with pytest.warns(UserWarning, match="duplicate parameters"):  # of torch
+        model = smp.DistributedModel(make_classifier())
+        parameters = list(model.parameters())
+        inner = sgd([parameters[0], *parameters])
+    optimizer = smp.DistributedOptimizer(inner)
+    assert len(optimizer.param_groups[0]["params"]) == len(parameters)
+    assert_parity(train(model, optimizer), plain_weights(sgd), dtype=torch.float64)

@@ -140,7 +140,15 @@ class DistributedOptimizer(torch.optim.Optimizer):
     def _note_new_groups(self) -> None:
         """Remember the parameters of groups that were added since, perhaps to the inner optimizer."""
         for group in self.optimizer.param_groups[len(self._all) :]:
-            self._all.append(list(group["params"]))
+            each_once = list({id(parameter): parameter for parameter in group["params"]}.values())
+            if len(each_once) < len(group["params"]):
+                logger.warning(
+                    "%d parameters are in their group of the optimizer more than once (a tied weight, found by several "
+                    "modules): each is updated once",
+                    len(group["params"]) - len(each_once),
+                )  # fmt: skip
+                group["params"][:] = each_once
+            self._all.append(each_once)
 
     # What torch expects of an optimizer
 
