@@ -16,6 +16,7 @@ from modelparallel import trees
 from modelparallel.errors import REMEDY_FOR_GUESTS, StepUsageError, UnsupportedError
 from modelparallel.pipeline import glue
 from modelparallel.pipeline.arguments import Arguments, taken_apart
+from modelparallel.pipeline.holders import held_values, with_values
 from modelparallel.pipeline.randomness import RandomFrames, may_draw
 from modelparallel.torch_compat import DisableTorchFunctionSubclass, autocast_state
 
@@ -85,6 +86,11 @@ def run(engine: PipelineEngine, program: Program, entry: PlacedModule, args: Any
     """Call a placed module; every stage of the pipeline does, in the same order."""
     arguments = Arguments(program, args, kwargs)
     home = entry.home
+    call = entry.inner
+    objects = arguments.objects() if len(arguments.inputs) != len(arguments.values) else []
+    if objects and (held := [value for item in objects for value in held_values(item)]):
+        call = _with_held(entry, held, objects, home == engine.stage)
+        arguments, objects = Arguments(program, (held, args, kwargs), {}), []
     if program.region is not None:
         program.region.note_used(arguments)
     program.fetch(arguments.inputs, home, entry.input_description)
@@ -99,13 +105,11 @@ def run(engine: PipelineEngine, program: Program, entry: PlacedModule, args: Any
             arguments.skeleton,
             *arguments.keys(are_floats_plain=False),
         )
-    call = entry.inner
     if home == engine.stage:
         if entry.has_buffers and (program.region is not None or program.is_replay):
             call = _around(program, entry.module, call)
         if entry.unit is not None and entry.needs_frame():
             call = _framed(program.frames, entry.unit, call)
-        objects = arguments.objects()
         if objects:
             objects = [value for value in objects if not entry.is_first_filling(value)]
         if (objects or arguments.holds_containers) and not program.is_replay:
@@ -115,6 +119,27 @@ def run(engine: PipelineEngine, program: Program, entry: PlacedModule, args: Any
     program.tracker.note_work(home, entry.name, is_training=entry.module.training)
     call = program.counted(call, home, entry.parameters)
     return glue.execute(program, entry.description, key, arguments, home, call, protect=True)
+
+
+def _with_held(entry: PlacedModule, held: list[Any], objects: list[Any], is_here: bool) -> Callable[..., Any]:
+    """The call of a module that is given objects that hold values of the step: with copies that hold what is here.
+
+    What it stores there is let go with the copy, which is right for a cache that this layer is given once.
+    """
+    watched = [item for item in objects if is_here and not entry.is_first_filling(item)]
+
+    def call(locals_: Sequence[torch.Tensor], args: Any, kwargs: Any) -> Any:
+        found = {id(value): local for value, local in zip(held, locals_, strict=True)}
+        copies = {id(item): with_values(item, found) for item in objects}
+        before = [_fingerprint(copies[id(item)]) for item in watched]
+        args, kwargs = trees.map_leaves(lambda leaf: copies.get(id(leaf), leaf), (args, kwargs))
+        output = entry.inner(*args, **kwargs)
+        for item, old in zip(watched, before, strict=True):
+            if old is not None and _fingerprint(copies[id(item)]) != old:
+                raise _changed(entry, type(item))
+        return output
+
+    return call
 
 
 def _trained(parameters: Sequence[nn.Parameter]) -> tuple[bool, ...]:

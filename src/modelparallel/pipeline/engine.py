@@ -9,7 +9,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from modelparallel import trees
 from modelparallel.comm.transport import StageTransport
-from modelparallel.errors import DivergenceError, StepUsageError
+from modelparallel.errors import DivergenceError, StepUsageError, UnsupportedError
 from modelparallel.pipeline import calls, glue, transforms
 from modelparallel.pipeline.bodies import WorkerPool
 from modelparallel.pipeline.buffers import BufferHabits
@@ -39,7 +39,7 @@ from modelparallel.torch_compat import (
     resume_function_mode,
     suspend_function_mode,
 )
-from modelparallel.torch_compat.transforms import intercepted_transforms
+from modelparallel.torch_compat.transforms import intercepted_transforms, module_of_backward_hook
 
 
 @dataclass(frozen=True)
@@ -501,6 +501,17 @@ class PipelineEngine:
         with torch.set_grad_enabled(torch.is_grad_enabled() and needs_grad):
             return self.recomputed(function, args, {}, what=_CHECKPOINT)
 
+    def _refuse_backward_hooks(self, module: nn.Module) -> NoReturn:
+        name = next((name for root in self._roots for name, part in root.named_modules() if part is module), "")
+        parts = [entry.name for entry in self._entries if any(entry.module is part for part in module.modules())]
+        where = f"Register it on the modules that are placed ({', '.join(parts[:4])}{', ...' if parts[4:] else ''})"
+        raise UnsupportedError(
+            f"module '{name}' ({type(module).__name__}) has full backward hooks (or pre-hooks) and is not placed as a "
+            f"whole (pp_ranks {', '.join(map(str, sorted(self.homes_of(module)))) or 'of its data'}): its gradients of "
+            f"inputs and outputs are on several stages. {where if parts else 'Remove it'}, or use "
+            "tensor.register_hook on what goes in and comes out"
+        )
+
     def _function_apply(
         self, function_class: Any, apply: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
@@ -510,6 +521,8 @@ class PipelineEngine:
         if self.is_native or program is None:
             return apply(*args, **kwargs)
         if any(isinstance(value, StageTensor) for value in args) or self.has_placed(program, args, kwargs):
+            if (hooked := module_of_backward_hook(function_class)) is not None:
+                self._refuse_backward_hooks(hooked)
             with _NativeRegion(self):
                 return glue.run(self, program, apply, args, kwargs)
         return apply(*args, **kwargs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -20,6 +21,22 @@ _ENTRIES: tuple[tuple[Any, str, str], ...] = (
     (torch._functorch.eager_transforms, "_jvp_with_argnums", "torch.func.jvp"),
     (torch.nn.utils.stateless, "_functional_call", "torch.func.functional_call"),
 )
+
+
+def module_of_backward_hook(function_class: Any) -> Any:
+    """The module whose full backward hooks are being set up by the caller's caller, which applies ``function_class``;
+    None if it does something else. The function is not told which module it works for.
+    """
+    if function_class is not torch.nn.modules._functions.BackwardHookFunction:
+        return None
+    frame = sys._getframe(1)
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, torch.utils.hooks.BackwardHook):
+            return owner.module
+        frame = frame.f_back  # type: ignore[assignment]
+    return None
+
 
 #: (name in messages, the function of torch, args, kwargs) -> result
 Handler = Callable[[str, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
