@@ -77,7 +77,8 @@ class ModelGradients:
         self.sharding: ShardedParameters | None = None
         # What earlier steps have left at ``p.grad``, by id, while a step with weighted losses runs.
         self._aside: dict[int, torch.Tensor | None] | None = None
-        self._has_begun = False
+        #: Whether the running step uses the model with gradients.
+        self.has_begun = False
         self._num_backward_steps = 0
         # Counted here as well as in the reducer: before the partition there is none.
         self._num_no_sync = 0
@@ -128,6 +129,7 @@ class ModelGradients:
             as_views=self._gradient_as_bucket_view,
             shards=own_shards,
             timeout_seconds=session.config.timeout_seconds,
+            progress=lambda: (self._runtime.num_training_steps, self._runtime.num_updates),
         )
         if self.joining.is_joining:
             self.reducer.begin_join(self.joining.announce_reduction)
@@ -236,16 +238,16 @@ class ModelGradients:
 
     def enter_step(self) -> None:
         """The model is used in a step for the first time."""
-        self._has_begun = False
+        self.has_begun = False
         if self.sharding is not None:
             with self._runtime.engine.native_region():
                 self.sharding.enter_step()
 
     def begin_step(self, *, is_training: bool) -> None:
         """The model is used in a step with gradients; once is enough."""
-        if self._has_begun:
+        if self.has_begun:
             return
-        self._has_begun = True
+        self.has_begun = True
         # These look at the parameters themselves; the engine would take that for glue of the program.
         with self._runtime.engine.native_region():
             if self._replicas is not None:
@@ -263,9 +265,9 @@ class ModelGradients:
 
     def arm(self) -> None:
         """The backward of the last microbatch begins."""
-        if self.reducer is not None and self._has_begun:
+        if self.reducer is not None and self.has_begun:
             self.reducer.arm()
-        if self.sharding is not None and self._has_begun:
+        if self.sharding is not None and self.has_begun:
             self.sharding.arm()
 
     def set_aside(self) -> None:
@@ -318,9 +320,9 @@ class ModelGradients:
         may have reached this one too. Collective over the groups of the parameters where gradients become final.
         Returns whether they were reduced over the data-parallel ranks.
         """
-        if self.sharding is not None and not (self._has_begun and has_backward):
+        if self.sharding is not None and not (self.has_begun and has_backward):
             self.sharding.free()
-        if not self._has_begun:
+        if not self.has_begun:
             return False
         if not has_backward:
             self.abort_step()
@@ -407,5 +409,6 @@ class ModelGradients:
     def end_join(self) -> None:
         """All ranks are together again; called by `ModelJoin`. They have not made equally many passes."""
         self._num_backward_steps = 0
+        self._runtime.num_training_steps = self._runtime.num_updates = 0
         if self.reducer is not None:
             self.reducer.end_join()

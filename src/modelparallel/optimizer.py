@@ -182,6 +182,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
         sharded data parallelism the gradient is clipped first (``sdp_gradient_clipping``). Collective over MP_GROUP
         then, and over the world where parameters are shared out among ranks.
         """
+        self._runtime.num_updates += 1
         with explaining_memory(self._runtime, "in optimizer.step()"):
             result = self._update(closure)
         note_update(self._runtime, self._runtime.memory_path)

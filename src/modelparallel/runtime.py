@@ -89,6 +89,10 @@ class Runtime:
         self.step: RunningStep | None = None
         self.input_checks = InputChecks()
         self.num_steps = 0
+        #: Calls of step functions that went backward, or failed; calls of ``step`` of wrapped optimizers. Both are the
+        #: same on all data-parallel ranks.
+        self.num_training_steps = 0
+        self.num_updates = 0
         #: The unit of weighted losses; None before the first step with some.
         self.weight_unit: float | None = None
         # What earlier processes of a resumed job have run: random numbers count from the job's first step, and

@@ -126,6 +126,7 @@ class StepFunction:
             if running.loss_weights.are_given:
                 scale_by_weights(runtime, running, weights)
         except BaseException:
+            runtime.num_training_steps += any(model.gradients.has_begun for model in running.models)
             for model in runtime.session.models:
                 model.gradients.put_back(None, set())
             for model in running.models:
@@ -133,6 +134,7 @@ class StepFunction:
             raise
         finally:
             runtime.step = None
+        runtime.num_training_steps += running.has_backward
         try:
             has_reduced = [model.finish_step(running.has_backward) for model in running.models]
         except BaseException as error:

@@ -3,9 +3,9 @@
 Note: Bucket contents
     Gradients of one group, divisor, dtype and device lie one after another in a flat tensor. Behind them come one
     flag per parameter ("this rank has a gradient") and, in the last bucket of each group (the *carrier*), one flag
-    per bucket of the group ("this rank's gradients changed after the bucket was launched"). The flags travel in the
-    dtype of the bucket: a sum over ranks is only compared with zero. ``p.grad`` keeps the local gradient, untouched,
-    until the reduction is over, so that a bucket can be packed again.
+    per bucket of the group ("this rank's gradients changed after the bucket was launched"), and those of progress.py.
+    The flags travel in the dtype of the bucket: a sum over ranks is only compared with zero. ``p.grad`` keeps the
+    local gradient, untouched, until the reduction is over, so that a bucket can be packed again.
 
 Note: Gradients as views
     A bucket keeps its flat tensor for the next reduction, unless gradients are to be views (``as_views``): then
@@ -33,6 +33,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from modelparallel.data_parallel.progress import NUM_FLAGS
 from modelparallel.data_parallel.shard_gradient import ShardGradient
 from modelparallel.data_parallel.waits import wait_for
 
@@ -167,6 +168,9 @@ class Bucket:
         self._flat: torch.Tensor | None = None
         self._has_flags: torch.Tensor | None = None
         self._changed_flags: torch.Tensor | None = None
+        # Of a carrier: what this rank tells of itself, see progress.py.
+        self.own_flags: tuple[bool, ...] = (False,) * NUM_FLAGS
+        self._rank_flags: torch.Tensor | None = None
         # The gradients and their versions at the launch; held, so that another tensor cannot come to lie at the same
         # address.
         self._launched_gradients: list[torch.Tensor | None] = []
@@ -200,8 +204,9 @@ class Bucket:
 
     def _allocate(self) -> None:
         sizes = [slot.parameter.numel() for slot in self.slots]
-        self._flat = torch.empty(sum(sizes) + len(sizes) + len(self.carried), dtype=self.dtype, device=self.device)
-        *pieces, self._has_flags, self._changed_flags = self._flat.split([*sizes, len(sizes), len(self.carried)])
+        sizes += [len(sizes), len(self.carried), NUM_FLAGS if self.is_carrier else 0]
+        self._flat = torch.empty(sum(sizes), dtype=self.dtype, device=self.device)
+        *pieces, self._has_flags, self._changed_flags, self._rank_flags = self._flat.split(sizes)
         for slot, piece in zip(self.slots, pieces, strict=True):
             slot.view = flat_view(piece, slot.parameter) if self.takes_over else piece.view(slot.parameter.shape)
 
@@ -222,6 +227,9 @@ class Bucket:
                 self._changed_flags.copy_(torch.tensor(flags))
             else:
                 self._changed_flags.zero_()
+        if self.is_carrier:
+            assert self._rank_flags is not None
+            self._rank_flags.copy_(torch.tensor(self.own_flags))
 
     def _pack_gradients(self) -> list[torch.Tensor | None]:
         """Fill the views of the slots; returns the local gradients, and remembers them."""
@@ -291,6 +299,11 @@ class Bucket:
         assert self._changed_flags is not None
         return tuple(value.real > 0 for value in self._changed_flags.tolist())
 
+    def rank_flags(self) -> list[bool]:
+        """Of a carrier, after the wait: what the ranks tell of themselves, all together."""
+        assert self._rank_flags is not None
+        return [value.real > 0 for value in self._rank_flags.tolist()]
+
     @torch.no_grad()
     def unpack(self) -> None:
         """Write the reduced gradients to ``p.grad``; where no rank had one it stays None."""
@@ -332,7 +345,7 @@ class Bucket:
         self._launched_gradients = []
         self._launched_versions = []
         if self.takes_over:
-            self._flat = self._has_flags = self._changed_flags = None
+            self._flat = self._has_flags = self._changed_flags = self._rank_flags = None
             for slot in self.slots:
                 slot.view = None
 
@@ -355,6 +368,7 @@ class FlagBucket(Bucket):
         for bucket in self.carried:
             flags.append(bucket.has_changed())
             flags.extend(slot.gradient is not None for slot in bucket.slots)
+        flags.extend(self.own_flags)
         self._flat = torch.tensor(flags, dtype=self.dtype).to(self.device)
 
     def launch(self) -> None:
@@ -372,6 +386,11 @@ class FlagBucket(Bucket):
             bucket.has_anywhere = tuple(flag > 0 for flag in flags[position + 1 : stop])
             position = stop
         return tuple(changed)
+
+    def rank_flags(self) -> list[bool]:
+        """As of any carrier."""
+        assert self._flat is not None
+        return [flag > 0 for flag in self._flat.tolist()[-NUM_FLAGS:]]
 
     def unpack(self) -> None:
         """Tell the buckets, where nothing could change."""

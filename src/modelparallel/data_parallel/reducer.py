@@ -38,8 +38,9 @@ from modelparallel.data_parallel.buckets import (
     with_carriers,
 )
 from modelparallel.data_parallel.comm_hooks import CommHook, HookedBucket
+from modelparallel.data_parallel.progress import Progress, check_progress, check_trained, flags_of, wants_plan
 from modelparallel.data_parallel.waits import check_agreement
-from modelparallel.errors import SMPConfigError, StepUsageError
+from modelparallel.errors import DivergenceError, SMPConfigError, StepUsageError
 from modelparallel.torch_compat import current_backward_id, queue_backward_callback
 
 if TYPE_CHECKING:
@@ -76,6 +77,7 @@ class GradientReducer:
     rdp group only. bucket_cap_mb: size of a bucket in MiB. overlap: reduce while backward still runs. False gives the
     same gradients. as_views: final gradients are views of the buckets' memory (buckets.py). shards: what is reduced to
     the owners of shards alone, in buckets of its own. timeout_seconds: how long a wait for another rank may last.
+    progress: gives the numbers of training steps and updates, which must be the same on all ranks.
 
     Outside a step, every backward pass that gives a gradient to one of the parameters ends with final gradients.
     Inside a step the engine calls ``begin_step``, ``arm`` before the backward of the last microbatch, and
@@ -97,6 +99,7 @@ class GradientReducer:
         as_views: bool = False,
         shards: SharedOut | None = None,
         timeout_seconds: float = 600.0,
+        progress: Callable[[], Progress] = lambda: (0, 0),
     ) -> None:
         if bucket_cap_mb <= 0:
             raise SMPConfigError(
@@ -109,6 +112,11 @@ class GradientReducer:
         self.overlap = overlap
         self.as_views = as_views
         self.timeout_seconds = timeout_seconds
+        self._progress = progress
+        # Other parameters are trained than those of the buckets: to be told with the next reduction. Hooks are as of
+        # ``_hooked``.
+        self._wants_plan = False
+        self._hooked: list[torch.dtype | None] = []
         #: Collectives launched so far, for tests and reports.
         self.num_launches = 0
         self._divisor = divisor
@@ -147,13 +155,19 @@ class GradientReducer:
     # The plan: which parameters take part.
 
     def prepare(self) -> None:
-        """Look whether parameters were frozen or unfrozen, and plan anew if so. Called before a forward outside a
-        step.
+        """Look whether parameters were frozen or unfrozen; what follows from it, all ranks do together with the next
+        reduction. Called before a forward outside a step.
         """
-        if self._layout != self._current_layout() or (
-            self._shards is not None and self._shards.buckets is not self._shared_buckets
-        ):
+        layout = self._current_layout()
+        if self._shards is not None and self._shards.buckets is not self._shared_buckets:
             self._plan()
+        elif layout != self._hooked:
+            pairs = list(zip(layout, self._layout, strict=True))
+            if not self.buckets or any(None not in pair and pair[0] is not pair[1] for pair in pairs):
+                self._plan()  # there is no reduction that could tell; or other dtypes
+                return
+            self._wants_plan = layout != self._layout
+            self._register_hooks()
 
     def _current_layout(self) -> list[torch.dtype | None]:
         """The dtype of the gradient of each parameter, None for one that is frozen."""
@@ -161,7 +175,6 @@ class GradientReducer:
         return [gradient_dtype(parameter) if parameter.requires_grad else None for parameter in parameters]
 
     def _plan(self) -> None:
-        self._remove_hooks()
         for bucket in self._launch_order:
             if bucket.is_launched:
                 self._wait(bucket)
@@ -187,11 +200,22 @@ class GradientReducer:
             if bucket.is_carrier:
                 self._check_layout(bucket)
         self._order()
+        self._wants_plan = False
+        self._register_hooks()
+
+    def _register_hooks(self) -> None:
+        """For the parameters that are trained now, whether the buckets hold them or not."""
+        self._remove_hooks()
+        self._hooked = self._current_layout()
         bucket_of = {id(slot): bucket for bucket in self.buckets for slot in bucket.slots}
-        for slot in slots:
+        shared = {id(slot.parameter) for bucket in self._shared_buckets for slot in bucket.slots}
+        for entry, dtype in zip(self._entries, self._hooked, strict=True):
+            if dtype is None:
+                continue
+            slot = self._slots.setdefault(id(entry.parameter), Slot(entry, self._divisor_of(entry)))
             hook = self._make_hook(slot, bucket_of.get(id(slot)))
             self._handles.append(slot.parameter.register_post_accumulate_grad_hook(hook))
-            if slot.needs_rescaling or id(slot.parameter) in shared_slots:
+            if slot.needs_rescaling or id(slot.parameter) in shared:
                 self._handles.append(slot.parameter.register_hook(_make_rescaling_hook(slot)))
 
     def _fill_buckets(self, pairs: Sequence[tuple[ReducedParameter, Slot]]) -> list[tuple[list[Slot], Group]]:
@@ -231,7 +255,7 @@ class GradientReducer:
         early = [bucket for bucket in self.buckets if not bucket.is_late and not bucket.is_carrier]
         late = [bucket for bucket in self.buckets if bucket.is_late]
         # Without overlap the flags come first, so that buckets can be unpacked one by one.
-        first = [bucket for bucket in carriers if not bucket.slots and not self._is_early]
+        first = [] if self._is_early else carriers
         self._launch_order = (*first, *early, *(bucket for bucket in carriers if bucket not in first), *late)
         self._num_early = len(early) if self._is_early else 0
         hooked = [bucket for bucket in self._launch_order if isinstance(bucket, HookedBucket)]
@@ -249,7 +273,7 @@ class GradientReducer:
                     return
                 if self._backward_id != current_backward_id():
                     self._begin_backward()
-            if bucket is None or not self._is_early or slot.is_fired:
+            if bucket is None or not self._is_early or self._wants_plan or slot.is_fired:
                 return
             with self._lock:
                 slot.is_fired = True
@@ -377,6 +401,8 @@ class GradientReducer:
             self._num_launched += 1
 
     def _launch(self, bucket: Bucket) -> None:
+        if bucket.is_carrier:
+            bucket.own_flags = flags_of(self._progress(), wants_plan=self._wants_plan)
         bucket.pack()
         bucket.launch()
         self.num_launches += 1
@@ -387,6 +413,9 @@ class GradientReducer:
     def _finish_reduction(self) -> None:
         if self._before_reduction is not None:
             self._divide(*self._before_reduction())
+        self._reduce()
+
+    def _reduce(self) -> None:
         if not self._is_early and any(bucket.is_one_by_one for bucket in self.buckets):
             self._reduce_one_by_one()
             return
@@ -394,6 +423,10 @@ class GradientReducer:
         for bucket in self._launch_order[self._num_launched :]:
             self._launch(bucket)
         changed = self._find_changed() if self._is_early else set()
+        if self._learn_of_ranks():
+            self._plan_together()
+            self._reduce()
+            return
         repeated: list[Bucket] = []
         for bucket in self._launch_order:
             self._wait(bucket)
@@ -416,12 +449,63 @@ class GradientReducer:
     def _reduce_one_by_one(self) -> None:
         """The local gradients of a bucket are given up before the next one takes memory."""
         for bucket in self._launch_order:
+            if bucket.is_carrier and not bucket.is_launched:
+                self._launch(bucket)
+        if self._learn_of_ranks():
+            self._plan_together()
+            self._reduce()
+            return
+        for bucket in self._launch_order:
             if not bucket.is_launched:
                 self._launch(bucket)
             self._wait(bucket)
             bucket.unpack()
             bucket.forget()
         self._scale_alone()
+
+    # What the ranks tell of themselves: progress.py
+
+    def _learn_of_ranks(self) -> bool:
+        """Whether some rank trains other parameters than before; nothing is unpacked yet.
+
+        Raises DivergenceError, on all ranks, if they are not at the same step.
+        """
+        found = []
+        for bucket in self._launch_order:
+            if bucket.is_launched and (self._is_early or bucket.is_carrier):
+                self._wait(bucket)
+            if bucket.is_carrier:
+                found.append((bucket.group, bucket.rank_flags()))
+        if self._before_reduction is None:
+            try:
+                for group, flags in found:
+                    check_progress(flags, self._progress(), group)
+            except DivergenceError:
+                self._let_go()
+                raise
+        return any(wants_plan(flags) for _, flags in found)
+
+    def _let_go(self) -> None:
+        """What was launched is not used; the local gradients are as they were."""
+        for bucket in self._launch_order:
+            if bucket.is_launched:
+                self._wait(bucket)
+                bucket.forget()
+
+    def _plan_together(self) -> None:
+        """All ranks of the groups know that somebody's parameters were frozen or thawed. Raises DivergenceError."""
+        self._let_go()
+        current = self._current_layout()
+        groups = {bucket.group.ranks: bucket.group for bucket in self.buckets if bucket.is_carrier}
+        for group in groups.values():
+            members = [
+                (entry.name, dtype is not None)
+                for entry, dtype in zip(self._entries, current, strict=True)
+                if entry.group.ranks == group.ranks
+            ]
+            check_trained([name for name, _ in members], [flag for _, flag in members], group)
+        self._plan()
+        self._num_launched = 0
 
     # Ranks that ran out of batches
 
@@ -450,14 +534,29 @@ class GradientReducer:
         for slot in self._slots.values():
             slot.is_silent = True
         try:
-            for bucket in self._launch_order:
-                self._launch(bucket)
-                self._wait(bucket)
-                bucket.unpack_silently()
-                bucket.forget()
+            if not self._reduce_silently():
+                self._plan_together()
+                for slot in self._slots.values():
+                    slot.is_silent = True
+                self._reduce_silently()
         finally:
             for slot in self._slots.values():
                 slot.is_silent = False
+
+    def _reduce_silently(self) -> bool:
+        """False: nothing was done, since a rank trains other parameters than before."""
+        for bucket in self._launch_order:
+            if bucket.is_carrier:
+                self._launch(bucket)
+        if self._learn_of_ranks():
+            return False
+        for bucket in self._launch_order:
+            if not bucket.is_carrier:
+                self._launch(bucket)
+            self._wait(bucket)
+            bucket.unpack_silently()
+            bucket.forget()
+        return True
 
     def _find_changed(self) -> set[Bucket]:
         """The buckets that changed on some rank of their group after they were launched there."""

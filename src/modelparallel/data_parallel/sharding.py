@@ -33,6 +33,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from modelparallel.comm.exchange import start_gather_rows
 from modelparallel.comm.host_copies import start_collective
+from modelparallel.data_parallel.progress import frozen_apart
 from modelparallel.data_parallel.waits import check_agreement, wait_for
 from modelparallel.errors import UnsupportedError
 from modelparallel.shards import Shard
@@ -96,6 +97,8 @@ class _Entry:
         #: Whether it had a reduced gradient before; None while nothing was reduced.
         self.had_gradient: bool | None = None
         self.tensor: nn.Parameter | None = None  # the parameter of optimizers
+        #: Whether all ranks trained it in the last reduction; None before the first.
+        self.was_trained: bool | None = None
         self.aside: torch.Tensor | None = None  # what waited for a reduction before a step with weighted losses
 
 
@@ -455,11 +458,20 @@ class ShardedParameters:
             self._begin_backward()
         if not group.inner.reduces:
             return
-        is_used = any(entry.inner.is_waiting for entry in group.entries)
+        # What was frozen or thawed since the last reduction may be so on this rank alone: here all reduce what they did
+        # then, and what is new comes when they have compared (see _finish_reduction).
+        for entry in group.entries:
+            if entry.was_trained is False and entry.inner.sharded.requires_grad:
+                entry.aside = entry.inner.take_waiting()
+        is_used = any(
+            entry.inner.is_waiting or (entry.was_trained and not entry.inner.sharded.requires_grad)
+            for entry in group.entries
+        )
         for entry in group.entries:
             entry.is_noted = entry.is_noted or entry.inner.is_waiting
             # All ranks must reduce the same parameters of the group.
-            if (is_used or group.is_root) and entry.inner.sharded.requires_grad:
+            is_trained = entry.inner.sharded.requires_grad if entry.was_trained is None else entry.was_trained
+            if (is_used or group.is_root) and is_trained:
                 entry.inner.wait_with_zeros()
         group.note_reduced()
 
@@ -477,18 +489,31 @@ class ShardedParameters:
 
     def _finish_reduction(self) -> None:
         """Reduce what waits on any rank, in one order on all; see [Note: what is reduced]."""
-        flags = torch.tensor(
-            [[entry.is_noted, entry.inner.is_waiting] for entry in self._entries],
-            dtype=torch.uint8,
-            device=self._device,
-        ).reshape(-1, 2)
+        for entry in self._entries:
+            if entry.aside is not None and not entry.inner.is_waiting:
+                entry.inner.wait_with(entry.aside)
+            entry.aside = None
+        own = [bool(entry.inner.sharded.requires_grad) for entry in self._entries]
+        each = [
+            flag
+            for entry, is_trained in zip(self._entries, own, strict=True)
+            for flag in (entry.is_noted, entry.inner.is_waiting, is_trained, not is_trained)
+        ]
+        flags = torch.tensor(each, dtype=torch.uint8, device=self._device)
         if self._entries:
             for kind in (self._groups.shard, self._groups.replicate, self._groups.tp):
                 if kind.size > 1:
                     work = dist.all_reduce(flags, dist.ReduceOp.MAX, group=kind.process_group, async_op=True)
                     purpose = "the exchange of which parameters have a gradient"
                     wait_for(work, self._timeout_seconds, purpose, kind, self._device)
-        is_known = {id(entry): pair for entry, pair in zip(self._entries, flags.tolist(), strict=True)}
+        found = [flag > 0 for flag in flags.tolist()]
+        rows = [found[start : start + 4] for start in range(0, len(found), 4)]
+        for entry, row, is_trained in zip(self._entries, rows, own, strict=True):
+            if row[2] and row[3]:
+                here = [] if is_trained else [self._groups.shard.ranks[self._groups.shard.rank_in_group]]
+                raise frozen_apart(entry.name, here, self._groups.shard)
+            entry.was_trained = is_trained
+        is_known = {id(entry): row[:2] for entry, row in zip(self._entries, rows, strict=True)}
         for group in self._all:
             late = [entry for entry in group.entries if is_known[id(entry)][1]]
             for entry in late:
