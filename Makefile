@@ -73,13 +73,14 @@ test-transformers: $(VENV)/transformers-next/.stamp
 	  tests/test_huggingface.py tests/test_huggingface_training.py tests/test_huggingface_examples.py \
 	  tests/test_plan_families.py $(ARGS)
 
-# Random programs on random pipelines, compared with one process. A failing one is made small and printed.
+# CASES random programs on random pipelines, and CASES random scripts with side doors (hooks, kept values, edited
+# gradients, copies) at random degrees, compared with one process. A failing one is made small and printed.
 CASES ?= 500
 SEED ?= $(shell date +%j%H%M)
 fuzz: $(VENV)/.stamp-test
-	@echo "fuzz: $(CASES) cases, SEED=$(SEED)"
-	@FUZZ_SEED=$(SEED) FUZZ_SETS=$$((($(CASES) + 7) / 8)) \
-	  $(BIN)/python -m pytest -q -s --timeout 0 tests/test_fuzz.py -k random_programs $(ARGS)
+	@echo "fuzz: $(CASES) programs and $(CASES) scripts with side doors, SEED=$(SEED)"
+	@FUZZ_SEED=$(SEED) FUZZ_SETS=$$((($(CASES) + 7) / 8)) FUZZ_SIDE_DOORS=$(CASES) \
+	  $(BIN)/python -m pytest -q -s --timeout 0 tests/test_fuzz.py tests/test_fuzz_side_doors.py -k random $(ARGS)
 
 lint: $(VENV)/.stamp-dev
 	@$(BIN)/ruff check src tests examples bench
