@@ -29,6 +29,7 @@ from modelparallel.launch.devices import check_devices, resolve_device
 from modelparallel.launch.explain import explain as explain_job
 from modelparallel.launch.folder import JobFolder, default_folder, new_job_name
 from modelparallel.launch.job import Backend, JobSpec, check_script, run_job
+from modelparallel.launch.output import open_missing_descriptors
 from modelparallel.launch.process_counts import fitting_counts, parse_process_counts
 from modelparallel.launch.stopping import stop
 from modelparallel.pipeline.grids import figures_text, grid_svg, grid_text
@@ -99,6 +100,7 @@ def run(
     code is that of the first failing process (of the last attempt, with --max-restarts), 124 after the timeout, 130
     after Ctrl-C, 2 if nothing was started.
     """
+    open_missing_descriptors()
     try:
         job = _job(script, context.args, nproc, backend, device, parameters, channel or [], job_dir, timeout)
         result = run_job(replace(job, max_restarts=max_restarts))

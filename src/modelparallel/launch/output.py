@@ -21,6 +21,17 @@ from modelparallel.private_files import open_private
 _CHUNK = 1 << 16
 
 
+def open_missing_descriptors() -> None:
+    """Where this process was started without standard input, output or error, open /dev/null: a file of the job would
+    take their numbers, and the processes of the job would take it for theirs.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # gets the lowest number that is free
+
+
 class Console:
     """Writes whole lines from several threads. Whatever happens to the stream, the job goes on, and the logs keep
     everything: a reader that went away (a closed pipe), a full disk, an encoding without a character.

@@ -13,7 +13,7 @@ def stop(message: str, code: int) -> NoReturn:
     # The exit code counts, also where nothing can be shown: a full disk, a closed pipe.
     with suppress(OSError, ValueError, AttributeError):
         sys.stdout.flush()
-    with suppress(OSError, ValueError):
+    with suppress(OSError, ValueError, SystemExit):  # the last is what rich makes of a closed pipe
         console = Console(stderr=True, soft_wrap=True, highlight=False)
         console.print("error:", style="bold red", end=" ")
         console.print(message, markup=False)
