@@ -412,8 +412,13 @@ def test_first_failure_prefers_a_death_over_the_complaints_of_its_peers(tmp_path
     died = first_failure(folder, {2: 100.1}, {0: 1, 1: 1, 2: -9}, 3)
     assert died.global_rank == 2
     assert died.process_exit_code == 137
+    # Killed by the launcher, when its time to end was over: a consequence.
+    assert first_failure(folder, {2: 105.2}, {0: 1, 1: 1, 2: -9}, 3).global_rank == 1
     # Stopped by the launcher: a consequence.
     assert first_failure(folder, {2: 100.1}, {0: 1, 1: 1, 2: -15}, 3).global_rank == 1
+    # Also where all that the others say is that it did not answer.
+    folder.error_file(1).unlink()
+    assert first_failure(folder, {2: 105.2}, {0: 1, 2: -9}, 3).global_rank == 0
 
 
 def test_log_relay_shows_whole_lines_and_progress_bars(tmp_path):

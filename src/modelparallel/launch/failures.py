@@ -15,6 +15,7 @@ from pathlib import Path
 from modelparallel.errors import LaunchError
 from modelparallel.launch.attempts import Attempt
 from modelparallel.launch.folder import JobFolder
+from modelparallel.launch.supervision import GRACE
 
 #: A process that was killed counts as dead this long before its death was seen: its peers report the broken connection
 #: within milliseconds, and must not come first.
@@ -113,7 +114,14 @@ def first_failure(
             candidates.append(candidate)
     if not candidates:
         return None
-    return min(candidates, key=lambda candidate: (candidate.is_consequence, candidate.time)).failure
+    # What is killed so long after a failure was killed by the launcher: it was stopped, or did not want to end.
+    end_of_grace = min(candidate.time for candidate in candidates) + GRACE - _DEATH_LEAD
+
+    def order(candidate: _Candidate) -> tuple[bool, float]:
+        is_ended = candidate.failure.exit_code == -signal.SIGKILL and candidate.time >= end_of_grace
+        return candidate.is_consequence or is_ended, candidate.time
+
+    return min(candidates, key=order).failure
 
 
 def failed_ends(exit_codes: Mapping[int, int]) -> list[str]:
