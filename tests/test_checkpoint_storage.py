@@ -19,7 +19,7 @@ from torch.distributed.checkpoint import metadata as dcp_metadata
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from crashing_disk import Crash, Disk
-from modelparallel.checkpoints import completion, storage
+from modelparallel.checkpoints import completion, completion_record, storage
 from modelparallel.checkpoints.completion import (
     CompletionRecord,
     Draft,
@@ -489,7 +489,7 @@ def test_a_record_cannot_name_files_outside(tmp_path):
 def test_a_record_of_a_later_format_says_so(tmp_path, monkeypatch):
     store = Store.of(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(completion, "FORMAT", 2)
+        patch.setattr(completion_record, "FORMAT", 2)
         save(store, "a", "v1")
     with pytest.raises(CheckpointError, match="of format 2; this version reads format 1"):
         read_record(store, "a")

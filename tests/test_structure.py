@@ -27,6 +27,7 @@ LADDER: list[tuple[bool, set[str]]] = [
             "errors",
             "exceptions",
             "events",
+            "foreign_text",
             "private_files",
             "torch_compat",
             "trees",

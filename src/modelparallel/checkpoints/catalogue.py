@@ -23,12 +23,12 @@ from typing import Any
 from modelparallel.checkpoints.completion import (
     MARK_NAME,
     RECORD_NAME,
-    CompletionRecord,
     folder_of,
     problems_of,
     read_newest,
     read_record,
 )
+from modelparallel.checkpoints.completion_record import CompletionRecord, UnknownFormatError
 from modelparallel.checkpoints.dcp_storage import METADATA_NAME
 from modelparallel.checkpoints.file_streams import FileRecord, shown
 from modelparallel.checkpoints.saving import PARTIAL_ENDING
@@ -249,7 +249,7 @@ def _described(path: str, store: Store, name: str, kind: str) -> Found:
         return Found(path, name, kind)
     is_full = kind == "full"
     record = None
-    with suppress(CheckpointNotFoundError, CheckpointCorruptError):
+    with suppress(CheckpointNotFoundError, CheckpointCorruptError, UnknownFormatError):
         record = read_record(store, name, is_full)
     problems = problems_of(store, name, checks_digests=False, is_full=is_full)
     if kind == "partial" and record is not None and record.facts.get("kind") == "safetensors":

@@ -28,79 +28,21 @@ import secrets
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any
 
+from modelparallel.checkpoints.completion_record import RESERVED_FACTS, CompletionRecord, UnknownFormatError
 from modelparallel.checkpoints.file_streams import BUFFER_BYTES, FileRecord, checked_name, new_digest, shown
 from modelparallel.checkpoints.storage import Store
 from modelparallel.errors import CheckpointCorruptError, CheckpointError, CheckpointNotFoundError
+from modelparallel.foreign_text import parse_json
 
 RECORD_NAME = "complete.json"
 MARK_NAME = "draft.json"
 NEWEST_NAME = "newest"
-FORMAT = 1
 DAY_S = 24 * 3600.0
 # A network file system may show files that another host has written only after its lists of names have aged: 30 s is
 # usual.
 PATIENCE_S = 35.0
-_RESERVED_FACTS = {"format", "files", "digest"}
-
-
-@dataclass(frozen=True)
-class CompletionRecord:
-    """What a checkpoint consists of.
-
-    Attributes:
-        files: every file by its name below the checkpoint's folder (full checkpoints: below the path).
-        time: when it was completed, in seconds since 1970; later checkpoints of one path have later times.
-        facts: what else was noted, values of JSON.
-    """
-
-    files: Mapping[str, FileRecord]
-    time: float
-    facts: Mapping[str, Any]
-
-    def as_json(self) -> bytes:
-        """The text of the record, with a digest of itself. Local."""
-        entries = {name: {"size": file.size, "xxh3_128": file.digest} for name, file in sorted(self.files.items())}
-        values = {**self.facts, "format": FORMAT, "time": self.time, "files": entries}
-        return json.dumps({**values, "digest": _digest_of_values(values)}, indent=1).encode()
-
-    @staticmethod
-    def parse(data: bytes, path: str) -> "CompletionRecord":
-        """Read the text of a record that lies at `path`. Local.
-
-        Raises:
-            CheckpointCorruptError: it is not a record, was changed, or names files outside of its folder.
-            CheckpointError: it is of a format that this version does not know.
-        """
-        try:
-            values = json.loads(data)
-            digest, number = values.pop("digest"), values["format"]
-            if digest != _digest_of_values(values):
-                raise ValueError("its digest is not that of its text")
-            if number != FORMAT:  # a whole one: a changed number is damage
-                raise CheckpointError(
-                    f"{path!r} is a completion record of format {number!r}; this version reads format {FORMAT}. "
-                    "Use a newer version of modelparallel"
-                )
-            files = {
-                checked_name(name, path): FileRecord(int(entry["size"]), str(entry["xxh3_128"]))
-                for name, entry in values["files"].items()
-            }
-            facts = {key: value for key, value in values.items() if key not in _RESERVED_FACTS | {"time"}}
-            return CompletionRecord(files, float(values["time"]), facts)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointCorruptError(
-                f"{path!r} is no whole completion record ({type(error).__name__}: {error}): the checkpoint does not "
-                "count. Load another one"
-            ) from error
-
-
-def _digest_of_values(values: Mapping[str, Any]) -> str:
-    digest = new_digest()
-    digest.update(json.dumps(values, sort_keys=True, separators=(",", ":")).encode())
-    return digest.hexdigest()
 
 
 def _split(name: str) -> tuple[str, str]:
@@ -207,7 +149,7 @@ def problems_of(
     """
     try:
         record = read_record(store, name, is_full)
-    except (CheckpointNotFoundError, CheckpointCorruptError) as error:
+    except (CheckpointNotFoundError, CheckpointCorruptError, UnknownFormatError) as error:
         return [str(error)]
     files = _share_of(record.files, *share)
     problems = []
@@ -326,8 +268,8 @@ class Draft:
             raise CheckpointError(
                 f"the draft of {self.name!r} was not started: call start() before its files are written"
             )
-        if _RESERVED_FACTS & facts.keys():
-            raise CheckpointError(f"facts may not be called {sorted(_RESERVED_FACTS & facts.keys())}: use other names")
+        if RESERVED_FACTS & facts.keys():
+            raise CheckpointError(f"facts may not be called {sorted(RESERVED_FACTS & facts.keys())}: use other names")
         for name in records:
             checked_name(name, self.path)
         self._check_files(records, patience_s)
@@ -391,7 +333,7 @@ class Draft:
     def _check_owner(self) -> None:
         owner = None
         with suppress(CheckpointNotFoundError, ValueError, TypeError, KeyError):
-            owner = json.loads(self.store.read(self._mark))["owner"]
+            owner = parse_json(self.store.read(self._mark))["owner"]
         if owner != self._owner:
             raise CheckpointError(
                 f"another job has begun to save {self.name!r} under {shown(self.parent.path_of())!r}; this save is "
@@ -513,7 +455,7 @@ def survey(store: Store, pattern: str = "*", is_full: bool = False) -> list[tupl
     found = []
     for name in fnmatch.filter(names, pattern):
         moment = float("inf")
-        with suppress(CheckpointNotFoundError, CheckpointCorruptError):
+        with suppress(CheckpointNotFoundError, CheckpointCorruptError, UnknownFormatError):
             moment = read_record(store, name, is_full).time
         found.append((moment, name, problems_of(store, name, checks_digests=False, is_full=is_full)))
     return [(name, problems) for _, name, problems in sorted(found)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -36,6 +35,7 @@ from modelparallel.checkpoints.user_content import Allowed
 from modelparallel.checkpoints.weights import read_weights
 from modelparallel.checkpoints.writing import USER_CONTENT_NAME
 from modelparallel.errors import CheckpointCorruptError, CheckpointError, CheckpointNotFoundError
+from modelparallel.foreign_text import parse_json
 from modelparallel.model_states import PARTIAL_KEY
 from modelparallel.nn.huggingface import translations_named
 
@@ -186,7 +186,7 @@ def _weights(found: Found, trust_pickles: bool) -> dict[str, Any]:
 def _unties(others: Mapping[str, bytes]) -> bool:
     """Whether transformers will not tie what is left out, so that shared tensors have to be there under each name."""
     try:
-        return json.loads(others.get(_CONFIG_NAME, b"{}")).get("tie_word_embeddings", True) is False
+        return parse_json(others.get(_CONFIG_NAME, b"{}")).get("tie_word_embeddings", True) is False
     except (ValueError, AttributeError) as error:
         raise CheckpointError(f"--config: {_CONFIG_NAME} is not JSON of an object ({error}): give another") from error
 

@@ -41,6 +41,7 @@ from torch.utils.serialization import config as serialization_config
 from modelparallel.checkpoints.completion import Draft
 from modelparallel.checkpoints.contents import MASTER_KEY
 from modelparallel.checkpoints.file_streams import FileRecord, shown
+from modelparallel.checkpoints.metadata_checks import checked_metadata
 from modelparallel.checkpoints.pieces import rectangle_of
 from modelparallel.checkpoints.storage import HashingFileSystem, Store
 from modelparallel.checkpoints.tensor_archives import TensorArchives, fill
@@ -189,8 +190,16 @@ class RecordedReader(FileSystemReader):
         others = []
         for name, items in by_file.items():
             items.sort(key=lambda item: self.storage_data[item.storage_index].offset)
-            with self.fs.create_stream(name, "rb") as stream:
-                others += [item for item in items if not self._is_read(stream, item, planner)]
+            try:
+                with self.fs.create_stream(name, "rb") as stream:
+                    others += [item for item in items if not self._is_read(stream, item, planner)]
+            except (CheckpointError, MemoryError):
+                raise
+            except Exception as error:  # whatever an archive that is none makes torch and zipfile raise
+                raise CheckpointCorruptError(
+                    f"{shown(self.fs.store.path_of(name))!r} does not hold what its index says "
+                    f"({type(error).__name__}: {error}): load another checkpoint"
+                ) from error
         return super().read_data(dataclasses.replace(plan, items=others), planner)
 
     def _is_read(self, stream: Any, item: ReadItem, planner: LoadPlanner) -> bool:
@@ -234,6 +243,4 @@ def read_metadata(store: Store, trusts_pickles: bool = False) -> Metadata:
     with store.open(METADATA_NAME, "rb") as stream:
         where = repr(store.path_of(METADATA_NAME))
         metadata = load_pickle(stream, None if trusts_pickles else DCP_METADATA_NAMES, where)
-    if not isinstance(metadata, Metadata):
-        raise CheckpointError(f"{store.path_of(METADATA_NAME)!r} is no index of a checkpoint")
-    return metadata
+    return checked_metadata(metadata, where)

@@ -23,7 +23,7 @@ from modelparallel.checkpoints.torch_files import store_of_file
 from modelparallel.checkpoints.user_content import read_restricted, read_user_content
 from modelparallel.checkpoints.weights import INDEX_ENDING, weight_map
 from modelparallel.checkpoints.writing import USER_CONTENT_NAME
-from modelparallel.errors import CheckpointError
+from modelparallel.errors import CheckpointCorruptError, CheckpointError
 from modelparallel.optimizer_states import MASTER_KEY
 
 #: The parts of a checkpoint that sizes are added up for.
@@ -100,7 +100,11 @@ def describe(found: Found) -> Description:
     Raises CheckpointCorruptError for files that cannot be read as what they are, CheckpointError for a pickle that
     names what is not allowed.
     """
-    entries = _ENTRIES_OF[found.kind](found)
+    try:
+        entries = _ENTRIES_OF[found.kind](found)
+        content = _content(found)
+    except RecursionError as error:
+        raise CheckpointCorruptError(f"{found.place!r} holds values that are nested too deeply to be shown") from error
     facts = found.facts
     shape = facts.get("shape")
     num_processes = prod(shape.values()) if isinstance(shape, dict) else facts.get("world_size")
@@ -118,7 +122,7 @@ def describe(found: Found) -> Description:
         objects=entries.objects,
         num_random_states=_count(entries, job_state.RANDOM_KEY),
         num_data_loaders=_count(entries, job_state.LOADER_KEY),
-        user_content=_content(found),
+        user_content=content,
     )
 
 

@@ -29,6 +29,7 @@ from modelparallel.errors import (
     PartitionError,
     StepUsageError,
 )
+from modelparallel.foreign_text import parse_json
 from modelparallel.plan.partition import PartitionPlan
 from modelparallel.ranks_and_messages import allgather
 from modelparallel.topology import CommGroup
@@ -291,7 +292,7 @@ def _use_stored_plans(folder: Store, record: completion.CompletionRecord, models
     if PLAN_NAME not in record.files:
         return
     try:
-        plans = list(json.loads(folder.read(PLAN_NAME)))
+        plans = list(parse_json(folder.read(PLAN_NAME)))
     except (ValueError, TypeError) as error:
         raise CheckpointCorruptError(
             f"{folder.path_of(PLAN_NAME)!r} is not what was written ({error}): resume from another tag"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -20,6 +19,7 @@ from modelparallel.checkpoints.storage import Store
 from modelparallel.checkpoints.torch_files import store_of_file
 from modelparallel.checkpoints.weights import weight_map
 from modelparallel.errors import CheckpointCorruptError, CheckpointError, CheckpointNotFoundError
+from modelparallel.foreign_text import natural, parse_json
 
 _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 _MAX_HEADER_BYTES = 100_000_000
@@ -90,33 +90,46 @@ def _head(store: Store, file: str) -> dict[str, StoredTensor]:
             length = int.from_bytes(stream.read(8), "little")
             if not 2 <= length <= min(size - 8, _MAX_HEADER_BYTES):
                 raise ValueError(f"a head of {length} bytes")
-            values = json.loads(stream.read(length))
+            values = parse_json(stream.read(length))
         values.pop("__metadata__", None)
-        result = {
+        ends = {name: _checked_place(name, entry, size - 8 - length) for name, entry in values.items()}
+        position = 0
+        for start, end in sorted(ends.values()):  # without gaps, too, as the format demands
+            if start != position:
+                raise ValueError(f"tensors {'overlap' if start < position else 'leave a gap'} at byte {start}")
+            position = end
+        if size != 8 + length + position:
+            raise ValueError(f"{size} bytes, and its head says {8 + length + position}")
+        return {
             name: StoredTensor(
                 store,
                 file,
                 name,
                 _DTYPES.get(entry["dtype"]),
-                str(entry["dtype"]),
-                tuple(int(length) for length in entry["shape"]),
-                8 + length + int(entry["data_offsets"][0]),
+                entry["dtype"],
+                tuple(entry["shape"]),
+                8 + length + ends[name][0],
             )
             for name, entry in values.items()
         }
-        end = max((int(entry["data_offsets"][1]) for entry in values.values()), default=0)
-        if size != 8 + length + end:
-            raise ValueError(f"{size} bytes, and its head says {8 + length + end}")
-        for tensor in result.values():
-            if tensor.dtype is not None and tensor.start + prod(tensor.shape) * tensor.dtype.itemsize > size:
-                raise ValueError(f"'{tensor.name}' ends behind its end")
-        return result
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, OSError) as error:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointCorruptError(
             f"{where!r} is not a whole file of safetensors ({type(error).__name__}: {error}): take another copy"
         ) from error
+
+
+def _checked_place(name: str, entry: Any, most: int) -> tuple[int, int]:
+    """Where the bytes of a tensor begin and end, if what the head says of it can be. Raises ValueError, TypeError."""
+    if not isinstance(entry["dtype"], str) or not isinstance(entry["shape"], list):
+        raise TypeError(f"{name!r} has no dtype and shape")
+    shape = [natural(length, f"a length of {name!r}") for length in entry["shape"]]
+    start, end = (natural(place, f"a place of {name!r}", most) for place in entry["data_offsets"])
+    dtype = _DTYPES.get(entry["dtype"])
+    if end < start or (dtype is not None and prod(shape) * dtype.itemsize != end - start):
+        raise ValueError(f"{name!r} of shape {shape} has the bytes from {start} to {end}")
+    return start, end
 
 
 class RectangleReader:

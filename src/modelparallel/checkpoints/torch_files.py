@@ -66,6 +66,10 @@ def read_torch_file(store: Store, name: str, **arguments: Any) -> Any:
         if "PytorchStreamReader" in str(error) or "zip archive" in str(error):
             raise _corrupt(store, name, error) from error
         raise
+    except Exception as error:
+        if arguments.get("weights_only"):  # its unpickler knows no others; what it meets in a damaged file is endless
+            raise _corrupt(store, name, error) from error
+        raise
 
 
 def _can_be_mapped(path: str) -> bool:

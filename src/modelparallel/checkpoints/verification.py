@@ -5,7 +5,6 @@ from __future__ import annotations
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
 from typing import Any
 
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
@@ -15,6 +14,7 @@ from modelparallel.checkpoints.catalogue import RECORDED_KINDS, Found, rank_file
 from modelparallel.checkpoints.dcp_storage import METADATA_NAME, read_metadata
 from modelparallel.checkpoints.file_streams import checked_name
 from modelparallel.checkpoints.inspection import files_of
+from modelparallel.checkpoints.metadata_checks import coverage_problems
 from modelparallel.checkpoints.safetensors_reading import stored_tensors
 from modelparallel.checkpoints.storage import Store
 from modelparallel.checkpoints.torch_files import store_of_file
@@ -87,34 +87,6 @@ def _problems_of_place(metadata: Metadata, index: MetadataIndex, what: str, size
         yield f"{what} lies behind the end of {place.relative_path!r}"
 
 
-def coverage_problems(
-    shape: tuple[int, ...], chunks: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]
-) -> Iterator[str]:
-    """What is wrong with rectangles (offsets, sizes) that should make up a tensor: each element is in one."""
-    for offsets, sizes in chunks:
-        is_inside = len(offsets) == len(sizes) == len(shape) and all(
-            low >= 0 and length >= 0 and low + length <= end
-            for low, length, end in zip(offsets, sizes, shape, strict=True)
-        )
-        if not is_inside:
-            yield f"has a piece at {offsets} of shape {sizes} outside of its shape {shape}"
-            return
-    filled = sorted(chunk for chunk in chunks if prod(chunk[1]))
-    for number, (offsets, sizes) in enumerate(filled):
-        for other_offsets, other_sizes in filled[number + 1 :]:
-            if shape and other_offsets[0] >= offsets[0] + sizes[0]:
-                break  # they are sorted, so that no later one overlaps either
-            if all(
-                low < other_low + other_length and other_low < low + length
-                for low, length, other_low, other_length in zip(offsets, sizes, other_offsets, other_sizes, strict=True)
-            ):
-                yield f"has pieces at {offsets} and {other_offsets} that overlap"
-                return
-    held = sum(prod(sizes) for _, sizes in filled)
-    if held != prod(shape):
-        yield f"of shape {shape} has {prod(shape)} elements, and its pieces hold {held}"
-
-
 # Without a record
 
 
@@ -170,10 +142,10 @@ def _problems_of_torch_file(store: Store, name: str) -> Iterator[str]:
         read_restricted(store, name, f"the file {name!r}")
     except CheckpointNotFoundError:
         yield f"{name!r} is missing"
-    except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError) as error:
-        yield f"{name!r} is not a whole file of torch.save ({error})"
     except CheckpointError as error:
         yield str(error)
+    except Exception as error:  # zipfile raises nearly anything for a damaged one
+        yield f"{name!r} is not a whole file of torch.save ({type(error).__name__}: {error})"
 
 
 _PROBLEMS_OF: Mapping[str, Any] = {

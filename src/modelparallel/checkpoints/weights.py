@@ -6,7 +6,6 @@ What a model was saved by Hugging Face is called as there: ``pytorch_model.bin``
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -19,6 +18,7 @@ from modelparallel.checkpoints.storage import Store
 from modelparallel.checkpoints.torch_files import store_of_file
 from modelparallel.checkpoints.user_content import read_restricted
 from modelparallel.errors import CheckpointCorruptError, CheckpointNotFoundError
+from modelparallel.foreign_text import parse_json
 from modelparallel.model_states import PARTIAL_KEY
 
 #: What Hugging Face's Trainer asks for, whatever it has saved.
@@ -103,7 +103,7 @@ def weight_map(path: str, name: str) -> dict[str, str]:
     """The file of each tensor, as an index says it. Local. Raises CheckpointCorruptError for what is no index."""
     store, file = _place(path, name)
     try:
-        found = json.loads(store.read(file))["weight_map"]
+        found = parse_json(store.read(file))["weight_map"]
         if not all(isinstance(value, str) for value in found.values()):
             raise TypeError("its weight_map has something else than names of files")
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from modelparallel.errors import LaunchError
+from modelparallel.foreign_text import finite, natural, one_line, parse_json
 from modelparallel.private_files import write_private
 
 if TYPE_CHECKING:
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
 #: TORCHELASTIC_RESTART_COUNT, has the same number.
 RESTART_COUNT_VARIABLE = "MODELPARALLEL_RESTART_COUNT"
 MAX_RESTARTS_VARIABLE = "MODELPARALLEL_MAX_RESTARTS"
+
+
+_MOST = 10**6
 
 
 @dataclass(frozen=True)
@@ -136,15 +140,30 @@ def write_attempts(folder: JobFolder, attempts: Sequence[Attempt]) -> None:
 
 
 def read_attempts(folder: JobFolder) -> tuple[Attempt, ...]:
-    """The attempts of the job in the folder; empty if it may not restart."""
+    """The attempts of the job in the folder, those that can be read; empty if it may not restart."""
     try:
-        records: list[dict[str, Any]] = json.loads(folder.attempts_file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        records = parse_json(folder.attempts_file.read_bytes())
+    except (OSError, ValueError):
         return ()
-    known = {field.name for field in fields(Attempt)}
-    attempts = []
-    for record in records:
-        values = {name: value for name, value in record.items() if name in known}
-        devices = values.get("devices")
-        attempts.append(Attempt(**{**values, "devices": None if devices is None else tuple(devices)}))
-    return tuple(attempts)
+    attempts = (_attempt_of(record) for record in (records if isinstance(records, list) else ()))
+    return tuple(attempt for attempt in attempts if attempt is not None)
+
+
+def _attempt_of(record: Any) -> Attempt | None:
+    """What was written down; None for what cannot have been."""
+    try:
+        devices, first_rank = record.get("devices"), record.get("first_rank")
+        moment = finite(record["started"], "the start")
+        datetime.fromtimestamp(moment)
+        return Attempt(
+            natural(record["number"], "the attempt", _MOST),
+            natural(record["num_processes"], "the number of processes", _MOST),
+            moment,
+            finite(record["seconds"], "the time"),
+            int(record["exit_code"]),
+            None if first_rank is None else natural(first_rank, "the rank", _MOST),
+            one_line(record.get("reason", "")),
+            None if devices is None else tuple(map(one_line, devices)),
+        )
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, OSError):
+        return None

@@ -15,6 +15,7 @@ from modelparallel.checkpoints.inspection import Description, describe
 from modelparallel.checkpoints.safetensors_files import MAX_SHARD_SIZE
 from modelparallel.checkpoints.verification import verify as verify_checkpoint
 from modelparallel.errors import CheckpointNotFoundError, SMPConfigError, SMPError
+from modelparallel.foreign_text import one_line, printable
 from modelparallel.launch.stopping import stop
 from modelparallel.plan.partition_table import readable_bytes
 
@@ -61,7 +62,7 @@ def inspect(
                 raise
             found = None
     except SMPError as error:
-        stop(str(error), USAGE)
+        stop(printable(str(error)), USAGE)
     description, failure = None, ""
     try:
         description = None if found is None else describe(found)
@@ -70,11 +71,11 @@ def inspect(
     if as_json:
         typer.echo(json.dumps(_as_json(beside, unfinished, description), indent=1))
     else:
-        typer.echo("\n".join(_listing(path, beside, unfinished, found)), nl=bool(beside or unfinished))
+        _show("\n".join(_listing(path, beside, unfinished, found)), nl=bool(beside or unfinished))
         if description is not None:
-            typer.echo("\n".join(_described(description, None if tensors else _NUM_SHOWN)))
+            _show("\n".join(_described(description, None if tensors else _NUM_SHOWN)))
     if failure:
-        stop(failure, USAGE)
+        stop(printable(failure), USAGE)
 
 
 @checkpoint_app.command()
@@ -87,12 +88,12 @@ def verify(path: PathArgument, tag: TagOption = None) -> None:
         found = find(path, tag)
         verdict = verify_checkpoint(found)
     except SMPError as error:
-        stop(str(error), USAGE)
-    typer.echo(f"{verdict.place} ({verdict.kind}): {verdict.num_files} files, {readable_bytes(verdict.num_bytes)}")
+        stop(printable(str(error)), USAGE)
+    _show(f"{verdict.place} ({verdict.kind}): {verdict.num_files} files, {readable_bytes(verdict.num_bytes)}")
     for text in verdict.limits:
-        typer.echo(f"note: {text}")
+        _show(f"note: {text}")
     for problem in verdict.problems:
-        typer.echo(f"problem: {problem}")
+        _show(f"problem: {problem}")
     if verdict.problems:
         stop(f"not whole: {len(verdict.problems)} problem{'s' if len(verdict.problems) > 1 else ''}", FAILED)
     typer.echo("no problem found" if verdict.limits else "whole")
@@ -149,10 +150,10 @@ def convert(
                 else f"--to {to}: expected full or safetensors"
             )
     except SMPError as error:
-        stop(str(error), USAGE)
+        stop(printable(str(error)), USAGE)
     beside = ", and the optimizer's state beside it" if done.has_optimizer else ""
-    typer.echo(f"{done.destination}: {done.num_tensors} tensors, {readable_bytes(done.num_bytes)}{beside}")
-    typer.echo(f"names: {done.names}")
+    _show(f"{done.destination}: {done.num_tensors} tensors, {readable_bytes(done.num_bytes)}{beside}")
+    _show(f"names: {done.names}")
 
 
 # What `inspect` prints
@@ -173,8 +174,8 @@ def _listing(path: str, beside: list[Found], unfinished: list[str], chosen: Foun
             state,
         ]
         mark = "*" if chosen is not None and one.name == chosen.name else " "
-        lines.append(f" {mark} {one.name:<{width}}  {', '.join(parts)}")
-    lines += [f"   {name}  being written, or broken off" for name in unfinished]
+        lines.append(one_line(f" {mark} {one.name:<{width}}  {', '.join(parts)}"))
+    lines += [f"   {one_line(name)}  being written, or broken off" for name in unfinished]
     if beside and chosen is None:
         lines.append("no file `newest`: give a --tag to see one of them")
     return [*lines, ""]
@@ -196,13 +197,13 @@ def _described(what: Description, limit: int | None) -> list[str]:
         shape = facts.get("shape", {})
         axes = "".join(f", {axis} {count}" for axis, count in shape.items())
         if shape:
-            axes += f", dp {shape['tp'] * shape['rdp']}"
-        sharding = facts.get("sharded_data_parallel_degree", 1)
+            axes += f", dp {shape.get('tp', 1) * shape.get('rdp', 1)}"
+        sharding = facts.get("sharded_data_parallel_degree") or 1
         lines.append(
             f"  processes: {what.num_processes}{axes}" + (f", sharded over {sharding}" if sharding > 1 else "")
         )
     lines.append(f"  files: {len(what.files)}, {readable_bytes(sum(what.files.values()))}")
-    lines += [f"    {name}  {readable_bytes(size)}" for name, size in sorted(what.files.items())]
+    lines += [f"    {one_line(name)}  {readable_bytes(size)}" for name, size in sorted(what.files.items())]
     for part, (number, elements, num_bytes) in what.totals().items():
         lines.append(f"  {part}: {number} tensors, {elements:,} elements, {readable_bytes(num_bytes)}")
     if what.num_random_states or what.num_data_loaders:
@@ -211,14 +212,14 @@ def _described(what: Description, limit: int | None) -> list[str]:
         content = what.user_content
         if isinstance(content, dict):
             content = ", ".join(f"{key} ({kind})" for key, kind in content.items())
-        lines.append(f"  user content: {content}")
+        lines.append(f"  user content: {one_line(content)}")
     rows = [
-        f"    {one.name}  {list(one.shape)} {one.dtype} {readable_bytes(one.num_bytes)}"
+        f"    {one_line(one.name)}  {list(one.shape)} {one.dtype} {readable_bytes(one.num_bytes)}"
         + (f" in {one.num_pieces} pieces" if one.num_pieces > 1 else "")
         for one in what.tensors
     ]
     lines += _limited("tensors", rows, limit)
-    return lines + _limited("objects", [f"    {name}" for name in what.objects], limit)
+    return lines + _limited("objects", [f"    {one_line(name)}" for name in what.objects], limit)
 
 
 def _limited(noun: str, rows: list[str], limit: int | None) -> list[str]:
@@ -253,6 +254,11 @@ def _as_json(beside: list[Found], unfinished: list[str], what: Description | Non
             },
         },
     }
+
+
+def _show(text: str, nl: bool = True) -> None:
+    """Print what stands in files: nothing of it may reach the terminal as a command."""
+    typer.echo(printable(text), nl=nl)
 
 
 def _dtype(name: str | None) -> torch.dtype | None:

@@ -1,19 +1,21 @@
 """`modelparallel explain <job folder>`: one story of what the ranks of a failed job wrote down.
 
 It reads `events/rank<rank>.jsonl` (what each rank did last and waited for; see event_files.py) and `status/` (who
-started, ended or failed, also outside the steps). A rank may have left nothing: a killed one cannot write.
+started, ended or failed, also outside the steps). A rank may have left nothing: a killed one cannot write. What cannot
+be read (files that are cut off or changed) is left out and counted, and nothing that stands in a file reaches a
+terminal as a command.
 """
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from modelparallel.errors import LaunchError
+from modelparallel.foreign_text import one_line, parse_json, printable
 from modelparallel.launch.attempts import read_attempts
 from modelparallel.launch.folder import JobFolder
 
@@ -25,6 +27,8 @@ _PASSED_ON = re.compile(
 _TAKEN = re.compile(r"took (\S+\.py:\d+[^()]*) \(event|\(([^()]*\S+\.py:\d+)\)")
 _STANDS = re.compile(r"\S+\.py:\d+")
 _NUM_EVENTS = 6
+#: What is more than this in a file is not of a job.
+_MOST_BYTES, _MOST_TEXT, _MOST_RANKS = 64 << 20, 100_000, 100_000
 _RANK_FILE = re.compile(r"rank_?(\d+)\.")
 
 
@@ -37,6 +41,7 @@ class RankStory:
     has_finished: bool = False
     records: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     status_error: dict[str, Any] | None = None
+    num_unreadable: int = 0
 
     @property
     def head(self) -> Mapping[str, Any]:
@@ -70,7 +75,7 @@ def explain(folder: JobFolder) -> str:
 
     Raises LaunchError if there is no job.
     """
-    return "\n".join([_explain_attempt(folder), *_earlier_attempts(folder)])
+    return printable("\n".join([_explain_attempt(folder), *_earlier_attempts(folder)]))
 
 
 def _earlier_attempts(folder: JobFolder) -> list[str]:
@@ -84,8 +89,11 @@ def _earlier_attempts(folder: JobFolder) -> list[str]:
 def _explain_attempt(folder: JobFolder) -> str:
     stories = _read(folder)
     errors = {rank: story.error for rank, story in stories.items() if story.error is not None}
+    unreadable = [f"  {story}: {story.num_unreadable}" for story in stories.values() if story.num_unreadable]
+    if unreadable:
+        unreadable = ["", "records that cannot be read, and are left out:", *unreadable]
     if not errors and not any(story.is_silent for story in stories.values()):
-        return f"job in {folder.root}: no rank has written down a failure"
+        return "\n".join([f"job in {folder.root}: no rank has written down a failure", *unreadable])
     lines = [f"job in {folder.root}: {len(stories)} ranks, {len(errors)} of them with an error"]
     first = _first(stories)
     lines += ["", *_what_was_first(stories, first)]
@@ -93,36 +101,126 @@ def _explain_attempt(folder: JobFolder) -> str:
     lines += ["", "errors, in the order of time:", *_errors(stories)]
     if first is not None:
         lines += _last_events(stories[first])
-    return "\n".join(lines)
+    return "\n".join([*lines, *unreadable])
 
 
 def _read(folder: JobFolder) -> dict[int, RankStory]:
-    found: dict[int, RankStory] = {}
-    num_ranks = 0
-    if folder.description.exists():
-        num_ranks = json.loads(folder.description.read_text(encoding="utf-8")).get("num_devices", 0)
-    for path in [*folder.events.glob("rank*.jsonl"), *folder.status.glob("rank_*.json")]:
-        match = _RANK_FILE.match(path.name)
-        if match is not None:
-            num_ranks = max(num_ranks, int(match.group(1)) + 1)
-    if num_ranks == 0:
+    said = _parsed(_text_of(folder.description))
+    num_devices: Any = said.get("num_devices") if isinstance(said, dict) else None
+    ranks = set(range(num_devices)) if _is_rank(num_devices) else set()
+    for directory, pattern in ((folder.events, "rank*.jsonl"), (folder.status, "rank_*.json")):
+        for path in directory.glob(pattern) if directory.is_dir() else ():
+            match = _RANK_FILE.match(path.name)
+            if match is not None and _is_rank(int(match[1])):
+                ranks.add(int(match[1]))
+    if not ranks:
         raise LaunchError(
             f"{folder.root} holds no job: name the folder that `modelparallel run` printed as 'folder ...' (--job-dir)"
         )
-    rank = 0
-    while rank < num_ranks:
-        story = found[rank] = RankStory(rank)
-        story.has_started = folder.started_file(rank).exists()
-        story.has_finished = folder.finished_file(rank).exists()
-        if folder.error_file(rank).exists():
-            story.status_error = json.loads(folder.error_file(rank).read_text(encoding="utf-8"))
-        if folder.event_file(rank).exists():
-            for line in folder.event_file(rank).read_text(encoding="utf-8").splitlines():
-                record = json.loads(line)
-                story.records.setdefault(record["kind"], []).append(record)
-        num_ranks = max(num_ranks, 1 + max(story.head.get("pipeline", [rank])))
-        rank += 1
-    return found
+    found: dict[int, RankStory] = {}
+    while missing := ranks - found.keys():
+        for rank in missing:
+            found[rank] = _read_rank(folder, rank)
+            ranks.update(found[rank].head.get("pipeline", ()))
+    return dict(sorted(found.items()))
+
+
+def _read_rank(folder: JobFolder, rank: int) -> RankStory:
+    story = RankStory(rank)
+    story.has_started = folder.started_file(rank).exists()
+    story.has_finished = folder.finished_file(rank).exists()
+    if (text := _text_of(folder.error_file(rank))) is not None:
+        story.status_error = _cleaned(_parsed(text), _STATUS)
+        story.num_unreadable += story.status_error is None
+    lines = (_text_of(folder.event_file(rank)) or "").splitlines()
+    for line in lines:
+        record = _parsed(line)
+        kind = record.get("kind") if isinstance(record, dict) else None
+        cleaned = _cleaned(record, _RECORDS[kind]) if isinstance(kind, str) and kind in _RECORDS else None
+        if cleaned is None:
+            story.num_unreadable += 1
+        else:
+            story.records.setdefault(str(kind), []).append(cleaned)
+    if not lines and folder.event_file(rank).exists():
+        story.num_unreadable += 1
+    _drop_strangers(story)
+    return story
+
+
+def _drop_strangers(story: RankStory) -> None:
+    """Leave out waits for stages that the rank's pipeline does not have, which a damaged file may name."""
+    pipeline = story.head.get("pipeline", ())
+    waits = story.records.pop("wait", [])
+    kept = [wait for wait in waits if wait["source"] < len(pipeline)]
+    story.num_unreadable += len(waits) - len(kept)
+    if kept:
+        story.records["wait"] = kept
+
+
+def _text_of(path: Path) -> str | None:
+    """What is in the file, as far as it is text; None where there is no file that can be read."""
+    try:
+        if not path.is_file():
+            return None
+        with path.open("rb") as file:
+            return file.read(_MOST_BYTES).decode(errors="backslashreplace")
+    except OSError:
+        return None
+
+
+def _parsed(text: str | None) -> Any:
+    try:
+        return None if text is None else parse_json(text)
+    except ValueError:
+        return None
+
+
+def _is_rank(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _MOST_RANKS
+
+
+def _is_time(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and -1e12 < value < 1e12
+
+
+def _is_pipeline(value: Any) -> bool:
+    return isinstance(value, list) and 0 < len(value) <= _MOST_RANKS and all(map(_is_rank, value))
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
+
+
+# The fields that a story needs, and what each has to be. A record that lacks one is not told.
+_Fields = Mapping[str, Callable[[Any], bool]]
+_STATUS: _Fields = {"time": _is_time, "summary": _is_text, "traceback": _is_text}
+_RECORDS: Mapping[str, _Fields] = {
+    "rank": {"global_rank": _is_rank, "pp_rank": _is_rank, "pipeline": _is_pipeline, "call": _is_number},
+    "event": {"microbatch": _is_number, "number": _is_number, "text": _is_text, "line": _is_text, "time": _is_time},
+    "wait": {
+        "source": _is_rank, "microbatch": _is_number, "what": _is_text, "line": _is_text, "seconds": _is_time,
+    },
+    "peer": {"pp_rank": _is_rank, "text": _is_text},
+    "error": {"type": _is_text, "text": _is_text, "line": _is_text, "time": _is_time},
+}  # fmt: skip
+#: Texts of several lines; the lines of all others are told as one.
+_OF_LINES = frozenset({"text", "summary", "traceback"})
+
+
+def _cleaned(record: Any, wanted: _Fields) -> dict[str, Any] | None:
+    """The record with texts that can be shown; None if a field is missing or is not what it has to be."""
+    if not isinstance(record, dict) or not all(name in record and fits(record[name]) for name, fits in wanted.items()):
+        return None
+    return {
+        name: (printable(value[:_MOST_TEXT]) if name in _OF_LINES else one_line(value))
+        if isinstance(value, str)
+        else value
+        for name, value in record.items()
+    }
 
 
 def _first(stories: Mapping[int, RankStory]) -> int | None:

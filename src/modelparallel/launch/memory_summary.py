@@ -1,9 +1,9 @@
 """What the ranks of a job took, in a line for each stage: said when the job has finished."""
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
+from modelparallel.foreign_text import natural, parse_json
 from modelparallel.launch.folder import JobFolder
 from modelparallel.plan.partition_table import readable_bytes
 
@@ -19,8 +19,11 @@ def memory_summary(folder: JobFolder) -> list[str]:
     by_stage: dict[int, list[Mapping[str, Any]]] = {}
     for path in sorted(folder.events.glob("rank*.memory.json")):
         try:
-            record = json.loads(path.read_text(encoding="utf-8"))
-            by_stage.setdefault(int(record["stage"]), []).append(record)
+            record = parse_json(path.read_text(encoding="utf-8"))
+            for name in ("stage", "global_rank", "held", "predicted", "device_peak", "resident_peak"):
+                if record[name] is not None:
+                    natural(record[name], name)
+            by_stage.setdefault(natural(record["stage"], "stage"), []).append(record)
         except (OSError, ValueError, KeyError, TypeError):
             continue  # a process was killed while it wrote
     lines = [_line(stage, records) for stage, records in sorted(by_stage.items())]

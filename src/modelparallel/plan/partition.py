@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from modelparallel.errors import PartitionError
+from modelparallel.foreign_text import parse_json
 from modelparallel.plan import partition_table
 
 FORMAT_VERSION = 1
@@ -215,7 +216,7 @@ class PartitionPlan:
     def from_json(cls, text: str) -> PartitionPlan:
         """The plan that :meth:`to_json` wrote; :class:`PartitionError` for any other text."""
         try:
-            content: dict[str, Any] = json.loads(text)
+            content: dict[str, Any] = parse_json(text)
             if content["version"] != FORMAT_VERSION:
                 raise PartitionError(
                     f"partition plan of version {content['version']!r}; this version reads {FORMAT_VERSION} only"
@@ -240,7 +241,7 @@ class PartitionPlan:
                     (int(source), int(target), int(count)) for source, target, count in content.get("traffic", ())
                 ),
             )
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             raise PartitionError(f"this is not a partition plan: {type(error).__name__}: {error}") from error
 
     def save(self, path: str | Path) -> None:
