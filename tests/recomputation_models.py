@@ -12,7 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Runs:
-    """A count that the engine does not take for the state of a module."""
+    """A count that the engine does not take for the state of a module (it does not look into objects with slots)."""
+
+    __slots__ = ("number",)
 
     def __init__(self) -> None:
         self.number = 0

@@ -24,6 +24,7 @@ from modelparallel.pipeline.lockstep import check_microbatches
 from modelparallel.pipeline.loss_weights import shares
 from modelparallel.pipeline.microbatches import Microbatches, slice_objects, split
 from modelparallel.pipeline.randomness import RandomFrames, SavedGenerators
+from modelparallel.pipeline.reachable import KeptState
 from modelparallel.runtime import RunningStep, Runtime
 from modelparallel.step_output import merge_outputs
 from modelparallel.torch_compat import DisableTorchFunctionSubclass
@@ -252,10 +253,13 @@ class StepFunction:
         # Of copies, since the body may write to its inputs and the step itself is yet to come.
         first = trees.map_leaves(copied, self._split(arguments, config).arguments[0])
         running = runtime.step = RunningStep(is_tracing=True)
+        # What the body and its hooks count and collect would be there once more on the ranks that trace.
+        kept = KeptState((model.module for model in runtime.session.models), [self._function])
         try:
             self._call(first)
         finally:
             runtime.step = None
+            kept.restore()
         return running.models
 
     def _run(

@@ -16,8 +16,10 @@ from modelparallel import trees
 from modelparallel.errors import REMEDY_FOR_GUESTS, StepUsageError, UnsupportedError
 from modelparallel.pipeline import glue
 from modelparallel.pipeline.arguments import Arguments, taken_apart
+from modelparallel.pipeline.doors import Watch
 from modelparallel.pipeline.holders import held_values, with_values
 from modelparallel.pipeline.randomness import RandomFrames, may_draw
+from modelparallel.pipeline.side_writes import Noted, SideWrites
 from modelparallel.torch_compat import DisableTorchFunctionSubclass, autocast_state
 
 if TYPE_CHECKING:
@@ -43,10 +45,17 @@ class PlacedModule:
     description: str = ""
     input_description: str = ""
     identity: object = field(default_factory=object)  # its part of a call's signature
+    around: PlacedModule | None = None  # the opened one that it is a part of
+    is_opened: bool = False  # its children are placed, too, see doors.py
     filled: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet)
+
+    watch: Watch = field(init=False)
+    side_writes: SideWrites = field(init=False)
 
     def __post_init__(self) -> None:
         self.parameters = tuple(self.module.parameters())
+        self.watch = Watch(self.module, None if self.around is None else self.around.watch)
+        self.side_writes = SideWrites(self)
         self.description = f"module '{self.name}' ({type(self.module).__name__})"
         self.input_description = f"{self.name} input"
         self._may_draw = may_draw(self.module)
@@ -82,17 +91,20 @@ def mark_dynamic(module: nn.Module) -> None:
     module.__dict__[DYNAMIC_MARK] = True
 
 
-def run(engine: PipelineEngine, program: Program, entry: PlacedModule, args: Any, kwargs: Any) -> Any:
-    """Call a placed module; every stage of the pipeline does, in the same order."""
+def run(
+    engine: PipelineEngine, program: Program, entry: PlacedModule, args: Any, kwargs: Any, call: Callable[..., Any]
+) -> Any:
+    """Call a placed module, which is ``call`` at its home; every stage of the pipeline does, in the same order."""
     arguments = Arguments(program, args, kwargs)
     home = entry.home
-    call = entry.inner
     objects = arguments.objects() if len(arguments.inputs) != len(arguments.values) else []
     if objects and (held := [value for item in objects for value in held_values(item)]):
-        call = _with_held(entry, held, objects, home == engine.stage)
+        call = _with_held(entry, call, held, objects, home == engine.stage)
         arguments, objects = Arguments(program, (held, args, kwargs), {}), []
     if program.region is not None:
         program.region.note_used(arguments)
+    if program.ledger is not None:
+        program.ledger.note(entry.description, arguments.values)
     program.fetch(arguments.inputs, home, entry.input_description)
     key: Hashable | None = None
     if DYNAMIC_MARK not in entry.module.__dict__:
@@ -108,7 +120,7 @@ def run(engine: PipelineEngine, program: Program, entry: PlacedModule, args: Any
     if home == engine.stage:
         if entry.has_buffers and (program.region is not None or program.is_replay):
             call = _around(program, entry.module, call)
-        if entry.unit is not None and entry.needs_frame():
+        if entry.unit is not None and program.inside is None and entry.needs_frame():
             call = _framed(program.frames, entry.unit, call)
         if objects:
             objects = [value for value in objects if not entry.is_first_filling(value)]
@@ -116,12 +128,21 @@ def run(engine: PipelineEngine, program: Program, entry: PlacedModule, args: Any
             call = _guarded(entry, objects, arguments.holds_containers, call)
         if program.sightings is not None and entry.module.training and entry.has_buffers:
             call = _watched(program, entry, call)
+        call = entry.side_writes.watched(engine, key, call, is_replay=program.is_replay)
     program.tracker.note_work(home, entry.name, is_training=entry.module.training)
     call = program.counted(call, home, entry.parameters)
-    return glue.execute(program, entry.description, key, arguments, home, call, protect=True)
+    result = glue.execute(program, entry.description, key, arguments, home, call, protect=True)
+    if type(result) is Noted:
+        if not program.is_replay:
+            program.carries_state = True
+            entry.side_writes.put(engine, result)
+        return result.output
+    return result
 
 
-def _with_held(entry: PlacedModule, held: list[Any], objects: list[Any], is_here: bool) -> Callable[..., Any]:
+def _with_held(
+    entry: PlacedModule, inner: Callable[..., Any], held: list[Any], objects: list[Any], is_here: bool
+) -> Callable[..., Any]:
     """The call of a module that is given objects that hold values of the step: with copies that hold what is here.
 
     What it stores there is let go with the copy, which is right for a cache that this layer is given once.
@@ -133,7 +154,7 @@ def _with_held(entry: PlacedModule, held: list[Any], objects: list[Any], is_here
         copies = {id(item): with_values(item, found) for item in objects}
         before = [_fingerprint(copies[id(item)]) for item in watched]
         args, kwargs = trees.map_leaves(lambda leaf: copies.get(id(leaf), leaf), (args, kwargs))
-        output = entry.inner(*args, **kwargs)
+        output = inner(*args, **kwargs)
         for item, old in zip(watched, before, strict=True):
             if old is not None and _fingerprint(copies[id(item)]) != old:
                 raise _changed(entry, type(item))
@@ -160,7 +181,15 @@ def run_inside(engine: PipelineEngine, entry: PlacedModule, args: Any, kwargs: A
             "made no such call, or none was traced (skip_tracing, a loaded plan). Let the first step make it, or "
             f"{REMEDY_FOR_GUESTS}"
         )
-    if not entry.has_buffers or len(entry.holders) == 1:
+    if len(entry.holders) == 1:
+        return entry.inner(*args, **kwargs)
+    if entry.watch.is_touched():
+        raise UnsupportedError(
+            f"{entry.description} has a hook, or a forward that was replaced, and is called inside modules of several "
+            "stages: what the hook keeps would be there on one of them alone. Put the hook on the modules that call "
+            f"it, or {REMEDY_FOR_GUESTS}"
+        )
+    if not entry.has_buffers:
         return entry.inner(*args, **kwargs)
     before = buffer_state(entry.module)
     output = entry.inner(*args, **kwargs)

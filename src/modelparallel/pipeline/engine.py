@@ -18,13 +18,15 @@ from torch.overrides import TorchFunctionMode
 from modelparallel import trees
 from modelparallel.comm.transport import StageTransport
 from modelparallel.errors import DivergenceError, StepUsageError, UnsupportedError
-from modelparallel.pipeline import calls, glue, transforms
+from modelparallel.pipeline import calls, doors, glue, transforms
 from modelparallel.pipeline.bodies import WorkerPool
 from modelparallel.pipeline.buffers import BufferHabits
 from modelparallel.pipeline.chains import Work
 from modelparallel.pipeline.functions import traits_of
+from modelparallel.pipeline.kept_values import refuse_graph
 from modelparallel.pipeline.program import Program
 from modelparallel.pipeline.randomness import RandomFrames, may_draw, unit_number
+from modelparallel.pipeline.reachable import MISSING
 from modelparallel.pipeline.regions import ActivationStore, Region
 from modelparallel.pipeline.stage_tensor import StageTensor
 from modelparallel.pipeline.step_plans import StepPlans
@@ -32,9 +34,11 @@ from modelparallel.pipeline.structures import Structure
 from modelparallel.torch_compat import (
     CheckpointFunction,
     DisableTorchFunctionSubclass,
+    current_backward_id,
     install_call,
     intercepted_checkpoints,
     intercepted_function_apply,
+    noticed_attributes,
     noticed_tensor_hooks,
     resume_function_mode,
     suspend_function_mode,
@@ -74,7 +78,11 @@ class _GlueMode(TorchFunctionMode):
             with DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         program = engine.program
-        if program is not None and (StageTensor in types or engine.has_placed(program, args, kwargs)):
+        if program is not None and (
+            StageTensor in types
+            or engine.has_placed(program, args, kwargs)
+            or (traits.is_random and program.inside is not None)
+        ):
             return glue.run(engine, program, func, args, kwargs)
         if program is None and func is torch.Tensor.backward:
             raise StepUsageError(
@@ -83,7 +91,7 @@ class _GlueMode(TorchFunctionMode):
                 "lets the gradients be reduced over the data-parallel ranks"
             )
         if program is not None and traits.name in _LOOKS_AT_GRADIENT and args and program.is_leaf(args[0]):
-            program.refuse_leaf()
+            refuse_graph([], engine.placed)
         if engine.frames is not None and traits.is_random:
             engine.frames.enter_glue_operation()
         result = func(*args, **kwargs)
@@ -173,8 +181,12 @@ class PipelineEngine:
         #: Where inputs of recomputed regions may be in the meantime; None: they stay.
         self.activation_store: ActivationStore | None = None
         self.mode = _GlueMode(self)
+        #: The attributes that the module which runs at its home has assigned: (module, name, what was there before).
+        self.assigned: dict[tuple[int, str], tuple[nn.Module, str, Any]] | None = None
+        self._module_places: dict[int, tuple[int, str]] = {}
         self._homes: weakref.WeakKeyDictionary[nn.Module, frozenset[int]] = weakref.WeakKeyDictionary()
         self._entries: list[calls.PlacedModule] = []
+        self._entry_of: dict[int, calls.PlacedModule] = {}  # by id of the module
         self._roots: list[nn.Module] = []
         self._assigned_buffers: list[tuple[nn.Module, str, torch.Tensor | None]] = []
         self._loose_buffers: list[tuple[nn.Module, str]] = []  # without a home
@@ -241,22 +253,32 @@ class PipelineEngine:
         return [(owner, name, owner._buffers.get(name)) for owner, name in (*assigned, *self._loose_buffers)]
 
     def place_module(
-        self, module: nn.Module, name: str, home: int, copies: Sequence[int] = (), *, is_unit: bool
+        self,
+        module: nn.Module,
+        name: str,
+        home: int,
+        copies: Sequence[int] = (),
+        *,
+        is_unit: bool,
+        around: calls.PlacedModule | None = None,
     ) -> None:
         """From now on calls of ``module`` inside a step run on ``home``, those inside other modules also on the stages
-        that have ``copies``.
+        that have ``copies``. ``around``: the opened module that it is a part of, see doors.py.
         """
-        entry = calls.PlacedModule(module, name, home, unit_number(name) if is_unit else None, (home, *copies))
+        unit = unit_number(name) if is_unit else None
+        entry = calls.PlacedModule(module, name, home, unit, (home, *copies), around=around)
         self._homes.clear()
         if copies:
             self.copied.extend(entry.parameters)
+        is_compiled = module._compiled_call_impl is not None
 
         def call(*args: Any, **kwargs: Any) -> Any:
             if self.is_native:
                 if self.program is not None:
                     return calls.run_inside(self, entry, args, kwargs)
                 return entry.inner(*args, **kwargs)
-            if self.program is None:
+            program = self.program
+            if program is None:
                 if self.stage not in entry.holders:
                     raise StepUsageError(
                         f"module '{entry.name}' is on pp_rank {entry.home} and was called on pp_rank {self.stage} "
@@ -264,21 +286,40 @@ class PipelineEngine:
                         "call the model inside a function decorated with @smp.step"
                     )
                 return entry.inner(*args, **kwargs)
-            is_suspended = suspend_function_mode(self.mode)  # a native region, without the cost of an object
-            self.is_native = True
-            try:
-                return calls.run(self, self.program, entry, args, kwargs)
-            finally:
-                self.is_native = False
-                if is_suspended:
-                    resume_function_mode(self.mode)
+            if entry.watch.is_touched():
+                return doors.run(self, program, entry, args, kwargs)
+            return self.run_placed(program, entry, args, kwargs, entry.inner)
 
         entry.inner = install_call(module, call)
+        if not is_compiled and not entry.watch.has_replaced_forward():
+            doors.Door(self, entry)
         self._entries.append(entry)
+        self._entry_of[id(module)] = entry
+
+    def place_inside(self, module: nn.Module, name: str, around: calls.PlacedModule) -> None:
+        """From now on ``module``, a part of ``around``, which was opened, runs at its home by itself, too."""
+        if id(module) not in self._entry_of:
+            self.place_module(module, name, around.home, is_unit=False, around=around)
+
+    def run_placed(
+        self, program: Program, entry: calls.PlacedModule, args: Any, kwargs: Any, call: Callable[..., Any]
+    ) -> Any:
+        """Run ``call``, the module's own, at its home; every stage of the pipeline does."""
+        is_suspended = suspend_function_mode(self.mode)  # a native region, without the cost of an object
+        self.is_native = True
+        try:
+            return calls.run(self, program, entry, args, kwargs, call)
+        finally:
+            self.is_native = False
+            if is_suspended:
+                resume_function_mode(self.mode)
 
     def place_model(self, root: nn.Module) -> None:
         """``root`` holds placed modules. Its buffers that have no home by now are ordinary tensors on every stage."""
+        number = len(self._roots)
         self._roots.append(root)
+        for name, module in root.named_modules():
+            self._module_places.setdefault(id(module), (number, name))
         for owner in root.modules():
             for name, buffer in owner._buffers.items():
                 if buffer is None or id(buffer) not in self.placed:
@@ -297,6 +338,24 @@ class PipelineEngine:
             for entry in self._entries
             if len(entry.holders) > 1
         )
+
+    def module_places(self) -> dict[int, tuple[int, str]]:
+        """(number of the model, name in it) of the modules, by id; equal on all stages."""
+        return self._module_places
+
+    def module_at(self, number: int, name: str) -> nn.Module:
+        """The module of that number and name."""
+        return self._roots[number].get_submodule(name)
+
+    def _notice_assignment(self, module: nn.Module, name: str) -> bool:
+        """Before an attribute is assigned: note it; whether it must not be."""
+        assigned = self.assigned
+        if assigned is None:
+            # A module that runs once more in the backward would put its own tensor over the value of the step.
+            return self.runs_again and isinstance(vars(module).get(name), StageTensor)
+        if (id(module), name) not in assigned:
+            assigned[id(module), name] = (module, name, vars(module).get(name, MISSING))
+        return False
 
     def homes_of(self, module: nn.Module) -> frozenset[int]:
         """The stages on which the weights of ``module`` are; empty without any, and before the partition."""
@@ -401,6 +460,7 @@ class PipelineEngine:
             intercepted_checkpoints(self._checkpoint),
             noticed_tensor_hooks(self._notice_hook),
             intercepted_transforms(functools.partial(transforms.call, self)),
+            noticed_attributes(self._notice_assignment),
         ):
             yield
 
@@ -426,6 +486,16 @@ class PipelineEngine:
             yield
         finally:
             self.enter(state)
+
+    @property
+    def runs_module(self) -> bool:
+        """Whether a module runs at its home now, for the first time or once more in the backward."""
+        return self.is_native or self.runs_again
+
+    @property
+    def runs_again(self) -> bool:
+        """Whether code that runs now is part of a module's second run in the backward, if it is of one."""
+        return self.program is None and current_backward_id() != -1
 
     # Agreement of the stages
 

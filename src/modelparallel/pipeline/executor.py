@@ -20,6 +20,7 @@ from modelparallel.pipeline.bodies import Body, ThreadBody
 from modelparallel.pipeline.chains import Follower, Recorder, StepPlan
 from modelparallel.pipeline.engine import PipelineEngine
 from modelparallel.pipeline.interpreter import Interpreter, discovery_actions
+from modelparallel.pipeline.ledger import Ledger
 from modelparallel.pipeline.loss_weights import checked_weight
 from modelparallel.pipeline.program import Program
 from modelparallel.pipeline.randomness import RandomFrames
@@ -137,7 +138,9 @@ class _StepRun:
         structures = engine.structures if self._is_sequential else {}
         is_last = self._discovered_kind is not None and index == self._num_microbatches - 1
         count_work = engine.count_work if is_last else None
-        return Program(engine, index, run.frames, tracker, structures, run.weight, self._sightings, count_work)
+        program = Program(engine, index, run.frames, tracker, structures, run.weight, self._sightings, count_work)
+        program.ledger = Ledger() if is_last else None
+        return program
 
     def _execute(self, program: Program, run: MicrobatchRun) -> Any:
         """The whole forward of one microbatch."""
@@ -147,6 +150,8 @@ class _StepRun:
             output = run.call()
         program.log.leave()
         returned = trees.map_leaves(program.returned, (output, program.loss_weight))
+        if program.ledger is not None:
+            program.ledger.note("the output of the step function", trees.leaves(returned))
         del output  # a tensor that only it refers to does not outlive the microbatch
         engine.settle_buffers(program)
         program.written.settle(program)

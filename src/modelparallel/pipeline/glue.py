@@ -46,13 +46,14 @@ def run(engine: PipelineEngine, program: Program, func: Callable[..., Any], args
             return special[0]
     arguments = Arguments(program, args, kwargs)
     inputs = arguments.inputs
-    if not inputs:
+    is_drawn_inside = traits.is_random and program.inside is not None  # in the order of the module, at its home
+    if not inputs and not is_drawn_inside:
         if traits.is_random:
             program.frames.enter_glue_operation()
         return func(*args, **kwargs)
     if program.region is not None:
         program.region.note_used(arguments)
-    if traits.is_read and all(value.replica is not None for value in inputs):
+    if traits.is_read and inputs and all(value.replica is not None for value in inputs):
         # Known everywhere: no message, so that a read under `if smp.rank() == 0` cannot hang.
         with engine.native_region():
             return arguments.call(
@@ -63,19 +64,22 @@ def run(engine: PipelineEngine, program: Program, func: Callable[..., Any], args
                 ],
             )
     written = _written_index(traits, args, kwargs, arguments.given) if kwargs or traits.is_in_place else None
-    home = choose_home(traits, arguments.values, inputs, written)
+    home = choose_home(program.inside, traits, arguments.values, inputs, written)
     if written is not None and not isinstance(arguments.values[written], StageTensor):
         arguments.promote(written, program.written.add(program, arguments.values[written], home))
         inputs = arguments.inputs
     program.fetch(inputs, home, traits.input_description)
-    if traits.is_random:
+    if traits.is_random and not is_drawn_inside:
         program.frames.enter_glue_operation()
     is_known = (
         written is None
+        and bool(inputs)
         and inputs[0].replica is not None
         and not traits.is_random
         and all(_is_known_everywhere(value) for value in inputs)
     )
+    if program.ledger is not None and not is_known:
+        program.ledger.note(traits.description, arguments.values, written=written)
     key = None if is_value_shaped(traits, arguments) else operation_key(traits, arguments)
     if key is not None and written is not None:
         key = (key, _written_with(arguments.values, written))
@@ -329,11 +333,17 @@ def _note_written(tensor: StageTensor, home: int, requires_grad: bool, what: str
 
 
 def choose_home(
-    traits: FunctionTraits, values: Sequence[Any], inputs: Sequence[StageTensor], written: int | None
+    inside: int | None,
+    traits: FunctionTraits,
+    values: Sequence[Any],
+    inputs: Sequence[StageTensor],
+    written: int | None,
 ) -> int:
     """Where the fewest bytes must be moved to; ties go to the later stage. Parameters do not move, nor does what is
-    written to.
+    written to. ``inside``: the home of the opened module that the operation belongs to; it runs there.
     """
+    if inside is not None and all(tensor.home == inside or not tensor.is_pinned_home for tensor in inputs):
+        return inside
     home = inputs[0].home
     for tensor in inputs:
         if tensor.home != home:

@@ -21,7 +21,7 @@ import weakref
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -29,6 +29,8 @@ from torch import nn
 from modelparallel.comm.event_log import EventLog, check_of, user_code_line
 from modelparallel.comm.transport import Awaited, MessageKind, MessageName
 from modelparallel.errors import DivergenceError, StepUsageError
+from modelparallel.pipeline.functions import traits_of
+from modelparallel.pipeline.kept_values import carried_over, read_inside, refuse_graph
 from modelparallel.pipeline.splitting import SplitBackward
 from modelparallel.pipeline.stage_tensor import AliasGroup, StageTensor, TensorSpec
 from modelparallel.pipeline.wire import TENSORS_PER_MESSAGE, receive_tensors, send_tensors
@@ -38,17 +40,13 @@ from modelparallel.torch_compat import leaves_of_graph
 if TYPE_CHECKING:
     from modelparallel.pipeline.chains import ChainTracker
     from modelparallel.pipeline.engine import CountWork, PipelineEngine
+    from modelparallel.pipeline.ledger import Ledger
     from modelparallel.pipeline.randomness import RandomFrames
     from modelparallel.pipeline.records import Record
     from modelparallel.pipeline.sightings import Sightings
     from modelparallel.pipeline.structures import Structure
 
 
-_OF_NOBODY = (
-    "a tensor that requires grad but belongs to no smp.DistributedModel meets the values of one inside smp.step: with "
-    "pipelining its gradient would exist on one stage only. Make it part of the model (a parameter, or a module of "
-    "it), or detach it; a module that the first forward makes is too late: call the model once before it is wrapped"
-)
 _NO_GRADIENT = TensorSpec((0,), (1,), torch.float32, False, "cpu")
 
 
@@ -117,6 +115,10 @@ class Program:
         #: Whether graphs of later pieces reach into earlier ones, see inner_gradients.py.
         self.keeps_graphs = False
         self._last_event = 0
+        #: The home of the opened module that runs now, see doors.py.
+        self.inside: int | None = None
+        #: What its operations are given, in the first step of a kind.
+        self.ledger: Ledger | None = None
         #: While pushed values are read to find out the structure of a result, as only the first time needs.
         self.is_finding_out = False
         self.written = WrittenTensors()
@@ -129,6 +131,7 @@ class Program:
         self._count_work = count_work
         self._made: dict[int, weakref.ref[torch.Tensor]] = {}
         self._leaves: list[weakref.ref[torch.Tensor]] = []
+        self._carried: dict[int, tuple[StageTensor, StageTensor]] = {}  # values of earlier programs
         self._without_graphs: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         #: Called before a message is taken; the interpreter sets it.
         self.on_wait: Callable[[Wait], None] = _go_on
@@ -192,12 +195,7 @@ class Program:
             return leaf
         if isinstance(leaf, StageTensor):
             if leaf.program is not self:
-                leaf.program.check_open()
-                raise StepUsageError(
-                    f"a value of microbatch {leaf.program.microbatch} is used in microbatch {self.microbatch}: with "
-                    "pipelining, values that "
-                    "came out of weights live for one microbatch. Return what you need from the step function"
-                )
+                return carried_over(self, leaf)
             return leaf
         if id(leaf) in self.engine.placed:
             return self.parameter(leaf)
@@ -206,6 +204,14 @@ class Program:
         if leaf.requires_grad and torch.is_grad_enabled():
             return self._without_graph(leaf)
         return leaf
+
+    def stand_in(self, value: StageTensor) -> StageTensor:
+        """The value of this program that stands for one of an earlier program, always the same."""
+        if id(value) not in self._carried:
+            result = self.new(replace(value.spec, requires_grad=False), value.home, value.local)
+            result.stale_reason = value.stale_reason
+            self._carried[id(value)] = (value, result)
+        return self._carried[id(value)][1]
 
     def _without_graph(self, tensor: torch.Tensor) -> torch.Tensor:
         """[Note: leaves] A model may switch ``requires_grad`` on for a tensor of its own, so that what is made of it
@@ -216,7 +222,7 @@ class Program:
         """
         leaves = leaves_of_graph(tensor)
         if any(isinstance(leaf, torch.nn.Parameter) or leaf._backward_hooks for leaf in leaves):
-            self.refuse_leaf()
+            refuse_graph(leaves, self.engine.placed)
         self._leaves.extend(weakref.ref(leaf) for leaf in leaves if not self.is_leaf(leaf))
         if tensor.is_leaf:
             return tensor
@@ -237,16 +243,14 @@ class Program:
             return
         gc.collect()
         if any(known() is not None for known in self._leaves):
-            self.refuse_leaf()
-
-    def refuse_leaf(self) -> NoReturn:
-        """Say that such a tensor cannot be in a step."""
-        raise StepUsageError(_OF_NOBODY)
+            refuse_graph([], self.engine.placed)
 
     def returned(self, leaf: Any) -> Any:
         """A returned value as the engine sees it: a parameter, or a plain tensor that glue wrote into, has a home."""
-        if not isinstance(leaf, torch.Tensor) or isinstance(leaf, StageTensor):
+        if not isinstance(leaf, torch.Tensor):
             return leaf
+        if isinstance(leaf, StageTensor):
+            return leaf if leaf.program is self else carried_over(self, leaf)
         if id(leaf) in self.engine.placed:
             return self.parameter(leaf)
         if (written := self.written.find(self, leaf)) is not None:
@@ -572,8 +576,11 @@ class Program:
         self._live.clear()
         self._made.clear()
         self._without_graphs.clear()
+        self._carried.clear()
 
     def glue(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Run an operation between modules where its data is; see glue.py."""
+        if self.engine.runs_module and not traits_of(func).is_special:
+            return read_inside(self.engine, func, args, kwargs)
         self.check_open()
         return self.engine.run_glue(self, func, args, kwargs)

@@ -114,6 +114,7 @@ class Region:
         self._what = what
         self._function: Callable[..., Any] | None = function
         self._program = engine.program
+        self._inside = None if engine.program is None else engine.program.inside
         self._is_native = engine.is_native
         self._contexts = contexts
         self._record = None if self._is_native or self._program is None else Record(self._program)
@@ -228,6 +229,7 @@ class Region:
         program = self._program
         if self._record is not None and program is not None:
             program = ReplayProgram(program, self._record, self._frames, self._what)
+            program.inside = self._inside
             if self._contexts is not None:
                 program.around_compute = self._contexts[1]
         engine.enter((program, self._frames, self._is_native, True))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from modelparallel.comm.groups import Group
 from modelparallel.comm.transport import MessageKind, MessageName, StageTransport
 from modelparallel.pipeline.chains import Recorder, StepPlan, Work, build_chain, with_local_waits
+from modelparallel.pipeline.ledger import Entry, compare
 from modelparallel.pipeline.lockstep import IN_TURN, is_same_on_all
 from modelparallel.pipeline.schedule_checks import check_schedule
 from modelparallel.pipeline.scheduling import make_schedule
@@ -52,16 +53,18 @@ class _Findings:
     waits: tuple[tuple[int, int], ...]
     carries_state: bool
     costs: Mapping[int, Work]
+    ledger: tuple[Entry, ...]
 
     def to_bytes(self) -> bytes:
         """For a message."""
-        return json.dumps([self.waits, self.carries_state, list(self.costs.items())]).encode()
+        return json.dumps([self.waits, self.carries_state, list(self.costs.items()), self.ledger]).encode()
 
     @staticmethod
     def from_bytes(data: bytes) -> _Findings:
         """What :meth:`to_bytes` gave."""
-        waits, carries_state, costs = json.loads(data)
-        return _Findings(tuple(map(tuple, waits)), carries_state, {place: tuple(work) for place, work in costs})
+        waits, carries_state, costs, ledger = json.loads(data)
+        works = {place: tuple(work) for place, work in costs}
+        return _Findings(tuple(map(tuple, waits)), carries_state, works, tuple(map(tuple, ledger)))
 
 
 class StepPlans:
@@ -141,11 +144,18 @@ class StepPlans:
         carries_state = any(program.carries_state for program in programs)
         # The last one is like those of later steps: the first also reads what it finds the structure of results with.
         changes_modes = any(recorder.changes_modes for recorder in recorders)
-        own = _Findings(recorders[-1].local_waits(), carries_state or changes_modes, recorders[-1].costs)
+        ledger = programs[-1].ledger
+        own = _Findings(
+            recorders[-1].local_waits(),
+            carries_state or changes_modes,
+            recorders[-1].costs,
+            () if ledger is None else tuple(ledger.entries),
+        )
         for peer in transport.peers():
             transport.send_object(peer, _PLAN, own.to_bytes(), _WHAT)
         told = {peer: _Findings.from_bytes(transport.receive_object(peer, _PLAN, _WHAT)) for peer in transport.peers()}
         told[transport.stage] = own
+        compare({stage: found.ledger for stage, found in told.items()})
         counted = {position: work for found in told.values() for position, work in found.costs.items()}
         plan = self._made(programs, recorders, told, costs, counted, transport.num_stages)
         if self.lockstep_group is not None and not is_same_on_all(self.lockstep_group, _described(plan)):

@@ -184,7 +184,7 @@ def _run(
         return Drawing(result, drawn) if drawn else result
 
     with engine.native_region():
-        home = glue.choose_home(traits_of(original), arguments.values, arguments.inputs, None)
+        home = glue.choose_home(program.inside, traits_of(original), arguments.values, arguments.inputs, None)
         program.fetch(arguments.inputs, home, f"input of {what}")
         key: Hashable | None = None
         if reached.key is not None:

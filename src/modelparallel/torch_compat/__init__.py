@@ -154,6 +154,32 @@ def hook_registries(module: nn.Module) -> tuple[Mapping[int, Any], ...]:
     return (*own, *(getattr(torch.nn.modules.module, f"_global{name}") for name in names))
 
 
+def forward_hooks_of(module: nn.Module) -> tuple[Mapping[int, Any], Mapping[int, Any]]:
+    """What holds the hooks before and after the forward of ``module`` itself."""
+    return module._forward_pre_hooks, module._forward_hooks
+
+
+def forward_hooks_for_all() -> tuple[Mapping[int, Any], Mapping[int, Any]]:
+    """What holds the hooks before and after the forward of every module of the process."""
+    return torch.nn.modules.module._global_forward_pre_hooks, torch.nn.modules.module._global_forward_hooks
+
+
+@contextmanager
+def noticed_attributes(notice: Callable[[nn.Module, str], bool]) -> Iterator[None]:
+    """Call ``notice(module, name)`` before an attribute of any module is assigned; it may say that it must not be."""
+    original = nn.Module.__setattr__
+
+    def assign(self: nn.Module, name: str, value: Any) -> None:
+        if not notice(self, name):
+            original(self, name, value)
+
+    nn.Module.__setattr__ = assign  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.Module.__setattr__ = original  # type: ignore[method-assign]
+
+
 def suspend_function_mode(mode: object) -> bool:
     """Take ``mode`` off the torch-function mode stack if it is the innermost one; whether it was."""
     num_modes = _len_torch_function_stack()

@@ -1,0 +1,84 @@
+"""Values of the step that code keeps beyond their microbatch, or has put where a module finds them without being given
+them: in an attribute, a list, a closure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+
+from modelparallel import trees
+from modelparallel.errors import StepUsageError
+from modelparallel.pipeline.stage_tensor import StageTensor
+
+if TYPE_CHECKING:
+    from modelparallel.pipeline.engine import PipelineEngine, PlacedTensor
+    from modelparallel.pipeline.program import Program
+
+
+def carried_over(program: Program, value: StageTensor) -> StageTensor:
+    """What stands in ``program`` for a value of an earlier microbatch or step, as every stage has kept it.
+
+    Raises StepUsageError for one with a graph: its backward belongs to the microbatch that it came from.
+    """
+    if value.program.engine is not program.engine:
+        raise StepUsageError("a value of a step before smp.init was called again is used: make it anew")
+    if value.spec.requires_grad and torch.is_grad_enabled():
+        value.program.check_open()
+        raise StepUsageError(
+            f"a value of microbatch {value.program.microbatch} is used in microbatch {program.microbatch}: with "
+            "pipelining, values that "
+            "came out of weights live for one microbatch. Return what you need from the step function, or keep "
+            "value.detach()"
+        )
+    if program.sightings is not None:
+        raise StepUsageError(
+            f"a value of microbatch {value.program.microbatch}, of this step or an earlier one, is used in microbatch "
+            f"{program.microbatch}. The microbatches take turns on each stage, since the first step of this kind did "
+            "not do that, so it may be another one than without a pipeline: do it in the first step, too (then they "
+            "run one after another)"
+        )
+    program.carries_state = True
+    return program.stand_in(value)
+
+
+_OF_NOBODY = (
+    "a tensor that requires grad but belongs to no smp.DistributedModel meets the values of one inside smp.step: with "
+    "pipelining its gradient would exist on one stage only. Make it part of the model (a parameter, or a module of "
+    "it), or detach it; a module that the first forward makes is too late: call the model once before it is wrapped"
+)
+
+
+def refuse_graph(leaves: Sequence[torch.Tensor], placed: Mapping[int, PlacedTensor]) -> NoReturn:
+    """Say that an ordinary tensor with a graph that ends in ``leaves`` cannot meet values of the step."""
+    known = next((placed[id(leaf)] for leaf in leaves if id(leaf) in placed), None)
+    if known is None:
+        raise StepUsageError(_OF_NOBODY)
+    raise StepUsageError(
+        f"a tensor that was computed with the parameter '{known.name}' of pp_rank {known.home} meets values of the "
+        "step as an ordinary tensor, which the other stages do not have: it left its module other than by the return "
+        "value, where nobody saw it. Return it from the module, keep it in an attribute of the module (self.name = "
+        "value) or in a list or dictionary there, or take it in a hook of the module: those are followed"
+    )
+
+
+def read_inside(engine: PipelineEngine, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """An operation inside a module at its home on a value that it was not given: with the tensor, if it is here."""
+
+    def local(leaf: Any) -> Any:
+        if not isinstance(leaf, StageTensor):
+            return leaf
+        if leaf.stale_reason is not None:
+            raise StepUsageError(leaf.stale_reason)
+        if leaf.local is None:
+            raise StepUsageError(
+                f"a value of shape {tuple(leaf.spec.shape)} that pp_rank {leaf.home} has computed is used inside a "
+                f"module that runs on pp_rank {engine.stage} and was not given it (it was kept in an attribute, a list "
+                "or a closure): give it to the module as an argument"
+            )
+        return leaf.local
+
+    args, kwargs = trees.map_leaves(local, (args, kwargs))
+    return func(*args, **kwargs)
