@@ -9,7 +9,7 @@ compare: a difference is an error, not a wrong number.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,8 +18,8 @@ from modelparallel.comm.event_log import user_code_line
 from modelparallel.errors import DivergenceError
 from modelparallel.pipeline.stage_tensor import StageTensor
 
-#: (what was computed and where in the script, a digest of what it was given).
-Entry = tuple[str, int]
+#: (what was computed and where in the script, a digest of what it was given, whether other stages may not compute it).
+Entry = tuple[str, int, bool]
 
 _MOST_ELEMENTS = 1 << 18  # of a larger tensor a part is looked at
 
@@ -30,14 +30,16 @@ class Ledger:
     def __init__(self) -> None:
         self.entries: list[Entry] = []
 
-    def note(self, what: str, values: Iterable[Any], *, written: int | None = None) -> None:
-        """``values``: the arguments of an operation; ``written``: which of them it fills: that may hold anything."""
+    def note(self, what: str, values: Iterable[Any], *, written: int | None = None, may_be_alone: bool = False) -> None:
+        """``values``: the arguments of an operation; ``written``: which of them it fills: that may hold anything.
+        ``may_be_alone``: it may stand behind ``if smp.rank() == 0``.
+        """
         digest = 0
         for index, value in enumerate(values):
             if index != written:
                 digest = _digest(value, digest)
         if digest:
-            self.entries.append((f"{what} at {user_code_line()}", digest))
+            self.entries.append((f"{what} at {user_code_line()}", digest, may_be_alone))
 
 
 def _digest(value: Any, digest: int) -> int:
@@ -62,7 +64,7 @@ def compare(ledgers: Mapping[int, Sequence[Entry]]) -> None:
     """Raises DivergenceError if an operation was given other numbers on one stage than on another."""
     first_stage = min(ledgers)
     for stage, entries in sorted(ledgers.items()):
-        for own, other in zip(ledgers[first_stage], entries, strict=False):
+        for own, other in _pairs(ledgers[first_stage], entries):
             if own[1] == other[1]:
                 continue
             raise DivergenceError(
@@ -71,3 +73,20 @@ def compare(ledgers: Mapping[int, Sequence[Entry]]) -> None:
                 "return value: that code runs on the module's pp_rank alone. Return it from the module, keep it in an "
                 "attribute of the module (self.name = value), or take it in a hook of the module: those are followed"
             )
+
+
+def _pairs(first: Sequence[Entry], second: Sequence[Entry]) -> Iterator[tuple[Entry, Entry]]:
+    """The entries of two stages for the same operations."""
+    yield from zip(*([entry for entry in side if not entry[2]] for side in (first, second)), strict=False)
+    alone = [_by_place(side) for side in (first, second)]
+    for what in alone[0].keys() & alone[1].keys():
+        if len(alone[0][what]) == len(alone[1][what]):
+            yield from zip(alone[0][what], alone[1][what], strict=True)
+
+
+def _by_place(entries: Sequence[Entry]) -> dict[str, list[Entry]]:
+    found: dict[str, list[Entry]] = {}
+    for entry in entries:
+        if entry[2]:
+            found.setdefault(entry[0], []).append(entry)
+    return found
