@@ -27,7 +27,7 @@ import modelparallel as smp
 from modelparallel import ending
 from modelparallel.comm import gloo_transport
 
-PATIENCE = 300.0
+PATIENCE = 900.0
 
 
 class SlowToGo:

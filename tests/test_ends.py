@@ -1,16 +1,21 @@
 """How processes end: none aborts, none is held up, and what is waited for has a name."""
 
+import contextlib
+import datetime
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
+from modelparallel.ending import close_connections
 from pool import RankFailure, run_ranks
 
 PIPELINE = {"pipeline_parallel_degree": 2}
@@ -21,7 +26,7 @@ SHARDED = {"sharded_data_parallel_degree": 2}
 def ends_of(jobs):
     """Run jobs of ending_jobs.py; (exit codes, outputs) of the ranks of each."""
     script = Path(__file__).with_name("ending_jobs.py")
-    result = subprocess.run([sys.executable, script, json.dumps(jobs)], capture_output=True, text=True, timeout=900)
+    result = subprocess.run([sys.executable, script, json.dumps(jobs)], capture_output=True, text=True, timeout=1200)
     assert result.returncode == 0, result.stderr[-4000:]
     return [(found["codes"], found["logs"]) for found in json.loads(result.stdout.splitlines()[-1])]
 
@@ -62,7 +67,9 @@ def test_no_process_aborts_whatever_step_of_the_end_is_late(parameters, num_rank
 
 @pytest.mark.slow
 def test_none_of_sixty_jobs_of_eight_processes_aborts():
-    """Twenty at once, on a machine that starts other processes all the time."""
+    """Twenty at once, then four at a time, on a machine that starts other processes all the time. About 15 minutes with
+    two cores.
+    """
     busy = subprocess.Popen(
         [
             sys.executable,
@@ -71,9 +78,9 @@ def test_none_of_sixty_jobs_of_eight_processes_aborts():
         ]
     )
     try:
-        for _ in range(3):
+        for num_jobs in (20, *(4,) * 10):
             jobs = []
-            for number in range(20):
+            for number in range(num_jobs):
                 parameters = [PIPELINE | TENSOR, PIPELINE, TENSOR, {}][number % 4]
                 jobs.append({"num_ranks": 8, "parameters": parameters | {"timeout_seconds": 600}, "slow": 0.1})
             for codes, logs in ends_of(jobs):
@@ -81,6 +88,34 @@ def test_none_of_sixty_jobs_of_eight_processes_aborts():
     finally:
         busy.kill()
         busy.wait()
+
+
+def closes_when_the_first_rank_has_gone():
+    """Rank 1 listens to rank 2, which says nothing; rank 0 has closed its connections. Whether rank 1's thread ends."""
+    group = dist.new_group([0, 1, 2])
+    everybody = dist.new_group([0, 1, 2])
+    has_ended = True
+    if dist.get_rank() == 0:
+        close_connections([group])
+    if dist.get_rank() == 1:
+
+        def listen():
+            with contextlib.suppress(RuntimeError):
+                group.recv([torch.empty(1)], 2, 0).wait(datetime.timedelta(days=1))
+
+        thread = threading.Thread(target=listen, daemon=True)
+        thread.start()
+        with pytest.raises(RuntimeError):
+            group.recv([torch.empty(1)], 0, 1).wait(datetime.timedelta(seconds=30))
+        close_connections([group])
+        thread.join(10)
+        has_ended = not thread.is_alive()
+    dist.barrier(everybody)
+    return has_ended
+
+
+def test_all_connections_are_closed_also_when_the_first_peer_has_gone():
+    assert run_ranks(closes_when_the_first_rank_has_gone, 3) == [True] * 3
 
 
 # A peer that has stopped
