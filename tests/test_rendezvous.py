@@ -16,7 +16,7 @@ from modelparallel.comm.authentication import gather_json
 from modelparallel.comm.groups import gloo_group
 from modelparallel.config import load_config
 from modelparallel.errors import CommunicationError, DivergenceError, SMPConfigError
-from modelparallel.launch import run_job
+from modelparallel.launch import rendezvous_port, run_job
 from modelparallel.topology import ProcessIdentity
 from pool import RankFailure, run_ranks
 from test_launch import job_of, write_script
@@ -190,6 +190,16 @@ def test_a_job_of_the_launcher_has_its_store_in_a_folder_of_its_own(tmp_path, ba
     seen = "listening ['0100007F']" if backend == "elastic" else "listening []"
     for rank in range(2):
         assert result.folder.rank_log(rank).read_text().splitlines() == [seen, "mode 0o700"]
+
+
+def test_the_file_of_a_store_goes_with_the_attempt(tmp_path, monkeypatch):
+    for in_memory, is_there in ((str(tmp_path), True), (str(tmp_path / "missing"), False)):
+        monkeypatch.setattr(rendezvous_port, "_IN_MEMORY", in_memory)
+        with rendezvous_port.store_file(tmp_path / "otherwise") as path:
+            assert (path.name == "store") is is_there
+            assert not is_there or path.parent.stat().st_mode & 0o777 == 0o700
+            path.write_text("x")
+        assert not path.exists() and list(tmp_path.iterdir()) == []
 
 
 def test_which_processes_are_on_one_machine():

@@ -6,7 +6,7 @@ group prove to each other that they know the secret of the job, before anything 
 
 - On one machine the secret is made here: rank 0 writes it into a file that its user alone can read, and tells the
   others the name. That no other user can read it, nor have written it, is what makes it one.
-- The launcher of this library has a folder that its user alone can enter. The store is a file in it: nothing listens.
+- The launcher of this library makes a folder that its user alone can enter. The store is a file in it: nothing listens.
   Where others have started the processes, the store of rank 0 listens at the loopback address; a store of torchrun's
   agent is torchrun's own, and listens where that does.
 - On several hosts the secret is what `MODELPARALLEL_SECRET_FILE` holds, on each of them; without it there is none, and

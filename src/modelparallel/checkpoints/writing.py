@@ -108,7 +108,8 @@ class SaveProgress:
     def note(self, step: str) -> None:
         """Where this rank is: it has "planned", is "writing", has "written" or "failed" to. Local."""
         self.active_at, self.is_writing = time.monotonic(), step == "writing"
-        self._store.set(f"{step}/{self._rank}", "")
+        with suppress(RuntimeError):  # it is for messages, and must not hide what went wrong
+            self._store.set(f"{step}/{self._rank}", "")
 
     def awaited(self) -> str:
         """Who is waited for, in words. May wait itself, for the store. Local."""

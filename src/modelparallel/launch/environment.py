@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 from modelparallel.event_files import DIRECTORY_VARIABLE
 from modelparallel.launch.attempts import MAX_RESTARTS_VARIABLE, RESTART_COUNT_VARIABLE
 from modelparallel.launch.processes import JOB_VARIABLE
-from modelparallel.rendezvous import STORE_VARIABLE
 from modelparallel.session import DEVICE_VARIABLE
 
 if TYPE_CHECKING:
@@ -173,7 +172,6 @@ def job_environment(
         DIRECTORY_VARIABLE: str(job.folder.events),
         RESTART_COUNT_VARIABLE: str(restart_count),
         MAX_RESTARTS_VARIABLE: str(job.max_restarts),
-        STORE_VARIABLE: f"{port}:{job.folder.store}",
     }
     if job.devices is not None:
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(job.devices)

@@ -20,9 +20,10 @@ from modelparallel.launch.failures import JobInterrupted, RankFailure, failed_en
 from modelparallel.launch.folder import JobFolder, checked_job_name
 from modelparallel.launch.memory_summary import memory_summary
 from modelparallel.launch.processes import end_leftovers, guarded
-from modelparallel.launch.rendezvous_port import reserved_port
+from modelparallel.launch.rendezvous_port import reserved_port, store_file
 from modelparallel.launch.supervision import RankMonitor
 from modelparallel.private_files import write_private
+from modelparallel.rendezvous import STORE_VARIABLE
 
 Backend = Literal["elastic", "mpi"]
 
@@ -185,10 +186,11 @@ def _prepare_restart(job: JobSpec, monitor: RankMonitor, attempts: list[Attempt]
 
 def _run_attempt(job: JobSpec, monitor: RankMonitor, number: int) -> tuple[JobResult, Attempt]:
     folder, moment, started = job.folder, time.time(), time.monotonic()
-    with reserved_port(job.preferred_port) as port:
-        folder.store.unlink(missing_ok=True)
+    folder.store.unlink(missing_ok=True)
+    with reserved_port(job.preferred_port) as port, store_file(folder.store) as store:
         _describe(job)
         environment = job_environment(job, port, restart_count=number - 1)
+        environment[STORE_VARIABLE] = f"{port}:{store}"
         monitor.start(job.num_processes)
         interrupted: JobInterrupted | None = None
         exit_codes: dict[int, int] = {}

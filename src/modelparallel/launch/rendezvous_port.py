@@ -1,4 +1,5 @@
-"""The port at which the processes of a local job meet: 7777 as in a training container if it is free, else any.
+"""Where the processes of a local job meet: the file of their store, and a port for scripts that need one, 7777 as in a
+training container if it is free, else any.
 
 Jobs of one machine that start together must not both take 7777 between looking and binding, so the port is held by a
 lock file as long as the job runs.
@@ -7,6 +8,7 @@ lock file as long as the job runs.
 import errno
 import fcntl
 import os
+import shutil
 import socket
 import tempfile
 from collections.abc import Iterator
@@ -14,6 +16,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from modelparallel.private_files import is_own, open_private
+
+_IN_MEMORY = "/dev/shm"
 
 
 @contextmanager
@@ -34,6 +38,25 @@ def reserved_port(preferred: int) -> Iterator[int]:
     finally:
         if lock is not None:
             os.close(lock)
+
+
+@contextmanager
+def store_file(otherwise: Path) -> Iterator[Path]:
+    """A file for the store of an attempt, in a folder that this user alone can enter; gone afterwards.
+
+    In memory where the system has a folder for that: a disk that is full, which a failed save finds out, would leave
+    half of a record in the store, and nobody could read on. Else the file ``otherwise``.
+    """
+    folder = None
+    with suppress(OSError):
+        folder = tempfile.mkdtemp(prefix="modelparallel-", dir=_IN_MEMORY)
+    try:
+        yield otherwise if folder is None else Path(folder) / "store"
+    finally:
+        if folder is None:
+            otherwise.unlink(missing_ok=True)
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _is_free(port: int) -> bool:
