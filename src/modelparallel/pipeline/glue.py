@@ -423,7 +423,7 @@ def _special(program: Program, func: Any, name: str, args: Any, kwargs: Any) -> 
     if reason is not None and not (name == "grad" and kind != "grad"):
         raise StepUsageError(f"{name} on a value of a pipelined step: {reason}")
     if name == "requires_grad_":
-        return (_requires_grad_(args[0], *args[1:], **kwargs),)
+        return (_requires_grad_(program, args[0], *args[1:], **kwargs),)
     if name == "retain_grad":
         return (None,)
     if name == "register_hook":
@@ -431,7 +431,13 @@ def _special(program: Program, func: Any, name: str, args: Any, kwargs: Any) -> 
     return None
 
 
-def _requires_grad_(tensor: Any, requires_grad: bool = True) -> Any:
+def _requires_grad_(program: Program, tensor: Any, requires_grad: bool = True) -> Any:
+    known = program.returned(tensor)
+    if isinstance(known, StageTensor) and known.is_pinned_home and known.spec.requires_grad is not requires_grad:
+        raise StepUsageError(
+            f"requires_grad_({requires_grad}) of a parameter inside the step: the stages have agreed on what is trained "
+            "when the step began. Freeze and unfreeze parameters between steps, on all ranks"
+        )
     if isinstance(tensor, StageTensor) and not tensor.is_pinned_home:
         if not requires_grad:
             return _stop_requiring(tensor)
