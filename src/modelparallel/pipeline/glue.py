@@ -435,8 +435,8 @@ def _requires_grad_(program: Program, tensor: Any, requires_grad: bool = True) -
     known = program.returned(tensor)
     if isinstance(known, StageTensor) and known.is_pinned_home and known.spec.requires_grad is not requires_grad:
         raise StepUsageError(
-            f"requires_grad_({requires_grad}) of a parameter inside the step: the stages have agreed on what is trained "
-            "when the step began. Freeze and unfreeze parameters between steps, on all ranks"
+            f"requires_grad_({requires_grad}) of a parameter inside the step: the stages have agreed on what is "
+            "trained when the step began. Freeze and unfreeze parameters between steps, on all ranks"
         )
     if isinstance(tensor, StageTensor) and not tensor.is_pinned_home:
         if not requires_grad:
