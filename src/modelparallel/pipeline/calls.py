@@ -46,6 +46,7 @@ class PlacedModule:
     input_description: str = ""
     identity: object = field(default_factory=object)  # its part of a call's signature
     around: PlacedModule | None = None  # the opened one that it is a part of
+    backward_hooks: dict[str, Any] | None = None  # while its other hooks run on every stage
     is_opened: bool = False  # its children are placed, too, see doors.py
     filled: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet)
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import functools
 import types
+from collections import OrderedDict
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,13 @@ from torch import nn
 
 from modelparallel.errors import UnsupportedError
 from modelparallel.pipeline.arguments import Arguments
-from modelparallel.torch_compat import forward_hooks_for_all, forward_hooks_of
+from modelparallel.torch_compat import (
+    BACKWARD_HOOKS,
+    FORWARD_HOOKS,
+    forward_hooks_for_all,
+    forward_hooks_of,
+    replaced_attributes,
+)
 
 if TYPE_CHECKING:
     from modelparallel.pipeline.calls import PlacedModule
@@ -117,9 +124,23 @@ class Door:
         program = engine.program
         if engine.is_native or program is None:
             return self.leads_to(*args, **kwargs)
+        hooks = entry.backward_hooks
         if entry.watch.is_touched_inside():
+            if hooks is not None:
+                raise UnsupportedError(
+                    f"{entry.description} has full backward hooks, and code of the script sits on a module inside it "
+                    "(a hook, a forward that was replaced): register the backward hooks on the modules inside"
+                )
             return self.leads_to(*args, **kwargs)
-        return engine.run_placed(program, entry, args, kwargs, self.leads_to)
+        call = self.leads_to if hooks is None else functools.partial(self._with_hooks, hooks)
+        return engine.run_placed(program, entry, args, kwargs, call)
+
+    def _with_hooks(self, backward_hooks: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """The module's own call, with these hooks alone: those before and after the forward run on every stage."""
+        module = self._entry.module
+        none: dict[str, Any] = {name: OrderedDict() for name in FORWARD_HOOKS}
+        with replaced_attributes(module, {**backward_hooks, **none, "forward": self.leads_to}):
+            return module._call_impl(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         return _own_forward(memo.get(id(self._entry.module), self._entry.module))
@@ -171,9 +192,13 @@ def run(engine: PipelineEngine, program: Program, entry: PlacedModule, args: Any
         program.frames.enter_unit(entry.unit)
     outer, program.inside = program.inside, entry.home
     try:
-        return entry.inner(*args, **kwargs)
+        if not any(vars(entry.module)[name] for name in BACKWARD_HOOKS):
+            return entry.inner(*args, **kwargs)
+        with replaced_attributes(entry.module, {name: OrderedDict() for name in BACKWARD_HOOKS}) as hooks:
+            entry.backward_hooks = hooks  # they belong to the graph at the home
+            return entry.inner(*args, **kwargs)
     finally:
-        program.inside = outer
+        program.inside, entry.backward_hooks = outer, None
 
 
 def open_module(engine: PipelineEngine, entry: PlacedModule) -> None:

@@ -164,6 +164,21 @@ def forward_hooks_for_all() -> tuple[Mapping[int, Any], Mapping[int, Any]]:
     return torch.nn.modules.module._global_forward_pre_hooks, torch.nn.modules.module._global_forward_hooks
 
 
+BACKWARD_HOOKS = ("_backward_pre_hooks", "_backward_hooks")
+FORWARD_HOOKS = ("_forward_pre_hooks", "_forward_hooks")
+
+
+@contextmanager
+def replaced_attributes(module: nn.Module, attributes: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """For a while ``module`` has these attributes (what holds its hooks, its forward); yields those that it had."""
+    before = {name: module.__dict__[name] for name in attributes}
+    module.__dict__.update(attributes)
+    try:
+        yield before
+    finally:
+        module.__dict__.update(before)
+
+
 @contextmanager
 def noticed_attributes(notice: Callable[[nn.Module, str], bool]) -> Iterator[None]:
     """Call ``notice(module, name)`` before an attribute of any module is assigned; it may say that it must not be."""
