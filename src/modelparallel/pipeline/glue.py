@@ -78,7 +78,7 @@ def run(engine: PipelineEngine, program: Program, func: Callable[..., Any], args
         and not traits.is_random
         and all(_is_known_everywhere(value) for value in inputs)
     )
-    if program.ledger is not None:
+    if program.ledger is not None and not str(traits.identity[1]).startswith("modelparallel."):  # those name groups
         program.ledger.note(traits.description, arguments.values, written=written, may_be_alone=is_known)
     key = None if is_value_shaped(traits, arguments) else operation_key(traits, arguments)
     if key is not None and written is not None:
