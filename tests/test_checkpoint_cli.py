@@ -310,11 +310,27 @@ def test_inspect_of_other_kinds(job, tmp_path):
     assert full["kind"] == "full" and full["totals"]["optimizer"]["tensors"] > 10
 
 
+class Factored(torch.optim.Optimizer):
+    """One number for each row is its state; of a slice it is another than the slice of the whole parameter's."""
+
+    is_elementwise = True  # so that it takes slices
+
+    def __init__(self, parameters):
+        super().__init__(parameters, {"lr": 1e-2})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for parameter in (parameter for group in self.param_groups for parameter in group["params"]):
+            if parameter.grad is not None:
+                rows = self.state[parameter]["rows"] = parameter.grad.norm(dim=-1)
+                parameter.sub_(parameter.grad / (1 + rows.sum()), alpha=self.defaults["lr"])
+
+
 def save_two_models(folder: str) -> None:
     first, first_optimizer = make_job(0)
     train(first, first_optimizer, range(1))
     second, _ = make_job(1)
-    factored = smp.DistributedOptimizer(torch.optim.Adafactor(second.parameters()))
+    factored = smp.DistributedOptimizer(Factored(second.parameters()))
     train(second, factored, range(1))
     smp.save_checkpoint(f"{folder}/partial", "t", model=[first, second], optimizer=[first_optimizer, factored])
     for number, model in enumerate((first, second)):
