@@ -179,9 +179,7 @@ def make_step():
 def train(net, compile, num_steps=2):
     """The model, its step function, and the losses of some steps, the same for the same net."""
     import modelparallel as smp
-    from modelparallel import runtime
 
-    runtime.current().session.models.clear()  # the units of a second model would draw random numbers of their own
     torch.manual_seed(0)
     model = smp.DistributedModel(net.double(), compile=compile)
     train_step = make_step()

@@ -164,7 +164,7 @@ class DistributedModel(PlannedModel):
         for name in self._units:
             unit = self.module.get_submodule(name)
             is_compiled = self._compile_call(unit, name)
-            self._runtime.engine.frame_unit(unit, self.title_of(name), is_compiled=is_compiled)
+            self._runtime.engine.frame_unit(unit, name, self._index, is_compiled=is_compiled)
         if self._compiler is not None:
             self._compiler.log("")
         self.gradients.start(self.module, self._units, self._precision.cast_module)
@@ -328,7 +328,8 @@ class DistributedModel(PlannedModel):
             copies = plan.copies_of(name)
             if engine.stage in (home, *copies):
                 self._compile_call(placed, name)
-            engine.place_module(placed, self.title_of(name), home, copies, is_unit=name in units)
+            unit_name = name if name in units else None
+            engine.place_module(placed, self.title_of(name), home, copies, unit_name=unit_name, model=self._index)
         if self._compiler is not None:
             self._compiler.log(runtime.session.config.pipeline)
         model_states.check_early_part(self)

@@ -45,6 +45,7 @@ class PlacedModule:
     description: str = ""
     input_description: str = ""
     identity: object = field(default_factory=object)  # its part of a call's signature
+    model: int = 0  # which of the wrapped models it belongs to
     around: PlacedModule | None = None  # the opened one that it is a part of
     backward_hooks: dict[str, Any] | None = None  # while its other hooks run on every stage
     is_opened: bool = False  # its children are placed, too, see doors.py
@@ -118,11 +119,13 @@ def run(
             arguments.skeleton,
             *arguments.keys(are_floats_plain=False),
         )
+    is_framed = entry.unit is not None and program.inside is None and entry.needs_frame()
+    model = program.frames.note_model(entry.model) if is_framed else 0
     if home == engine.stage:
         if entry.has_buffers and (program.region is not None or program.is_replay):
             call = _around(program, entry.module, call)
-        if entry.unit is not None and program.inside is None and entry.needs_frame():
-            call = _framed(program.frames, entry.unit, call)
+        if is_framed and entry.unit is not None:
+            call = _framed(program.frames, entry.unit, model, call)
         if objects:
             objects = [value for value in objects if not entry.is_first_filling(value)]
         if (objects or arguments.holds_containers) and not program.is_replay:
@@ -221,9 +224,9 @@ def _watched(program: Program, entry: PlacedModule, inner: Callable[..., Any]) -
     return call
 
 
-def _framed(frames: RandomFrames, unit: int, inner: Callable[..., Any]) -> Callable[..., Any]:
+def _framed(frames: RandomFrames, unit: int, model: int, inner: Callable[..., Any]) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
-        frames.enter_unit(unit)
+        frames.enter_unit(unit, model)
         return inner(*args, **kwargs)
 
     return call

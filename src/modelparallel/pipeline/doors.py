@@ -189,7 +189,7 @@ def run(engine: PipelineEngine, program: Program, entry: PlacedModule, args: Any
     if entry.watch.is_touched_inside():
         open_module(engine, entry)
     if entry.unit is not None and entry.needs_frame() and program.inside is None:
-        program.frames.enter_unit(entry.unit)
+        program.frames.enter_unit(entry.unit, program.frames.note_model(entry.model))
     outer, program.inside = program.inside, entry.home
     try:
         if not any(vars(entry.module)[name] for name in BACKWARD_HOOKS):

@@ -259,14 +259,15 @@ class PipelineEngine:
         home: int,
         copies: Sequence[int] = (),
         *,
-        is_unit: bool,
+        unit_name: str | None,
+        model: int = 0,
         around: calls.PlacedModule | None = None,
     ) -> None:
         """From now on calls of ``module`` inside a step run on ``home``, those inside other modules also on the stages
-        that have ``copies``. ``around``: the opened module that it is a part of, see doors.py.
+        that have ``copies``. ``unit_name``: in its model, if it is a unit. ``around``: see doors.py.
         """
-        unit = unit_number(name) if is_unit else None
-        entry = calls.PlacedModule(module, name, home, unit, (home, *copies), around=around)
+        unit = None if unit_name is None else unit_number(unit_name)
+        entry = calls.PlacedModule(module, name, home, unit, (home, *copies), model=model, around=around)
         self._homes.clear()
         if copies:
             self.copied.extend(entry.parameters)
@@ -299,7 +300,7 @@ class PipelineEngine:
     def place_inside(self, module: nn.Module, name: str, around: calls.PlacedModule) -> None:
         """From now on ``module``, a part of ``around``, which was opened, runs at its home by itself, too."""
         if id(module) not in self._entry_of:
-            self.place_module(module, name, around.home, is_unit=False, around=around)
+            self.place_module(module, name, around.home, unit_name=None, around=around)
 
     def run_placed(
         self, program: Program, entry: calls.PlacedModule, args: Any, kwargs: Any, call: Callable[..., Any]
@@ -405,7 +406,7 @@ class PipelineEngine:
         wanted = set(names)
         return {entry.name: calls.buffer_state(entry.module) for entry in self._entries if entry.name in wanted}
 
-    def frame_unit(self, module: nn.Module, name: str, *, is_compiled: bool = False) -> None:
+    def frame_unit(self, module: nn.Module, name: str, model: int, *, is_compiled: bool = False) -> None:
         """Without pipelining: seed the generators around each call of a unit inside a step, as a pipeline would.
 
         Around compiled code the engine is out of the way in any case: torch would compile it, too.
@@ -418,7 +419,7 @@ class PipelineEngine:
             if self.is_native or self.frames is None:
                 return inner(*args, **kwargs)
             if number is not None:
-                self.frames.enter_unit(number)
+                self.frames.enter_unit(number, self.frames.note_model(model))
             with _NativeRegion(self):
                 return inner(*args, **kwargs)
 

@@ -64,10 +64,11 @@ class RandomFrames:
     microbatch: int
     _calls: dict[int, int] = field(default_factory=dict)
     _seen: dict[tuple[int, int], int] = field(default_factory=dict)
+    _models: dict[int, int] = field(default_factory=dict)
 
     def at_this_point(self) -> RandomFrames:
         """Frames that seed the calls that come next as these do; they count on their own."""
-        return replace(self, _calls=dict(self._calls), _seen={})
+        return replace(self, _calls=dict(self._calls), _seen={}, _models=dict(self._models))
 
     def enter_microbatch(self, *, seeds_numpy: bool) -> None:
         """Seed the generators outside torch; before the user's code runs for this microbatch."""
@@ -76,9 +77,16 @@ class RandomFrames:
         if seeds_numpy and "numpy" in sys.modules:
             sys.modules["numpy"].random.seed(value & 0xFFFFFFFF)
 
-    def enter_unit(self, unit: int) -> None:
-        """Seed for the next call of ``unit`` (see :func:`unit_number`)."""
-        self._seed(unit, self._count(unit))
+    def note_model(self, model: int) -> int:
+        """The number of a model among those whose units draw in this microbatch, in the order of their first calls;
+        every stage calls this for every such unit. Models may have units of equal names.
+        """
+        return self._models.setdefault(model, len(self._models))
+
+    def enter_unit(self, unit: int, model: int = 0) -> None:
+        """Seed for the next call of ``unit`` (see :func:`unit_number`) of the model of that number."""
+        what = unit if model == 0 else hash((unit, model)) & _MASK
+        self._seed(what, self._count(what))
 
     def enter_glue_operation(self) -> None:
         """Seed for the next random operation in glue; every stage calls it for every such operation."""
