@@ -6,6 +6,7 @@ import torch.distributed as dist
 from torch import nn
 
 import test_reducer
+from modelparallel.data_parallel.progress import NUM_FLAGS
 from pool import run_ranks
 from test_reducer import (
     accumulated_steps,
@@ -80,7 +81,8 @@ def gradients_take_the_memory_of_buckets():
             loss_of(step)(model)
             assert_gradients(model, wanted)
             assert len(reducer.buckets) == len(storages(model)) == 3
-            num_elements = sum(p.numel() + 1 for p in model.parameters()) + 2  # and flags
+            # A flag for each parameter; one bucket has one for each other bucket, and those of the rank.
+            num_elements = sum(p.numel() + 1 for p in model.parameters()) + 2 + NUM_FLAGS
             assert sum(storages(model).values()) == 8 * num_elements
             assert all(bucket._flat is None for bucket in reducer.buckets)
         assert max(num_flats) == (3 if overlap else 1)

@@ -201,6 +201,8 @@ def _part(
 def clip_parts(parts: Sequence[_Part], max_norm: float, norm: torch.Tensor) -> None:
     """Multiply the gradients that are here by max_norm / (norm + 1e-6) if that is below 1."""
     coefficient = torch.clamp(float(max_norm) / (norm.double() + 1e-6), max=1.0)
+    if bool(coefficient == 1.0):
+        return  # nothing was clipped: a backward may still add to the gradients that masters were made from
     by_kind: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
     for part in parts:
         local = local_part(part.gradient)

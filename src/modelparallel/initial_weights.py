@@ -18,7 +18,7 @@ from torch import nn
 
 from modelparallel.data_parallel import BroadcastTensor, broadcast_parameters
 from modelparallel.errors import DivergenceError
-from modelparallel.memory.deferred import is_deferred, stream_of
+from modelparallel.memory.deferred import is_deferred, recording, stream_of
 from modelparallel.ranks_and_messages import allgather
 from modelparallel.tensor_parallel.distributed_module import DistributedModule
 from modelparallel.topology import CommGroup
@@ -61,7 +61,8 @@ def check_drawn_slices(module: nn.Module, active: Session) -> None:
     if group.size == 1:
         return
     own = [(name, part.drawn_from) for name, part in module.named_modules() if isinstance(part, DistributedModule)]
-    first = allgather(own, CommGroup.TP_GROUP)
+    with recording(is_enabled=False):
+        first = allgather(own, CommGroup.TP_GROUP)
     for rank, other in enumerate(first):
         wrong = next((name for (name, crc), (_, its) in zip(first[0], other, strict=False) if crc != its), None)
         if wrong is not None and active.groups.world.rank_in_group == 0:
@@ -87,7 +88,8 @@ def _agree(entries: Sequence[tuple[str, torch.Tensor]] | None, active: Session, 
     if entries is not None:
         listing = "\n".join(f"{name} {tuple(tensor.shape)} {tensor.dtype}" for name, tensor in entries)
         own = zlib.crc32(listing.encode()), array.array("q", [_checksum(tensor) for _, tensor in entries]).tobytes()
-    found = allgather(own, kind)
+    with recording(is_enabled=False):  # a message is no tensor of the model, where its construction is delayed
+        found = allgather(own, kind)
     if entries is None or any(answer is None for answer in found):
         return
     names = {answer[0] for answer in found}
@@ -109,7 +111,8 @@ def _agree(entries: Sequence[tuple[str, torch.Tensor]] | None, active: Session, 
     late = [index for index in different if is_deferred(entries[index][1])]
     _warn(entries, different, axis, title, are_taken=not late, is_first=active.groups.world.rank_in_group == 0)
     taken = [BroadcastTensor(*entries[index], group) for index in sorted(different) if index not in late]
-    broadcast_parameters(taken, is_checked=False, timeout_seconds=active.config.timeout_seconds)
+    with recording(is_enabled=False):
+        broadcast_parameters(taken, is_checked=False, timeout_seconds=active.config.timeout_seconds)
 
 
 def _warn(
