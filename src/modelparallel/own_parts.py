@@ -9,6 +9,7 @@ must go on having the values of today: it is filled anew after each update, once
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -49,7 +50,8 @@ class FlatGroups:
     """The flat tensors of the groups of one optimizer."""
 
     def __init__(self, optimizer: DistributedOptimizer) -> None:
-        self._optimizer = optimizer
+        # Not a circle: an optimizer that is done with must be gone on all ranks alike (a save counts those that live).
+        self._optimizer: DistributedOptimizer = weakref.proxy(optimizer)
         self._flat: list[torch.Tensor] | None = None
 
     @property
