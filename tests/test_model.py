@@ -156,13 +156,10 @@ def test_c036_the_first_step_call_partitions_and_runs_the_hooks_once():
     assert model.partitioned is False and model.partition_plan is None
     train_step(model, x, y)
     assert model.partitioned is True and model.partition_plan is not None
-    at_home = smp.pp_rank() == model.partition_plan.home_of_module("first")
-    forwards = ["forward"] * 2 if at_home else []
-    traced = events[: events.index("partition")]
-    assert set(traced) <= {"forward"}, "only the trace comes before"
-    assert events[len(traced) :] == ["partition", *forwards, ("step", True, True)]
+    forwards = ["forward"] * 2  # hooks of a placed module run on every stage; the trace leaves nothing behind
+    assert events == ["partition", *forwards, ("step", True, True)]
     train_step(model, x, y)
-    assert events[len(traced) :] == ["partition", *forwards, ("step", True, True), *forwards]
+    assert events == ["partition", *forwards, ("step", True, True), *forwards]
 
 
 @on(*FLAT)
