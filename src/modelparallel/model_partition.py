@@ -112,12 +112,14 @@ def _agreed_plan(
     config, groups, models = runtime.session.config, runtime.session.groups, runtime.session.models
     made: tuple[PartitionPlan, list[int]] | None = None
     problem: Exception | SystemExit | None = None
-    has_plan = config.load_partition or model.stored_plan is not None or twin is not None
+    has_plan = config.load_partition or model.stored_plan is not None
     is_traced = config.auto_partition and not config.skip_tracing and not has_plan
     try:
         # The whole TP_GROUP traces, since split layers talk to each other.
         if groups.pp.rank_in_group == 0 and groups.rdp.rank_in_group == 0:
+            # Traced for what the body calls, too, where the plan is that of another model.
             plan, called = _traced_plan(model, trace_body) if is_traced else (twin or model.make_plan(None), [])
+            plan = twin or plan
             if (twin is not None or plan.origin == "manual") and not config.skip_tracing:
                 plan = _with_copies(model, plan, trace_body)
             made = plan, [models.index(other) for other in called]
