@@ -48,6 +48,8 @@ def with_copies(plan: PartitionPlan, root: nn.Module, trace: Trace) -> Partition
     called = {*trace.order, *(tensor.name for tensor in trace.tensors if tensor.near_unit is not None)}
     for guest, hosts in trace.guests:
         entries = modules if guest in modules else tensors
+        if guest not in entries:
+            continue  # a constant buffer: every stage has it
         stages = sorted({modules[host] for host in hosts})
         if plan.origin != "manual" and guest not in called and entries[guest] not in stages:
             entries[guest] = stages[0]  # nobody needs it where it is
