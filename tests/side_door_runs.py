@@ -111,6 +111,7 @@ NAMED = [
     r"'.*' was made the parameter '.*' after the partition",
     r"copy.deepcopy of a smp.DistributedModel",
     r"the gradient of '.*' is shared out among the data-parallel ranks",
+    r"parameter '.*' was put into the model after it was wrapped",
     r"is given a number or an ordinary tensor that is another one on pp_rank",
     r"is used inside a module that runs on pp_rank \d+ and was not given it",
 ]

@@ -47,8 +47,12 @@ EXCLUDED: list[tuple[str, Callable[[Layout], bool], str, str]] = [
         "model.parameters() gives what the rank holds: a plain list that is zipped with it has another length",
     ),
     (
-        "2026-11-30", lambda layout: layout.num_stages > 1, r"hook|recorder|kept",
-        "values that leave modules by hooks, attributes and patched forwards: the library is about to follow them",
+        "2026-11-30", lambda layout: layout.num_stages > 1, r"full_backward|append\(g\.norm",
+        "hooks that run in the backward: what they count and keep is at the home of their module alone",
+    ),
+    (
+        "by contract", lambda layout: layout.replicas > 1, r"KeepBuffer",
+        "buffers of replicas are those of the first one, as with torch's DDP",
     ),
     (
         "2026-11-30", lambda layout: layout.num_stages > 1, r"(?s)BatchNorm.*other\d",
