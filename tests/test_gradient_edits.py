@@ -27,8 +27,8 @@ SDP2 = RankTests(
 PP3 = RankTests(3, {"pipeline_parallel_degree": 3, "microbatches": 2})
 TP2 = RankTests(2, {"tensor_parallel_degree": 2})
 DP2 = RankTests(2, {})
-QUICK = (SHARDED3, SDP2)
-OTHERS = (SHARDED2, SHARDED_PP, SHARDED_TP, PP3, TP2, DP2)
+QUICK = (SHARDED3,)
+OTHERS = (SDP2, SHARDED2, SHARDED_PP, SHARDED_TP, PP3, TP2, DP2)
 SLOW_SHARDS = (SHARDED2, SHARDED_PP, SHARDED_TP)
 
 

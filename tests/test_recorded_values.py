@@ -22,7 +22,7 @@ FIELDS = (
     "global_attentions", "reshaped_hidden_states",
 )  # fmt: skip
 #: Classes that record something, in `make test`; the others are slow tests.
-QUICK = ("llama", "bert_tied", "t5", "mixtral")
+QUICK = ("t5", "mixtral")
 
 
 class Recording:

@@ -50,6 +50,7 @@ def stranger(trace, knows_where):
     smp.init({"pipeline_parallel_degree": 2})
 
 
+@pytest.mark.slow
 def test_a_stranger_in_the_place_of_a_rank_is_not_listened_to(tmp_path):
     trace = tmp_path / "trace"
     first, _ = run_ranks(stranger, 2, str(trace), False, return_failures=True, timeout=60)

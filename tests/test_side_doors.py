@@ -341,7 +341,7 @@ def one_process() -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("num_stages", [2, 3])
+@pytest.mark.parametrize("num_stages", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_what_leaves_by_a_side_door_is_right(num_stages: int, one_process: dict[str, Any]) -> None:
     ranks = run_ranks(run_scripts, num_stages, list(SCRIPTS), parameters=parameters(num_stages), timeout=300)
     failures = {}

@@ -95,6 +95,7 @@ def test_timeout_and_exit_code_hold_without_standard_output(tmp_path, output):
     assert processes_with(str(folder.description)) == []
 
 
+@pytest.mark.slow
 def test_timeout_holds_with_too_many_open_files(tmp_path):
     script = write_script(tmp_path, WAITING)
     taken = []
