@@ -35,7 +35,7 @@ LADDER: list[tuple[bool, set[str]]] = [
         },
     ),
     (True, {"plan"}),
-    (True, {"parameters", "shards", "rendezvous", "session", "ending", "registry"}),
+    (True, {"parameters", "retired_parameters", "shards", "rendezvous", "session", "ending", "registry"}),
     (True, {"comm"}),
     (False, {"pipeline", "partitioning", "tensor_parallel", "data_parallel", "memory", "precision"}),
     (True, {"nn"}),

@@ -22,6 +22,7 @@ from modelparallel.memory import HostStore
 from modelparallel.nn.huggingface import new_names_of
 from modelparallel.pipeline.engine import PipelineEngine
 from modelparallel.pipeline.loss_weights import LossWeights
+from modelparallel.retired_parameters import retire
 
 if TYPE_CHECKING:
     from modelparallel.model import DistributedModel
@@ -144,7 +145,9 @@ class Runtime:
         renamed = new_names_of(model, before)
         for name, parameter in before.items():
             if id(parameter) not in kept:
-                self._replaced[id(parameter)] = (name, weakref.ref(parameter), after.get(renamed.get(name, name)))
+                new = after.get(renamed.get(name, name))
+                self._replaced[id(parameter)] = (name, weakref.ref(parameter), new)
+                retire(parameter, name, new)
 
     def note_replacement(self, name: str, old: nn.Parameter, new: nn.Parameter) -> None:
         """``new`` has taken the place of ``old``, and of what that has replaced before."""
@@ -152,6 +155,7 @@ class Runtime:
             if replacement is old:
                 self._replaced[identity] = (earlier, reference, new)
         self._replaced[id(old)] = (name, weakref.ref(old), new)
+        retire(old, name, new)
 
     def name_before(self, parameter: nn.Parameter) -> str:
         """The name of a replaced parameter in the model as it was built."""

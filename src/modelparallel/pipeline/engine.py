@@ -31,6 +31,7 @@ from modelparallel.pipeline.regions import ActivationStore, Region
 from modelparallel.pipeline.stage_tensor import StageTensor
 from modelparallel.pipeline.step_plans import StepPlans
 from modelparallel.pipeline.structures import Structure
+from modelparallel.retired_parameters import RetiredParameter, in_their_place
 from modelparallel.torch_compat import (
     CheckpointFunction,
     DisableTorchFunctionSubclass,
@@ -73,6 +74,8 @@ class _GlueMode(TorchFunctionMode):
         engine = self._engine
         if engine.is_native:
             return func(*args, **kwargs)
+        if RetiredParameter in types:
+            args, kwargs = in_their_place(func, args, kwargs)
         traits = traits_of(func)
         if traits.is_metadata:
             with DisableTorchFunctionSubclass():
@@ -86,9 +89,8 @@ class _GlueMode(TorchFunctionMode):
             return glue.run(engine, program, func, args, kwargs)
         if program is None and func is torch.Tensor.backward:
             raise StepUsageError(
-                "loss.backward() inside a function decorated with @smp.step: write model.backward(loss), which "
-                "averages over the microbatches and "
-                "lets the gradients be reduced over the data-parallel ranks"
+                "loss.backward() inside a function decorated with @smp.step: write model.backward(loss), which averages"
+                " over the microbatches and lets the gradients be reduced over the data-parallel ranks"
             )
         if program is not None and traits.name in _LOOKS_AT_GRADIENT and args and program.is_leaf(args[0]):
             refuse_graph([], engine.placed)
@@ -160,7 +162,7 @@ class PipelineEngine:
         self.generation = 0
         #: The work of each placed module, as far as it is known.
         self.costs: dict[str, Work] = {}
-        #: Where it is not: finds out the work of every call and operation in the first step of a kind.
+        #: Where it is not: finds it out, in the first step of a kind.
         self.count_work: CountWork | None = None
         #: The most microbatches that were under way here in the last step.
         self.last_peak_active = 0
@@ -178,8 +180,7 @@ class PipelineEngine:
         self.buffer_habits = BufferHabits()
         #: Modules of which was said that several stages recompute them, by id.
         self.known_to_span: set[int] = set()
-        #: Where inputs of recomputed regions may be in the meantime; None: they stay.
-        self.activation_store: ActivationStore | None = None
+        self.activation_store: ActivationStore | None = None  # of inputs of recomputed regions, in the meantime
         self.mode = _GlueMode(self)
         #: The attributes that the module which runs at its home has assigned: (module, name, what was there before).
         self.assigned: dict[tuple[int, str], tuple[nn.Module, str, Any]] | None = None
