@@ -55,7 +55,7 @@ def retire(old: nn.Parameter, name: str, new: nn.Parameter | None) -> None:
 
 def in_their_place(func: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """The arguments of an operation, with the parameters that stand for retired ones."""
-    name = getattr(getattr(func, "__self__", None), "__name__", None) or getattr(func, "__name__", str(func))
+    name: str = getattr(getattr(func, "__self__", None), "__name__", "") or getattr(func, "__name__", str(func))
     replaced: Any = trees.map_leaves(
         lambda leaf: _replacement(leaf, name) if isinstance(leaf, RetiredParameter) else leaf, (list(args), kwargs)
     )
