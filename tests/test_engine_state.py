@@ -27,6 +27,9 @@ class Turns(nn.Module):
         self.total = torch.zeros(WIDTH, dtype=torch.float64)
         self.count = torch.zeros((), dtype=torch.float64)
         self.calls = 0
+        self.is_on = False
+        self.tail = nn.Identity()
+        self.handle: Any = None
         self.step, self.since = 0, since
         self.change = change
 
@@ -68,9 +71,44 @@ def grown_buffer(net: Any, x: Tensor) -> Tensor:
     return x + net.average.mean()
 
 
+def flag_for_a_while(net: Any, x: Tensor) -> Tensor:
+    net.is_on = not net.is_on
+    return x * (1.5 if net.is_on else 0.5)
+
+
+def forward_for_a_while(net: Any, x: Tensor) -> Tensor:
+    if "forward" in vars(net.tail):
+        x = net.tail(x)
+        del net.tail.forward
+    else:
+        before = net.tail.forward
+        net.tail.forward = lambda x: before(x) * 1.5
+    return net.tail(x)
+
+
+def hook_for_a_while(net: Any, x: Tensor) -> Tensor:
+    if net.handle is None:
+        net.handle = net.tail.register_forward_pre_hook(lambda module, args: (args[0] * 1.5,))
+        return x
+    x = net.tail(x)
+    net.handle.remove()
+    net.handle = None
+    return net.tail(x)
+
+
 CHANGES = {
     function.__name__: function
-    for function in (running_sum, assigned_buffer, written_buffer, counter, number, grown_buffer)
+    for function in (
+        running_sum,
+        assigned_buffer,
+        written_buffer,
+        counter,
+        number,
+        grown_buffer,
+        flag_for_a_while,
+        forward_for_a_while,
+        hook_for_a_while,
+    )
 }
 
 
@@ -102,13 +140,22 @@ def test_state_that_shows_in_the_first_step_keeps_the_microbatches_in_order(name
     check(trained, 2, name, 0, microbatches=4)
 
 
-@pytest.mark.parametrize("name", ["running_sum", "assigned_buffer", "written_buffer", "counter"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "running_sum", "assigned_buffer", "written_buffer", "counter", "number", "flag_for_a_while",
+        "forward_for_a_while", "hook_for_a_while",
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("kind", ["simple", "interleaved", "zero_bubble"])
 def test_state_that_begins_in_a_later_step_is_an_error(kind: str, name: str) -> None:
     parameters = layout(2, microbatches=4, pipeline=kind)
     failures = run_ranks(trained, 2, name, 3, parameters=parameters, return_failures=True)
     texts = [failure.summary for failure in failures]
-    wanted = ("kept outside the step is written to while microbatches", "a value of microbatch")
+    wanted = (
+        "kept outside the step is written to while microbatches", "a value of microbatch",
+        ", while other microbatches are under way",
+    )  # fmt: skip
     assert all(any(part in text for part in wanted) for text in texts), texts
 
 

@@ -133,7 +133,7 @@ def run(
         if program.sightings is not None and entry.module.training and entry.has_buffers:
             call = _watched(program, entry, call)
         call = entry.side_writes.watched(engine, key, call, is_replay=program.is_replay)
-    program.tracker.note_work(home, entry.name, is_training=entry.module.training)
+    program.tracker.note_work(home, entry.name)
     call = program.counted(call, home, entry.parameters)
     result = glue.execute(program, entry.description, key, arguments, home, call, protect=True)
     if type(result) is Noted:

@@ -62,7 +62,7 @@ class ChainTracker:
     def finish(self) -> None:
         """The body is done."""
 
-    def note_work(self, home: int, module: str, *, is_training: bool | None = None) -> None:
+    def note_work(self, home: int, module: str) -> None:
         """A module, or with ``""`` an operation between the modules, runs on ``home``."""
 
     def note_costs(self, costs: Work) -> None:
@@ -70,19 +70,16 @@ class ChainTracker:
 
 
 class Recorder(ChainTracker):
-    """Writes down a program of the discovery step. ``modes``: which placed modules were in training mode before it.
+    """Writes down a program of the discovery step.
 
     ``visit`` is the number of common points so far, since nobody knows the visits yet.
     """
 
-    def __init__(self, modes: Mapping[str, bool]) -> None:
+    def __init__(self) -> None:
         self.recorded: list[Recorded] = []
         #: The costs that were counted on this stage, by position among the common entries.
         self.costs: dict[int, Work] = {}
-        self._modes = modes
         self._num_common = 0
-        #: Whether the program has changed the mode of modules: others must not run before it has changed it back.
-        self.changes_modes = False
 
     def _note(self, kind: str, stage: int, other: int) -> bool:
         self.recorded.append((kind, stage, other))
@@ -106,11 +103,9 @@ class Recorder(ChainTracker):
     def note_root(self, home: int) -> None:
         self._note("R", home, -1)
 
-    def note_work(self, home: int, module: str, *, is_training: bool | None = None) -> None:
+    def note_work(self, home: int, module: str) -> None:
         self.recorded.append(("C", home, module))
         self._num_common += 1
-        if is_training is not None and self._modes.get(module, is_training) is not is_training:
-            self.changes_modes = True
 
     def note_costs(self, costs: Work) -> None:
         self.costs[self._num_common - 1] = costs

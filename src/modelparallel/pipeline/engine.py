@@ -33,6 +33,8 @@ from modelparallel.pipeline.step_plans import StepPlans
 from modelparallel.pipeline.structures import Structure
 from modelparallel.retired_parameters import RetiredParameter, in_their_place
 from modelparallel.torch_compat import (
+    DELETED,
+    FORWARD_HOOKS,
     CheckpointFunction,
     DisableTorchFunctionSubclass,
     current_backward_id,
@@ -349,13 +351,15 @@ class PipelineEngine:
         """The module of that number and name."""
         return self._roots[number].get_submodule(name)
 
-    def _notice_assignment(self, module: nn.Module, name: str) -> bool:
-        """Before an attribute is assigned: note it; whether it must not be."""
+    def _notice_assignment(self, module: nn.Module, name: str, value: Any) -> bool:
+        """Before an attribute is assigned, or a hook registered: note it; whether it must not be."""
         assigned = self.assigned
         if assigned is None:
+            if self.program is not None and not self.is_native and not self.runs_again:
+                self.program.assignments.note(module, name, value)
             # A module that runs once more in the backward would put its own tensor over the value of the step.
             return self.runs_again and isinstance(vars(module).get(name), StageTensor)
-        if (id(module), name) not in assigned:
+        if (id(module), name) not in assigned and name not in FORWARD_HOOKS and value is not DELETED:
             assigned[id(module), name] = (module, name, vars(module).get(name, MISSING))
         return False
 
@@ -377,10 +381,6 @@ class PipelineEngine:
             pending.extend(part.children())
         self._homes[module] = found = frozenset(homes)
         return found
-
-    def training_modes(self) -> dict[str, bool]:
-        """Which placed modules are in training mode."""
-        return {entry.name: entry.module.training for entry in self._entries}
 
     def holds_values(self) -> bool:
         """Whether a module has kept a value of the step in an attribute: another microbatch would put its own there."""

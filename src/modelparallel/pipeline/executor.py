@@ -114,7 +114,6 @@ class _StepRun:
         self._is_sequential = plan is None or plan.is_sequential
         #: The part of its time in which this stage waited for others.
         self.waiting_share = 0.0
-        self._modes = {} if plan is not None else engine.training_modes()
         self._sightings = None if self._is_sequential else Sightings()
         self._simple_state: list[Hashable] = []  # before the microbatch of the discovery step
         self.programs = [self._make_program(index, run) for index, run in enumerate(runs)]
@@ -131,7 +130,7 @@ class _StepRun:
 
     def _make_program(self, index: int, run: MicrobatchRun) -> Program:
         engine, plan = self._engine, self._plan
-        tracker = Recorder(self._modes) if plan is None else Follower(plan, engine.stage)
+        tracker = Recorder() if plan is None else Follower(plan, engine.stage)
         # [Note: structures in a step] An announcement is made by the first program that needs it. Bodies that run one
         # after another know what the earlier ones have heard. Of bodies that take turns nobody can say on all stages
         # alike which was first, so each hears for itself, and they put together what they know when the step is over.

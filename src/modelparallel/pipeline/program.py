@@ -29,6 +29,7 @@ from torch import nn
 from modelparallel.comm.event_log import EventLog, check_of, user_code_line
 from modelparallel.comm.transport import Awaited, MessageKind, MessageName
 from modelparallel.errors import DivergenceError, StepUsageError
+from modelparallel.pipeline.assignments import Assignments
 from modelparallel.pipeline.functions import traits_of
 from modelparallel.pipeline.kept_values import carried_over, read_inside, refuse_graph
 from modelparallel.pipeline.splitting import SplitBackward
@@ -128,6 +129,7 @@ class Program:
         self.around_compute: AbstractContextManager[Any] | None = None
         #: Of ordinary tensors, where the microbatches take turns.
         self.sightings = sightings
+        self.assignments = Assignments(microbatch, takes_turns=sightings is not None)
         self._count_work = count_work
         self._made: dict[int, weakref.ref[torch.Tensor]] = {}
         self._leaves: list[weakref.ref[torch.Tensor]] = []

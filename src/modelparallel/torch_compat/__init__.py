@@ -166,6 +166,8 @@ def forward_hooks_for_all() -> tuple[Mapping[int, Any], Mapping[int, Any]]:
 
 BACKWARD_HOOKS = ("_backward_pre_hooks", "_backward_hooks")
 FORWARD_HOOKS = ("_forward_pre_hooks", "_forward_hooks")
+DELETED = object()
+_REGISTER = {"register_forward_pre_hook": "_forward_pre_hooks", "register_forward_hook": "_forward_hooks"}
 
 
 @contextmanager
@@ -180,19 +182,36 @@ def replaced_attributes(module: nn.Module, attributes: Mapping[str, Any]) -> Ite
 
 
 @contextmanager
-def noticed_attributes(notice: Callable[[nn.Module, str], bool]) -> Iterator[None]:
-    """Call ``notice(module, name)`` before an attribute of any module is assigned; it may say that it must not be."""
-    original = nn.Module.__setattr__
+def noticed_attributes(notice: Callable[[nn.Module, str, Any], bool]) -> Iterator[None]:
+    """Call ``notice(module, name, value)`` before an attribute of any module is assigned or deleted (``DELETED``), or a
+    hook around its forward is registered; it may say that an attribute must not be assigned.
+    """
+    originals = {name: getattr(nn.Module, name) for name in ("__setattr__", "__delattr__", *_REGISTER)}
 
     def assign(self: nn.Module, name: str, value: Any) -> None:
-        if not notice(self, name):
-            original(self, name, value)
+        if not notice(self, name, value):
+            originals["__setattr__"](self, name, value)
+
+    def delete(self: nn.Module, name: str) -> None:
+        notice(self, name, DELETED)
+        originals["__delattr__"](self, name)
+
+    def registering(method: str, hooks: str) -> Callable[..., Any]:
+        def register(self: nn.Module, hook: Any, *args: Any, **kwargs: Any) -> Any:
+            notice(self, hooks, hook)
+            return originals[method](self, hook, *args, **kwargs)
+
+        return register
 
     nn.Module.__setattr__ = assign  # type: ignore[method-assign, assignment]
+    nn.Module.__delattr__ = delete  # type: ignore[method-assign, assignment]
+    for method, hooks in _REGISTER.items():
+        setattr(nn.Module, method, registering(method, hooks))
     try:
         yield
     finally:
-        nn.Module.__setattr__ = original  # type: ignore[method-assign]
+        for name, original in originals.items():
+            setattr(nn.Module, name, original)
 
 
 def suspend_function_mode(mode: object) -> bool:
