@@ -84,7 +84,9 @@ def test_a_folder_of_somebody_else_is_refused_and_left_alone(tmp_path, monkeypat
     for job_dir in (".", str(tmp_path), ""):
         result = CliRunner().invoke(app, ["run", "--nproc", "1", "--job-dir", job_dir, str(script)])
         assert result.exit_code == 2
-        assert "is no folder of a job and holds 'attempts', 'events', 'input', 'logs' and 3 more" in result.stderr
+        text = " ".join(result.stderr.split())
+        assert "is no folder of a job and holds 'attempts', 'events', 'input', 'logs' and 3 more. It has no" in text
+        assert "if it is of a job, then of a version that made no such file" in text and "Name a folder that" in text
     monkeypatch.setattr(estimator, "resolve_device", lambda asked: ("cuda", 8))
     with pytest.raises(LaunchError, match="nothing in it was touched"):
         PyTorch("train.py", source_dir=tmp_path, job_dir=tmp_path).fit()

@@ -9,7 +9,7 @@ import fcntl
 import json
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,9 @@ def _open_mark(root: Path) -> int:
                 return os.open(path, flags)
             except FileNotFoundError:
                 if others := _entries(root):
-                    raise LaunchError(f"{root} is no folder of a job and holds {_shown(others)}: {_ADVICE}") from None
+                    raise LaunchError(
+                        f"{root} is no folder of a job and holds {_shown(others)}{_unmarked(others)}: {_ADVICE}"
+                    ) from None
             os.chmod(root, 0o700)  # which only its owner can do
             try:
                 return os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o600)
@@ -107,6 +109,13 @@ def _parsed(text: bytes) -> dict[str, Any]:
 
 def _entries(folder: Path) -> list[str]:
     return sorted(os.listdir(folder))
+
+
+def _unmarked(names: Collection[str]) -> str:
+    """What to say of a folder that looks like one of an earlier version."""
+    if not {"logs", "status"} <= set(names):
+        return ""
+    return f". It has no {MARK}; if it is of a job, then of a version that made no such file, and is not used again"
 
 
 def _shown(names: list[str]) -> str:
