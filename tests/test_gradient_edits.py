@@ -329,6 +329,9 @@ def refuse_what_needs_the_whole():
         lambda g: torch._foreach_add_([manual], [g]),
         lambda g: torch.stack([g, g]),
         lambda g: g.add_(torch.ones(7, *g.shape)),
+        lambda g: g.tolist(),
+        lambda g: g.numpy(),
+        lambda g: torch.mul(g, 2, out=manual),
     ):
         with pytest.raises(UnsupportedError, match=f"the gradient of '{name}' is shared out.*shard_optimizer_state"):
             use(parameter.grad)

@@ -1,6 +1,7 @@
 """Ranks that begin with other weights than their first one: seeds by rank, or ``if rank == 0: load``.
 
-Data-parallel ranks take the values of the first, by a broadcast. Before a model is sliced or split up over stages each
+Data-parallel ranks take the values of the first, by a broadcast; what was loaded or drawn by one of them since then is
+found in the first step that trains. Before a model is sliced or split up over stages each
 rank holds the whole of it, and must hold the same: a slice or a share of another model makes a mixture of both. So
 checksums are compared first, and what differs is taken from the first rank, with a warning.
 """
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from modelparallel.comm.exchange import exchange_integers
 from modelparallel.data_parallel import BroadcastTensor, broadcast_parameters
 from modelparallel.errors import DivergenceError
 from modelparallel.memory.deferred import is_deferred, recording, stream_of
@@ -51,6 +53,26 @@ def agree_before_partition(model: PlannedModel, active: Session) -> None:
     """The stages are about to keep their shares of ``model``. Collective over PP_GROUP."""
     entries = None if model.has_own_part else list(_tensors(model.module))
     _agree(entries, active, "pp", model.title_of(""))
+
+
+def agree_between_replicas(entries: Sequence[BroadcastTensor], timeout_seconds: float) -> None:
+    """The first step that trains begins: each tensor must be equal on its group. Collective over the groups."""
+    by_group: dict[int, list[BroadcastTensor]] = {}
+    for entry in entries:
+        if entry.group.size > 1:
+            by_group.setdefault(id(entry.group), []).append(entry)
+    for members in by_group.values():
+        group = members[0].group
+        sums = exchange_integers(
+            [_checksum(entry.tensor) for entry in members], group, "the comparison of weights of data-parallel ranks"
+        )
+        different = _first_different(sums)
+        if not different:
+            continue
+        named = [(entry.name, entry.tensor) for entry in members]
+        _warn(named, different, group.kind.value, "", are_taken=True, is_first=group.rank_in_group == 0)
+        taken = [members[index] for index in sorted(different)]
+        broadcast_parameters(taken, is_checked=False, timeout_seconds=timeout_seconds)
 
 
 def check_drawn_slices(module: nn.Module, active: Session) -> None:
@@ -100,12 +122,7 @@ def _agree(entries: Sequence[tuple[str, torch.Tensor]] | None, active: Session, 
             "parameters and buffers differ. Build the model alike on all ranks"
         )
     sums = [array.array("q", answer[1]) for answer in found]
-    different = {
-        index: rank
-        for rank, theirs in reversed(list(enumerate(sums)))
-        for index, value in enumerate(theirs)
-        if value != sums[0][index]
-    }
+    different = _first_different(sums)
     if not different:
         return
     late = [index for index in different if is_deferred(entries[index][1])]
@@ -113,6 +130,16 @@ def _agree(entries: Sequence[tuple[str, torch.Tensor]] | None, active: Session, 
     taken = [BroadcastTensor(*entries[index], group) for index in sorted(different) if index not in late]
     with recording(is_enabled=False):
         broadcast_parameters(taken, is_checked=False, timeout_seconds=active.config.timeout_seconds)
+
+
+def _first_different(sums: Sequence[Sequence[int]]) -> dict[int, int]:
+    """The first rank, if any, that has another checksum than rank 0; by index."""
+    return {
+        index: rank
+        for rank, theirs in reversed(list(enumerate(sums)))
+        for index, value in enumerate(theirs)
+        if value != sums[0][index]
+    }
 
 
 def _warn(

@@ -24,6 +24,7 @@ from modelparallel.data_parallel import (
     shareable,
 )
 from modelparallel.errors import SMPConfigError
+from modelparallel.initial_weights import agree_between_replicas
 from modelparallel.memory.deferred import is_deferred
 from modelparallel.memory.host_heap import trim_heap
 from modelparallel.model_join import ModelJoin
@@ -80,6 +81,8 @@ class ModelGradients:
         #: Whether the running step uses the model with gradients.
         self.has_begun = False
         self._num_backward_steps = 0
+        # Whether the weights of the replicas were compared.
+        self._has_agreed = False
         # Counted here as well as in the reducer: before the partition there is none.
         self._num_no_sync = 0
         #: What is announced inside ``model.join()``.
@@ -228,6 +231,7 @@ class ModelGradients:
         if self.sharding is not None:
             self.sharding.prepare()
         if self.reducer is not None and torch.is_grad_enabled():
+            self._agree_once()
             self.reducer.prepare()
             self._synchronise_buffers(is_training)
 
@@ -253,10 +257,25 @@ class ModelGradients:
             if self._replicas is not None:
                 self._replicas.begin_step()
             if self.reducer is not None:
+                self._agree_once()
                 self.reducer.begin_step(will_synchronize=self._will_synchronize())
                 self._synchronise_buffers(is_training)
             if self.sharding is not None:
                 self.sharding.begin_step(self._will_synchronize())
+
+    def _agree_once(self) -> None:
+        """What one rank alone has loaded or drawn since :meth:`start` is found."""
+        if self._has_agreed:
+            return
+        self._has_agreed = True
+        if self.joining.is_joining:
+            return
+        entries = [
+            BroadcastTensor(row.name, parameter, self._group_of(row))
+            for row, parameter in self._local(self._table.parameters())
+            if self.sharding is None or not self.sharding.has(parameter)
+        ]
+        agree_between_replicas(entries, self._runtime.session.config.timeout_seconds)
 
     def _will_synchronize(self) -> bool:
         """Whether the gradients of this step are made final at its end."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,7 +13,7 @@ from modelparallel import construction, registry
 from modelparallel.errors import PartitionError, SMPConfigError, StepUsageError
 from modelparallel.known_parameters import KnownParameters
 from modelparallel.model_parameters import ModelParameters
-from modelparallel.partitioning import Trace, check_plan, find_units, make_plan, trace_step
+from modelparallel.partitioning import Trace, check_plan, find_units, make_plan, trace_step, untouched
 from modelparallel.pipeline.scheduling import step_predictor
 from modelparallel.plan.partition import PartitionPlan
 
@@ -126,20 +127,24 @@ class PlannedModel(ModelParameters):
         self._loads.append(load)
 
     def trace(self, run: Callable[[], object], units: Sequence[str] | None = None) -> Trace:
-        """What ``run``, a step on the unsplit models, does with the units of this one; they are left as they were."""
+        """What ``run``, a step on the unsplit models, does with the units of this one; all are left as they were."""
         units = self._units if units is None else units
-        if any(construction.is_deferred(model.module) for model in self._runtime.session.models):
-            return construction.trace_shapes(lambda: trace_step(self.module, units, run))
-        device = self._runtime.session.device
-        if device.type == "cuda" and self._trace_device == "gpu":
-            self.module.to(device)
-        return trace_step(
-            self.module,
-            units,
-            run,
-            measure_times=self._trace_execution_times,
-            measure_memory=self._trace_memory_usage,
-        )
+        with ExitStack() as others:
+            for model in self._runtime.session.models:
+                if model is not self and not model._is_partitioned:
+                    others.enter_context(untouched(model.module))
+            if any(construction.is_deferred(model.module) for model in self._runtime.session.models):
+                return construction.trace_shapes(lambda: trace_step(self.module, units, run))
+            device = self._runtime.session.device
+            if device.type == "cuda" and self._trace_device == "gpu":
+                self.module.to(device)
+            return trace_step(
+                self.module,
+                units,
+                run,
+                measure_times=self._trace_execution_times,
+                measure_memory=self._trace_memory_usage,
+            )
 
     def begin_plan(self, same_as: PlannedModel | None) -> None:
         """The model has its table. ``same_as``: that of the constructor."""

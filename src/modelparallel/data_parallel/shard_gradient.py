@@ -132,6 +132,14 @@ class ShardGradient(torch.Tensor):
     def __deepcopy__(self, memo: dict[int, Any]) -> ShardGradient:
         return self.of_same_range(self.to_local().clone())
 
+    def tolist(self) -> Any:
+        """Refused; torch would name neither parameter nor reason."""
+        raise _refusal(self, "tolist")
+
+    def numpy(self, **unused: Any) -> Any:  # type: ignore[override]
+        """Refused, likewise."""
+        raise _refusal(self, "numpy")
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise _refusal(self, "pickling")
 
@@ -142,8 +150,8 @@ def part_of_whole(tensor: torch.Tensor, start: int, stop: int) -> torch.Tensor:
 
 
 def _run(func: Any, name: str, args: Any, kwargs: Any, face: ShardGradient) -> Any:
-    target = args[0] if args else None
-    if (func._schema.is_mutable and not isinstance(target, ShardGradient)) or "out" in kwargs:
+    target = kwargs.get("out", args[0] if args else None)
+    if func._schema.is_mutable and not isinstance(target, ShardGradient):
         raise _refusal(face, f"{name} into a tensor that every rank has whole")
 
     def local(value: Any) -> Any:

@@ -97,9 +97,22 @@ class _Entry:
         #: Whether it had a reduced gradient before; None while nothing was reduced.
         self.had_gradient: bool | None = None
         self.tensor: nn.Parameter | None = None  # the parameter of optimizers
+        #: The gradient that it was given: another one there, or none, is a script's.
+        self.shown: torch.Tensor | None = None
         #: Whether all ranks trained it in the last reduction; None before the first.
         self.was_trained: bool | None = None
         self.aside: torch.Tensor | None = None  # what waited for a reduction before a step with weighted losses
+
+    def show_gradient(self) -> None:
+        """The parameter of optimizers has the reduced gradient."""
+        if self.tensor is not None:
+            self.tensor.grad = self.shown = self.inner.local_gradient
+
+    def take_edit(self) -> None:
+        """What a script has put there since, through ``optimizer.param_groups``, or taken away, counts."""
+        if self.tensor is not None and self.tensor.grad is not self.shown:
+            self.shown = self.tensor.grad
+            self.inner.set_local_gradient(self.shown)
 
 
 class _Group:
@@ -271,11 +284,13 @@ class ShardedParameters:
         # Once, so that the gathered parameters exist, which other parts of the library want to know.
         inner.gather()
         inner.free()
+        inner.keep_place([item.name for item in items])
         self._all.append(group)
         replaced = []
         for item, entry in zip(items, entries, strict=True):
             old, item.parameter = item.parameter, None
             assert old is not None and entry.inner.whole is not None
+            entry.inner.take_hooks(old)
             replaced.append((item.name, old, entry.inner.sharded, entry.inner.whole))
         replace(replaced)
 
@@ -298,28 +313,28 @@ class ShardedParameters:
         local = entry.inner.local
         if entry.tensor is None or entry.tensor.data_ptr() != local.data_ptr():
             entry.tensor = nn.Parameter(local.detach(), requires_grad=parameter.requires_grad)
-            entry.tensor.grad = entry.inner.local_gradient
+            entry.show_gradient()
         is_first_copy = self._groups.replicate.rank_in_group == 0
         is_counted = is_first_copy and (entry.is_split or self._groups.tp.rank_in_group == 0)
         start = entry.inner.start
         return (Shard(parameter, entry.tensor, start, start + local.numel(), self._groups.shard, is_counted),)
 
     def collect_gradients(self) -> None:
-        """Let each shard's tensor have the reduced gradient. Local."""
+        """Let each shard's tensor have the reduced gradient, and what a script has put there count. Local."""
         for entry in self._entries:
-            if entry.tensor is not None:
-                entry.tensor.grad = entry.inner.local_gradient
+            entry.take_edit()
+            entry.show_gradient()
 
     def forget_gradients(self, *, set_to_none: bool = True) -> None:
         """Forget reduced gradients, or fill them with zeros, and forget those that wait for a reduction. Local."""
         for entry in self._entries:
             entry.inner.forget_waiting()
+            entry.take_edit()
             if not set_to_none and entry.inner.sharded.grad is not None:
                 entry.inner.sharded.grad.zero_()
                 continue
             entry.inner.sharded.grad = None
-            if entry.tensor is not None:
-                entry.tensor.grad = None
+            entry.show_gradient()
 
     def finish_update(self) -> None:
         """Nothing: the parameters are gathered when they are next used."""
@@ -377,11 +392,13 @@ class ShardedParameters:
     def prepare(self) -> None:
         """Before a forward outside of steps; likewise."""
         self._will_synchronize = self._num_no_sync == 0
+        self.collect_gradients()
         self.enter_step()
 
     def begin_step(self, will_synchronize: bool) -> None:
         """Start a step with gradients: they accumulate until :meth:`arm`."""
         self._is_in_step = True
+        self.collect_gradients()
         self._will_synchronize = will_synchronize
         self._set_backward(False)
 
@@ -525,6 +542,7 @@ class ShardedParameters:
             if entry.had_gradient is False and not any(is_known[id(entry)]):
                 entry.inner.sharded.grad = None
             entry.is_noted, entry.had_gradient = False, None
+            entry.show_gradient()
 
     def _sum_over_tp(self, group: _Group, flat: torch.Tensor) -> None:
         """``flat`` holds the shards of the gradients of ``group.reduced``, one after another."""

@@ -5,7 +5,7 @@ from modelparallel.partitioning.costs import Trace, microbatches_in_flight, size
 from modelparallel.partitioning.manual import manual_plan
 from modelparallel.partitioning.operations import work_of_call
 from modelparallel.partitioning.solve import solve
-from modelparallel.partitioning.trace import trace_step
+from modelparallel.partitioning.trace import trace_step, untouched
 from modelparallel.partitioning.units import find_units
 
 __all__ = [
@@ -19,5 +19,6 @@ __all__ = [
     "sizes_only",
     "solve",
     "trace_step",
+    "untouched",
     "work_of_call",
 ]

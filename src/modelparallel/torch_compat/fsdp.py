@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
+
+from modelparallel.errors import UnsupportedError
 
 
 def start_all_gather(output: torch.Tensor, part: torch.Tensor, group: dist.ProcessGroup) -> dist.Work:
@@ -58,6 +61,25 @@ class FSDPParameter:
         """The reduced gradient of these rows."""
         gradient: Any = self.sharded.grad
         return None if gradient is None else gradient._local_tensor
+
+    def set_local_gradient(self, gradient: torch.Tensor | None) -> None:
+        """Have another reduced gradient of these rows, or none."""
+        if gradient is not None:
+            gradient = self._inner.to_sharded_dtensor(gradient.detach())
+        self.sharded.grad = gradient
+
+    def take_hooks(self, old: nn.Parameter) -> None:
+        """What the script has registered on the parameter ``old``, whose place this one takes, is called where the
+        gradient is made: on the gathered parameter. So is what it registers later on any of the three.
+        """
+        hooks: Any = OrderedDict() if old._backward_hooks is None else old._backward_hooks
+        for parameter in (old, self.whole, self.sharded):
+            assert parameter is not None
+            parameter._backward_hooks = hooks
+        after: Any = getattr(old, "_post_accumulate_grad_hooks", None)
+        if after:
+            assert self.whole is not None
+            self.whole._post_accumulate_grad_hooks = after
 
     @property
     def whole(self) -> nn.Parameter | None:
@@ -162,6 +184,25 @@ class FSDPGroup:
         self._state._comm_ctx.lazy_init(self._device)
         self._inner.comm_ctx = self._state._comm_ctx
         self._inner.lazy_init()
+
+    def keep_place(self, names: Sequence[str]) -> None:
+        """Refuse to gather where something else stands in the place of a parameter, which gathering would overwrite.
+        ``names``: of the parameters, for the error.
+        """
+        original = self._inner.unshard
+
+        def unshard(*args: Any, **kwargs: Any) -> None:
+            for parameter, name in zip(self.parameters, names, strict=True) if self._inner.is_sharded else ():
+                module, attribute = parameter.owner
+                if module._parameters.get(attribute) is not parameter.sharded:
+                    raise UnsupportedError(
+                        f"{type(module).__name__} is called with another tensor in place of its parameter '{name}' "
+                        "(torch.func.functional_call does that), and with sdp_gather: visit the call gathers its own, "
+                        "which would count instead: set sdp_gather: step, with which parameters are whole during a step"
+                    )
+            original(*args, **kwargs)
+
+        self._inner.unshard = unshard
 
     def notice_backward(self, notice: Callable[[], None]) -> None:
         """Call ``notice`` where the backward through the group ends, before its gradients are reduced."""
