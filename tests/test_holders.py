@@ -1,4 +1,6 @@
-"""Objects that glue fills with values of the step and blocks read; full backward hooks of what has no home."""
+"""Objects that glue fills with values of the step and blocks read; caches that layers fill; full backward hooks of what
+has no home; tensors that glue fills inside opened modules.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +53,39 @@ class Net(nn.Module):
         return self.inner(x)
 
 
-CASES = {"context": Case(Net, vectors, square)}
+class Fills(nn.Module):
+    """Puts its result into an ordinary tensor, as blocks of experts do, and returns a view of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        filled = torch.zeros(len(x), WIDTH, dtype=x.dtype)
+        filled.index_add_(0, torch.arange(len(x)), torch.tanh(self.linear(x[:, 0])))
+        return filled.reshape(len(x), 1, WIDTH)
+
+
+class LookedInto(nn.Module):
+    """Hooks keep what modules inside the blocks give, so that the blocks are opened, and what the blocks give."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Fills() for _ in range(4))
+        self.kept: list[Any] = []
+        for block in self.blocks:
+            for module in (block, block.linear):
+                module.register_forward_hook(lambda module, args, output: self.kept.append(output))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.kept.clear()
+        x = x[:, None]
+        for block in self.blocks:
+            x = block(x)
+        return x[:, 0] + sum(kept.reshape(len(x), WIDTH) for kept in self.kept)
+
+
+CASES = {"context": Case(Net, vectors, square), "looked_into": Case(LookedInto, vectors, square)}
 REFUSED = {
     "writes": Case(lambda: Net(writes=True), vectors, square),
     "hook": Case(lambda: Net(hooked=True), vectors, square),
@@ -75,3 +109,53 @@ def test_what_would_stay_at_home_is_refused_by_name() -> None:
     errors = run_ranks(run_refused, 2, parameters=parameters)
     assert any("changed its argument of type Context" in rank["writes"] for rank in errors), errors
     assert any("module 'inner' (Sequential) has full backward hooks" in rank["hook"] for rank in errors), errors
+
+
+def run_with_caches(name: str) -> list[str]:
+    """What a step says that looks at the cache its model has made: in the step, after it, and in a second forward."""
+    import modelparallel as smp
+    from test_zoo import as_entry_wants, make_model
+    from zoo import tokens
+
+    with as_entry_wants(name):
+        model = smp.DistributedModel(make_model(name)).eval()
+    kept: list[Any] = []
+
+    def cache_of(output: Any) -> Any:
+        return output.get("past_key_values", output.get("cache_params"))
+
+    def first_of(cache: Any) -> Tensor:
+        return cache.layers[0].keys if hasattr(cache, "layers") else cache.ssm_states[0]
+
+    def read(model: Any, ids: Tensor) -> Tensor:
+        output = model(ids)
+        return output.logits.mean() + first_of(cache_of(output)).mean()
+
+    def keep(model: Any, ids: Tensor) -> Tensor:
+        output = model(ids)
+        kept.append(cache_of(output))
+        return output.logits.mean()
+
+    def go_on(model: Any, ids: Tensor) -> Tensor:
+        cache = cache_of(model(ids))
+        given = {"past_key_values": cache} if name == "llama" else {"cache_params": cache, "cache_position": ids[0]}
+        return model(ids[:, -1:], **given).logits.mean()
+
+    texts = []
+    for body in (read, keep, go_on):
+        try:
+            with torch.no_grad():
+                smp.step(body)(model, tokens(0)[0])
+            if body is keep:
+                texts.append(f"{first_of(kept[0]).sum()}")
+        except Exception as error:
+            texts.append(f"{type(error).__name__}: {error}")
+    return texts
+
+
+@pytest.mark.parametrize("name", ["llama", pytest.param("mamba", marks=pytest.mark.slow)])
+def test_what_layers_keep_in_a_cache_is_refused_by_name(name: str) -> None:
+    texts = run_ranks(run_with_caches, 2, name, parameters={"pipeline_parallel_degree": 2, "microbatches": 2})
+    for index in range(3):
+        told = [text for rank in texts if (text := rank[index]).startswith("UnsupportedError: module '")]
+        assert told and "have kept tensors in a" in told[0], texts

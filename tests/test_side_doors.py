@@ -398,6 +398,44 @@ def test_what_nobody_follows_is_an_error_in_the_first_step() -> None:
         assert "computed with the parameter 'blocks." in text[0], text
 
 
+def unseen_numbers(is_training: bool) -> list[str]:
+    """What the step says where the modules put a number each where nobody follows it, so that every stage has as many
+    as it has modules: the loss is known on every stage, which adds them by itself.
+    """
+    import modelparallel as smp
+
+    torch.manual_seed(3)
+    net = Net().double()
+    for block in net.blocks:
+        block.inner.keep = lambda inner, y: BOX.value.append(float(y.detach().mean()))
+    model = smp.DistributedModel(net)
+    smp.set_partition(net.blocks[-1], 1)
+
+    @smp.step
+    def run(model: Any, x: Tensor) -> Any:
+        BOX.value = []
+        loss = model(x).square().mean()
+        for number in BOX.value:
+            loss = loss + number
+        if is_training:
+            model.backward(loss)
+        return loss
+
+    try:
+        with torch.set_grad_enabled(is_training):
+            run(model, torch.randn(4, WIDTH, dtype=torch.float64))
+    except Exception as error:
+        return [f"{type(error).__name__}: {error}"]
+    return ["no error"]
+
+
+@pytest.mark.parametrize("is_training", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_how_many_numbers_nobody_follows_is_compared_too(is_training: bool) -> None:
+    where = "model.backward" if is_training else "the output of the step function"
+    for text in run_ranks(unseen_numbers, 2, is_training, parameters=parameters(2)):
+        assert f"DivergenceError: {where} at test_side_doors.py" in text[0], text
+
+
 def read_after_the_step() -> list[str]:
     """Values that hooks have kept, read when the step is over: a number is right, a tensor says what to do."""
     import modelparallel as smp

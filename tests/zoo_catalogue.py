@@ -12,15 +12,36 @@ ZOO: dict[str, Entry] = {
     **DECODERS, **ENCODERS, **ENCODER_DECODERS, **EXPERTS, **STATE_SPACE, **VISION, **AUDIO, **MIXED, **TORCH, **PLAIN,
 }  # fmt: skip
 NUM_STAGES = (2, 4)
+
+# What classes of transformers record when they are asked for all that they can, which is compared with one process
+# (test_recorded_values.py, which also proves that each records just this).
+_NO_ATTENTIONS = (
+    "fnet mamba mamba2 falcon_mamba convnext convnextv2 convnext_drop_path resnet regnet mobilenet_v1 poolformer cvt "
+    "levit focalnet patch_tsmixer"
+).split()
+_ROUTED = "mixtral qwen2_moe qwen3_moe olmoe phimoe granitemoe dbrx gpt_oss switch jamba".split()
+RECORDED: dict[str, str] = {
+    **{
+        name: "hidden states, attentions"
+        for name, entry in ZOO.items()
+        if "." not in entry.class_name and entry.family != "plain torch"
+    },
+    **dict.fromkeys(_NO_ATTENTIONS, "hidden states"),
+    **dict.fromkeys(_ROUTED, "hidden states, attentions, router logits"),
+    "siglip": "",  # it keeps what its towers have recorded to itself
+}
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "models.md"
 BEGIN, END = "<!-- table: written by tests/zoo_catalogue.py -->\n", "<!-- end of the table -->\n"
 
 
 def table() -> str:
     """The models as Markdown, by family."""
-    lines = ["| Family | Class | Stages | Remarks |", "| --- | --- | --- | --- |"]
+    lines = ["| Family | Class | Stages | Recorded | Remarks |", "| --- | --- | --- | --- | --- |"]
     stages = ", ".join(map(str, NUM_STAGES))
-    lines += [f"| {entry.family} | `{entry.class_name}` | {stages} | {entry.remarks} |" for entry in ZOO.values()]
+    lines += [
+        f"| {entry.family} | `{entry.class_name}` | {stages} | {RECORDED.get(name, '')} | {entry.remarks} |"
+        for name, entry in ZOO.items()
+    ]
     return "\n".join(lines) + "\n"
 
 

@@ -32,6 +32,7 @@ from modelparallel.module_view import alias_inherited_forwards, attach_module_at
 from modelparallel.nn.huggingface import prepare_families
 from modelparallel.parameters import ParameterTable
 from modelparallel.partitioning import find_units, log_plan, work_of_call
+from modelparallel.pipeline.left_behind import leave_behind
 from modelparallel.pipeline.pushes import push
 from modelparallel.pipeline.stage_tensor import StageTensor
 from modelparallel.plan.partition import PartitionPlan
@@ -199,7 +200,9 @@ class DistributedModel(PlannedModel):
             return self._call_module(args, kwargs)
         self.enter_step(step)
         output = self._call_module(args, kwargs)
-        if self._runtime.is_pipelined:
+        program = self._runtime.engine.program
+        if self._runtime.is_pipelined and program is not None:
+            leave_behind(program)
             self._push_small_outputs(output)
         return output
 
@@ -232,10 +235,7 @@ class DistributedModel(PlannedModel):
         return self._precision.loss_scale()
 
     def _push_small_outputs(self, output: Any) -> None:
-        program = self._runtime.engine.program
         limit = self._runtime.engine.push_limit_bytes
-        if program is None:
-            return
         with self._runtime.engine.native_region():
             for leaf in trees.leaves(output):
                 if isinstance(leaf, StageTensor) and leaf.spec.num_bytes <= limit and leaf.replica is None:

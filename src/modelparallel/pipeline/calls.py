@@ -119,6 +119,11 @@ def run(
             arguments.skeleton,
             *arguments.keys(are_floats_plain=False),
         )
+    if objects and not program.is_replay:
+        filled = [value for value in objects if entry.is_first_filling(value)]
+        objects = [value for value in objects if not any(value is other for other in filled)]
+        for value in filled:
+            program.filled.setdefault(id(value), (value, entry))
     is_framed = entry.unit is not None and program.inside is None and entry.needs_frame()
     model = program.frames.note_model(entry.model) if is_framed else 0
     if home == engine.stage:
@@ -126,8 +131,6 @@ def run(
             call = _around(program, entry.module, call)
         if is_framed and entry.unit is not None:
             call = _framed(program.frames, entry.unit, model, call)
-        if objects:
-            objects = [value for value in objects if not entry.is_first_filling(value)]
         if (objects or arguments.holds_containers) and not program.is_replay:
             call = _guarded(entry, objects, arguments.holds_containers, call)
         if program.sightings is not None and entry.module.training and entry.has_buffers:

@@ -179,7 +179,8 @@ def leads_to_door(forward: Any, module: nn.Module) -> bool:
 
 def run(engine: PipelineEngine, program: Program, entry: PlacedModule, args: Any, kwargs: Any) -> Any:
     """Call a module that code of the script sits on; every stage of the pipeline does, in the same order."""
-    program.fetch(Arguments(program, args, kwargs).inputs, entry.home, entry.input_description)
+    with engine.native_region():  # what is done to local tensors on the way is not the script's
+        program.fetch(Arguments(program, args, kwargs).inputs, entry.home, entry.input_description)
     if any(_origin(hook).startswith("torch.distributed.") for hooks in entry.watch.own for hook in hooks.values()):
         raise UnsupportedError(
             f"{entry.description} has a hook, or one inside it, and its parameters are gathered by hooks of its own "

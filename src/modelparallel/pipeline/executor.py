@@ -21,6 +21,7 @@ from modelparallel.pipeline.chains import Follower, Recorder, StepPlan
 from modelparallel.pipeline.engine import PipelineEngine
 from modelparallel.pipeline.interpreter import Interpreter, discovery_actions
 from modelparallel.pipeline.ledger import Ledger
+from modelparallel.pipeline.left_behind import leave_behind
 from modelparallel.pipeline.loss_weights import checked_weight
 from modelparallel.pipeline.program import Program
 from modelparallel.pipeline.randomness import RandomFrames
@@ -147,6 +148,7 @@ class _StepRun:
         run.frames.enter_microbatch(seeds_numpy=True)
         with engine.running(program):
             output = run.call()
+        leave_behind(program)
         program.log.leave()
         returned = trees.map_leaves(program.returned, (output, program.loss_weight))
         if program.ledger is not None:

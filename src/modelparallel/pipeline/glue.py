@@ -91,6 +91,8 @@ def run(engine: PipelineEngine, program: Program, func: Callable[..., Any], args
         return arguments.given[written] if result is arguments.values[written] else result
     if is_known:
         _derive_replicas(engine, arguments, result, func)
+        if program.ledger is not None:
+            program.ledger.note_known(traits.description, arguments.values, result)
     else:
         _push_if_reduced(engine, program, inputs, result)
     return result

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from modelparallel import trees
 from modelparallel.comm.event_log import user_code_line
 from modelparallel.errors import DivergenceError
 from modelparallel.pipeline.stage_tensor import StageTensor
@@ -41,10 +42,23 @@ class Ledger:
         if digest:
             self.entries.append((f"{what} at {user_code_line()}", digest, may_be_alone))
 
+    def note_known(self, what: str, values: Sequence[Any], result: Any) -> None:
+        """``result``: of an operation that each stage may do by itself, as often as it likes. It remembers what it was
+        made with, which counts where it is given to others, to the backward or to the caller of the step.
+        """
+        digest = zlib.crc32(f"{what} at {user_code_line()}".encode())
+        for value in values:
+            digest = _digest(value, digest)
+        for leaf in trees.leaves(result):
+            if isinstance(leaf, StageTensor):
+                leaf.made_with = digest
+
 
 def _digest(value: Any, digest: int) -> int:
     kind = type(value)
-    if kind is StageTensor or kind is str or value is None:
+    if kind is StageTensor:
+        return zlib.crc32(value.made_with.to_bytes(4), digest) if value.made_with else digest
+    if kind is str or value is None:
         return digest
     if kind in (int, float, complex, bool):
         return zlib.crc32(repr(value).encode(), digest)
@@ -76,12 +90,12 @@ def compare(ledgers: Mapping[int, Sequence[Entry]]) -> None:
 
 
 def _pairs(first: Sequence[Entry], second: Sequence[Entry]) -> Iterator[tuple[Entry, Entry]]:
-    """The entries of two stages for the same operations."""
-    yield from zip(*([entry for entry in side if not entry[2]] for side in (first, second)), strict=False)
+    """The entries of two stages for the same operations, those of which others speak first."""
     alone = [_by_place(side) for side in (first, second)]
-    for what in alone[0].keys() & alone[1].keys():
+    for what in [what for what in alone[0] if what in alone[1]]:
         if len(alone[0][what]) == len(alone[1][what]):
             yield from zip(alone[0][what], alone[1][what], strict=True)
+    yield from zip(*([entry for entry in side if not entry[2]] for side in (first, second)), strict=False)
 
 
 def _by_place(entries: Sequence[Entry]) -> dict[str, list[Entry]]:

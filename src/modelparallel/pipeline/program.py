@@ -39,6 +39,7 @@ from modelparallel.pipeline.written import WrittenTensors
 from modelparallel.torch_compat import leaves_of_graph
 
 if TYPE_CHECKING:
+    from modelparallel.pipeline.calls import PlacedModule
     from modelparallel.pipeline.chains import ChainTracker
     from modelparallel.pipeline.engine import CountWork, PipelineEngine
     from modelparallel.pipeline.ledger import Ledger
@@ -118,6 +119,8 @@ class Program:
         self._last_event = 0
         #: The home of the opened module that runs now, see doors.py.
         self.inside: int | None = None
+        #: Hugging Face caches that layers keep something in at their homes, and the first of these layers.
+        self.filled: dict[int, tuple[Any, PlacedModule]] = {}
         #: What its operations are given, in the first step of a kind.
         self.ledger: Ledger | None = None
         #: While pushed values are read to find out the structure of a result, as only the first time needs.
@@ -579,6 +582,7 @@ class Program:
         self._made.clear()
         self._without_graphs.clear()
         self._carried.clear()
+        self.filled.clear()
 
     def glue(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Run an operation between modules where its data is; see glue.py."""

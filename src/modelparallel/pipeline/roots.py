@@ -29,6 +29,8 @@ def backward_root(
     ``weight``: the loss counts so often; ``note_root`` is told of roots that are on this stage.
     """
     program.check_root()
+    if program.ledger is not None:
+        program.ledger.note("model.backward", [*tensors, *gradients])
     if weight is not None:
         _keep_weight(program, weight)
     for tensor, gradient in zip(tensors, gradients, strict=True):

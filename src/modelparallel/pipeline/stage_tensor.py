@@ -160,6 +160,7 @@ class StageTensor(torch.Tensor):
     is_pinned_home: bool = False  # a parameter or stateful buffer: operations go to it
     replica: Callable[[], torch.Tensor] | None = None  # a detached value that this stage may read without a message
     stale_reason: str | None = None
+    made_with: int = 0  # see Ledger.note_known
     born: int = 0  # how many events there were before
     is_leaf_of_user: bool = False  # it was made to require a gradient, and is the result of nothing that does
     _aliases: AliasGroup | None = None  # made when first asked for: most values share memory with no other
