@@ -112,9 +112,15 @@ NAMED = [
     r"copy.deepcopy of a smp.DistributedModel",
     r"the gradient of '.*' is shared out among the data-parallel ranks",
     r"parameter '.*' was put into the model after it was wrapped",
+    r"was taken out of the model, or replaced, after it was sharded",
+    r"tensor parallelism has cut the two differently",
+    r"is read from a tensor whose value is in parts on several ranks",
     r"is given a number or an ordinary tensor that is another one on pp_rank",
     r"is used inside a module that runs on pp_rank \d+ and was not given it",
 ]
+
+#: Errors of torch itself that name the cause, where shards are met in code outside of the model (docs say so).
+NAMED_BY_TORCH = [r"got mixed torch.Tensor and DTensor", r"FSDP does not support deepcopy. Please use state dict"]
 
 
 def judge(layout: Layout, ranks: Sequence[Seen], expected: Sequence[Seen]) -> Verdict:
@@ -139,6 +145,9 @@ def judge(layout: Layout, ranks: Sequence[Seen], expected: Sequence[Seen]) -> Ve
                 return Verdict("named", seen.error, pattern)
         if first.error and not first.is_ours:
             break
+    for pattern in NAMED_BY_TORCH:
+        if layout.sharding == "parameters" and re.search(pattern, first.error):
+            return Verdict("named", first.error, pattern)
     return Verdict("raw", first.error + "\n" + first.trace[-1500:])
 
 

@@ -48,6 +48,11 @@ class KnownParameters:
         """The names of the parameters that were not there when the model was wrapped, or partitioned."""
         return [name for name, value in self._module.named_parameters() if self._table.name_of(value) is None]
 
+    def changed(self) -> list[tuple[str, object]]:
+        """(name of the parameter that was there, what is there now) of the places that have changed."""
+        now = [(name, mapping.get(key)) for mapping, key, name in self._parameters]
+        return [(name, value) for name, value in now if name is not None and self._table.name_of(value) != name]
+
     def out_of_place(self, home_of: Callable[[str], int | None]) -> list[tuple[str, str]]:
         """(place, name of the parameter that is there now) of those whose home is another stage than the place's."""
         found = []

@@ -165,6 +165,8 @@ class PlannedModel(ModelParameters):
         wrapped.
         """
         is_changed = self.known.is_changed()
+        if is_changed:
+            self._check_parts()
         self._table.rebuild(self.module)
         if is_changed:
             self._units = find_units(self.module)
@@ -176,10 +178,30 @@ class PlannedModel(ModelParameters):
         if not self.known.is_changed():
             return
         if self._runtime.is_pipelined or self._runtime.session.groups.dp.size > 1:
+            self._check_parts()
             self._check_places()
             self.known.note()
         else:
             self.look_again()
+
+    def _check_parts(self) -> None:
+        """Of shards and slices only the module knows how to use them."""
+        table, sharding = self._table, self.gradients.sharding
+        for name, value in self.known.changed():
+            if sharding is not None and sharding.has(table.tensor(name)):
+                raise StepUsageError(
+                    f"parameter '{self.title_of(name)}' was taken out of the model, or replaced, after it was sharded "
+                    "(sharded_data_parallel_degree), so that the next gathering would put it back: change the modules "
+                    "before the model is wrapped"
+                )
+            rows = [table.row_named(name), table.row_named(table.name_of(value) or name)]
+            splits = [row.split for row in rows if row is not None and row.split is not None]
+            if splits and (len(splits) < len(rows) or splits[0] != splits[1]):
+                raise StepUsageError(
+                    f"'{self.title_of(name)}' was made the parameter '{table.name_of(value)}' after the model was "
+                    "wrapped, and tensor parallelism has cut the two differently (or only one of them), so that they "
+                    "are not one weight any more: tie before the model is wrapped, and mark both modules or none"
+                )
 
     def _check_places(self) -> None:
         when = "partitioned" if self._runtime.is_pipelined else "wrapped"

@@ -20,6 +20,7 @@ from modelparallel.data_parallel.sharding_plan import plan_sharding
 from modelparallel.errors import SMPConfigError
 from modelparallel.precision import half_dtype
 from modelparallel.torch_compat import has_own_compiled_call
+from modelparallel.torch_compat.dtensors import mend_dtensors
 
 if TYPE_CHECKING:
     from torch import nn
@@ -50,6 +51,7 @@ def shard_parameters(
     session, config = runtime.session, runtime.session.config
     if config.sharded_data_parallel_degree == 1:
         return None
+    mend_dtensors()
     by_visit = gathers_by_visit(config, is_pipelined=runtime.is_pipelined, finds_unused=finds_unused)
     plan = plan_sharding(
         module,

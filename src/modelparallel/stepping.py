@@ -281,7 +281,7 @@ class StepFunction:
             return self._call(_on_device(microbatches.arguments[index], device))
 
         runs = [
-            MicrobatchRun(functools.partial(call, index), frames[index], microbatches.weights[index])
+            MicrobatchRun(self._function, functools.partial(call, index), frames[index], microbatches.weights[index])
             for index in range(num_microbatches)
         ]
         kind: Hashable = (self, torch.is_grad_enabled(), *(model.training for model in runtime.session.models))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -15,7 +14,6 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from modelparallel import trees
 from modelparallel.comm.transport import StageTransport
 from modelparallel.errors import DivergenceError, StepUsageError, UnsupportedError
 from modelparallel.pipeline import calls, doors, glue, transforms
@@ -330,6 +328,11 @@ class PipelineEngine:
                     self._loose_buffers.append((owner, name))
                     self._loose_values[owner, name] = buffer
 
+    @property
+    def roots(self) -> Sequence[nn.Module]:
+        """The modules of all models that are partitioned."""
+        return self._roots
+
     def holds_placed(self, module: nn.Module) -> bool:
         """Whether ``module`` is above placed modules."""
         placed = {id(entry.module) for entry in self._entries}
@@ -380,26 +383,6 @@ class PipelineEngine:
             homes.update(self.placed[id(tensor)].home for tensor in own if id(tensor) in self.placed)
             pending.extend(part.children())
         self._homes[module] = found = frozenset(homes)
-        return found
-
-    def holds_values(self) -> bool:
-        """Whether a module has kept a value of the step in an attribute: another microbatch would put its own there."""
-        for root in self._roots:
-            for module in root.modules():
-                if any(isinstance(leaf, StageTensor) for leaf in trees.leaves(dict(vars(module)))):
-                    return True
-        return False
-
-    def simple_state(self) -> list[Hashable]:
-        """The numbers, strings and lengths of containers among the attributes of the modules."""
-        found: list[Hashable] = []
-        for root in self._roots:
-            for module in root.modules():
-                for name, value in vars(module).items():
-                    if type(value) in (int, float, str, type(None)):
-                        found.append((name, value))
-                    elif isinstance(value, (list, dict, set, tuple, deque)):
-                        found.append((name, len(value)))
         return found
 
     def buffer_states(self, names: Iterable[str]) -> dict[str, Hashable]:

@@ -25,6 +25,7 @@ from modelparallel.pipeline.left_behind import leave_behind
 from modelparallel.pipeline.loss_weights import checked_weight
 from modelparallel.pipeline.program import Program
 from modelparallel.pipeline.randomness import RandomFrames
+from modelparallel.pipeline.reachable import KeptState
 from modelparallel.pipeline.sightings import Sightings
 from modelparallel.pipeline.stage_tensor import StageTensor
 from modelparallel.pipeline.wire import TENSORS_PER_MESSAGE, pack, receive_tensors
@@ -34,8 +35,9 @@ from modelparallel.torch_compat import ThreadState
 
 @dataclass(frozen=True)
 class MicrobatchRun:
-    """What one microbatch needs: the user's function with its arguments, its random frames, its share of the batch."""
+    """What one microbatch needs: the call of the user's ``function``, its random frames, its share of the batch."""
 
+    function: Callable[..., Any]
     call: Callable[[], Any]
     frames: RandomFrames
     weight: float = 1.0
@@ -109,6 +111,7 @@ class _StepRun:
         discovered_kind: Hashable | None,
     ) -> None:
         self._engine = engine
+        self._function = runs[0].function
         self._discovered_kind = discovered_kind
         self._num_microbatches = len(runs)
         self._plan = plan
@@ -116,7 +119,9 @@ class _StepRun:
         #: The part of its time in which this stage waited for others.
         self.waiting_share = 0.0
         self._sightings = None if self._is_sequential else Sightings()
-        self._simple_state: list[Hashable] = []  # before the microbatch of the discovery step
+        #: What the first microbatch of the discovery step has left, and the running statistics before each.
+        self._kept: KeptState | None = None
+        self._statistics: list[Hashable] = []
         self.programs = [self._make_program(index, run) for index, run in enumerate(runs)]
         engine.transport.logs = [program.log for program in self.programs]
         engine.is_discovering = plan is None
@@ -165,17 +170,18 @@ class _StepRun:
 
     def _look_for_state(self, program: Program) -> None:
         """In the discovery step: whether the microbatch has left something behind that the next one may find."""
-        if self._engine.holds_values():
+        # What the first one changes may be set once and for all.
+        if self._kept is not None and self._kept.has_changed():
             program.carries_state = True
-        state: list[Hashable] = list(self._engine.simple_state())
+        if self._kept is None and self._num_microbatches > 1:
+            self._kept = KeptState(self._engine.roots, [self._function])
         if isinstance(program.tracker, Recorder):
             # Running statistics depend on the order of the calls, which differs if a module is called in two visits.
             repeated = program.tracker.repeated_modules(self._engine.stage)
-            state += sorted(self._engine.buffer_states(repeated).items())
-        # What the first one changes may be set once and for all.
-        if program.microbatch and state != self._simple_state:
-            program.carries_state = True
-        self._simple_state = state
+            statistics: list[Hashable] = [*sorted(self._engine.buffer_states(repeated).items())]
+            if program.microbatch and statistics != self._statistics:
+                program.carries_state = True
+            self._statistics = statistics
 
     def run(self, before_last_backward: Callable[[], None]) -> list[Any]:
         """All forwards and backwards; the outputs of the microbatches."""

@@ -24,6 +24,7 @@ Place = tuple[Any, ...]
 MISSING = object()
 OF_EVERY_MODULE = frozenset(vars(nn.Module())) | {"forward"}
 
+_NUMBERS = (int, float, complex, bool, str)
 _MUTABLE = (list, dict, set, deque)
 _LIBRARIES = ("torch.", "torchvision.", "transformers.", "timm.", "diffusers.", "peft.", "modelparallel.", "numpy.")
 _MOST_ITEMS = 256  # of a container that is looked into for others
@@ -188,6 +189,22 @@ class KeptState:
             is_small = tensor.numel() * tensor.element_size() <= _MOST_BYTES
             self._tensors.append((tensor, tensor._version, tensor.detach().clone() if is_small else None))
 
+    def has_changed(self) -> bool:
+        """Whether something else is there now."""
+        for module, own in self._modules:
+            now = {name: value for name, value in vars(module).items() if name not in OF_EVERY_MODULE}
+            if now.keys() != own.keys() or not all(_is_same(value, own[name]) for name, value in now.items()):
+                return True
+        for container, content in self._containers:
+            parts = _parts(content_of(container)), _parts(content)
+            if len(parts[0]) != len(parts[1]) or not all(map(_is_same, *parts)):
+                return True
+        return (
+            any(not _is_same(cell_of(cell), content) for cell, content in self._cells)
+            or any(not _is_same(names.get(name, MISSING), value) for names, name, value in self._globals)
+            or any(tensor._version != version for tensor, version, _ in self._tensors)
+        )
+
     def restore(self) -> None:
         """Put back what has changed since, but for large tensors."""
         for module, own in self._modules:
@@ -212,6 +229,10 @@ class KeptState:
             for tensor, version, values in self._tensors:
                 if values is not None and tensor._version != version and tensor.shape == values.shape:
                     tensor.detach().copy_(values)
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    return one is other or (type(one) is type(other) and type(one) in _NUMBERS and bool(one == other))
 
 
 def _parts(content: Any) -> list[Any]:
