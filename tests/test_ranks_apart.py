@@ -16,6 +16,7 @@ SETS = [M, {**M, "shard_optimizer_state": True}, SHARDED, {**SHARDED, "sdp_gathe
 # Each ends with an error: a set for itself.
 CAUGHT = [RankTests(2, parameters) for parameters in SETS[:2]]
 FROZEN, THAWED = ([RankTests(2, parameters) for parameters in SETS[:3]] for _ in range(2))
+CAUGHT_SHARDED = [RankTests(2, {**parameters, "timeout_seconds": 5}) for parameters in SETS[2:]]
 SKIPPED = [RankTests(2, M)]  # updates of shards are collective: there the others wait for the one that leaves it out
 FROZEN_BY_VISIT, THAWED_BY_VISIT = RankTests(2, SETS[3]), RankTests(2, SETS[3])
 PIPELINED = RankTests(4, {**M, "pipeline_parallel_degree": 2})
@@ -60,6 +61,20 @@ def test_an_exception_caught_on_one_rank():
         for index in range(1, 3):
             step(samples(index))
             optimizer.step()
+
+
+@pytest.mark.slow
+@on(*CAUGHT_SHARDED)
+def test_an_exception_caught_on_one_rank_beside_sharded_parameters():
+    _, optimizer, step = make()
+    for index in range(2):
+        step(samples(index))
+        optimizer.step()
+    if other_rank():
+        with pytest.raises(ValueError, match="not this batch"):
+            step(samples(2), True)
+    with pytest.raises(DivergenceError, match=r"global rank 1 has caught an exception .* global rank 0 has not left"):
+        step(samples(3))
 
 
 @on(*SKIPPED)

@@ -292,9 +292,9 @@ class DistributedModel(PlannedModel):
                 hook(self, self.optimizer_of_parameters())
         return has_reduced
 
-    def abort_step(self) -> None:
-        """The step function raised. Called by smp.step."""
-        self.gradients.abort_step()
+    def abort_step(self, error: BaseException) -> Exception | None:
+        """The step function raised. Called by smp.step. Returns what the error comes of, if that is known."""
+        return self.gradients.abort_step(error)
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:

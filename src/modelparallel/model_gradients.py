@@ -23,6 +23,7 @@ from modelparallel.data_parallel import (
     broadcast_parameters,
     shareable,
 )
+from modelparallel.data_parallel.raised_steps import RaisedSteps
 from modelparallel.errors import SMPConfigError
 from modelparallel.initial_weights import agree_between_replicas
 from modelparallel.memory.deferred import is_deferred
@@ -80,6 +81,8 @@ class ModelGradients:
         self._aside: dict[int, torch.Tensor | None] | None = None
         #: Whether the running step uses the model with gradients.
         self.has_begun = False
+        # Steps that were left by an exception, where parameters are sharded.
+        self._raised: RaisedSteps | None = None
         self._num_backward_steps = 0
         # Whether the weights of the replicas were compared.
         self._has_agreed = False
@@ -114,6 +117,9 @@ class ModelGradients:
         self.shards = self.sharding
         if self.sharding is not None:
             cast(module, {id(value) for value in module.parameters() if self.sharding.has(value)})
+            self._raised = RaisedSteps(
+                self.sharding.shard_group, session.config.timeout_seconds, is_pipelined=self._runtime.is_pipelined
+            )
         local = list(self._local(self._table.parameters()))
         if self.sharding is not None:
             describe_own_parts([parameter for _, parameter in local], self.sharding)
@@ -229,6 +235,7 @@ class ModelGradients:
     def prepare(self, *, is_training: bool) -> None:
         """Before a forward outside a step function."""
         if self.sharding is not None:
+            self._check_raised()
             self.sharding.prepare()
         if self.reducer is not None and torch.is_grad_enabled():
             self._agree_once()
@@ -244,6 +251,7 @@ class ModelGradients:
         """The model is used in a step for the first time."""
         self.has_begun = False
         if self.sharding is not None:
+            self._check_raised()
             with self._runtime.engine.native_region():
                 self.sharding.enter_step()
 
@@ -262,6 +270,10 @@ class ModelGradients:
                 self._synchronise_buffers(is_training)
             if self.sharding is not None:
                 self.sharding.begin_step(self._will_synchronize())
+
+    def _check_raised(self) -> None:
+        if self._raised is not None:
+            self._raised.check()
 
     def _agree_once(self) -> None:
         """What one rank alone has loaded or drawn since :meth:`start` is found."""
@@ -356,12 +368,14 @@ class ModelGradients:
             self._replicas.add_up()
         return will_synchronize and self.reducer is not None
 
-    def abort_step(self) -> None:
-        """The step ended without a backward, or raised."""
+    def abort_step(self, error: BaseException | None = None) -> Exception | None:
+        """The step ended without a backward, or raised ``error``. Returns what that comes of, if it is known."""
+        cause = None if error is None or self._raised is None else self._raised.note(error)
         if self.reducer is not None:
             self.reducer.abort_step()
         if self.sharding is not None:
             self.sharding.abort_step()
+        return cause
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:

@@ -126,12 +126,13 @@ class StepFunction:
             outputs, weights = self._run(runtime, running, microbatches, seed, place)
             if running.loss_weights.are_given:
                 scale_by_weights(runtime, running, weights)
-        except BaseException:
+        except BaseException as error:
             runtime.num_training_steps += any(model.gradients.has_begun for model in running.models)
             for model in runtime.session.models:
                 model.gradients.put_back(None, set())
-            for model in running.models:
-                model.abort_step()
+            causes = [model.abort_step(error) for model in running.models]
+            for cause in filter(None, causes):
+                raise cause from error
             raise
         finally:
             runtime.step = None
