@@ -44,6 +44,19 @@ def carried_over(program: Program, value: StageTensor) -> StageTensor:
     return program.stand_in(value)
 
 
+def note_buffer_read(program: Program, name: str) -> None:
+    """Glue reads a stateful buffer of a placed module. If microbatches take turns, a later one may have written to it
+    by then.
+    """
+    if program.sightings is not None:
+        raise StepUsageError(
+            f"buffer '{name}' of a module is read between the modules while microbatches take turns on each stage, "
+            "since the first step of this kind did not read it, so its values may be those of a later microbatch: read "
+            "it in the first step, too (then they run one after another)"
+        )
+    program.carries_state = True
+
+
 _OF_NOBODY = (
     "a tensor that requires grad but belongs to no smp.DistributedModel meets the values of one inside smp.step: with "
     "pipelining its gradient would exist on one stage only. Make it part of the model (a parameter, or a module of "

@@ -31,7 +31,7 @@ from modelparallel.comm.transport import Awaited, MessageKind, MessageName
 from modelparallel.errors import DivergenceError, StepUsageError
 from modelparallel.pipeline.assignments import Assignments
 from modelparallel.pipeline.functions import traits_of
-from modelparallel.pipeline.kept_values import carried_over, read_inside, refuse_graph
+from modelparallel.pipeline.kept_values import carried_over, note_buffer_read, read_inside, refuse_graph
 from modelparallel.pipeline.splitting import SplitBackward
 from modelparallel.pipeline.stage_tensor import AliasGroup, StageTensor, TensorSpec
 from modelparallel.pipeline.wire import TENSORS_PER_MESSAGE, receive_tensors, send_tensors
@@ -187,22 +187,12 @@ class Program:
         if known is None:
             placed = self.engine.placed[id(tensor)]
             if not isinstance(tensor, torch.nn.Parameter):
-                self._read_buffer(placed.name)
+                note_buffer_read(self, placed.name)
             spec = TensorSpec(placed.shape, placed.stride, tensor.dtype, tensor.requires_grad, tensor.device.type)
             known = StageTensor(self, spec, placed.home, tensor if placed.home == self.stage else None)
             known.is_pinned_home = True
             self._parameters[id(tensor)] = known
         return known
-
-    def _read_buffer(self, name: str) -> None:
-        """The next microbatch may have written to it by the time that it is read, if they take turns."""
-        if self.sightings is not None:
-            raise StepUsageError(
-                f"buffer '{name}' of a module is read between the modules while microbatches take turns on each stage, "
-                "since the first step of this kind did not read it, so its values may be those of a later microbatch: "
-                "read it in the first step, too (then they run one after another)"
-            )
-        self.carries_state = True
 
     def resolve(self, leaf: Any) -> Any:
         """An argument of glue or of a placed module as the engine sees it: parameters and promoted tensors as
