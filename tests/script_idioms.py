@@ -202,6 +202,23 @@ EQUAL = {
         "model.eval()\nwith torch.no_grad(): see('loss, best', evaluate(model, tokens_of(9)))",
     ),
     "weights: shrink": script(after="with torch.no_grad():\n    for p in net.parameters(): p.mul_(0.9).add_(0.01)"),
+    "weights: drawn anew": script(
+        wrapped="""
+        torch.manual_seed(9)
+        net.apply(lambda m: nn.init.xavier_uniform_(m.weight) if isinstance(m, nn.Linear) else None)
+        nn.init.eye_(net.layers["l1"].down.weight)
+        nn.init.orthogonal_(net.out.weight)
+        net.table.reset_parameters()
+        """
+    ),
+    "weights: noise": script(
+        after="""
+        torch.manual_seed(20 + i)
+        with torch.no_grad():
+            for p in net.parameters():
+                p.add_(torch.randn_like(p), alpha=0.01).mul_(torch.bernoulli(torch.full_like(p, 0.9)))
+        """
+    ),
     "weights: frozen later": script(after="if i == 0: net.layers['l0'].requires_grad_(False)"),
     "weights: statistics of one rank": script(before="net.norm.running_mean.fill_(smp.rank() + 0.5)"),
 }  # fmt: skip
