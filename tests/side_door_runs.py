@@ -115,6 +115,9 @@ NAMED = [
     r"was taken out of the model, or replaced, after it was sharded",
     r"tensor parallelism has cut the two differently",
     r"is read from a tensor whose value is in parts on several ranks",
+    r", while other microbatches are under way",
+    r"would pair the wrong ones",
+    r"is read between the modules while microbatches take turns",
     r"is given a number or an ordinary tensor that is another one on pp_rank",
     r"is used inside a module that runs on pp_rank \d+ and was not given it",
 ]

@@ -67,6 +67,15 @@ class ShardGradient(torch.Tensor):
         """Whether somebody has taken the gradient away from the shard (``zero_grad`` of the inner optimizer)."""
         return self._shard is not None and self._shard.grad is None
 
+    @property
+    def data(self) -> torch.Tensor:  # type: ignore[override]
+        return torch.Tensor.detach(self)
+
+    @data.setter
+    def data(self, value: torch.Tensor) -> None:
+        with torch.no_grad():  # torch would put it in the place of the memory that there is not
+            self.copy_(value)
+
     def to_local(self) -> torch.Tensor:
         """This rank's elements, in the shape of the shard; the memory itself."""
         if self._shard is not None and self._shard.grad is not None:
