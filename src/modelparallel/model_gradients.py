@@ -238,7 +238,6 @@ class ModelGradients:
             self._check_raised()
             self.sharding.prepare()
         if self.reducer is not None and torch.is_grad_enabled():
-            self._agree_once()
             self.reducer.prepare()
             self._synchronise_buffers(is_training)
 
@@ -265,7 +264,8 @@ class ModelGradients:
             if self._replicas is not None:
                 self._replicas.begin_step()
             if self.reducer is not None:
-                self._agree_once()
+                if is_training:
+                    self._agree_once()
                 self.reducer.begin_step(will_synchronize=self._will_synchronize())
                 self._synchronise_buffers(is_training)
             if self.sharding is not None:
