@@ -137,6 +137,10 @@ def two_outs(self: Any, x: Tensor) -> Tensor:
     return y
 
 
+def converts(self: Any, x: Tensor) -> Tensor:
+    return self.b.to(torch.float32)(self.a(x).float())
+
+
 def sets_data(self: Any, x: Tensor) -> Tensor:
     y = self.b(self.a(x))
     y.data = torch.zeros(3)
@@ -171,6 +175,7 @@ ALIKE: dict[str, tuple[Callable[..., Any], Callable[[], nn.Module], str]] = {
     "not_scalar": (*run(not_scalar), "needs a scalar"),
     "two_outs": (*run(trains, two_outs), "out=several tensors"),
     "sets_data": (*run(trains, sets_data), "setting .data"),
+    "converts": (*run(trains, converts), r"'b' is converted .*'weight' \(torch.float64, cpu\) one of torch.float32"),
 }
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections import OrderedDict, namedtuple
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -282,6 +284,21 @@ def broadcasting(self: Any, x: Tensor) -> Tensor:
     return flipped.mean(1) + strided.permute(2, 1, 0).sum(1).T + self.a(x.t().contiguous().t())
 
 
+def bounds(self: Any, x: Tensor) -> Tensor:
+    """Parts of a value, from a place to a place that are values of other stages, or numbers of numpy."""
+    y, z = self.a(x), self.b(x)
+    counts = (z.detach() > 0).sum(0)
+    for first, last in itertools.pairwise(counts.sort().values):
+        part = y[first:last]
+        y = y + self.c(part).sum() + part.shape[0] + part.shape[0] * y[:, counts[0] % 3 :].mean()
+    for number in counts.numpy():
+        y = y + y[number % 2 :].sum() + y[np.array([0, number % 2])].sum() * np.float32(0.5)
+    y = y.clone()
+    y[counts.min() :] += 1
+    self.to(x.dtype)  # nothing changes
+    return self.d(torch.tanh(y))
+
+
 def gaps(self: Any, x: Tensor) -> Tensor:
     """The same operations on a view with gaps, on the stage that has made it and on another."""
     wide = self.a(x).repeat(WIDTH, 4)[:WIDTH]
@@ -457,6 +474,7 @@ CASES = {
     "norm_running": Case(held(norm_running), vectors, square),
     "attributes": Case(held(attributes), vectors, square),
     "broadcasting": Case(held(broadcasting), vectors, square),
+    "bounds": Case(held(bounds), vectors, square),
     "gaps": Case(held(gaps), vectors, square),
     "channels_last": Case(Image, images, square),
     "other_dtypes": Case(held(other_dtypes), vectors, square),

@@ -157,6 +157,10 @@ def _rare_key(leaf: Any, *, are_floats_plain: bool) -> Hashable:
         return ("slice", *((type(part), _rare_key(part, are_floats_plain=False)) for part in parts))
     if isinstance(leaf, _VALUES):
         return (type(leaf), leaf)
+    if type(leaf).__module__ == "numpy" and hasattr(leaf, "tobytes"):  # numbers and indices, like Python's own
+        if are_floats_plain and not leaf.shape and leaf.dtype.kind == "f":
+            return type(leaf).__qualname__
+        return (type(leaf).__qualname__, str(leaf.dtype), leaf.shape, leaf.tobytes())
     return type(leaf).__qualname__
 
 

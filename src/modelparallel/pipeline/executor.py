@@ -16,6 +16,7 @@ import torch
 
 from modelparallel import trees
 from modelparallel.comm.transport import MessageKind, MessageName
+from modelparallel.pipeline import conversions
 from modelparallel.pipeline.bodies import Body, ThreadBody
 from modelparallel.pipeline.chains import Follower, Recorder, StepPlan
 from modelparallel.pipeline.engine import PipelineEngine
@@ -31,6 +32,7 @@ from modelparallel.pipeline.stage_tensor import StageTensor
 from modelparallel.pipeline.wire import TENSORS_PER_MESSAGE, pack, receive_tensors
 from modelparallel.plan.schedule import Action, ActionKind
 from modelparallel.torch_compat import ThreadState
+from modelparallel.torch_compat.conversions import intercepted_conversions
 
 
 @dataclass(frozen=True)
@@ -202,7 +204,7 @@ class _StepRun:
             horizon=0 if engine.activation_store is None else engine.activation_store.horizon,
         )
         start, waited = time.perf_counter(), engine.transport.seconds_waited
-        with engine.intercepting():
+        with engine.intercepting(), intercepted_conversions(functools.partial(conversions.is_done, engine)):
             interpreter.run()
         spent = time.perf_counter() - start
         self.waiting_share = (engine.transport.seconds_waited - waited) / spent if spent else 0.0

@@ -37,6 +37,9 @@ if TYPE_CHECKING:
     from modelparallel.pipeline.program import Program
 
 
+_INDEXING = ("__getitem__", "__setitem__")
+
+
 def run(engine: PipelineEngine, program: Program, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     """One glue operation; every stage of the pipeline calls it for the same operation."""
     traits = traits_of(func)
@@ -44,6 +47,8 @@ def run(engine: PipelineEngine, program: Program, func: Callable[..., Any], args
         special = _special(program, func, traits.name, args, kwargs)
         if special is not None:
             return special[0]
+    elif traits.name in _INDEXING:
+        args = (args[0], _with_plain_bounds(args[1]), *args[2:])
     arguments = Arguments(program, args, kwargs)
     inputs = arguments.inputs
     is_drawn_inside = traits.is_random and program.inside is not None  # in the order of the module, at its home
@@ -96,6 +101,17 @@ def run(engine: PipelineEngine, program: Program, func: Callable[..., Any], args
     else:
         _push_if_reduced(engine, program, inputs, result)
     return result
+
+
+def _with_plain_bounds(index: Any) -> Any:
+    """``x[first:last]`` with values of the step as bounds: every stage reads them, since they decide the shape."""
+    if isinstance(index, tuple):
+        return tuple([_with_plain_bounds(part) for part in index])
+    if isinstance(index, slice):
+        bounds = (index.start, index.stop, index.step)
+        if any(isinstance(bound, StageTensor) for bound in bounds):
+            return slice(*[bound.item() if isinstance(bound, StageTensor) else bound for bound in bounds])
+    return index
 
 
 def execute(
