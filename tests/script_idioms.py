@@ -188,6 +188,31 @@ EQUAL = {
         after="second.step()",
         end="see('weights of the other', other.state_dict())",
     ),
+    "weights: judge that is frozen in turns, and called twice": script(
+        before="judge = nn.Sequential(nn.Linear(13, 8), nn.GELU(), nn.Linear(8, 1)).double()",
+        wrapped="""
+        judge = smp.DistributedModel(judge)
+        second = smp.DistributedOptimizer(torch.optim.SGD(judge.parameters(), lr=0.1))
+
+        @smp.step
+        def train_judge(judge, model, tokens):
+            real, made = F.one_hot(tokens, 13).double(), model(tokens).detach().softmax(-1)
+            loss = F.softplus(-judge(real)).mean() + F.softplus(judge(made)).mean()
+            judge.backward(loss)
+            return loss
+        """,
+        models="model, judge",
+        loss="loss = loss + F.softplus(-judge(model(tokens).softmax(-1))).mean()",
+        clear="""
+        judge.get_module().requires_grad_(True)
+        second.zero_grad()
+        see(f"loss of the judge {i}", train_judge(judge, model, tokens_of(i)))
+        second.step()
+        judge.get_module().requires_grad_(False)
+        optimizer.zero_grad()
+        """,
+        end="see('weights of the judge', judge.state_dict())",
+    ),
     "weights: loaded target": script(
         before="target = copy.deepcopy(net)",
         wrapped="target = smp.DistributedModel(target)",

@@ -479,7 +479,7 @@ class ShardedParameters:
         # then, and what is new comes when they have compared (see _finish_reduction).
         for entry in group.entries:
             if entry.was_trained is False and entry.inner.sharded.requires_grad:
-                entry.aside = entry.inner.take_waiting()
+                entry.aside = entry.inner.take_waiting(entry.aside)
         is_used = any(
             entry.inner.is_waiting or (entry.was_trained and not entry.inner.sharded.requires_grad)
             for entry in group.entries

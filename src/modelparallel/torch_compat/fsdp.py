@@ -100,14 +100,18 @@ class FSDPParameter:
         if whole is not None and not self.is_waiting:
             whole.grad = torch.zeros_like(whole)
 
-    def take_waiting(self) -> torch.Tensor | None:
-        """The gradient that is not reduced yet, which it then has no more."""
+    def take_waiting(self, before: torch.Tensor | None = None) -> torch.Tensor | None:
+        """The gradient that is not reduced yet, which it then has no more; added to ``before``, what an earlier call has
+        given: a backward leaves a module once for each call of it.
+        """
         whole = self.whole
         waiting: torch.Tensor | None = self._inner.unsharded_accumulated_grad
         if whole is not None and whole.grad is not None:
             waiting = whole.grad if waiting is None else waiting.add_(whole.grad)
         self.forget_waiting()
-        return waiting
+        if before is None or waiting is None:
+            return waiting if before is None else before
+        return before.add_(waiting)
 
     def scale_waiting(self, factor: float, before: torch.Tensor | None) -> None:
         """Multiply the gradient that is not reduced yet, and add ``before`` to it."""
