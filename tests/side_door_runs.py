@@ -118,6 +118,7 @@ NAMED = [
     r", while other microbatches are under way",
     r"would pair the wrong ones",
     r"is read between the modules while microbatches take turns",
+    r"modules that share a parameter must be on one partition",
     r"is given a number or an ordinary tensor that is another one on pp_rank",
     r"is used inside a module that runs on pp_rank \d+ and was not given it",
 ]

@@ -56,7 +56,11 @@ EXCLUDED: list[tuple[str, Callable[[Layout], bool], str, str]] = [
         "hooks that run in the backward: what they count and keep is at the home of their module alone",
     ),
     (
-        "by contract", lambda layout: layout.replicas > 1, r"KeepBuffer",
+        "by contract", lambda layout: layout.is_recomputed, r"total\d|KeepCount|KeepList|KeepAverage|KeepBuffer",
+        "a recomputed module runs twice, and its hooks, as with torch.utils.checkpoint",
+    ),
+    (
+        "by contract", lambda layout: layout.num_batches > 1, r"KeepBuffer",
         "buffers of replicas are those of the first one, as with torch's DDP",
     ),
     (
