@@ -189,7 +189,7 @@ EQUAL = {
         end="see('weights of the other', other.state_dict())",
     ),
     "weights: judge that is frozen in turns, and called twice": script(
-        before="judge = nn.Sequential(nn.Linear(13, 8), nn.GELU(), nn.Linear(8, 1)).double()",
+        before="judge = nn.Sequential(nn.Linear(13, 8), nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 1)).double()",
         wrapped="""
         judge = smp.DistributedModel(judge)
         second = smp.DistributedOptimizer(torch.optim.SGD(judge.parameters(), lr=0.1))

@@ -101,8 +101,8 @@ class FSDPParameter:
             whole.grad = torch.zeros_like(whole)
 
     def take_waiting(self, before: torch.Tensor | None = None) -> torch.Tensor | None:
-        """The gradient that is not reduced yet, which it then has no more; added to ``before``, what was taken earlier: a
-        backward leaves a module once for each call of it.
+        """The gradient that is not reduced yet, which it then has no more; added to ``before``, what was taken already:
+        a backward leaves a module once for each call of it.
         """
         whole = self.whole
         waiting: torch.Tensor | None = self._inner.unsharded_accumulated_grad
