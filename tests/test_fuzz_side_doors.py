@@ -63,15 +63,6 @@ EXCLUDED: list[tuple[str, Callable[[Layout], bool], str, str]] = [
         "by contract", lambda layout: layout.num_batches > 1, r"KeepBuffer",
         "buffers of replicas are those of the first one, as with torch's DDP",
     ),
-    (
-        "2026-11-30", lambda layout: layout.num_stages > 1, r"(?s)BatchNorm.*other\d",
-        "of two models the running statistics count the traced run",
-    ),
-    (
-        "2026-11-30", lambda layout: layout.num_stages == 1 and layout.sharding == "parameters",
-        r"weight\.square\(\)|p\.square\(\)|weight\.norm\(\)$",
-        "shards in code outside of the model end with torch's own error, which names nothing (documented)",
-    ),
 ]  # fmt: skip
 
 

@@ -24,6 +24,7 @@ from modelparallel import runtime as runtime_module
 from modelparallel.data_parallel.waits import wait_for
 from modelparallel.errors import SMPConfigError, SMPError, StepUsageError
 from modelparallel.model_parameters import ModelParameters
+from modelparallel.retired_parameters import without_retired
 from modelparallel.shards import local_part
 from modelparallel.torch_compat import intercept_clip_grad_norm, intercept_clip_grad_value
 
@@ -162,7 +163,7 @@ def parts_of(runtime: Runtime, tensors: Iterable[torch.Tensor]) -> list[_Part]:
         if model.gradients.shards is not None:
             model.gradients.shards.collect_gradients()
     parts: list[_Part] = []
-    for tensor in tensors:
+    for tensor in without_retired(tensors):
         found = next((target for other in optimizers if (target := other.targets.of_tensor(tensor)) is not None), None)
         parameter = found.parameter if found is not None else tensor
         owner = next((model for model in models if model.table.row_of(parameter) is not None), None)
@@ -265,7 +266,7 @@ def intercept_clipping(runtime: Runtime) -> None:
         return groups.mp.size > 1 or has_masters or runtime.shares_out_parameters
 
     def are_ours(parameters: Sequence[torch.Tensor]) -> bool:
-        models = runtime.session.models
+        models, parameters = runtime.session.models, without_retired(parameters)
         if not can_matter():
             return False
         if not parameters:  # a stage without any of them takes part in the sum

@@ -9,6 +9,7 @@ slice of it, values that a script reads or writes would be other ones than it th
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -51,6 +52,11 @@ def retire(old: nn.Parameter, name: str, new: nn.Parameter | None) -> None:
         old.data = stand_in(old, old.device)
     old.__class__ = RetiredParameter
     old.retired_for, old.retired_name = new, name  # type: ignore[attr-defined]
+
+
+def without_retired(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    """The tensors, with the parameters that stand for retired ones."""
+    return [_replacement(one, "grad") if isinstance(one, RetiredParameter) else one for one in tensors]
 
 
 def in_their_place(func: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
