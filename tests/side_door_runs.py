@@ -119,6 +119,7 @@ NAMED = [
     r"would pair the wrong ones",
     r"is read between the modules while microbatches take turns",
     r"modules that share a parameter must be on one partition",
+    r"a hook in the backward of .* keeps something",
     r"is given a number or an ordinary tensor that is another one on pp_rank",
     r"is used inside a module that runs on pp_rank \d+ and was not given it",
 ]
@@ -131,6 +132,9 @@ def judge(layout: Layout, ranks: Sequence[Seen], expected: Sequence[Seen]) -> Ve
     """Compare every rank with its replica of the plain program; an error must come before the first wrong number."""
     if any(replica.error for replica in expected):
         return Verdict("invalid", expected[0].error)
+    leaves = torch.utils._pytree.tree_leaves([value for replica in expected for _, value in replica.values])
+    if not all(bool(leaf.isfinite().all()) for leaf in leaves if isinstance(leaf, torch.Tensor)):
+        return Verdict("invalid", "it diverges")
     errors = [seen.error for seen in ranks if seen.error]
     try:
         for rank, seen in enumerate(ranks):

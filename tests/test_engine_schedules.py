@@ -116,6 +116,13 @@ class Noisy(nn.Linear):
         return super().forward(input)
 
 
+def note_backward(*_: Any) -> None:
+    LOG.seen.append("B")
+
+
+note_backward.keeps_local = True  # type: ignore[attr-defined]  # each process is to have its own
+
+
 class Watched(nn.Module):
     """Four linear layers in a row; LOG gets "F" and "B" where those of this process run forward and backward."""
 
@@ -124,7 +131,7 @@ class Watched(nn.Module):
         self.layers = nn.ModuleList(Noisy(WIDTH, WIDTH) for _ in range(4))
         self.order = (0, 1, 2, 3) if is_straight else (0, 2, 1, 3)
         for layer in self.layers:
-            layer.register_full_backward_hook(lambda *_: LOG.seen.append("B"))
+            layer.register_full_backward_hook(note_backward)
 
     def forward(self, x: Tensor) -> Tensor:
         for index in self.order:

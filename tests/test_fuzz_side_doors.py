@@ -52,10 +52,6 @@ EXCLUDED: list[tuple[str, Callable[[Layout], bool], str, str]] = [
         "model.parameters() gives what the rank holds: a plain list that is zipped with it has another length",
     ),
     (
-        "2026-11-30", lambda layout: layout.num_stages > 1, r"full_backward|append\(g\.norm",
-        "hooks that run in the backward: what they count and keep is at the home of their module alone",
-    ),
-    (
         "by contract", lambda layout: layout.is_recomputed, r"total\d|KeepCount|KeepList|KeepAverage|KeepBuffer",
         "a recomputed module runs twice, and its hooks, as with torch.utils.checkpoint",
     ),

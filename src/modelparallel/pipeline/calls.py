@@ -6,6 +6,7 @@ import io
 import pickle
 import weakref
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +19,10 @@ from modelparallel.pipeline import glue
 from modelparallel.pipeline.arguments import Arguments, taken_apart
 from modelparallel.pipeline.doors import Watch
 from modelparallel.pipeline.holders import held_values, with_values
+from modelparallel.pipeline.kept_values import watched_hooks
 from modelparallel.pipeline.randomness import RandomFrames, may_draw
 from modelparallel.pipeline.side_writes import Noted, SideWrites
-from modelparallel.torch_compat import DisableTorchFunctionSubclass, autocast_state
+from modelparallel.torch_compat import BACKWARD_HOOKS, DisableTorchFunctionSubclass, autocast_state, replaced_attributes
 
 if TYPE_CHECKING:
     from modelparallel.pipeline.engine import PipelineEngine
@@ -129,6 +131,8 @@ def run(
     if home == engine.stage:
         if entry.has_buffers and (program.region is not None or program.is_replay):
             call = _around(program, entry.module, call)
+        if engine.is_discovering:
+            call = _with_watched_hooks(engine, entry, call)
         if is_framed and entry.unit is not None:
             call = _framed(program.frames, entry.unit, model, call)
         if (objects or arguments.holds_containers) and not program.is_replay:
@@ -212,6 +216,22 @@ def run_inside(engine: PipelineEngine, entry: PlacedModule, args: Any, kwargs: A
 def buffer_state(module: nn.Module) -> tuple[tuple[int, int], ...]:
     """What changes when buffers are written to or replaced."""
     return tuple((id(buffer), buffer._version) for buffer in module.buffers() if not buffer.is_inference())
+
+
+def _with_watched_hooks(engine: PipelineEngine, entry: PlacedModule, inner: Callable[..., Any]) -> Callable[..., Any]:
+    """In the first step of a kind: what hooks in the backward keep is an error."""
+    hooked = [part for part in entry.module.modules() if any(vars(part)[name] for name in BACKWARD_HOOKS)]
+    if not hooked:
+        return inner
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with ExitStack() as stack:
+            for part in hooked:
+                own = {name: watched_hooks(engine, vars(part)[name], entry.description) for name in BACKWARD_HOOKS}
+                stack.enter_context(replaced_attributes(part, own))
+            return inner(*args, **kwargs)
+
+    return call
 
 
 def _watched(program: Program, entry: PlacedModule, inner: Callable[..., Any]) -> Callable[..., Any]:

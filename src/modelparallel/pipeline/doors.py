@@ -24,6 +24,7 @@ from torch import nn
 
 from modelparallel.errors import UnsupportedError
 from modelparallel.pipeline.arguments import Arguments
+from modelparallel.pipeline.kept_values import watched_hooks
 from modelparallel.torch_compat import (
     BACKWARD_HOOKS,
     FORWARD_HOOKS,
@@ -137,9 +138,10 @@ class Door:
 
     def _with_hooks(self, backward_hooks: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """The module's own call, with these hooks alone: those before and after the forward run on every stage."""
-        module = self._entry.module
+        module, title = self._entry.module, self._entry.description
+        own = {name: watched_hooks(self._engine, hooks, title) for name, hooks in backward_hooks.items()}
         none: dict[str, Any] = {name: OrderedDict() for name in FORWARD_HOOKS}
-        with replaced_attributes(module, {**backward_hooks, **none, "forward": self.leads_to}):
+        with replaced_attributes(module, {**own, **none, "forward": self.leads_to}):
             return module._call_impl(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:

@@ -19,6 +19,7 @@ from modelparallel import trees
 from modelparallel.errors import DivergenceError, StepUsageError, UnsupportedError
 from modelparallel.pipeline.arguments import Arguments
 from modelparallel.pipeline.functions import NO_OPERATIONS, FunctionTraits, traits_of
+from modelparallel.pipeline.kept_values import watched_hook
 from modelparallel.pipeline.pushes import push
 from modelparallel.pipeline.stage_tensor import StageTensor, is_dense
 from modelparallel.pipeline.structures import (
@@ -487,7 +488,7 @@ def _register_hook(program: Program, tensor: StageTensor, hook: Callable[[torch.
         local = program.local(tensor)
         if local.is_leaf and not tensor.is_pinned_home:
             local = tensor.local = local.view_as(local)
-        return local.register_hook(hook)
+        return local.register_hook(watched_hook(program.engine, hook, "a value of the step"))
     return torch.utils.hooks.RemovableHandle(OrderedDict())
 
 

@@ -4,13 +4,16 @@ them: in an attribute, a list, a closure.
 
 from __future__ import annotations
 
+import functools
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
 from modelparallel import trees
-from modelparallel.errors import StepUsageError
+from modelparallel.errors import StepUsageError, UnsupportedError
+from modelparallel.pipeline.reachable import KeptState
 from modelparallel.pipeline.stage_tensor import StageTensor
 
 if TYPE_CHECKING:
@@ -55,6 +58,36 @@ def note_buffer_read(program: Program, name: str) -> None:
             "it in the first step, too (then they run one after another)"
         )
     program.carries_state = True
+
+
+def watched_hook(engine: PipelineEngine, hook: Callable[..., Any], title: str) -> Callable[..., Any]:
+    """``hook``, which runs in the backward at the home of ``title`` alone. In the first step of a kind it is an error
+    if it keeps something: the other stages would not have it.
+    """
+    if not engine.is_discovering or getattr(hook, "keeps_local", False):
+        return hook
+
+    @functools.wraps(hook)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        kept = KeptState([value for value in args if isinstance(value, torch.nn.Module)], [hook])
+        result = hook(*args, **kwargs)
+        if kept.has_changed():
+            raise UnsupportedError(
+                f"a hook in the backward of {title} keeps something (in a list, a dictionary, an attribute, a closure "
+                f"or a global): it runs on pp_rank {engine.stage} alone, where the module is, and other stages would "
+                "have nothing, or something else\n"
+                "  gradients of parameters: p.grad of model.named_parameters() after the step, on the stage that holds "
+                "them\n"
+                "  each stage is to keep what it sees, on purpose: set hook.keeps_local = True"
+            )
+        return result
+
+    return run
+
+
+def watched_hooks(engine: PipelineEngine, hooks: Mapping[int, Callable[..., Any]], title: str) -> OrderedDict[int, Any]:
+    """Each of a module's hooks, as :func:`watched_hook`."""
+    return OrderedDict((key, watched_hook(engine, hook, title)) for key, hook in hooks.items())
 
 
 _OF_NOBODY = (

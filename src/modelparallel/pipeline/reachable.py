@@ -25,6 +25,7 @@ MISSING = object()
 OF_EVERY_MODULE = frozenset(vars(nn.Module())) | {"forward"}
 
 _NUMBERS = (int, float, complex, bool, str)
+_CALLED = (types.FunctionType, types.MethodType, types.BuiltinFunctionType, functools.partial)
 _MUTABLE = (list, dict, set, deque)
 _LIBRARIES = ("torch.", "torchvision.", "transformers.", "timm.", "diffusers.", "peft.", "modelparallel.", "numpy.")
 _MOST_ITEMS = 256  # of a container that is looked into for others
@@ -96,8 +97,8 @@ def _inside(value: Any, place: Place, seen: set[int], depth: int) -> Iterator[tu
 
 
 def _is_plain_object(value: Any) -> bool:
-    kinds = (nn.Module, torch.Tensor, type, types.ModuleType)
-    if not hasattr(value, "__dict__") or isinstance(value, kinds) or callable(value):
+    kinds = (nn.Module, torch.Tensor, type, types.ModuleType, *_CALLED)
+    if not hasattr(value, "__dict__") or isinstance(value, kinds):
         return False
     return not f"{type(value).__module__}.".startswith(_LIBRARIES)
 
@@ -154,7 +155,9 @@ class KeptState:
     def _keep(self, value: Any, depth: int = 0) -> None:
         while isinstance(value, functools.partial):
             value = value.func
-        value = getattr(value, "__func__", value)
+        if isinstance(value, types.MethodType):
+            self._keep(value.__self__, depth)
+            value = value.__func__
         if id(value) in self._seen or depth > _DEEPEST:
             return
         if isinstance(value, nn.Module):
