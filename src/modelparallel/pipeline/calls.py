@@ -126,13 +126,14 @@ def run(
         objects = [value for value in objects if not any(value is other for other in filled)]
         for value in filled:
             program.filled.setdefault(id(value), (value, entry))
+    if engine.is_discovering and (hooked := _hooked_parts(entry.module)):
+        engine.watches_hooks = True
+        call = _with_watched_hooks(engine, entry, hooked, call)
     is_framed = entry.unit is not None and program.inside is None and entry.needs_frame()
     model = program.frames.note_model(entry.model) if is_framed else 0
     if home == engine.stage:
         if entry.has_buffers and (program.region is not None or program.is_replay):
             call = _around(program, entry.module, call)
-        if engine.is_discovering:
-            call = _with_watched_hooks(engine, entry, call)
         if is_framed and entry.unit is not None:
             call = _framed(program.frames, entry.unit, model, call)
         if (objects or arguments.holds_containers) and not program.is_replay:
@@ -218,11 +219,14 @@ def buffer_state(module: nn.Module) -> tuple[tuple[int, int], ...]:
     return tuple((id(buffer), buffer._version) for buffer in module.buffers() if not buffer.is_inference())
 
 
-def _with_watched_hooks(engine: PipelineEngine, entry: PlacedModule, inner: Callable[..., Any]) -> Callable[..., Any]:
+def _hooked_parts(module: nn.Module) -> list[nn.Module]:
+    return [part for part in module.modules() if any(vars(part)[name] for name in BACKWARD_HOOKS)]
+
+
+def _with_watched_hooks(
+    engine: PipelineEngine, entry: PlacedModule, hooked: Sequence[nn.Module], inner: Callable[..., Any]
+) -> Callable[..., Any]:
     """In the first step of a kind: what hooks in the backward keep is an error."""
-    hooked = [part for part in entry.module.modules() if any(vars(part)[name] for name in BACKWARD_HOOKS)]
-    if not hooked:
-        return inner
 
     def call(*args: Any, **kwargs: Any) -> Any:
         with ExitStack() as stack:

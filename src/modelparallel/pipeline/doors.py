@@ -199,6 +199,7 @@ def run(engine: PipelineEngine, program: Program, entry: PlacedModule, args: Any
             return entry.inner(*args, **kwargs)
         with replaced_attributes(entry.module, {name: OrderedDict() for name in BACKWARD_HOOKS}) as hooks:
             entry.backward_hooks = hooks  # they belong to the graph at the home
+            engine.watches_hooks = engine.is_discovering
             return entry.inner(*args, **kwargs)
     finally:
         program.inside, entry.backward_hooks = outer, None

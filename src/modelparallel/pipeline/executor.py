@@ -81,12 +81,16 @@ def run_step(
     step = _StepRun(engine, runs, plan, kind if is_first else None)
     try:
         outputs = step.run(before_last_backward)
+        if engine.watches_hooks:
+            engine.plans.meet(engine.transport)
+            engine.watches_hooks = False
         if not is_first:
             engine.plans.compare(kind, step.programs, step.waiting_share, engine.transport)
         results = _share_outputs(engine, outputs, step.programs[0], detach_outputs=detach_outputs)
         engine.transport.drain()
     except BaseException as error:
         engine.transport.abandon(error)
+        engine.watches_hooks = False
         step.abandon()
         raise
     finally:
@@ -163,7 +167,7 @@ class _StepRun:
         del output  # a tensor that only it refers to does not outlive the microbatch
         engine.settle_buffers(program)
         program.written.settle(program)
-        if self._plan is None:
+        if self._discovered_kind is not None:
             self._look_for_state(program)
         if self._sightings is not None:
             self._sightings.done(program.microbatch)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 _PLAN = MessageName(MessageKind.PLAN, 0, 0)
 _WHAT = "what the stages know of the step's plan"
+_DONE = "that the hooks in the backward have kept nothing"
 #: A kind of step whose programs have left its plan so often runs in discovery order from then on.
 _MAX_MISSES = 3
 #: The planned step in which predicted and measured waiting are compared: by then caches are warm.
@@ -197,6 +198,14 @@ class StepPlans:
         schedule = make_schedule(chain, len(programs), schedule_kind, self._active_microbatches)
         check_schedule(schedule, chain, self._active_microbatches)
         return StepPlan(entries, starts, chain, schedule)
+
+    @staticmethod
+    def meet(transport: StageTransport) -> None:
+        """After a step whose hooks may have failed on one stage: nobody goes on alone. Collective over the pipeline."""
+        for peer in transport.peers():
+            transport.send_object(peer, _PLAN, b"done", _DONE)
+        for peer in transport.peers():
+            transport.receive_object(peer, _PLAN, _DONE)
 
     def compare(
         self, kind: Hashable, programs: Sequence[Program], waiting_share: float, transport: StageTransport
