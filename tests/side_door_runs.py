@@ -119,6 +119,7 @@ NAMED = [
     r"would pair the wrong ones",
     r"is read between the modules while microbatches take turns",
     r"modules that share a parameter must be on one partition",
+    r"has full backward hooks",
     r"a hook in the backward of .* keeps something",
     r"is given a number or an ordinary tensor that is another one on pp_rank",
     r"is used inside a module that runs on pp_rank \d+ and was not given it",

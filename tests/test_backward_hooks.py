@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import modelparallel as smp
+from modelparallel.errors import UnsupportedError
 from pool import run_ranks
 from rank_tests import RankTests, on
 
@@ -82,6 +83,17 @@ def train(model: Any, x: torch.Tensor, hook: Callable[..., Any] | None = None) -
     return loss
 
 
+@smp.step
+def train_patched(model: Any, x: torch.Tensor) -> torch.Tensor:
+    part = model.get_module()[1]
+    before = part.forward
+    part.forward = lambda x: x @ part.weight
+    loss = model(x).square().mean()
+    part.forward = before
+    model.backward(loss)
+    return loss
+
+
 def batch() -> torch.Tensor:
     return torch.randn(4, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
@@ -100,6 +112,15 @@ def test_what_a_hook_in_the_backward_keeps_is_an_error_that_names_the_module(nam
     texts = [failure.summary for failure in failures if failure is not None]
     title = "a value of the step" if is_of_value else "'1'"
     assert any("keeps something" in text and title in text for text in texts), texts
+
+
+@on(PP2)
+def test_a_forward_that_passes_the_hooks_by_is_an_error():
+    model = make_model()
+    part = model.get_module()[1]
+    part.register_full_backward_hook(lambda module, inputs, outputs: (inputs[0] * 0.5,))
+    with pytest.raises(UnsupportedError, match="full backward hooks"):
+        train_patched(model, batch())
 
 
 @on(PP2)

@@ -50,6 +50,7 @@ class PlacedModule:
     model: int = 0  # which of the wrapped models it belongs to
     around: PlacedModule | None = None  # the opened one that it is a part of
     backward_hooks: dict[str, Any] | None = None  # while its other hooks run on every stage
+    has_met_door: bool = False
     is_opened: bool = False  # its children are placed, too, see doors.py
     filled: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet)
 

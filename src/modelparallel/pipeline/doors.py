@@ -125,7 +125,7 @@ class Door:
         program = engine.program
         if engine.is_native or program is None:
             return self.leads_to(*args, **kwargs)
-        hooks = entry.backward_hooks
+        hooks, entry.has_met_door = entry.backward_hooks, True
         if entry.watch.is_touched_inside():
             if hooks is not None:
                 raise UnsupportedError(
@@ -200,7 +200,15 @@ def run(engine: PipelineEngine, program: Program, entry: PlacedModule, args: Any
         with replaced_attributes(entry.module, {name: OrderedDict() for name in BACKWARD_HOOKS}) as hooks:
             entry.backward_hooks = hooks  # they belong to the graph at the home
             engine.watches_hooks = engine.is_discovering
-            return entry.inner(*args, **kwargs)
+            entry.has_met_door = False
+            output = entry.inner(*args, **kwargs)
+        if not entry.has_met_door:
+            raise UnsupportedError(
+                f"{entry.description} has full backward hooks, and something stands in the place of its forward that "
+                "does not lead to the forward as it is inside a step (it was made before the first step, or calls "
+                "something else), so that the hooks would not run: take a forward hook to see what comes out"
+            )
+        return output
     finally:
         program.inside, entry.backward_hooks = outer, None
 
