@@ -110,7 +110,7 @@ def test_another_way_a_shorter_and_a_longer_one_leave_the_plan():
 
 
 def test_reads_of_pushed_values_are_told_and_belong_to_one_stage():
-    recorder = Recorder({})
+    recorder = Recorder()
     recorder.note_work(0, "a")
     recorder.note_move(0, 1)
     recorder.note_local_wait(0, 1)
@@ -127,11 +127,3 @@ def test_reads_of_pushed_values_are_told_and_belong_to_one_stage():
     assert not follow(plan, 0, [("M", 0, 1), ("R", 1, -1)])[1]
     seen, has_left = follow(planned(STRAIGHT, 2), 0, [("M", 0, 1), ("L", 0, 1), ("R", 1, -1)])
     assert not has_left and seen[1] == (False, 0, False)
-
-
-def test_modes_that_a_body_changes_are_noted():
-    recorder = Recorder({"a": True})
-    recorder.note_work(0, "a", is_training=True)
-    assert not recorder.changes_modes
-    recorder.note_work(0, "a", is_training=False)
-    assert recorder.changes_modes

@@ -76,6 +76,11 @@ def flag_for_a_while(net: Any, x: Tensor) -> Tensor:
     return x * (1.5 if net.is_on else 0.5)
 
 
+def mode_for_a_while(net: Any, x: Tensor) -> Tensor:
+    net.tail.train(not net.tail.training)
+    return x * (1.5 if net.tail.training else 0.5)
+
+
 def forward_for_a_while(net: Any, x: Tensor) -> Tensor:
     if "forward" in vars(net.tail):
         x = net.tail(x)
@@ -106,6 +111,7 @@ CHANGES = {
         number,
         grown_buffer,
         flag_for_a_while,
+        mode_for_a_while,
         forward_for_a_while,
         hook_for_a_while,
     )
