@@ -127,8 +127,7 @@ def run(
         objects = [value for value in objects if not any(value is other for other in filled)]
         for value in filled:
             program.filled.setdefault(id(value), (value, entry))
-    if engine.is_discovering and (hooked := _hooked_parts(entry.module)):
-        engine.watches_hooks = True
+    if engine.is_discovering and home == engine.stage and (hooked := _hooked_parts(entry.module)):
         call = _with_watched_hooks(engine, entry, hooked, call)
     is_framed = entry.unit is not None and program.inside is None and entry.needs_frame()
     model = program.frames.note_model(entry.model) if is_framed else 0

@@ -199,7 +199,6 @@ def run(engine: PipelineEngine, program: Program, entry: PlacedModule, args: Any
             return entry.inner(*args, **kwargs)
         with replaced_attributes(entry.module, {name: OrderedDict() for name in BACKWARD_HOOKS}) as hooks:
             entry.backward_hooks = hooks  # they belong to the graph at the home
-            engine.watches_hooks = engine.is_discovering
             entry.has_met_door = False
             output = entry.inner(*args, **kwargs)
         if not entry.has_met_door:

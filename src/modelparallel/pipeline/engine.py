@@ -175,8 +175,6 @@ class PipelineEngine:
         self.captured: transforms.Captured | None = None
         #: Whether the step that runs is the first of its kind.
         self.is_discovering = False
-        #: Whether it has hooks in the backward, which must not keep anything; the same on all stages.
-        self.watches_hooks = False
         #: Whether a region runs (for the first or the second time) that will be, or is, recomputed.
         self.is_in_region = False
         self.buffer_habits = BufferHabits()

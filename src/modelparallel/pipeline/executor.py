@@ -81,16 +81,14 @@ def run_step(
     step = _StepRun(engine, runs, plan, kind if is_first else None)
     try:
         outputs = step.run(before_last_backward)
-        if engine.watches_hooks:
+        if is_first:
             engine.plans.meet(engine.transport)
-            engine.watches_hooks = False
         if not is_first:
             engine.plans.compare(kind, step.programs, step.waiting_share, engine.transport)
         results = _share_outputs(engine, outputs, step.programs[0], detach_outputs=detach_outputs)
         engine.transport.drain()
     except BaseException as error:
         engine.transport.abandon(error)
-        engine.watches_hooks = False
         step.abandon()
         raise
     finally:

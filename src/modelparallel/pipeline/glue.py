@@ -483,7 +483,6 @@ def _stop_requiring(tensor: StageTensor) -> StageTensor:
 
 
 def _register_hook(program: Program, tensor: StageTensor, hook: Callable[[torch.Tensor], Any]) -> Any:
-    program.engine.watches_hooks = program.engine.is_discovering
     if tensor.home == program.stage:
         # On a copy of a leaf: a leaf's own hook would see the gradient piece by piece.
         local = program.local(tensor)

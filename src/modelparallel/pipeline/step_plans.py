@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from modelparallel.pipeline.program import Program
 
 _PLAN = MessageName(MessageKind.PLAN, 0, 0)
+_END = MessageName(MessageKind.PLAN, 0, 1)
 _WHAT = "what the stages know of the step's plan"
 _DONE = "that the hooks in the backward have kept nothing"
 #: A kind of step whose programs have left its plan so often runs in discovery order from then on.
@@ -201,11 +202,14 @@ class StepPlans:
 
     @staticmethod
     def meet(transport: StageTransport) -> None:
-        """After a step whose hooks may have failed on one stage: nobody goes on alone. Collective over the pipeline."""
+        """After the first step of a kind, whose hooks may have failed on one stage: nobody goes on alone.
+
+        Collective over the pipeline.
+        """
         for peer in transport.peers():
-            transport.send_object(peer, _PLAN, b"done", _DONE)
+            transport.send_object(peer, _END, b"done", _DONE)
         for peer in transport.peers():
-            transport.receive_object(peer, _PLAN, _DONE)
+            transport.receive_object(peer, _END, _DONE)
 
     def compare(
         self, kind: Hashable, programs: Sequence[Program], waiting_share: float, transport: StageTransport
