@@ -8,53 +8,42 @@ of a kind lets the microbatches run one after another; where it begins later it 
 
 from __future__ import annotations
 
-from types import MethodType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from modelparallel.errors import StepUsageError
-from modelparallel.pipeline.reachable import MISSING
+from modelparallel.pipeline.reachable import MISSING, is_same
 from modelparallel.torch_compat import FORWARD_HOOKS
 
-_COMPARED = (bool, int, float, complex, str, MethodType)
+if TYPE_CHECKING:
+    from modelparallel.pipeline.program import Program
 
 
 class Assignments:
     """Of one microbatch, outside the modules that run at their homes."""
 
-    def __init__(self, microbatch: int, *, takes_turns: bool) -> None:
-        self._microbatch = microbatch
-        self._takes_turns = takes_turns
-        self._first: dict[tuple[int, str], tuple[nn.Module, Any]] = {}
-        #: Whether another microbatch must not run in between.
-        self.is_apart = False
+    def __init__(self) -> None:
+        self._first: set[tuple[int, str]] = set()
 
-    def note(self, module: nn.Module, name: str, value: Any) -> None:
+    def note(self, program: Program, module: nn.Module, name: str, value: Any) -> None:
         """``value`` is about to be set, or registered; or the attribute is about to be deleted.
 
         Raises StepUsageError where another microbatch would meet it.
         """
-        before = vars(module).get(name, MISSING)
-        if isinstance(value, (torch.Tensor, nn.Module)) or _is_same(before, value):
+        if isinstance(value, (torch.Tensor, nn.Module)) or is_same(vars(module).get(name, MISSING), value):
             return  # tensors are looked at where they are read
-        if name in FORWARD_HOOKS or self._microbatch or (id(module), name) in self._first:
-            self._change(module, name)
-        else:
-            self._first[id(module), name] = module, before
-
-    def _change(self, module: nn.Module, name: str) -> None:
-        self.is_apart = True
-        if self._takes_turns:
+        is_again = (id(module), name) in self._first
+        if name not in FORWARD_HOOKS and not program.microbatch and not is_again:
+            self._first.add((id(module), name))
+            return
+        program.carries_state = True
+        if program.sightings is not None:
             what = "a hook is registered on" if name in FORWARD_HOOKS else f"attribute '{name}' is set on"
             raise StepUsageError(
-                f"{what} a {type(module).__name__} by microbatch {self._microbatch}, while other microbatches are "
+                f"{what} a {type(module).__name__} by microbatch {program.microbatch}, while other microbatches are "
                 "under way that would meet it: the microbatches take turns on each stage, since in the first step of "
                 "this kind nothing was set. Do it in the first step, too (then they run one after another), or once, "
                 "outside the step function"
             )
-
-
-def _is_same(before: Any, value: Any) -> bool:
-    return before is value or (type(before) is type(value) and isinstance(value, _COMPARED) and before == value)

@@ -231,8 +231,8 @@ def _with_watched_hooks(
     def call(*args: Any, **kwargs: Any) -> Any:
         with ExitStack() as stack:
             for part in hooked:
-                own = {name: watched_hooks(engine, vars(part)[name], entry.description) for name in BACKWARD_HOOKS}
-                stack.enter_context(replaced_attributes(part, own))
+                own = {name: vars(part)[name] for name in BACKWARD_HOOKS}
+                stack.enter_context(replaced_attributes(part, watched_hooks(engine, own, entry.description)))
             return inner(*args, **kwargs)
 
     return call

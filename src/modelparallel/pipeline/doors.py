@@ -138,8 +138,8 @@ class Door:
 
     def _with_hooks(self, backward_hooks: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """The module's own call, with these hooks alone: those before and after the forward run on every stage."""
-        module, title = self._entry.module, self._entry.description
-        own = {name: watched_hooks(self._engine, hooks, title) for name, hooks in backward_hooks.items()}
+        module = self._entry.module
+        own = watched_hooks(self._engine, backward_hooks, self._entry.description)
         none: dict[str, Any] = {name: OrderedDict() for name in FORWARD_HOOKS}
         with replaced_attributes(module, {**own, **none, "forward": self.leads_to}):
             return module._call_impl(*args, **kwargs)

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from modelparallel.comm.transport import StageTransport
 from modelparallel.errors import DivergenceError, StepUsageError, UnsupportedError
-from modelparallel.pipeline import calls, doors, glue, transforms
+from modelparallel.pipeline import calls, conversions, doors, glue, transforms
 from modelparallel.pipeline.bodies import WorkerPool
 from modelparallel.pipeline.buffers import BufferHabits
 from modelparallel.pipeline.chains import Work
@@ -44,6 +44,7 @@ from modelparallel.torch_compat import (
     resume_function_mode,
     suspend_function_mode,
 )
+from modelparallel.torch_compat.conversions import intercepted_conversions
 from modelparallel.torch_compat.transforms import intercepted_transforms, module_of_backward_hook
 
 
@@ -358,8 +359,10 @@ class PipelineEngine:
         """Before an attribute is assigned, or a hook registered: note it; whether it must not be."""
         assigned = self.assigned
         if assigned is None:
-            if self.program is not None and not self.is_native and not self.runs_again:
-                self.program.assignments.note(module, name, value)
+            program = self.program
+            is_of_glue = not self.is_native and not self.runs_again
+            if program is not None and is_of_glue and (self.is_discovering or program.sightings is not None):
+                program.assignments.note(program, module, name, value)
             # A module that runs once more in the backward would put its own tensor over the value of the step.
             return self.runs_again and isinstance(vars(module).get(name), StageTensor)
         if (id(module), name) not in assigned and name not in FORWARD_HOOKS and value is not DELETED:
@@ -446,6 +449,7 @@ class PipelineEngine:
             noticed_tensor_hooks(self._notice_hook),
             intercepted_transforms(functools.partial(transforms.call, self)),
             noticed_attributes(self._notice_assignment),
+            intercepted_conversions(functools.partial(conversions.is_done, self)),
         ):
             yield
 

@@ -16,7 +16,6 @@ import torch
 
 from modelparallel import trees
 from modelparallel.comm.transport import MessageKind, MessageName
-from modelparallel.pipeline import conversions
 from modelparallel.pipeline.bodies import Body, ThreadBody
 from modelparallel.pipeline.chains import Follower, Recorder, StepPlan
 from modelparallel.pipeline.engine import PipelineEngine
@@ -32,7 +31,6 @@ from modelparallel.pipeline.stage_tensor import StageTensor
 from modelparallel.pipeline.wire import TENSORS_PER_MESSAGE, pack, receive_tensors
 from modelparallel.plan.schedule import Action, ActionKind
 from modelparallel.torch_compat import ThreadState
-from modelparallel.torch_compat.conversions import intercepted_conversions
 
 
 @dataclass(frozen=True)
@@ -83,7 +81,7 @@ def run_step(
         outputs = step.run(before_last_backward)
         if is_first:
             engine.plans.meet(engine.transport)
-        if not is_first:
+        else:
             engine.plans.compare(kind, step.programs, step.waiting_share, engine.transport)
         results = _share_outputs(engine, outputs, step.programs[0], detach_outputs=detach_outputs)
         engine.transport.drain()
@@ -206,7 +204,7 @@ class _StepRun:
             horizon=0 if engine.activation_store is None else engine.activation_store.horizon,
         )
         start, waited = time.perf_counter(), engine.transport.seconds_waited
-        with engine.intercepting(), intercepted_conversions(functools.partial(conversions.is_done, engine)):
+        with engine.intercepting():
             interpreter.run()
         spent = time.perf_counter() - start
         self.waiting_share = (engine.transport.seconds_waited - waited) / spent if spent else 0.0

@@ -85,9 +85,14 @@ def watched_hook(engine: PipelineEngine, hook: Callable[..., Any], title: str) -
     return run
 
 
-def watched_hooks(engine: PipelineEngine, hooks: Mapping[int, Callable[..., Any]], title: str) -> OrderedDict[int, Any]:
-    """Each of a module's hooks, as :func:`watched_hook`."""
-    return OrderedDict((key, watched_hook(engine, hook, title)) for key, hook in hooks.items())
+def watched_hooks(
+    engine: PipelineEngine, hooks: Mapping[str, Mapping[int, Callable[..., Any]]], title: str
+) -> dict[str, OrderedDict[int, Any]]:
+    """All of a module's hooks in the backward, by where they are, each as :func:`watched_hook`."""
+    return {
+        name: OrderedDict((key, watched_hook(engine, hook, title)) for key, hook in own.items())
+        for name, own in hooks.items()
+    }
 
 
 _OF_NOBODY = (

@@ -132,7 +132,7 @@ class Program:
         self.around_compute: AbstractContextManager[Any] | None = None
         #: Of ordinary tensors, where the microbatches take turns.
         self.sightings = sightings
-        self.assignments = Assignments(microbatch, takes_turns=sightings is not None)
+        self.assignments = Assignments()
         self._count_work = count_work
         self._made: dict[int, weakref.ref[torch.Tensor]] = {}
         self._leaves: list[weakref.ref[torch.Tensor]] = []

@@ -24,7 +24,7 @@ Place = tuple[Any, ...]
 MISSING = object()
 OF_EVERY_MODULE = frozenset(vars(nn.Module())) | {"forward"}
 
-_NUMBERS = (int, float, complex, bool, str)
+_COMPARED = (int, float, complex, bool, str, types.MethodType)
 _CALLED = (types.FunctionType, types.MethodType, types.BuiltinFunctionType, functools.partial)
 _MUTABLE = (list, dict, set, deque)
 _LIBRARIES = ("torch.", "torchvision.", "transformers.", "timm.", "diffusers.", "peft.", "modelparallel.", "numpy.")
@@ -196,15 +196,15 @@ class KeptState:
         """Whether something else is there now."""
         for module, own in self._modules:
             now = {name: value for name, value in vars(module).items() if name not in OF_EVERY_MODULE}
-            if now.keys() != own.keys() or not all(_is_same(value, own[name]) for name, value in now.items()):
+            if now.keys() != own.keys() or not all(is_same(value, own[name]) for name, value in now.items()):
                 return True
         for container, content in self._containers:
             parts = _parts(content_of(container)), _parts(content)
-            if len(parts[0]) != len(parts[1]) or not all(map(_is_same, *parts)):
+            if len(parts[0]) != len(parts[1]) or not all(map(is_same, *parts)):
                 return True
         return (
-            any(not _is_same(cell_of(cell), content) for cell, content in self._cells)
-            or any(not _is_same(names.get(name, MISSING), value) for names, name, value in self._globals)
+            any(not is_same(cell_of(cell), content) for cell, content in self._cells)
+            or any(not is_same(names.get(name, MISSING), value) for names, name, value in self._globals)
             or any(tensor._version != version for tensor, version, _ in self._tensors)
         )
 
@@ -234,8 +234,9 @@ class KeptState:
                     tensor.detach().copy_(values)
 
 
-def _is_same(one: Any, other: Any) -> bool:
-    return one is other or (type(one) is type(other) and type(one) in _NUMBERS and bool(one == other))
+def is_same(one: Any, other: Any) -> bool:
+    """Whether it is the same object, or an equal number, string or bound method."""
+    return one is other or (type(one) is type(other) and type(one) in _COMPARED and bool(one == other))
 
 
 def _parts(content: Any) -> list[Any]:

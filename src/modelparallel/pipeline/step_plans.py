@@ -143,7 +143,7 @@ class StepPlans:
         """The forwards of the first step of this kind have run: make its plan. Collective over the pipeline."""
         self.counts = replace(self.counts, discovered=self.counts.discovered + 1)
         recorders = [program.tracker for program in programs if isinstance(program.tracker, Recorder)]
-        carries_state = any(program.carries_state or program.assignments.is_apart for program in programs)
+        carries_state = any(program.carries_state for program in programs)
         # The last one is like those of later steps: the first also reads what it finds the structure of results with.
         ledger = programs[-1].ledger
         own = _Findings(
