@@ -13,6 +13,7 @@ from torch import nn
 
 import modelparallel as smp
 from modelparallel.errors import UnsupportedError
+from modelparallel.pipeline.reachable import KeptState
 from pool import run_ranks
 from rank_tests import RankTests, on
 
@@ -121,6 +122,24 @@ def test_a_forward_that_passes_the_hooks_by_is_an_error():
     part.register_full_backward_hook(lambda module, inputs, outputs: (inputs[0] * 0.5,))
     with pytest.raises(UnsupportedError, match="full backward hooks"):
         train_patched(model, batch())
+
+
+def test_a_set_whose_copy_is_in_another_order_has_not_changed():
+    known = {0, 8, 16, 24, 1}
+    known.discard(0)
+    known.add(0)
+    assert list(known) != list(set(known))
+
+    def hook(*_: Any) -> None:
+        known.discard(5)
+
+    kept = KeptState([], [hook])
+    hook()
+    assert not kept.has_changed()
+    known.add(5)
+    assert kept.has_changed()
+    kept.restore()
+    assert known == {0, 8, 16, 24, 1}
 
 
 @on(PP2)

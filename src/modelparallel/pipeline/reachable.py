@@ -8,9 +8,10 @@ it names; both what is in the containers and plain objects there. Code and objec
 from __future__ import annotations
 
 import functools
+import operator
 import types
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -199,8 +200,7 @@ class KeptState:
             if now.keys() != own.keys() or not all(is_same(value, own[name]) for name, value in now.items()):
                 return True
         for container, content in self._containers:
-            parts = _parts(content_of(container)), _parts(content)
-            if len(parts[0]) != len(parts[1]) or not all(map(is_same, *parts)):
+            if not _hold_the_same(container, content, is_same):
                 return True
         return (
             any(not is_same(cell_of(cell), content) for cell, content in self._cells)
@@ -217,10 +217,7 @@ class KeptState:
                 if vars(module).get(name, MISSING) is not value:
                     module.__dict__[name] = value
         for container, content in self._containers:
-            now = content_of(container)
-            if len(now) != len(content) or any(
-                one is not other for one, other in zip(_parts(now), _parts(content), strict=True)
-            ):
+            if not _hold_the_same(container, content, operator.is_):
                 refill(container, content)
         for cell, content in self._cells:
             if cell_of(cell) is not content:
@@ -237,6 +234,12 @@ class KeptState:
 def is_same(one: Any, other: Any) -> bool:
     """Whether it is the same object, or an equal number, string or bound method."""
     return one is other or (type(one) is type(other) and type(one) in _COMPARED and bool(one == other))
+
+
+def _hold_the_same(container: Any, content: Any, is_one: Callable[[Any, Any], bool]) -> bool:
+    if isinstance(container, set):  # a copy of it may be in another order
+        return bool(container == content)
+    return len(container) == len(content) and all(map(is_one, _parts(container), _parts(content)))
 
 
 def _parts(content: Any) -> list[Any]:
