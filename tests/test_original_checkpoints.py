@@ -156,8 +156,8 @@ def test_pickles_of_others_are_not_opened():
     model, optimizer = make_job(0)
     train(model, optimizer, range(1))
     write_original(folder, model, optimizer)
-    state = torch.load(f"{folder}/t_partial/optimizer_1_0.pt")
     if smp.rank() == 1:
+        state = torch.load(f"{folder}/t_partial/optimizer_1_0.pt")
         torch.save({**state, "scheduler": Foreign()}, f"{folder}/t_partial/optimizer_1_0.pt")
     smp.barrier()
     with pytest.raises(CheckpointError, match=r"Foreign, which is not allowed.*allowed_types") as caught:
