@@ -18,7 +18,7 @@ from modelparallel.launch.folder import JobFolder
 from modelparallel.launch.memory_summary import memory_summary
 from modelparallel.memory_use import is_out_of_memory
 from modelparallel.plan.memory_estimate import MemorySettings, ParameterGroup, estimate_memory
-from modelparallel.plan.partition_table import readable_bytes
+from modelparallel.plan.partition import readable_bytes
 from modelparallel.session import shutdown
 from pool import run_ranks
 from rank_tests import RankTests, on

@@ -9,8 +9,7 @@ from torch import nn
 
 from modelparallel.partitioning import find_units, make_plan, solve, trace_step
 from modelparallel.partitioning.costs import Flow, Trace
-from modelparallel.plan.partition import PartitionPlan, StageFigures
-from modelparallel.plan.partition_table import readable_bytes
+from modelparallel.plan.partition import PartitionPlan, StageFigures, readable_bytes
 from partition_models import chain, layers
 
 

@@ -16,7 +16,7 @@ import torch
 from modelparallel import runtime as runtime_module
 from modelparallel.errors import OutOfMemoryError
 from modelparallel.plan.memory_estimate import MemoryEstimate, MemorySettings, ParameterGroup, estimate_memory
-from modelparallel.plan.partition_table import readable_bytes
+from modelparallel.plan.partition import readable_bytes
 from modelparallel.ranks_and_messages import allgather
 from modelparallel.shards import local_part
 from modelparallel.topology import CommGroup, GroupKind

@@ -17,7 +17,7 @@ from modelparallel.checkpoints.verification import verify as verify_checkpoint
 from modelparallel.errors import CheckpointNotFoundError, SMPConfigError, SMPError
 from modelparallel.foreign_text import one_line, printable
 from modelparallel.launch.stopping import stop
-from modelparallel.plan.partition_table import readable_bytes
+from modelparallel.plan.partition import readable_bytes
 
 checkpoint_app = typer.Typer(
     name="checkpoint",

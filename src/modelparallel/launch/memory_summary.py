@@ -5,7 +5,7 @@ from typing import Any
 
 from modelparallel.foreign_text import natural, parse_json
 from modelparallel.launch.folder import JobFolder
-from modelparallel.plan.partition_table import readable_bytes
+from modelparallel.plan.partition import readable_bytes
 
 _MAX_LINES = 16
 

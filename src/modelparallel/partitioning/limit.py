@@ -8,7 +8,7 @@ from modelparallel.errors import PartitionError
 from modelparallel.partitioning.costs import Trace, microbatches_in_flight
 from modelparallel.partitioning.items import Item, arrangements
 from modelparallel.partitioning.split import Bounds, Costs, leanest_split, stage_memory
-from modelparallel.plan.partition_table import readable_bytes
+from modelparallel.plan.partition import readable_bytes
 
 _MOST_STAGES = 4  # times as many stages as asked are tried
 
