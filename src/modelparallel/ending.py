@@ -28,16 +28,16 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 import torch
 import torch.distributed as dist
 
 if TYPE_CHECKING:
-    from modelparallel.session import Session
+    from modelparallel.config import Config
 
 logger = logging.getLogger("modelparallel")
 
@@ -50,7 +50,28 @@ _THREAD_SECONDS = 30.0
 _TAG_OF_NOTHING = 5299  # nobody sends by it
 
 
-def has_failed(session: Session) -> bool:
+class LeavingSession(Protocol):
+    """What the end needs of the session of the process; `modelparallel.session.Session` is one."""
+
+    ends_by_error: bool
+    finishers: list[Callable[[float], None]]
+    closers: list[Callable[[], None]]
+    transports: list[Any]
+
+    @property
+    def config(self) -> Config: ...
+
+    @property
+    def made_groups(self) -> Mapping[Any, dist.ProcessGroup]: ...
+
+    @property
+    def message_group(self) -> dist.ProcessGroup: ...
+
+    @property
+    def made_default_group(self) -> bool: ...
+
+
+def has_failed(session: LeavingSession) -> bool:
     """Whether this process ends because of an error."""
     seen = (sys.exc_info()[1], getattr(sys, "last_exc", None), getattr(sys, "last_value", None))
     return session.ends_by_error or any(error is not None for error in seen)
@@ -68,7 +89,7 @@ def before_threads_end(action: Callable[[], None]) -> None:
             register(action)
 
 
-def finish_background(session: Session) -> None:
+def finish_background(session: LeavingSession) -> None:
     """Step 1 of the note. Local."""
     finishers, session.finishers = session.finishers, []
     seconds = AFTER_ERROR_SECONDS if has_failed(session) else session.config.timeout_seconds
@@ -80,7 +101,7 @@ def finish_background(session: Session) -> None:
             logger.error("at the end of the process: %s: %s", type(error).__name__, error)
 
 
-def leave(session: Session) -> None:
+def leave(session: LeavingSession) -> None:
     """The whole end of the note, for a session that is not the current one any more. Local."""
     finish_background(session)
     is_failed = has_failed(session)
@@ -101,9 +122,9 @@ def leave(session: Session) -> None:
             logger.exception("at the end of the process")
 
 
-def meet(session: Session) -> None:
+def meet(session: LeavingSession) -> None:
     """Step 3: wait until all ranks have come to their end, for a few seconds at most."""
-    group = session.groups.message_process_group
+    group = session.message_group
     if group.size() > 1:
         with contextlib.suppress(RuntimeError):  # some have gone, or stay longer
             seconds = min(MEETING_SECONDS, session.config.timeout_seconds)
@@ -140,7 +161,7 @@ def join_threads(threads: Iterable[threading.Thread]) -> bool:
     return not left
 
 
-def destroy_groups(session: Session, groups: Iterable[Any]) -> None:
+def destroy_groups(session: LeavingSession, groups: Iterable[Any]) -> None:
     """Step 5: forget the groups that the session has made, and the default one if it is the session's."""
     if session.made_default_group:
         dist.destroy_process_group()

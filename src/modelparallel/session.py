@@ -62,6 +62,11 @@ class Session:
         """Whether the default group of torch.distributed is the session's, and not the script's."""
         return self._has_default_group
 
+    @property
+    def message_group(self) -> dist.ProcessGroup:
+        """The group of all ranks that carries objects, on the CPU."""
+        return self.groups.message_process_group
+
 
 _current: Session | None = None
 
