@@ -21,7 +21,7 @@ import pool
 from crash_job import PP2, PP2_DP2, SHARDED, SHARED_OUT, TP2, WAIT, Life, Shape
 from modelparallel.checkpoints import writing
 from modelparallel.checkpoints.completion import problems_of
-from modelparallel.checkpoints.storage import Store
+from modelparallel.checkpoints.opening import open_store
 from modelparallel.errors import CheckpointError
 from pool import run_ranks
 
@@ -203,7 +203,7 @@ class Chain:
 
     def _check_disk(self) -> None:
         """What can be seen is whole, and nothing that can be seen is newer or older than it may be."""
-        store = Store.of(self.checkpoints)
+        store = open_store(self.checkpoints)
         for name in store.names():
             if name.endswith("_partial") and not name.startswith("."):
                 assert problems_of(store, name) == []

@@ -10,9 +10,9 @@ import torch.distributed.checkpoint as dcp
 
 from modelparallel.checkpoints import tensor_archives
 from modelparallel.checkpoints.dcp_storage import RecordedReader, read_metadata
+from modelparallel.checkpoints.opening import open_store
 from modelparallel.checkpoints.pieces import Piece, whole_piece
 from modelparallel.checkpoints.planners import PieceLoadPlanner
-from modelparallel.checkpoints.storage import Store
 from modelparallel.errors import CheckpointCorruptError
 from modelparallel.torch_compat import tensor_in_archive
 
@@ -33,7 +33,7 @@ def saved(tmp_path):
         "number": torch.tensor(5.0),
     }
     dcp.save(tensors, checkpoint_id=str(tmp_path), no_dist=True)
-    return Store.of(tmp_path), tensors
+    return open_store(tmp_path), tensors
 
 
 def read(store, pieces, metadata=None):
@@ -94,7 +94,7 @@ def test_of_archives_that_begin_alike_only_the_first_is_opened(tmp_path):
     dcp.save(tensors, checkpoint_id=str(tmp_path), no_dist=True)
     pieces = [whole_piece(key, torch.full_like(tensor, 77)) for key, tensor in tensors.items()]
     with mock.patch.object(tensor_archives, "tensor_in_archive", side_effect=tensor_in_archive) as opened:
-        read(Store.of(tmp_path), pieces)
+        read(open_store(tmp_path), pieces)
     assert all(torch.equal(piece.tensor, tensors[piece.key]) for piece in pieces)
     assert opened.call_count == 4  # and none for the empty one
 

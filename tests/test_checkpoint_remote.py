@@ -30,8 +30,9 @@ from modelparallel.checkpoints.completion import (
     recover,
     write_newest,
 )
+from modelparallel.checkpoints.opening import open_store
 from modelparallel.checkpoints.remote_storage import RemoteStore
-from modelparallel.checkpoints.storage import HashingFileSystem, Store
+from modelparallel.checkpoints.storage import HashingFileSystem
 from modelparallel.errors import CheckpointError, CheckpointNotFoundError
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
@@ -41,7 +42,7 @@ ACCESS_KEY, SECRET_KEY = "AK12345678", "SK1234567890"
 @pytest.fixture
 def memory():
     fsspec.filesystem("memory").store.clear()
-    yield Store.of(f"memory://{uuid.uuid4().hex}/run 1+2")
+    yield open_store(f"memory://{uuid.uuid4().hex}/run 1+2")
     fsspec.filesystem("memory").store.clear()
 
 
@@ -213,18 +214,18 @@ def test_checkpoints_in_memory(memory):
 
 @pytest.mark.slow
 def test_a_store_on_an_s3_server(s3):
-    check_a_store(Store.of(f"{s3[0]}/a store"))
+    check_a_store(open_store(f"{s3[0]}/a store"))
 
 
 @pytest.mark.slow
 def test_checkpoints_on_an_s3_server(s3):
-    check_checkpoints(Store.of(f"{s3[0]}/runs/1"))
+    check_checkpoints(open_store(f"{s3[0]}/runs/1"))
 
 
 @pytest.mark.slow
 def test_a_large_file_on_an_s3_server(s3):
     """More than one part of an upload; and one that is given up leaves the file that was there."""
-    store = Store.of(f"{s3[0]}/large")
+    store = open_store(f"{s3[0]}/large")
     data = os.urandom(1 << 20)
     with store.open("file", "wb") as stream:
         for _ in range(120):
@@ -242,7 +243,7 @@ def test_wrong_keys_and_buckets_on_an_s3_server(s3, monkeypatch):
     url, checks_keys = s3
     if not checks_keys:  # SeaweedFS makes a bucket that it is asked to write to
         with pytest.raises(CheckpointError, match="no-such-bucket"):
-            Store.of("s3://no-such-bucket/x").write("a", b"x")
+            open_store("s3://no-such-bucket/x").write("a", b"x")
     else:
         monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
         import s3fs
@@ -250,7 +251,7 @@ def test_wrong_keys_and_buckets_on_an_s3_server(s3, monkeypatch):
         s3fs.S3FileSystem.clear_instance_cache()
         for call in (lambda s: s.read("a"), lambda s: s.exists("a"), lambda s: s.write("a", b"x"), complete_names):
             with pytest.raises(CheckpointError, match="credentials") as caught:
-                call(Store.of(f"{url}/x"))
+                call(open_store(f"{url}/x"))
             assert not isinstance(caught.value, CheckpointNotFoundError)
         s3fs.S3FileSystem.clear_instance_cache()
 
@@ -319,7 +320,7 @@ def test_a_missing_package_is_named(monkeypatch):
     known = importlib.import_module("fsspec.registry")._registry
     monkeypatch.delitem(known, "s3", raising=False)
     with pytest.raises(CheckpointError, match="needs a package that is not installed: pip install s3fs"):
-        Store.of("s3://bucket/x")
+        open_store("s3://bucket/x")
 
 
 def test_a_server_that_does_not_answer_is_no_missing_file(memory, monkeypatch):

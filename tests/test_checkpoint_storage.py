@@ -33,7 +33,8 @@ from modelparallel.checkpoints.completion import (
     recover,
     write_newest,
 )
-from modelparallel.checkpoints.storage import FileRecord, HashingFileSystem, Store
+from modelparallel.checkpoints.opening import open_store
+from modelparallel.checkpoints.storage import FileRecord, HashingFileSystem
 from modelparallel.checkpoints.unpickling import DCP_METADATA_NAMES, load_pickle
 from modelparallel.errors import CheckpointCorruptError, CheckpointError, CheckpointNotFoundError
 
@@ -92,7 +93,7 @@ def on(disk):
 
 @pytest.mark.parametrize("is_full", [False, True])
 def test_a_committed_draft_is_the_checkpoint(tmp_path, is_full):
-    store = Store.of(tmp_path / "new" / "path")
+    store = open_store(tmp_path / "new" / "path")
     records = save(store, "a", "v1", is_full, facts={"step": 7, "shape": {"pp": 2}})
     assert version_of(store, "a", is_full) == "v1"
     assert read_newest(store) == "a"
@@ -109,7 +110,7 @@ def test_a_committed_draft_is_the_checkpoint(tmp_path, is_full):
 
 @pytest.mark.parametrize("is_full", [False, True])
 def test_saving_again_under_the_same_name_replaces_it(tmp_path, is_full):
-    store = Store.of(tmp_path)
+    store = open_store(tmp_path)
     save(store, "a", "v1", is_full)
     first = read_record(store, "a", is_full).time
     save(store, "a", "v2", is_full)
@@ -123,7 +124,7 @@ def test_every_write_is_on_the_disk_before_its_name_changes(tmp_path):
     with on(disk):
         for version in ("v1", "v2"):
             for is_full in (False, True):
-                save(Store.of(tmp_path / "path"), "full" if is_full else "part", version, is_full)
+                save(open_store(tmp_path / "path"), "full" if is_full else "part", version, is_full)
     assert disk.count > 60
     assert disk.complaints == []
     assert disk.unsynced == set()
@@ -133,7 +134,7 @@ def test_a_disk_that_was_not_synced_would_be_noticed(tmp_path, monkeypatch):
     monkeypatch.setattr(storage.LocalStore, "_sync_path", lambda self, folder: None)
     disk = Disk()
     with on(disk):
-        save(Store.of(tmp_path / "path"), "a", "v1")
+        save(open_store(tmp_path / "path"), "a", "v1")
     assert disk.complaints and disk.unsynced
 
 
@@ -164,8 +165,8 @@ def scenarios():
 def failing_runs(tmp_path, action, is_full, error):
     """(path, what was raised) for a failure at every operation of `action`, each on a fresh copy of a path."""
     base = tmp_path / "base"
-    save(Store.of(base), "a", "v1", is_full)
-    save(Store.of(base), "a", "v2", is_full)
+    save(open_store(base), "a", "v1", is_full)
+    save(open_store(base), "a", "v2", is_full)
     for number in range(1, 1000):
         path = tmp_path / str(number)
         shutil.copytree(base, path)
@@ -173,7 +174,7 @@ def failing_runs(tmp_path, action, is_full, error):
         raised = None
         try:
             with on(disk):
-                action(Store.of(path), is_full)
+                action(open_store(path), is_full)
         except (Crash, CheckpointError) as caught:
             raised = caught
         assert (raised is None) or disk.count >= number
@@ -191,7 +192,7 @@ def test_a_crash_at_any_operation_leaves_whole_checkpoints(tmp_path, scenario):
     names = {"a", "b", "x"}
     seen = set()
     for path, raised in failing_runs(tmp_path, action, is_full, None):
-        store = Store.of(path)
+        store = open_store(path)
 
         def check(store=store, raised=raised):
             complete = {
@@ -229,7 +230,7 @@ def test_an_error_at_any_operation_leaves_whole_checkpoints(tmp_path, scenario, 
     action, is_full = scenarios()[scenario]
     num_errors = 0
     for path, raised in failing_runs(tmp_path, action, is_full, OSError(number, os.strerror(number))):
-        store = Store.of(path)
+        store = open_store(path)
         assert not isinstance(raised, Crash)
         assert (path / "a").exists(), "after an error, unlike after a crash, all is in its place"
         version = version_of(store, "a", is_full)
@@ -248,7 +249,7 @@ def test_an_error_at_any_operation_leaves_whole_checkpoints(tmp_path, scenario, 
 
 
 def test_an_old_one_without_a_successor_is_read_and_put_back(tmp_path):
-    store = Store.of(tmp_path)
+    store = open_store(tmp_path)
     save(store, "a_partial", "v1")
     os.rename(tmp_path / "a_partial", tmp_path / ".a_partial.old")
     assert version_of(store, "a_partial") == "v1" and complete_names(store) == ["a_partial"]
@@ -258,7 +259,7 @@ def test_an_old_one_without_a_successor_is_read_and_put_back(tmp_path):
 
 
 def test_an_old_one_that_is_not_whole_is_not_put_back(tmp_path):
-    store = Store.of(tmp_path)
+    store = open_store(tmp_path)
     save(store, "a", "v1")
     os.rename(tmp_path / "a", tmp_path / ".a.old")
     (tmp_path / ".a.old" / PARTIAL[0]).unlink()
@@ -266,7 +267,7 @@ def test_an_old_one_that_is_not_whole_is_not_put_back(tmp_path):
 
 
 def test_a_spoilt_one_does_not_take_the_old_one_with_it(tmp_path):
-    store = Store.of(tmp_path)
+    store = open_store(tmp_path)
     save(store, "a", "v1")
     shutil.copytree(tmp_path / "a", tmp_path / ".a.old")
     (tmp_path / "a" / "complete.json").unlink()
@@ -274,7 +275,7 @@ def test_a_spoilt_one_does_not_take_the_old_one_with_it(tmp_path):
     for number in range(1, 500):
         disk = Disk(number)
         shutil.copytree(tmp_path, path, ignore=lambda folder, names: ["copy"])
-        copy = Store.of(path)
+        copy = open_store(path)
         with on(disk), suppress(Crash):
             save(copy, "a", "v2")
         whole = [name for name in ("a", ".a.old") if problems_of(copy, name) == []]
@@ -324,7 +325,7 @@ def dcp_writer(store, **options):
 
 @pytest.mark.parametrize("room", [0, 3000])
 def test_a_full_disk_is_named_even_through_torch_save(tmp_path, room):
-    store = Store.of(tmp_path)
+    store = open_store(tmp_path)
     store.write("model.pt", b"before")
     with on(FullDisk()), pytest.raises(CheckpointError) as caught, store.open("model.pt", "wb") as stream:
         torch.save({"w": torch.zeros(5000 - room)}, stream)
@@ -336,7 +337,7 @@ def test_a_full_disk_is_named_even_through_torch_save(tmp_path, room):
 @pytest.mark.parametrize("thread_count", [1, 2])
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_full_disk_under_dcp(tmp_path, thread_count):
-    writer, files = dcp_writer(Store.of(tmp_path), thread_count=thread_count)
+    writer, files = dcp_writer(open_store(tmp_path), thread_count=thread_count)
     tensors = {"a": torch.zeros(4000), "b": torch.zeros(4000)}
     before = set(threading.enumerate())
     with on(FullDisk()):
@@ -352,7 +353,7 @@ def test_a_full_disk_under_dcp(tmp_path, thread_count):
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_failed_thread_of_dcp_is_not_lost(tmp_path):
-    store = Store.of(tmp_path)
+    store = open_store(tmp_path)
 
     class OneFull(Disk):
         num_files = 0
@@ -372,7 +373,7 @@ def test_a_failed_thread_of_dcp_is_not_lost(tmp_path):
 
 
 def test_the_limit_of_a_files_size_is_named(tmp_path):
-    store = Store.of(tmp_path)
+    store = open_store(tmp_path)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
     try:
@@ -386,7 +387,7 @@ def test_the_limit_of_a_files_size_is_named(tmp_path):
 
 
 def test_an_error_of_the_caller_stays_as_it_is_and_leaves_nothing(tmp_path):
-    store = Store.of(tmp_path)
+    store = open_store(tmp_path)
     with pytest.raises(KeyboardInterrupt), store.open("model.pt", "wb") as stream:
         stream.write(b"half")
         raise KeyboardInterrupt
@@ -397,7 +398,7 @@ def test_an_error_of_the_caller_stays_as_it_is_and_leaves_nothing(tmp_path):
 
 
 def damaged(tmp_path, damage):
-    store = Store.of(tmp_path)
+    store = open_store(tmp_path)
     save(store, "a", "v1")
     save(store, "b", "v2")
     damage(tmp_path / "b")
@@ -458,11 +459,11 @@ def test_a_file_that_became_a_folder_or_a_link_out_is_a_problem(tmp_path):
 def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(CheckpointError, match="not an ordinary file"):
-        Store.of(tmp_path).read("pipe")
+        open_store(tmp_path).read("pipe")
 
 
 def test_a_damaged_record_does_not_count(tmp_path):
-    store = Store.of(tmp_path)
+    store = open_store(tmp_path)
     save(store, "a", "v1", facts={"step": 3})
     path = tmp_path / "a" / "complete.json"
     good = path.read_bytes()
@@ -483,11 +484,11 @@ def test_a_record_cannot_name_files_outside(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "complete.json").write_bytes(record.as_json())
     with pytest.raises(CheckpointError, match=r"'../secret' is not the name of a file below"):
-        read_record(Store.of(tmp_path), "a")
+        read_record(open_store(tmp_path), "a")
 
 
 def test_a_record_of_a_later_format_says_so(tmp_path, monkeypatch):
-    store = Store.of(tmp_path)
+    store = open_store(tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(completion_record, "FORMAT", 2)
         save(store, "a", "v1")
@@ -496,7 +497,7 @@ def test_a_record_of_a_later_format_says_so(tmp_path, monkeypatch):
 
 
 def test_ranks_divide_the_work_and_leave_nothing_out(tmp_path):
-    store = Store.of(tmp_path)
+    store = open_store(tmp_path)
     draft = Draft(store, "a")
     draft.start()
     sizes = [5000, 3000, 2000, 1000, 900, 10, 0]
@@ -517,7 +518,7 @@ def test_ranks_divide_the_work_and_leave_nothing_out(tmp_path):
 
 
 def test_a_draft_of_the_same_name_that_was_left_is_removed_and_others_stay(tmp_path):
-    store = Store.of(tmp_path)
+    store = open_store(tmp_path)
     for name, token in (("a", ""), ("a", "12ab"), ("a.b", "")):
         left = Draft(store, name, token)
         left.start()
@@ -530,7 +531,7 @@ def test_a_draft_of_the_same_name_that_was_left_is_removed_and_others_stay(tmp_p
 @pytest.mark.parametrize("tokens", [("", ""), ("aa", "bb")])
 @pytest.mark.parametrize("is_full", [False, True])
 def test_of_two_jobs_under_one_name_one_wins_whole(tmp_path, tokens, is_full):
-    store = Store.of(tmp_path)
+    store = open_store(tmp_path)
     save(store, "a", "v1", is_full)
     drafts = [Draft(store, "a", token, is_full) for token in tokens]
     drafts[0].start()
@@ -547,7 +548,7 @@ def test_of_two_jobs_under_one_name_one_wins_whole(tmp_path, tokens, is_full):
 
 
 def test_a_commit_checks_what_lies_there(tmp_path):
-    store = Store.of(tmp_path)
+    store = open_store(tmp_path)
     save(store, "a", "v1")
     draft = Draft(store, "a")
     with pytest.raises(CheckpointError, match="was not started"):
@@ -568,7 +569,7 @@ def test_a_commit_checks_what_lies_there(tmp_path):
 
 
 def test_a_commit_waits_for_files_that_come_late(tmp_path):
-    draft = Draft(Store.of(tmp_path), "a")
+    draft = Draft(open_store(tmp_path), "a")
     draft.start()
     record = draft.store.write("x", b"123")
     late = {"y": FileRecord(3, record.digest)}
@@ -581,7 +582,7 @@ def test_a_commit_waits_for_files_that_come_late(tmp_path):
 
 
 def test_a_name_of_the_wrong_kind_is_refused_before_anything_is_written(tmp_path):
-    store = Store.of(tmp_path)
+    store = open_store(tmp_path)
     store.write("file", b"x")
     store.write("folder/x", b"x")
     for name, is_full, kind in (("file", False, "file"), ("folder", True, "folder")):
@@ -593,7 +594,7 @@ def test_a_name_of_the_wrong_kind_is_refused_before_anything_is_written(tmp_path
 
 
 def test_newest_is_text_that_stays_inside(tmp_path):
-    store = Store.of(tmp_path)
+    store = open_store(tmp_path)
     assert read_newest(store) is None
     write_newest(store, "a_partial")
     assert (tmp_path / "newest").read_text() == "a_partial"
@@ -610,7 +611,7 @@ def test_newest_is_text_that_stays_inside(tmp_path):
 
 
 def test_the_oldest_go_by_their_records_not_by_their_names(tmp_path):
-    store = Store.of(tmp_path)
+    store = open_store(tmp_path)
     for name in ("c_partial", "a_partial", "b_partial", "d_partial"):
         save(store, name, "v1")
     assert complete_names(store, "*_partial") == ["c_partial", "a_partial", "b_partial", "d_partial"]
@@ -620,7 +621,7 @@ def test_the_oldest_go_by_their_records_not_by_their_names(tmp_path):
 
 
 def test_a_clock_that_goes_back_does_not_make_the_newest_the_oldest(tmp_path, monkeypatch):
-    store = Store.of(tmp_path)
+    store = open_store(tmp_path)
     save(store, "a_partial", "v1")
     monkeypatch.setattr(completion.time, "time", lambda: 1000.0)
     save(store, "b_partial", "v1")
@@ -628,7 +629,7 @@ def test_a_clock_that_goes_back_does_not_make_the_newest_the_oldest(tmp_path, mo
 
 
 def test_pruning_keeps_what_newest_names_and_what_is_not_ours(tmp_path):
-    store = Store.of(tmp_path)
+    store = open_store(tmp_path)
     for name in ("a_partial", "b_partial", "c_partial", "d_partial"):
         save(store, name, "v1")
     save(store, "full", "v1", is_full=True)
@@ -643,7 +644,7 @@ def test_pruning_keeps_what_newest_names_and_what_is_not_ours(tmp_path):
 
 
 def test_pruning_removes_what_dead_jobs_left_after_a_day(tmp_path):
-    store = Store.of(tmp_path)
+    store = open_store(tmp_path)
     save(store, "a_partial", "v1")
     Draft(store, "b_partial").start()
     store.write(".b_partial.0123abcd.gone/x", b"half removed")
@@ -671,7 +672,7 @@ WRONG_NAMES = ["/etc/passwd", "../x", "a/../../x", "a//b", "a/", "/", ".", "./a"
 @pytest.mark.parametrize("name", WRONG_NAMES)
 @pytest.mark.parametrize("root", ["local", "memory://names"])
 def test_names_that_lead_out_are_refused_everywhere(tmp_path, root, name):
-    store = Store.of(tmp_path if root == "local" else root)
+    store = open_store(tmp_path if root == "local" else root)
     calls = [
         lambda: store.read(name), lambda: store.write(name, b""), lambda: store.exists(name),
         lambda: store.remove(name),
@@ -695,7 +696,7 @@ def test_links_out_of_the_root_are_refused_and_those_inside_are_not(tmp_path):
     (root / "folder").symlink_to(outside)
     (root / "file").symlink_to(outside / "x")
     (root / "to come").symlink_to(outside / "new")
-    store = Store.of(root)
+    store = open_store(root)
     for call in (lambda: store.read("file"), lambda: store.read("folder/x"), lambda: store.write("to come", b"x"),
                  lambda: store.write("folder/y", b"x"), lambda: store.remove_folder("folder")):  # fmt: skip
         with pytest.raises(CheckpointError, match=r"link to .*outside"):
@@ -706,13 +707,13 @@ def test_links_out_of_the_root_are_refused_and_those_inside_are_not(tmp_path):
     assert store.read("inner") == b"inside"
     linked = tmp_path / "linked"
     linked.symlink_to(root)
-    assert Store.of(linked).read("real") == b"inside"
+    assert open_store(linked).read("real") == b"inside"
 
 
 def test_removing_a_folder_does_not_follow_links(tmp_path):
     (tmp_path / "outside").mkdir()
     (tmp_path / "outside" / "x").write_bytes(b"keep")
-    store = Store.of(tmp_path / "root")
+    store = open_store(tmp_path / "root")
     store.write("folder/y", b"x")
     (tmp_path / "root" / "folder" / "link").symlink_to(tmp_path / "outside")
     store.remove_folder("folder")
@@ -722,27 +723,27 @@ def test_removing_a_folder_does_not_follow_links(tmp_path):
 def test_paths_of_all_kinds(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for path in ("relative", tmp_path / "relative", f"file://{tmp_path}/relative"):
-        assert Store.of(path).root == str(tmp_path / "relative") and not Store.of(path).is_remote
+        assert open_store(path).root == str(tmp_path / "relative") and not open_store(path).is_remote
     with pytest.raises(TypeError, match="bytes"):
-        Store.of(b"x")
+        open_store(b"x")
     with pytest.raises(TypeError):
-        Store.of(3)
+        open_store(3)
     with pytest.raises(CheckpointError, match=r"cannot be opened.*nosuch"):
-        Store.of("nosuch://x")
+        open_store("nosuch://x")
     with pytest.raises(ValueError, match="'ab'"):
-        Store.of(tmp_path).open("x", "ab")
+        open_store(tmp_path).open("x", "ab")
     with pytest.raises(CheckpointNotFoundError, match="check path and tag"):
-        Store.of(tmp_path).read("x")
+        open_store(tmp_path).read("x")
     with pytest.raises(FileNotFoundError):
-        Store.of(tmp_path).remove("x")
-    assert Store.of(tmp_path / "none").names() == [] and Store.of(tmp_path / "none").sizes() == {}
+        open_store(tmp_path).remove("x")
+    assert open_store(tmp_path / "none").names() == [] and open_store(tmp_path / "none").sizes() == {}
 
 
 # ------------------------------------------------------------ DCP
 
 
 def test_dcp_writes_and_reads_through_a_store_and_other_tools_read_it(tmp_path):
-    store = Store.of(tmp_path)
+    store = open_store(tmp_path)
     draft = Draft(store, "a")
     draft.start()
     writer, files = dcp_writer(draft.store, thread_count=2)

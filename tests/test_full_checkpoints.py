@@ -16,7 +16,7 @@ from transformers import GenerationConfig, GPT2Config
 
 import modelparallel as smp
 from modelparallel.checkpoints.completion import complete_names
-from modelparallel.checkpoints.storage import Store
+from modelparallel.checkpoints.opening import open_store
 from modelparallel.checkpoints.user_content import configuration_class, named_types
 from modelparallel.errors import (
     CheckpointCorruptError,
@@ -99,7 +99,7 @@ def test_c091_full_checkpoints_are_one_file_and_restore_the_model():
     save(f"{folder}/new", model=model)
     assert resume(f"{folder}/new") is None, "absent user content is tolerated"
     assert sorted(os.listdir(f"{folder}/new")) == ["complete_t1.json", "newest", "t1"]
-    assert complete_names(Store.of(f"{folder}/new"), is_full=True) == ["t1"]
+    assert complete_names(open_store(f"{folder}/new"), is_full=True) == ["t1"]
 
 
 @on(*ALL)

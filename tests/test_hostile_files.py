@@ -26,8 +26,8 @@ from modelparallel.checkpoints import completion
 from modelparallel.checkpoints.completion_record import CompletionRecord, UnknownFormatError, digest_of_values
 from modelparallel.checkpoints.dcp_storage import read_metadata
 from modelparallel.checkpoints.file_streams import FileRecord
+from modelparallel.checkpoints.opening import open_store
 from modelparallel.checkpoints.safetensors_reading import stored_tensors
-from modelparallel.checkpoints.storage import Store
 from modelparallel.errors import CheckpointCorruptError, CheckpointError, LaunchError
 from modelparallel.foreign_text import one_line, parse_json, printable
 from modelparallel.launch.attempts import read_attempts
@@ -75,8 +75,8 @@ ABSURD = [
 
 def stores(tmp_path):
     pytest.importorskip("fsspec")
-    yield Store.of(str(tmp_path / "local"))
-    yield Store.of(f"memory://{tmp_path.name}")
+    yield open_store(str(tmp_path / "local"))
+    yield open_store(f"memory://{tmp_path.name}")
 
 
 def test_absurd_records_are_damaged_by_name_and_passed_over(tmp_path):

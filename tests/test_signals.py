@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from modelparallel.checkpoints.completion import problems_of
-from modelparallel.checkpoints.storage import Store
+from modelparallel.checkpoints.opening import open_store
 from modelparallel.launch.folder import JobFolder
 from signal_job import SHAPES
 from test_launch import processes_with
@@ -116,7 +116,7 @@ def one_signal(place, draw):
 def check_checkpoints(path, done):
     if not path.exists():
         return
-    store = Store.of(str(path))
+    store = open_store(str(path))
     for entry in store.names():
         if entry.endswith("_partial") and not entry.startswith("."):
             problems = problems_of(store, entry, checks_digests=True)

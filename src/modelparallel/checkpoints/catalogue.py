@@ -22,6 +22,7 @@ from typing import Any
 
 from modelparallel.checkpoints.completion import (
     MARK_NAME,
+    PARTIAL_ENDING,
     RECORD_NAME,
     folder_of,
     problems_of,
@@ -31,7 +32,7 @@ from modelparallel.checkpoints.completion import (
 from modelparallel.checkpoints.completion_record import CompletionRecord, UnknownFormatError
 from modelparallel.checkpoints.dcp_storage import METADATA_NAME
 from modelparallel.checkpoints.file_streams import FileRecord, shown
-from modelparallel.checkpoints.saving import PARTIAL_ENDING
+from modelparallel.checkpoints.opening import open_store
 from modelparallel.checkpoints.storage import Store
 from modelparallel.checkpoints.torch_files import store_of_file
 from modelparallel.checkpoints.weights import INDEX_ENDING, TORCH_NAME, weight_map
@@ -86,7 +87,7 @@ class Found:
     @property
     def store(self) -> Store:
         """The store of ``path``."""
-        return Store.of(self.path)
+        return open_store(self.path)
 
     @property
     def folder(self) -> Store:
@@ -122,7 +123,7 @@ def checkpoints_in(path: str) -> tuple[list[Found], list[str]]:
     """All checkpoints directly in a folder, those with a record first and oldest first; and the names of what is being
     written there, or was when its job died. Local.
     """
-    store = Store.of(path)
+    store = open_store(path)
     entries = store.names()
     found: list[Found] = []
     taken: set[str] = set()
@@ -168,7 +169,7 @@ def find(path: str | os.PathLike[str], tag: str | None = None) -> Found:
     itself = _itself(path)
     if itself is not None:
         return itself
-    store = Store.of(path)
+    store = open_store(path)
     found, _ = checkpoints_in(path)
     newest = read_newest(store)
     if newest is not None:
@@ -187,7 +188,7 @@ def find(path: str | os.PathLike[str], tag: str | None = None) -> Found:
 
 
 def _tagged(path: str, tag: str) -> Found:
-    store = Store.of(path)
+    store = open_store(path)
     names = [tag] if tag.endswith(PARTIAL_ENDING) else [tag + PARTIAL_ENDING, tag]
     for name in names:
         kind = _folder_kind(store, name)

@@ -39,6 +39,8 @@ from modelparallel.foreign_text import parse_json
 RECORD_NAME = "complete.json"
 MARK_NAME = "draft.json"
 NEWEST_NAME = "newest"
+#: How the folder of a partial checkpoint ends: `<tag>_partial`.
+PARTIAL_ENDING = "_partial"
 DAY_S = 24 * 3600.0
 # A network file system may show files that another host has written only after its lists of names have aged: 30 s is
 # usual.
@@ -488,7 +490,7 @@ def write_newest(store: Store, name: str) -> None:
     store.write(NEWEST_NAME, checked_name(name, store.root).encode())
 
 
-def prune(store: Store, keep: int, pattern: str = "*_partial") -> list[str]:
+def prune(store: Store, keep: int, pattern: str = f"*{PARTIAL_ENDING}") -> list[str]:
     """Remove old partial checkpoints, and what dead jobs left. One rank, after `write_newest`.
 
     The oldest complete folders beyond `keep` go, except the one that `newest` names. Folders without a completion

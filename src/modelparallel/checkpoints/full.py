@@ -28,6 +28,7 @@ from modelparallel.checkpoints.completion import (
     write_newest,
 )
 from modelparallel.checkpoints.file_streams import FileRecord, shown
+from modelparallel.checkpoints.opening import open_store
 from modelparallel.checkpoints.storage import Store
 from modelparallel.checkpoints.torch_files import write_torch_file
 from modelparallel.checkpoints.user_content import (
@@ -81,7 +82,7 @@ def save_full(
             config = runtime_module.current().session.config
             trust = (named_types(config.allowed_types), config.trust_pickles)
             content = None if user_content is None else saved_bytes(user_content, "user_content", *trust)
-            store = Store.of(path)
+            store = open_store(path)
             write_full(store, tag, state, optimizer_state, content, {"world_size": size()})
             write_newest(store, tag)
 
@@ -143,7 +144,7 @@ def load_full(
     state: dict[str, Any] | None = None
     optimizer_state = content = None
     with agreed():  # before anything of it is opened on any rank
-        store = Store.of(path)
+        store = open_store(path)
         record = _checked_record(store, tag)
     with agreed():
         files = {} if record is None else record.files

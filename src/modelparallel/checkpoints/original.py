@@ -17,10 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 from modelparallel.checkpoints.agreement import agreed
 from modelparallel.checkpoints.catalogue import kind_of_folder, rank_file
-from modelparallel.checkpoints.completion import read_newest
+from modelparallel.checkpoints.completion import PARTIAL_ENDING, read_newest
 from modelparallel.checkpoints.file_streams import shown
 from modelparallel.checkpoints.job_state import coordinates, sizes
-from modelparallel.checkpoints.saving import PARTIAL_ENDING
 from modelparallel.checkpoints.storage import Store
 from modelparallel.checkpoints.user_content import Allowed, read_restricted, read_user_content
 from modelparallel.checkpoints.writing import USER_CONTENT_NAME

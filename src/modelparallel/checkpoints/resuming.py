@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 from modelparallel import runtime as runtime_module
 from modelparallel.checkpoints import completion, job_state
 from modelparallel.checkpoints.agreement import agreed
+from modelparallel.checkpoints.completion import PARTIAL_ENDING
 from modelparallel.checkpoints.contents import numbered
 from modelparallel.checkpoints.full import load_full
+from modelparallel.checkpoints.opening import open_store
 from modelparallel.checkpoints.original import find_original, load_original
 from modelparallel.checkpoints.reading import OptimizerLoad, StoredCheckpoint, check_model, check_optimizer, load_model
-from modelparallel.checkpoints.saving import PARTIAL_ENDING
 from modelparallel.checkpoints.storage import Store
 from modelparallel.checkpoints.user_content import Allowed, named_types, read_user_content
 from modelparallel.checkpoints.writing import PLAN_NAME, USER_CONTENT_NAME
@@ -93,7 +94,7 @@ def resume_from_checkpoint(
     job_state.check_loader(data_loader)
     if runtime.background_save is not None:
         runtime.background_save.wait()
-    store = Store.of(path)
+    store = open_store(path)
     last_optimizer = next(reversed(runtime.live_optimizers()), None) if load_optimizer else None
     config = runtime.session.config
     allowed_types = (*allowed_types, *named_types(config.allowed_types))

@@ -26,6 +26,7 @@ import torch
 
 from modelparallel.checkpoints.completion import MARK_NAME, RECORD_NAME, Draft, folder_of
 from modelparallel.checkpoints.file_streams import FileRecord, shown
+from modelparallel.checkpoints.opening import open_store
 from modelparallel.checkpoints.storage import Store
 from modelparallel.errors import CheckpointError
 
@@ -211,7 +212,7 @@ def folder_draft(path: str | os.PathLike[str], token: str = "") -> Draft:
         head, name = os.path.split(os.path.abspath(text.split("://", 1)[-1]))
     if not name:
         raise CheckpointError(f"{shown(text)!r} cannot be a folder that is written as one: give a path below it")
-    return Draft(Store.of(head), name, token)
+    return Draft(open_store(head), name, token)
 
 
 def check_free(path: str | os.PathLike[str], overwrite: bool) -> None:

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from modelparallel.checkpoints.completion import MARK_NAME, RECORD_NAME
 from modelparallel.checkpoints.file_streams import checked_name, shown
+from modelparallel.checkpoints.opening import open_store
 from modelparallel.checkpoints.safetensors_files import DTYPE_NAMES, INDEX_NAME, WEIGHTS_NAME
 from modelparallel.checkpoints.storage import Store
 from modelparallel.checkpoints.torch_files import store_of_file
@@ -48,7 +49,7 @@ def stored_tensors(path: str | os.PathLike[str]) -> dict[str, StoredTensor]:
     text = os.fspath(path).rstrip("/")
     if text.endswith(".safetensors"):
         return _head(*store_of_file(text))
-    folder = Store.of(text)
+    folder = open_store(text)
     names = folder.names()
     if MARK_NAME in names and RECORD_NAME not in names:
         raise CheckpointCorruptError(f"{shown(text)!r} is being written, or its writing was broken off: take another")

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from modelparallel import runtime as runtime_module
 from modelparallel.checkpoints.agreement import agreed, agreed_token
-from modelparallel.checkpoints.completion import Draft, prune, write_newest
+from modelparallel.checkpoints.completion import PARTIAL_ENDING, Draft, prune, write_newest
 from modelparallel.checkpoints.full import check_tag, save_full
 from modelparallel.checkpoints.job_state import check_loader
-from modelparallel.checkpoints.storage import Store
+from modelparallel.checkpoints.opening import open_store
 from modelparallel.checkpoints.writing import PendingSave, take_snapshot, write_partial
 from modelparallel.errors import CheckpointError, SMPConfigError, StepUsageError
 from modelparallel.model import DistributedModel
@@ -21,8 +21,6 @@ from modelparallel.topology import CommGroup
 
 if TYPE_CHECKING:
     from modelparallel.runtime import Runtime
-
-PARTIAL_ENDING = "_partial"
 
 
 def save_checkpoint(
@@ -67,7 +65,7 @@ def save_checkpoint(
     _check(runtime, tag, partial, models, num_kept_partial_checkpoints, async_save, if_saving, full_optimizer)
     check_loader(data_loader)
     _settle_earlier(runtime, if_saving)
-    store = Store.of(path)
+    store = open_store(path)
     name = tag + PARTIAL_ENDING if partial else tag
     token = agreed_token(
         "smp.save_checkpoint", path=str(os.fspath(path)), tag=tag, partial=partial, async_save=async_save,

@@ -38,27 +38,6 @@ from modelparallel.errors import CheckpointCorruptError, CheckpointError, Checkp
 class Store(ABC):
     """The files below one root. Every call is local to the calling process; nothing here is collective."""
 
-    @staticmethod
-    def of(path: str | os.PathLike[str]) -> "Store":
-        """The store under a local path, or under a URL that fsspec knows (`s3://bucket/folder`, `memory://x`).
-
-        The root need not exist; it comes into being with the first file.
-
-        Raises:
-            CheckpointError: the URL's protocol is unknown or needs a package that is not installed.
-            TypeError: not a path.
-        """
-        text = os.fspath(path)
-        if not isinstance(text, str):
-            raise TypeError(f"a path of a checkpoint is a str or a path of str, not {type(path).__name__}")
-        if text.startswith(("file://", "local://")):
-            text = text.split("://", 1)[1]
-        if "://" not in text:
-            return LocalStore(text)
-        from modelparallel.checkpoints.remote_storage import RemoteStore  # it is built on this module
-
-        return RemoteStore(text)
-
     is_remote: bool = False
     root: str
 

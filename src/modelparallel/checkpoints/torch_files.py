@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from modelparallel.checkpoints.file_streams import FileRecord, shown
+from modelparallel.checkpoints.opening import open_store
 from modelparallel.checkpoints.storage import Store
 from modelparallel.errors import CheckpointCorruptError, CheckpointNotFoundError
 
@@ -21,11 +22,11 @@ def store_of_file(path: str) -> tuple[Store, str]:
     """
     if "://" in path:
         folder, _, name = path.rpartition("/")
-        return Store.of(folder), name
+        return open_store(folder), name
     if os.path.islink(path):
         path = os.path.realpath(path)
     folder, name = os.path.split(path)
-    return Store.of(folder or os.curdir), name
+    return open_store(folder or os.curdir), name
 
 
 def write_torch_file(store: Store, name: str, obj: Any, **arguments: Any) -> FileRecord:

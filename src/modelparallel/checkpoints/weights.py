@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load as load_safetensors
 
 from modelparallel.checkpoints.file_streams import checked_name, shown
+from modelparallel.checkpoints.opening import open_store
 from modelparallel.checkpoints.storage import Store
 from modelparallel.checkpoints.torch_files import store_of_file
 from modelparallel.checkpoints.user_content import read_restricted
@@ -38,7 +39,7 @@ def find_weights(path: str, tag: str) -> str:
         store, file = _place(path, name)
         if store.exists(file) and not store.is_folder(file):
             return name
-    beside = Store.of(path).names()
+    beside = open_store(path).names()
     raise CheckpointNotFoundError(
         f"there is no full checkpoint {tag!r} in {shown(path)!r}: looked for {', '.join(names)}; there "
         f"{f'are {chr(44).join(beside[:8])}' if beside else 'is nothing'}. Check path and tag; a checkpoint of "
