@@ -11,11 +11,11 @@ from modelparallel.config import (
     load_config,
     merge_second_init,
     parse_parameters,
-    validate_distribution,
     validate_parameters,
 )
 from modelparallel.config_reference import configuration_markdown
 from modelparallel.errors import NotBuiltError, SMPConfigError
+from modelparallel.launch.distribution import validate_distribution
 from modelparallel.parameter_table import PARAMETER_KEYS, Config
 
 ALL_KEYS = [

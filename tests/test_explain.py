@@ -14,10 +14,10 @@ from typer.testing import CliRunner
 
 from modelparallel.errors import LaunchError, SMPConfigError
 from modelparallel.event_files import EventFile
+from modelparallel.launch import JobSpec, run_job
 from modelparallel.launch.command_line import app
 from modelparallel.launch.explain import explain
 from modelparallel.launch.folder import JobFolder
-from modelparallel.launch.job import JobSpec, run_job
 from pool import run_ranks
 from test_diagnosis import PATIENT, calls_once_more, dies, go_apart, raises, sleeps
 

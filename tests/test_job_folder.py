@@ -11,12 +11,11 @@ from typer.testing import CliRunner
 from modelparallel.errors import LaunchError
 from modelparallel.event_files import EventFile
 from modelparallel.launch import PyTorch, estimator, run_job
-from modelparallel.launch.attempts import write_attempts
+from modelparallel.launch.attempts import Attempt, write_attempts
 from modelparallel.launch.channels import channel_options, input_channels, local_path
 from modelparallel.launch.command_line import app
 from modelparallel.launch.folder import JobFolder, checked_job_name, new_job_name
 from modelparallel.launch.folder_mark import MARK
-from modelparallel.launch.job import Attempt
 from modelparallel.launch.rendezvous_port import reserved_port
 from test_launch import job_of, write_script
 

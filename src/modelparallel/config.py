@@ -1,17 +1,16 @@
 """Configuration: where parameter values come from, and the rules that they keep together.
 
 Values come from the environment variable SM_HP_MP_PARAMETERS, then from the dict given to `smp.init`, then from the
-defaults; the first that has a key wins (smp-config sections 1, 2 and 5.7). All checks are here and run before any
-process is started (launcher) or any group is made (`smp.init`). The table of parameters is `parameter_table.py`.
+defaults; the first that has a key wins (smp-config sections 1, 2 and 5.7). All checks of them are here and run
+before any process is started (launcher) or any group is made (`smp.init`). The table of parameters is
+`parameter_table.py`.
 """
 
 import difflib
 import json
 import math
 import os
-import shlex
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +21,9 @@ from modelparallel.parameter_table import PARAMETER_KEYS, Config, public_key
 
 __all__ = [
     "Config",
-    "ValidatedDistribution",
     "load_config",
     "merge_second_init",
     "parse_parameters",
-    "validate_distribution",
     "validate_parameters",
 ]
 
@@ -186,13 +183,13 @@ def parse_parameters(source: Mapping[str, Any] | str | os.PathLike[str], where: 
         try:
             parameters = json.loads(text)
         except json.JSONDecodeError as error:
-            raise SMPConfigError(f"{where}: the parameters are not valid JSON ({error}): got {_short(text)}") from error
+            raise SMPConfigError(f"{where}: the parameters are not valid JSON ({error}): got {short(text)}") from error
     else:
         parameters = source
     if not isinstance(parameters, dict):
         raise SMPConfigError(
             f"{where}: expected a dict of parameters (or the path of a JSON file with one), got "
-            f"{type(parameters).__name__} {_short(parameters)}"
+            f"{type(parameters).__name__} {short(parameters)}"
         )
     for key in parameters:
         if not isinstance(key, str):
@@ -216,7 +213,7 @@ def _parse_assignments(text: str, where: str) -> dict[str, Any]:
     for part in filter(None, (piece.strip() for piece in text.split(","))):
         key, sign, value = part.partition("=")
         if not sign:
-            raise SMPConfigError(f"{where}: expected key=value, got {part!r} in {_short(text)}")
+            raise SMPConfigError(f"{where}: expected key=value, got {part!r} in {short(text)}")
         parameters[key.strip()] = value.strip()
     return parameters
 
@@ -323,10 +320,11 @@ def _described(value: Any, key: str) -> str:
     """The value, with its type where the type is what is wrong."""
     extra: Any = Config.model_fields[_field_name(key)].json_schema_extra
     kind = type(value).__name__
-    return repr(value) if kind == extra["kind"] else f"{kind} {_short(value)}"
+    return repr(value) if kind == extra["kind"] else f"{kind} {short(value)}"
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
+    """The value as an error shows it: at most 80 characters."""
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
 
@@ -412,102 +410,3 @@ def _notices(config: Config, environ: Mapping[str, str]) -> Iterable[str]:
     for name, meaning in ENVIRONMENT_WITHOUT_EFFECT.items():
         if name in environ:
             yield f"environment variable {name} ({meaning}) has no effect"
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# The `distribution` argument of the estimator (smp-config sections 1 and 2)
-
-
-@dataclass(frozen=True)
-class ValidatedDistribution:
-    """A checked `distribution` dict.
-
-    `parameters` is what the launcher publishes in SM_HP_MP_PARAMETERS: the values as checked, with both names of the
-    pipeline degree. `custom_mpi_options` is the user's text as it was given.
-    """
-
-    config: Config
-    processes_per_host: int
-    num_processes: int
-    custom_mpi_options: str
-    parameters: dict[str, Any]
-
-
-def validate_distribution(
-    distribution: Mapping[str, Any], instance_count: int = 1, *, devices_per_host: int | None = None
-) -> ValidatedDistribution:
-    """Check the estimator's `distribution` dict before any process is started.
-
-    Arguments:
-        distribution: `{"smdistributed": {"modelparallel": {...}}, "mpi": {...}}`.
-        instance_count: number of hosts, >= 1.
-        devices_per_host: accelerators of a host, if the job is to use them; more processes than that are refused,
-            except with `ddp_dist_backend` "gloo", which lets them share.
-
-    Raises `SMPConfigError`. Local. Spec: smp-config sections 1 and 2.
-    """
-    _need(instance_count, int, "instance_count")
-    if instance_count < 1:
-        raise SMPConfigError(f"instance_count: expected int >= 1, got {instance_count}")
-    top = _section(distribution, "distribution", required=("smdistributed", "mpi"))
-    libraries = _need(top["smdistributed"], Mapping, "distribution['smdistributed']")
-    if "modelparallel" in libraries and "dataparallel" in libraries:
-        raise SMPConfigError(
-            "distribution['smdistributed']: modelparallel and dataparallel cannot be used together: remove "
-            "dataparallel; ddp: True in the parameters gives data parallelism"
-        )
-    _section(libraries, "distribution['smdistributed']", required=("modelparallel",))
-    where = "distribution['smdistributed']['modelparallel']"
-    section = _section(libraries["modelparallel"], where, required=("enabled", "parameters"))
-    if _need(section["enabled"], bool, f"{where}['enabled']") is not True:
-        raise SMPConfigError(f"{where}: enabled must be True, got {section['enabled']!r}")
-
-    where = "distribution['mpi']"
-    mpi = _section(top["mpi"], where, required=("enabled", "processes_per_host"), optional=("custom_mpi_options",))
-    if _need(mpi["enabled"], bool, f"{where}['enabled']") is not True:
-        raise SMPConfigError(f"{where}: modelparallel requires mpi enabled: set enabled to True")
-    per_host = _need(mpi["processes_per_host"], int, f"{where}['processes_per_host']")
-    if per_host < 1:
-        raise SMPConfigError(f"{where}['processes_per_host']: expected int >= 1, got {per_host}")
-    options = mpi.get("custom_mpi_options") or ""
-    _need(options, str, f"{where}['custom_mpi_options']")
-    try:
-        shlex.split(options)
-    except ValueError as error:
-        raise SMPConfigError(f"{where}['custom_mpi_options']: cannot be read ({error}): {options!r}") from error
-
-    num_processes = instance_count * per_host
-    parameters = parse_parameters(section["parameters"], "parameters")
-    config = validate_parameters(parameters, num_processes=num_processes)
-    if devices_per_host is not None and per_host > devices_per_host and not config.shares_devices:
-        raise SMPConfigError(
-            f"{where}['processes_per_host']: {per_host} processes on {devices_per_host} devices: at most one process "
-            "per device, unless they share them (parameters ddp: True and ddp_dist_backend: 'gloo')"
-        )
-    # Keys that the table does not have (foreign ones, unknown ones with "_") go to the job as they are.
-    published = {**parameters, **config.given}
-    published["partitions"] = published["pipeline_parallel_degree"] = config.pipeline_parallel_degree
-    return ValidatedDistribution(config, per_host, num_processes, options, published)
-
-
-def _need(value: Any, kind: type, where: str) -> Any:
-    """The value, if it has the type; a bool is not an int. 0 and 1 serve as bool."""
-    if kind is bool and isinstance(value, int) and value in (0, 1):
-        return bool(value)
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        name = "dict" if kind is Mapping else kind.__name__
-        raise SMPConfigError(f"{where}: expected {name}, got {type(value).__name__} {_short(value)}")
-    return value
-
-
-def _section(value: Any, where: str, *, required: tuple[str, ...], optional: tuple[str, ...] = ()) -> Mapping[str, Any]:
-    """A dict that has all required keys and no unknown ones."""
-    section: Mapping[str, Any] = _need(value, Mapping, where)
-    known = (*required, *optional)
-    for key in section:
-        if key not in known:
-            raise SMPConfigError(f"{where}: unknown key {key!r}: did you mean {nearest(str(key), known)!r}?")
-    for key in required:
-        if key not in section:
-            raise SMPConfigError(f"{where}: {key!r} is missing: required keys are {', '.join(map(repr, required))}")
-    return section

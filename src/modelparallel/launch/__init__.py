@@ -8,7 +8,8 @@ docs/launching.md and docs/rehearsal.md say what a script finds.
 
 from modelparallel.launch.estimator import Estimator, HuggingFace, JobHandle, PyTorch
 from modelparallel.launch.failures import JobFailedError, RankFailure
-from modelparallel.launch.job import JobResult, JobSpec, run_job
+from modelparallel.launch.job import run_job
+from modelparallel.launch.spec import JobResult, JobSpec
 
 __all__ = [
     "Estimator",

@@ -28,9 +28,10 @@ from modelparallel.launch.checkpoint_commands import checkpoint_app
 from modelparallel.launch.devices import check_devices, resolve_device
 from modelparallel.launch.explain import explain as explain_job
 from modelparallel.launch.folder import JobFolder, default_folder, new_job_name
-from modelparallel.launch.job import Backend, JobSpec, check_script, run_job
+from modelparallel.launch.job import run_job
 from modelparallel.launch.output import open_missing_descriptors
 from modelparallel.launch.process_counts import fitting_counts, parse_process_counts
+from modelparallel.launch.spec import Backend, JobSpec, check_script
 from modelparallel.launch.stopping import stop
 from modelparallel.pipeline.grids import figures_text, grid_svg, grid_text
 from modelparallel.pipeline.schedule_checks import check_schedule

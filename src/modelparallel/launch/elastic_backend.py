@@ -7,7 +7,7 @@ import signal
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -18,11 +18,9 @@ from modelparallel.launch.attempts import MAX_RESTARTS_VARIABLE, RESTART_COUNT_V
 from modelparallel.launch.environment import HOST_ADDRESS, interpreter, worker_command
 from modelparallel.launch.failures import JobInterrupted
 from modelparallel.launch.folder import JobFolder
+from modelparallel.launch.spec import JobSpec
 from modelparallel.launch.supervision import GRACE
 from modelparallel.private_files import open_private
-
-if TYPE_CHECKING:
-    from modelparallel.launch.job import JobSpec
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 _SIGNALS_VARIABLE = "TORCHELASTIC_SIGNALS_TO_HANDLE"
@@ -59,7 +57,7 @@ class _JobLogsSpecs(LogsSpecs):
         return destinations
 
 
-def run(job: "JobSpec", environment: Mapping[str, str], port: int) -> tuple[int, dict[int, int]]:
+def run(job: JobSpec, environment: Mapping[str, str], port: int) -> tuple[int, dict[int, int]]:
     """Run the job; returns an exit code and the exit codes of the processes that failed.
 
     Raises `JobInterrupted` when this process is told to stop by a signal.

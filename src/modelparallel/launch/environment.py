@@ -10,15 +10,13 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from modelparallel.event_files import DIRECTORY_VARIABLE
 from modelparallel.launch.attempts import MAX_RESTARTS_VARIABLE, RESTART_COUNT_VARIABLE
 from modelparallel.launch.processes import JOB_VARIABLE
+from modelparallel.launch.spec import JobSpec
 from modelparallel.session import DEVICE_VARIABLE
-
-if TYPE_CHECKING:
-    from modelparallel.launch.job import JobSpec
 
 #: The only host of a local job, by the name that scripts know.
 HOST = "algo-1"

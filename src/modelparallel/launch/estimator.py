@@ -13,15 +13,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO, cast
 
-from modelparallel.config import nearest, validate_distribution
+from modelparallel.config import nearest
 from modelparallel.errors import LaunchError, NotBuiltError, SMPConfigError
 from modelparallel.launch.channels import input_channels, local_path
 from modelparallel.launch.devices import check_devices, resolve_device
+from modelparallel.launch.distribution import validate_distribution
 from modelparallel.launch.environment import command_arguments
 from modelparallel.launch.failures import JobFailedError
 from modelparallel.launch.folder import JobFolder, checked_job_name, default_folder, new_job_name
-from modelparallel.launch.job import Backend, JobResult, JobSpec, check_script, run_job
+from modelparallel.launch.job import run_job
 from modelparallel.launch.process_counts import checked_range, fitting_counts
+from modelparallel.launch.spec import Backend, JobResult, JobSpec, check_script
 from modelparallel.launch.supervision import RankMonitor
 
 logger = logging.getLogger("modelparallel.launch")

@@ -1,4 +1,4 @@
-"""What a job is, and running one on this machine: folder, environment, backend, supervision, outcome."""
+"""Running a job on this machine: folder, environment, backend, supervision, outcome."""
 
 import json
 import logging
@@ -8,24 +8,22 @@ import sys
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any, Literal, TextIO
+from dataclasses import replace
+from typing import TextIO
 
 from modelparallel.errors import LaunchError
 from modelparallel.launch.attempts import Attempt, history, next_start, write_attempts
-from modelparallel.launch.devices import Device, device_names, working_devices
+from modelparallel.launch.devices import device_names, working_devices
 from modelparallel.launch.environment import job_environment, resource_config
-from modelparallel.launch.failures import JobInterrupted, RankFailure, failed_ends, first_failure
-from modelparallel.launch.folder import JobFolder, checked_job_name
+from modelparallel.launch.failures import JobInterrupted, failed_ends, first_failure
+from modelparallel.launch.folder import checked_job_name
 from modelparallel.launch.memory_summary import memory_summary
 from modelparallel.launch.processes import end_leftovers, guarded
 from modelparallel.launch.rendezvous_port import reserved_port, store_file
+from modelparallel.launch.spec import JobResult, JobSpec, check_script
 from modelparallel.launch.supervision import RankMonitor
 from modelparallel.private_files import write_private
 from modelparallel.rendezvous import STORE_VARIABLE
-
-Backend = Literal["elastic", "mpi"]
 
 logger = logging.getLogger("modelparallel.launch")
 
@@ -35,66 +33,6 @@ TIMEOUT_EXIT_CODE = 124
 LEFTOVER_SECONDS = 2.0
 #: Seconds that the killed processes of a failed attempt have to be gone before the next one starts.
 LEAVE_SECONDS = 30.0
-
-
-@dataclass(frozen=True)
-class JobSpec:
-    """Everything that is decided before a process starts.
-
-    `arguments` is the script's full command line. `hyperparameters` is what is published in SM_HPS and SM_HP_*.
-    `parameters` are the checked model parallel parameters, None for a job that is not model parallel; then nothing is
-    published about them and the script's own `smp.init(...)` decides.
-
-    `max_restarts` is how often the job is started again after a failure. `fewer_processes` are the numbers of
-    processes, below `num_processes` and the largest first, with which it may then start. `devices` are those of the
-    local ranks in order, by the names that CUDA_VISIBLE_DEVICES takes; None for all of this host.
-    """
-
-    name: str
-    script: Path
-    source_dir: Path
-    working_directory: Path
-    folder: JobFolder
-    num_processes: int
-    backend: Backend
-    device: Device
-    arguments: tuple[str, ...] = ()
-    hyperparameters: Mapping[str, Any] = field(default_factory=dict)
-    parameters: Mapping[str, Any] | None = None
-    channels: Mapping[str, Path] = field(default_factory=dict)
-    custom_mpi_options: str = ""
-    environment: Mapping[str, str] = field(default_factory=dict)
-    instance_type: str = "local"
-    preferred_port: int = 7777
-    timeout: float | None = None
-    checkpoints: Path | None = None
-    max_restarts: int = 0
-    fewer_processes: tuple[int, ...] = ()
-    devices: tuple[str, ...] | None = None
-
-
-@dataclass(frozen=True)
-class JobResult:
-    """How a job ended. `exit_code` is 0, that of the first failing process (128 + signal number if it was killed by a
-    signal), 124 after the timeout, 130 after Ctrl-C, 143 after SIGTERM. `failure` and `exit_code` are those of the last
-    of the `attempts`; `seconds` are of all together. `is_stopped`: from outside, so that a restart was not due.
-    """
-
-    exit_code: int
-    seconds: float
-    folder: JobFolder
-    failure: RankFailure | None = None
-    message: str = ""
-    is_stopped: bool = False
-    attempts: tuple[Attempt, ...] = ()
-
-
-def check_script(script: Path, what: str = "entry point") -> None:
-    """Stop before any process starts if there is nothing to run."""
-    if not script.exists():
-        raise LaunchError(f"{what} {script} does not exist: check the name and the directory")
-    if script.is_dir():
-        raise LaunchError(f"{what} {script} is a directory: name a Python script")
 
 
 def run_job(job: JobSpec, output: TextIO | None = None, monitor: RankMonitor | None = None) -> JobResult:

@@ -14,17 +14,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
 
 from modelparallel.errors import LaunchError
 from modelparallel.launch.environment import OUTER_RANK_VARIABLES, interpreter, worker_command
 from modelparallel.launch.failures import JobInterrupted
 from modelparallel.launch.mpi_options import mpirun_arguments, parse_mpi_options
+from modelparallel.launch.spec import JobSpec
 from modelparallel.launch.supervision import GRACE, RankMonitor
 from modelparallel.private_files import open_private
-
-if TYPE_CHECKING:
-    from modelparallel.launch.job import JobSpec
 
 _ALSO_EXPORTED = ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH")
 _KILLED = re.compile(r"process rank (\d+)\b.*?exited on\s+signal (\d+)", re.DOTALL)
@@ -32,7 +29,7 @@ _EXITED = re.compile(r"Process name: \[\S+,(\d+)\]\s+Exit code:\s+(\d+)")
 _PR_SET_PDEATHSIG = 1
 
 
-def run(job: "JobSpec", environment: Mapping[str, str], monitor: RankMonitor) -> tuple[int, dict[int, int]]:
+def run(job: JobSpec, environment: Mapping[str, str], monitor: RankMonitor) -> tuple[int, dict[int, int]]:
     """Run the job; returns mpirun's exit code and the exit codes that it told of single ranks.
 
     Raises `JobInterrupted` when this process is told to stop by SIGINT or SIGTERM.

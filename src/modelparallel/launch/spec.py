@@ -1,0 +1,74 @@
+"""What a job is and how it ended, as data: what the launcher's parts know of a job, and nothing that runs one."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from modelparallel.errors import LaunchError
+from modelparallel.launch.attempts import Attempt
+from modelparallel.launch.devices import Device
+from modelparallel.launch.failures import RankFailure
+from modelparallel.launch.folder import JobFolder
+
+Backend = Literal["elastic", "mpi"]
+
+
+@dataclass(frozen=True)
+class JobSpec:
+    """Everything that is decided before a process starts.
+
+    `arguments` is the script's full command line. `hyperparameters` is what is published in SM_HPS and SM_HP_*.
+    `parameters` are the checked model parallel parameters, None for a job that is not model parallel; then nothing is
+    published about them and the script's own `smp.init(...)` decides.
+
+    `max_restarts` is how often the job is started again after a failure. `fewer_processes` are the numbers of
+    processes, below `num_processes` and the largest first, with which it may then start. `devices` are those of the
+    local ranks in order, by the names that CUDA_VISIBLE_DEVICES takes; None for all of this host.
+    """
+
+    name: str
+    script: Path
+    source_dir: Path
+    working_directory: Path
+    folder: JobFolder
+    num_processes: int
+    backend: Backend
+    device: Device
+    arguments: tuple[str, ...] = ()
+    hyperparameters: Mapping[str, Any] = field(default_factory=dict)
+    parameters: Mapping[str, Any] | None = None
+    channels: Mapping[str, Path] = field(default_factory=dict)
+    custom_mpi_options: str = ""
+    environment: Mapping[str, str] = field(default_factory=dict)
+    instance_type: str = "local"
+    preferred_port: int = 7777
+    timeout: float | None = None
+    checkpoints: Path | None = None
+    max_restarts: int = 0
+    fewer_processes: tuple[int, ...] = ()
+    devices: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True)
+class JobResult:
+    """How a job ended. `exit_code` is 0, that of the first failing process (128 + signal number if it was killed by a
+    signal), 124 after the timeout, 130 after Ctrl-C, 143 after SIGTERM. `failure` and `exit_code` are those of the last
+    of the `attempts`; `seconds` are of all together. `is_stopped`: from outside, so that a restart was not due.
+    """
+
+    exit_code: int
+    seconds: float
+    folder: JobFolder
+    failure: RankFailure | None = None
+    message: str = ""
+    is_stopped: bool = False
+    attempts: tuple[Attempt, ...] = ()
+
+
+def check_script(script: Path, what: str = "entry point") -> None:
+    """Stop before any process starts if there is nothing to run."""
+    if not script.exists():
+        raise LaunchError(f"{what} {script} does not exist: check the name and the directory")
+    if script.is_dir():
+        raise LaunchError(f"{what} {script} is a directory: name a Python script")
