@@ -154,7 +154,7 @@ def train() -> Any:
     from modelparallel import runtime
 
     result = distributed_run(make_net, batches(), squares, make_optimizer=adam)
-    (wrapped,) = runtime.current().session.models
+    (wrapped,) = runtime.current().models
     result.weights.update(own_names(smp.allgather(list(wrapped.local_state_dict()), smp.PP_GROUP)))
     return result, {row.name: row.holders for row in wrapped.table.rows() if row.replicas}
 

@@ -148,7 +148,7 @@ def test_activations_are_those_of_the_microbatches_in_flight():
     figures = model.partition_plan.figures[smp.pp_rank()]
     in_flight = 2 if smp.pp_rank() == 0 else 1
     # The models of earlier tests of this process set are alike, and in the report, too.
-    num_models = len(runtime.current().session.models)
+    num_models = len(runtime.current().models)
     assert figures.activation_bytes > 0 and own.activations == num_models * in_flight * figures.activation_bytes
     assert own.predicted.activations == num_models * (figures.memory_bytes - figures.state_bytes)
 

@@ -65,7 +65,7 @@ def train(optimizer: str, size: int) -> Any:
     from modelparallel import runtime
 
     engine = runtime.current().engine
-    (wrapped,) = runtime.current().session.models
+    (wrapped,) = runtime.current().models
     local = {name: value.detach().clone() for name, value in wrapped.local_named_parameters()}
     shared = {name: local[name] for name in local if name in ("embedding.weight", "blocks.0.0.bias")}
     assert_equal_over(smp.RDP_GROUP, shared)

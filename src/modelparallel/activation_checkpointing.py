@@ -20,7 +20,7 @@ from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from modelparallel import runtime as runtime_module
 from modelparallel.errors import PartitionError, SMPConfigError, StepUsageError
 from modelparallel.memory import check_strategy, groups_of
-from modelparallel.model import DistributedModel
+from modelparallel.model import DistributedModel, wrapped_models
 from modelparallel.module_view import ModuleView
 from modelparallel.pipeline.calls import is_decoder_cache
 from modelparallel.runtime import Runtime
@@ -189,10 +189,9 @@ def _has_own_forward(module: nn.Module) -> bool:
 
 
 def _model_of(module: nn.Module) -> DistributedModel:
-    for model in reversed(runtime_module.current().session.models):
+    for model in reversed(wrapped_models(runtime_module.current())):
         if any(module is part for part in model.module.modules()):
-            found: DistributedModel = model
-            return found
+            return model
     raise SMPConfigError(
         f"smp.set_activation_checkpointing: this {type(module).__name__} is part of no smp.DistributedModel: wrap the "
         "model first, and take the module from model.get_module()"

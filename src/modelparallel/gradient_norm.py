@@ -23,13 +23,13 @@ from torch import nn
 from modelparallel import runtime as runtime_module
 from modelparallel.data_parallel.waits import wait_for
 from modelparallel.errors import SMPConfigError, SMPError, StepUsageError
-from modelparallel.model_parameters import ModelParameters
 from modelparallel.retired_parameters import without_retired
 from modelparallel.shards import local_part
 from modelparallel.torch_compat import intercept_clip_grad_norm, intercept_clip_grad_value
 
 if TYPE_CHECKING:
     from modelparallel.comm.groups import Group
+    from modelparallel.participants import Participant
     from modelparallel.plan.parameters import ParameterRow
     from modelparallel.runtime import Runtime
     from modelparallel.shards import Shard
@@ -73,14 +73,15 @@ def clip_grad_norm_(
     or sharded data parallelism. Raises NonFiniteGradientError if that is asked for.
     """
     runtime = runtime_module.current()
-    if isinstance(model, nn.Module) and not isinstance(model, ModelParameters):
-        raise SMPConfigError(
-            f"smp.clip_grad_norm_: got a {type(model).__name__} that is not wrapped: pass the smp.DistributedModel, or "
-            "parameters of it"
-        )
-    if isinstance(model, ModelParameters):
-        tensors: list[torch.Tensor] = list(model.parameters())
-        _check_partition(model)
+    if isinstance(model, nn.Module):
+        wrapped = next((known for known in runtime.models if known is model), None)
+        if wrapped is None:
+            raise SMPConfigError(
+                f"smp.clip_grad_norm_: got a {type(model).__name__} that is not wrapped: pass the "
+                "smp.DistributedModel, or parameters of it"
+            )
+        tensors: list[torch.Tensor] = list(wrapped.parameters())
+        _check_partition(wrapped)
     else:
         tensors = [model] if isinstance(model, torch.Tensor) else list(model)
     parts = parts_of(runtime, tensors)
@@ -91,8 +92,8 @@ def clip_grad_norm_(
     return norm
 
 
-def _check_partition(model: ModelParameters) -> None:
-    if not model._is_partitioned:
+def _check_partition(model: Participant) -> None:
+    if not model.partitioned:
         raise SMPConfigError(
             "smp.clip_grad_norm_: the model is not partitioned yet, so there are no gradients: call it after the step "
             "function"
@@ -106,7 +107,7 @@ def total_norm(runtime: Runtime, parts: Sequence[_Part], norm_type: float) -> to
         raise SMPConfigError(f"norm_type: expected a number > 0 or inf, got {norm_type!r}")
     groups, device = runtime.session.groups, runtime.session.device
     is_shared_out = runtime.shares_out_parameters
-    if is_shared_out and any(model.gradients.joining.is_joining for model in runtime.session.models):
+    if is_shared_out and any(model.gradients.joining.is_joining for model in runtime.models):
         raise StepUsageError(
             "the norm of the gradient is a sum over all ranks where parameters are shared out among them "
             "(shard_optimizer_state), but inside model.join() ranks that ran out of batches do not take part: clip "
@@ -145,9 +146,7 @@ def reduce(value: torch.Tensor, group: Group, operation: Any, runtime: Runtime, 
 
 def _is_double(runtime: Runtime) -> bool:
     """Equal on all ranks: the tables hold all parameters, wherever they are."""
-    return any(
-        row.dtype in (torch.float64, torch.complex128) for model in runtime.session.models for row in model.table.rows()
-    )
+    return any(row.dtype in (torch.float64, torch.complex128) for model in runtime.models for row in model.table.rows())
 
 
 def parts_of(runtime: Runtime, tensors: Iterable[torch.Tensor]) -> list[_Part]:
@@ -155,7 +154,7 @@ def parts_of(runtime: Runtime, tensors: Iterable[torch.Tensor]) -> list[_Part]:
 
     Where an optimizer updates masters or shards it is their gradients, without the scale of the loss.
     """
-    models = runtime.session.models
+    models = runtime.models
     optimizers = [optimizer for optimizer in runtime.live_optimizers() if not optimizer.targets.are_trivial]
     for optimizer in optimizers:
         optimizer.collect_gradients()
@@ -165,7 +164,7 @@ def parts_of(runtime: Runtime, tensors: Iterable[torch.Tensor]) -> list[_Part]:
     parts: list[_Part] = []
     for tensor in without_retired(tensors):
         found = next((target for other in optimizers if (target := other.targets.of_tensor(tensor)) is not None), None)
-        parameter = found.parameter if found is not None else tensor
+        parameter: Any = found.parameter if found is not None else tensor
         owner = next((model for model in models if model.table.row_of(parameter) is not None), None)
         members: Sequence[tuple[torch.Tensor, Shard | None]] = [(tensor, None)]
         if found is not None:
@@ -228,7 +227,7 @@ def _parameters_of_gradients(runtime: Runtime, gradients: Sequence[torch.Tensor]
 
     Raises SMPConfigError for weights, and for gradients of which only some are ours: nobody could add them up rightly.
     """
-    tensors = [tensor for model in runtime.session.models for _, tensor in model.table.parameters()]
+    tensors = [tensor for model in runtime.models for _, tensor in model.table.parameters()]
     own = {id(tensor) for tensor in tensors}
     tensors += [tensor for one in runtime.live_optimizers() for group in one.param_groups for tensor in group["params"]]
     known = {_memory_of(tensor.grad): tensor for tensor in reversed(tensors) if tensor.grad is not None}
@@ -266,7 +265,7 @@ def intercept_clipping(runtime: Runtime) -> None:
         return groups.mp.size > 1 or has_masters or runtime.shares_out_parameters
 
     def are_ours(parameters: Sequence[torch.Tensor]) -> bool:
-        models, parameters = runtime.session.models, without_retired(parameters)
+        models, parameters = runtime.models, without_retired(parameters)
         if not can_matter():
             return False
         if not parameters:  # a stage without any of them takes part in the sum

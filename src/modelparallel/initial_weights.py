@@ -27,7 +27,6 @@ from modelparallel.topology import CommGroup
 
 if TYPE_CHECKING:
     from modelparallel.comm.groups import Group
-    from modelparallel.model_plan import PlannedModel
     from modelparallel.session import Session
 
 logger = logging.getLogger("modelparallel")
@@ -49,10 +48,12 @@ def agree_before_slicing(module: nn.Module, active: Session) -> None:
         _agree([(name, tensor) for name, tensor in _tensors(module) if id(tensor) not in sliced], active, "tp")
 
 
-def agree_before_partition(model: PlannedModel, active: Session) -> None:
-    """The stages are about to keep their shares of ``model``. Collective over PP_GROUP."""
-    entries = None if model.has_own_part else list(_tensors(model.module))
-    _agree(entries, active, "pp", model.title_of(""))
+def agree_before_partition(module: nn.Module, title: str, active: Session, *, has_own_part: bool) -> None:
+    """The stages are about to keep their shares of ``module``, of the wrapped model ``title``, unless each has
+    loaded its own part. Collective over PP_GROUP.
+    """
+    entries = None if has_own_part else list(_tensors(module))
+    _agree(entries, active, "pp", title)
 
 
 def agree_between_replicas(entries: Sequence[BroadcastTensor], timeout_seconds: float) -> None:

@@ -22,7 +22,7 @@ from modelparallel.shards import local_part
 from modelparallel.topology import CommGroup, GroupKind
 
 if TYPE_CHECKING:
-    from modelparallel.model import DistributedModel
+    from modelparallel.participants import Participant
     from modelparallel.runtime import Runtime
 
 logger = logging.getLogger("modelparallel")
@@ -114,7 +114,7 @@ def memory_report(is_local: bool = False) -> MemoryReport:
 def rank_memory(runtime: Runtime) -> RankMemory:
     """The figures of this rank; local."""
     seen: set[int] = set()
-    models: list[DistributedModel] = runtime.session.models
+    models = runtime.models
     stage = runtime.engine.stage
     parameters = [
         parameter for model in models for row, parameter in model.table.parameters() if model.table.is_local(row, stage)
@@ -191,7 +191,7 @@ def predicted_memory(runtime: Runtime) -> MemoryEstimate:
     stage = runtime.engine.stage
     kinds: dict[tuple[int, bool], int] = {}
     buffer_bytes = reduced = 0
-    for model in runtime.session.models:
+    for model in runtime.models:
         for row, parameter in model.table.parameters():
             if not model.table.is_local(row, stage):
                 continue
@@ -216,11 +216,9 @@ def predicted_memory(runtime: Runtime) -> MemoryEstimate:
         optimizer_shards=degree if degree > 1 else groups.rdp.size if config.shard_optimizer_state else 1,
     )
     has_buckets = (
-        groups.dp.size > 1
-        and degree == 1
-        and not any(model.gradients.are_views_of_buckets for model in runtime.session.models)
+        groups.dp.size > 1 and degree == 1 and not any(model.gradients.are_views_of_buckets for model in runtime.models)
     )
-    planned = [_planned_activations(model, stage) for model in runtime.session.models]
+    planned = [_planned_activations(model, stage) for model in runtime.models]
     return estimate_memory(
         [ParameterGroup(count, size, is_trained) for (size, is_trained), count in sorted(kinds.items())],
         settings,
@@ -230,7 +228,7 @@ def predicted_memory(runtime: Runtime) -> MemoryEstimate:
     )
 
 
-def _planned_activations(model: DistributedModel, stage: int) -> int:
+def _planned_activations(model: Participant, stage: int) -> int:
     plan = model.partition_plan
     if plan is None or not plan.figures:
         return 0
@@ -249,7 +247,7 @@ def _optimizer_tensors(runtime: Runtime) -> int:
     return max(counts, default=2)
 
 
-def _activation_bytes(runtime: Runtime, models: Iterable[DistributedModel]) -> int | None:
+def _activation_bytes(runtime: Runtime, models: Iterable[Participant]) -> int | None:
     stage, in_flight = runtime.engine.stage, runtime.engine.last_peak_active
     traced = [plan.figures[stage] for model in models if (plan := model.partition_plan) is not None and plan.figures]
     if not traced or not any(figures.activation_bytes for figures in traced):

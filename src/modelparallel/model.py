@@ -31,12 +31,13 @@ from modelparallel.model_sharding import check_can_shard
 from modelparallel.module_view import alias_inherited_forwards, attach_module_attribute
 from modelparallel.nn.huggingface import prepare_families
 from modelparallel.parameters import ParameterTable
+from modelparallel.participants import ParameterHolder, RunningStep
 from modelparallel.partitioning import find_units, log_plan, work_of_call
 from modelparallel.pipeline.left_behind import leave_behind
 from modelparallel.pipeline.pushes import push
 from modelparallel.pipeline.stage_tensor import StageTensor
 from modelparallel.plan.partition import PartitionPlan
-from modelparallel.runtime import RunningStep
+from modelparallel.runtime import Runtime
 from modelparallel.sync_batch_norm import synchronise_batch_norms
 from modelparallel.tensor_parallel.replace import replace_marked_modules
 from modelparallel.torch_compat import has_own_compiled_call
@@ -133,7 +134,7 @@ class DistributedModel(PlannedModel):
         take_off_compiled_calls(module, self._units)
         is_prescaled = config.prescaled_batch and active.groups.tp.size > 1
         synchronise_batch_norms(module, active.groups, has_equal_batches_over_tp=is_prescaled)
-        self.__dict__["_precision"] = ModelPrecision(self)
+        self.__dict__["_precision"] = ModelPrecision(self, active.config)
         if not self._precision.casts_when_placed:
             self._precision.cast_module(module)
         if not runtime.is_pipelined:
@@ -152,11 +153,11 @@ class DistributedModel(PlannedModel):
             gradient_as_bucket_view=gradient_as_bucket_view,
             finds_unused_parameters=find_unused_parameters,
         )
-        self._index = len(active.models)
-        active.models.append(self)
+        self._index = len(runtime.models)
+        runtime.models.append(self)
         if not runtime.is_pipelined:
             self._place_whole()
-        if len(active.models) == 1:
+        if len(runtime.models) == 1:
             intercept_clipping(runtime)
             agree_on_found_infs(runtime)
 
@@ -386,7 +387,7 @@ class DistributedModel(PlannedModel):
         for hook in list(self._post_partition_hooks.values()):
             hook(self, self.optimizer_of_parameters())
 
-    def optimizer_of_parameters(self) -> Any:
+    def optimizer_of_parameters(self) -> ParameterHolder | None:
         """The wrapped optimizer that holds parameters of this model; None if there is none."""
         own = {id(parameter) for _, parameter in self._table.parameters()}
         for optimizer in reversed(self._runtime.live_optimizers()):
@@ -510,6 +511,11 @@ class DistributedModel(PlannedModel):
         return self.gradients.joining.join(
             divides_by_initial=divide_by_initial_world_size, is_enabled=enable, throws=throw_on_early_termination
         )
+
+
+def wrapped_models(runtime: Runtime) -> list[DistributedModel]:
+    """The wrapped models of this process, in the order of wrapping. Local."""
+    return [model for model in runtime.models if isinstance(model, DistributedModel)]
 
 
 def _register(hooks: OrderedDict[int, Hook], hook: Hook) -> RemovableHandle:

@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 
 from modelparallel.errors import StepUsageError
+from modelparallel.participants import Participant, RunningStep
 from modelparallel.pipeline.loss_weights import checked_weight, total_of, unit_for
 from modelparallel.pipeline.roots import backward_root
 from modelparallel.pipeline.stage_tensor import StageTensor
-from modelparallel.runtime import RunningStep, Runtime, logger
+from modelparallel.runtime import Runtime, logger
 from modelparallel.torch_compat import keep_nan_out, summed_loss
-
-if TYPE_CHECKING:
-    from modelparallel.model import DistributedModel
 
 
 class ModelBackward:
     """The backwards of one model; ``is_averaged``: ``average_grads_across_microbatches``."""
 
-    def __init__(self, model: DistributedModel, runtime: Runtime, *, is_averaged: bool) -> None:
+    def __init__(self, model: Participant, runtime: Runtime, *, is_averaged: bool) -> None:
         self._model = model
         self._runtime = runtime
         self._is_averaged = is_averaged
@@ -98,7 +95,7 @@ class ModelBackward:
         weights, runtime = step.loss_weights, self._runtime
         if not weights.note(weight is not None) or weight is None:
             return
-        if any(model.gradients.joining.is_joining for model in runtime.session.models):
+        if any(model.gradients.joining.is_joining for model in runtime.models):
             raise StepUsageError(
                 "model.backward with a weight inside model.join(): ranks that ran out of batches do not take part in "
                 "the sum of the weights: give all ranks equally many batches"
@@ -112,7 +109,7 @@ class ModelBackward:
         ):
             # By the first microbatch, on all stages.
             weights.unit = unit_for(checked_weight(weight) * runtime.session.config.microbatches)
-        for model in runtime.session.models:
+        for model in runtime.models:
             if model.partitioned:
                 model.gradients.set_aside()
 
@@ -141,7 +138,7 @@ def scale_by_weights(runtime: Runtime, step: RunningStep, weights: Sequence[floa
     total = total_of(sum(weights), group)
     factor = step.loss_weights.unit * group.size / total
     done: set[int] = set()
-    for model in runtime.session.models:
+    for model in runtime.models:
         if model.partitioned:
             model.gradients.put_back(factor, done)
     runtime.weight_unit = unit_for(total / group.size)

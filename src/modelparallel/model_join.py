@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from torch.distributed.algorithms.join import Join
 
@@ -18,25 +18,51 @@ from modelparallel.data_parallel import JoinEvents
 from modelparallel.errors import SMPConfigError, StepUsageError
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from modelparallel.comm.groups import Group
-    from modelparallel.model_gradients import ModelGradients
-    from modelparallel.optimizer import DistributedOptimizer
+    from modelparallel.data_parallel import GradientReducer
+    from modelparallel.participants import ParameterHolder
+    from modelparallel.plan.parameters import ParameterRow
     from modelparallel.runtime import Runtime
 
 REDUCTION = "the reduction of gradients"
 BUFFERS = "the broadcast of buffers"
 
 
+class JoinedGradients(Protocol):
+    """The gradients of the model that joins."""
+
+    @property
+    def reducer(self) -> GradientReducer | None:
+        """None before the partition."""
+
+    def parameters(self) -> Iterator[tuple[ParameterRow, nn.Parameter]]:
+        """The parameters that this rank holds."""
+
+    def send_buffers(self) -> None:
+        """Broadcast the buffers."""
+
+    def send_everything(self) -> None:
+        """Broadcast parameters and buffers."""
+
+    def begin_join(self) -> None:
+        """The context manager is entered."""
+
+    def end_join(self) -> None:
+        """It is left."""
+
+
 class ModelJoin:
     """The events of one model inside ``join``; made with the model, at work inside the context manager."""
 
-    def __init__(self, runtime: Runtime, gradients: ModelGradients) -> None:
+    def __init__(self, runtime: Runtime, gradients: JoinedGradients) -> None:
         session = runtime.session
         self._runtime = runtime
         self._gradients = gradients
         self._divides_by_initial = True
         # Those whose updates are collective over the data-parallel ranks, inside the context manager.
-        self._optimizers: list[DistributedOptimizer] = []
+        self._optimizers: list[ParameterHolder] = []
         self._is_updating_beside = False
         group = session.groups.dp
         self._group = group
@@ -49,7 +75,7 @@ class ModelJoin:
         """Whether the context manager is entered, and enabled."""
         return self._events.is_joining
 
-    def announce_update(self, optimizer: DistributedOptimizer) -> None:
+    def announce_update(self, optimizer: ParameterHolder) -> None:
         """The optimizer begins an update of shards, which is collective over the data-parallel ranks; nothing outside
         join(), and nothing for an update that a rank without batches does beside.
         """
@@ -58,7 +84,7 @@ class ModelJoin:
             if position is not None:
                 self._events.announce(_update_by(position))
 
-    def _shadow_update(self, optimizer: DistributedOptimizer) -> None:
+    def _shadow_update(self, optimizer: ParameterHolder) -> None:
         self._is_updating_beside = True
         try:
             optimizer.step()

@@ -13,7 +13,7 @@ from modelparallel import runtime as runtime_module
 from modelparallel import trees
 from modelparallel.errors import CannotTraceError, PartitionError
 from modelparallel.initial_weights import agree_before_partition
-from modelparallel.model import DistributedModel
+from modelparallel.model import DistributedModel, wrapped_models
 from modelparallel.partitioning.guests import may_have_guests, with_copies
 from modelparallel.plan.partition import PartitionPlan
 from modelparallel.raised_errors import RaisedError
@@ -33,7 +33,7 @@ def partition_models(runtime: Runtime, arguments: Mapping[str, Any], trace_body:
     Those among ``arguments`` and those that the traced body calls; with no model among the arguments, all that are
     wrapped. Collective over the world if a model is not partitioned.
     """
-    models: list[DistributedModel] = runtime.session.models
+    models = wrapped_models(runtime)
     if all(model.has_run_post_partition_hooks for model in models):
         return
     given = [leaf for leaf in trees.leaves(dict(arguments)) if isinstance(leaf, DistributedModel)]
@@ -50,7 +50,7 @@ def partition_models(runtime: Runtime, arguments: Mapping[str, Any], trace_body:
     for model in waiting:
         model.check_has_not_left()
         model.look_again()
-        agree_before_partition(model, runtime.session)
+        agree_before_partition(model.module, model.title_of(""), runtime.session, has_own_part=model.has_own_part)
         plan, called = _agreed_plan(runtime, model, trace_body, _plan_of_twin(runtime, model, plans))
         waiting.extend(other for other in called if other not in waiting and not other.partitioned)
         plans.append((model, plan))
@@ -68,7 +68,7 @@ def _plan_of_twin(
     model that was planned first; None: the model needs a plan of its own. Local, and the same on all ranks.
     """
     config = runtime.session.config
-    known = [*((other, other.partition_plan) for other in runtime.session.models if other.partitioned), *plans]
+    known = [*((other, other.partition_plan) for other in wrapped_models(runtime) if other.partitioned), *plans]
     named = model.same_as
     if named is not None:
         found = [(other, plan) for other, plan in known if other is named]
@@ -90,7 +90,7 @@ def _plan_of_twin(
 
 
 def _warn_of_unlike(runtime: Runtime, model: DistributedModel) -> None:
-    for other in runtime.session.models:
+    for other in wrapped_models(runtime):
         if other is model or not other.partitioned or other.structure != model.structure:
             continue
         if other.partition_plan != model.partition_plan and runtime.session.groups.world.rank_in_group == 0:
@@ -109,7 +109,7 @@ def _agreed_plan(
 
     ``twin``: the plan of a model of its structure.
     """
-    config, groups, models = runtime.session.config, runtime.session.groups, runtime.session.models
+    config, groups, models = runtime.session.config, runtime.session.groups, wrapped_models(runtime)
     made: tuple[PartitionPlan, list[int]] | None = None
     problem: Exception | SystemExit | None = None
     has_plan = config.load_partition or model.stored_plan is not None
@@ -176,14 +176,14 @@ def set_partition(module: nn.Module, index: int) -> None:
 
     Needs ``auto_partition: False``; ignored otherwise. Same calls on every rank. Source: smp-api sections 6 and 18.
     """
-    active = runtime_module.current().session
-    num_stages = active.config.pipeline_parallel_degree
+    runtime = runtime_module.current()
+    num_stages = runtime.session.config.pipeline_parallel_degree
     if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < num_stages:
         raise PartitionError(
             f"smp.set_partition: there is no partition {index!r}, use 0 to {num_stages - 1} "
             f"(pipeline_parallel_degree={num_stages})"
         )
-    for model in reversed(active.models):
+    for model in reversed(wrapped_models(runtime)):
         if any(module is part for part in model.module.modules()):
             model.set_partition(module, index)
             return

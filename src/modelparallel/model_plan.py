@@ -130,10 +130,10 @@ class PlannedModel(ModelParameters):
         """What ``run``, a step on the unsplit models, does with the units of this one; all are left as they were."""
         units = self._units if units is None else units
         with ExitStack() as others:
-            for model in self._runtime.session.models:
-                if model is not self and not model._is_partitioned:
+            for model in self._runtime.models:
+                if model is not self and not model.partitioned:
                     others.enter_context(untouched(model.module))
-            if any(construction.is_deferred(model.module) for model in self._runtime.session.models):
+            if any(construction.is_deferred(model.module) for model in self._runtime.models):
                 return construction.trace_shapes(lambda: trace_step(self.module, units, run))
             device = self._runtime.session.device
             if device.type == "cuda" and self._trace_device == "gpu":

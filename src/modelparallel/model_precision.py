@@ -19,20 +19,20 @@ from modelparallel.precision import cast_floating, cast_tensors, half_dtype, sca
 from modelparallel.tensor_parallel.distributed_module import DistributedModule
 
 if TYPE_CHECKING:
-    from modelparallel.model import DistributedModel
-    from modelparallel.optimizer import DistributedOptimizer
+    from modelparallel.config import Config
+    from modelparallel.participants import ParameterHolder, Participant
 
 
 class ModelPrecision:
     """Of one model."""
 
-    def __init__(self, model: DistributedModel) -> None:
-        self._model = weakref.proxy(model)
-        self._config = model._runtime.session.config
+    def __init__(self, model: Participant, config: Config) -> None:
+        self._model: Participant = weakref.proxy(model)
+        self._config = config
         self.half = half_dtype(self._config)
         #: Whether the model stays as it is until its parameters are sharded: shards are in full precision.
         self.casts_when_placed = self._config.sharded_data_parallel_degree > 1
-        self._optimizer: weakref.ref[DistributedOptimizer] | None = None
+        self._optimizer: weakref.ref[ParameterHolder] | None = None
 
     def cast_module(self, module: nn.Module, keep: set[int] | None = None) -> None:
         """Cast what the configuration says, in place; ``keep``: identities of tensors that stay as they are."""

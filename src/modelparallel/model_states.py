@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -11,21 +11,27 @@ from torch.distributed.tensor import DTensor
 from modelparallel.absent_tensors import make_present
 from modelparallel.errors import SMPError, UnsupportedError
 from modelparallel.nn.huggingface import translations_of
+from modelparallel.parameters import PARTIAL_KEY
+from modelparallel.participants import Participant
 from modelparallel.plan.parameters import ParameterRow
 from modelparallel.ranks_and_messages import allgather, recv_from, send
 from modelparallel.topology import CommGroup, RankType
 
 if TYPE_CHECKING:
-    from modelparallel.model import DistributedModel
+    from modelparallel.runtime import Runtime
 
-PARTIAL_KEY = "_smp_is_partial"
+
+class StatefulModel(Participant, Protocol):
+    """A wrapped model, with what its states need."""
+
+    _runtime: Runtime
 
 
 class StateDictError(SMPError, RuntimeError):
     """A state dict does not fit the model."""
 
 
-def local_state_dict(model: DistributedModel, gather_if_shard: bool) -> dict[str, Any]:
+def local_state_dict(model: StatefulModel, gather_if_shard: bool) -> dict[str, Any]:
     """The entries that this rank holds, detached, and the partial mark.
 
     A parameter that is sharded by sharded data parallelism is a ``DTensor`` with this rank's rows, or gathered:
@@ -46,7 +52,7 @@ def local_state_dict(model: DistributedModel, gather_if_shard: bool) -> dict[str
     return result
 
 
-def _local_entries(model: DistributedModel) -> Iterator[tuple[str, Any]]:
+def _local_entries(model: StatefulModel) -> Iterator[tuple[str, Any]]:
     """(name, value) of what this rank holds, or holds a shard of. Local."""
     stage = model._runtime.engine.stage
     for name, value in model.module.state_dict(keep_vars=True).items():
@@ -55,7 +61,7 @@ def _local_entries(model: DistributedModel) -> Iterator[tuple[str, Any]]:
             yield name, value
 
 
-def full_state_dict(model: DistributedModel, gather_to_rank0: bool) -> dict[str, Any]:
+def full_state_dict(model: StatefulModel, gather_to_rank0: bool) -> dict[str, Any]:
     """The merged entries of the caller's MP_GROUP, on the CPU, in the order of the module."""
     groups = model._runtime.session.groups
     local = local_state_dict(model, gather_if_shard=True)
@@ -73,7 +79,7 @@ def full_state_dict(model: DistributedModel, gather_to_rank0: bool) -> dict[str,
     return merge(model, allgather(own, CommGroup.MP_GROUP))
 
 
-def merge(model: DistributedModel, parts: Sequence[tuple[int, int, Mapping[str, Any]]]) -> dict[str, Any]:
+def merge(model: StatefulModel, parts: Sequence[tuple[int, int, Mapping[str, Any]]]) -> dict[str, Any]:
     """One whole dict from the parts ``(pp_rank, tp_rank, entries)`` of an MP_GROUP."""
     found: dict[str, dict[int, Any]] = {}
     for _, tp_rank, entries in sorted(parts, key=lambda part: part[:2]):
@@ -94,7 +100,7 @@ def _joined(row: ParameterRow | None, by_tp_rank: Mapping[int, Any]) -> Any:
 
 
 def load_state_dict(
-    model: DistributedModel, state: Mapping[str, Any], strict: bool, same_partition_load: bool
+    model: StatefulModel, state: Mapping[str, Any], strict: bool, same_partition_load: bool
 ) -> torch.nn.modules.module._IncompatibleKeys:
     """Load a full dict, or a partial one of this partition; returns torch's record of missing and unexpected names."""
     entries = dict(state) if PARTIAL_KEY in state else translated(model, state)
@@ -126,7 +132,7 @@ def load_state_dict(
     return torch.nn.modules.module._IncompatibleKeys(missing, unexpected)
 
 
-def translated(model: DistributedModel, state: Mapping[str, Any]) -> dict[str, Any]:
+def translated(model: StatefulModel, state: Mapping[str, Any]) -> dict[str, Any]:
     """A plain dict, with the names of transformers of the families that were replaced in the model translated, and tied
     names completed. Local.
 
@@ -138,7 +144,7 @@ def translated(model: DistributedModel, state: Mapping[str, Any]) -> dict[str, A
     return entries if entries.keys() == state.keys() else with_tied_names(model, entries)
 
 
-def with_tied_names(model: DistributedModel, entries: Mapping[str, Any]) -> dict[str, Any]:
+def with_tied_names(model: StatefulModel, entries: Mapping[str, Any]) -> dict[str, Any]:
     """The dict with all names of each tied tensor of which it has one: files of transformers hold one. Local."""
     result = dict(entries)
     for source in (model.table.parameters(), model.table.buffers()):
@@ -150,7 +156,7 @@ def with_tied_names(model: DistributedModel, entries: Mapping[str, Any]) -> dict
     return result
 
 
-def check_early_part(model: DistributedModel) -> None:
+def check_early_part(model: StatefulModel) -> None:
     """At the partition: the part that was loaded before it must be what this stage now holds."""
     if model.early_names is None:
         return
@@ -163,7 +169,7 @@ def check_early_part(model: DistributedModel) -> None:
         )
 
 
-def _check_shapes(model: DistributedModel, entries: Mapping[str, Any]) -> None:
+def _check_shapes(model: StatefulModel, entries: Mapping[str, Any]) -> None:
     """Of all names, also those of other stages, so that every rank comes to the same end."""
     sharding = model.gradients.sharding
     for name, value in entries.items():
@@ -187,7 +193,7 @@ def _are_shards_alike(value: DTensor, own: Any) -> bool:
     return isinstance(own, DTensor) and value.placements == own.placements and value.device_mesh == own.device_mesh
 
 
-def local_part(model: DistributedModel, name: str, value: Any) -> Any:
+def local_part(model: StatefulModel, name: str, value: Any) -> Any:
     """What this rank's module takes: the tensor-parallel slice, and of a sharded parameter this rank's shard."""
     value = _local_slice(model, name, value)
     row, sharding = model.table.row_named(name), model.gradients.sharding
@@ -199,7 +205,7 @@ def local_part(model: DistributedModel, name: str, value: Any) -> Any:
     return value if isinstance(value, DTensor) else sharding.placed(parameter, value)
 
 
-def _local_slice(model: DistributedModel, name: str, value: Any) -> Any:
+def _local_slice(model: StatefulModel, name: str, value: Any) -> Any:
     row = model.table.row_named(name)
     if row is None or row.split is None or not isinstance(value, torch.Tensor):
         return value
@@ -209,7 +215,7 @@ def _local_slice(model: DistributedModel, name: str, value: Any) -> Any:
     return row.split.slice_of(value, tp.rank_in_group, tp.size)
 
 
-def gather_whole(model: DistributedModel) -> None:
+def gather_whole(model: StatefulModel) -> None:
     """Give every stage all parameters and buffers, as before the partition; collective over MP_GROUP."""
     if model.gradients.sharding is not None:
         raise UnsupportedError(

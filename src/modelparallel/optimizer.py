@@ -17,13 +17,15 @@ from torch import nn
 from modelparallel import gradient_norm, optimizer_states
 from modelparallel import runtime as runtime_module
 from modelparallel.errors import SMPConfigError, UnsupportedError
+from modelparallel.flat_groups import FlatGroups
 from modelparallel.memory_use import explaining_memory, note_update
 from modelparallel.optimizer_closures import evaluated, with_mean_loss
 from modelparallel.optimizer_norms import DistributedNorms
 from modelparallel.optimizer_probe import OptimizerProbe, needs_probe
 from modelparallel.optimizer_targets import Targets, check_may_be_divided, updates_each_element_alone
-from modelparallel.own_parts import FlatGroups
+from modelparallel.participants import Participant
 from modelparallel.precision import LossScaler, half_dtype
+from modelparallel.runtime import Runtime
 
 logger = logging.getLogger("modelparallel")
 
@@ -283,7 +285,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
     def _check_parameters(self) -> None:
         """At the first update: the parameters should be those of wrapped models."""
         self._has_checked_parameters = True
-        models = self._runtime.session.models
+        models = self._runtime.models
         parameters = list(self.all_parameters())
         self._refuse_slices(parameters)
         foreign = [
@@ -311,7 +313,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
         """An optimizer that is known to look at whole parameters must not be given slices."""
         if self._probe is not None or hasattr(self.optimizer, "norms") or updates_each_element_alone(self.optimizer):
             return
-        rows = [row for model in self._runtime.session.models for parameter in parameters
+        rows = [row for model in self._runtime.models for parameter in parameters
                 if (row := model.table.row_of(parameter)) is not None and row.split is not None]  # fmt: skip
         if rows and self._runtime.session.groups.tp.size > 1:
             raise SMPConfigError(
@@ -406,7 +408,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
 
     def backward(self, loss: torch.Tensor, update_master_grads: bool = False) -> None:
         """``model.backward(loss)`` of the model whose parameters these are. Source: smp-api section 18."""
-        for model in self._runtime.session.models:
+        for model in self._runtime.models:
             if any(model.table.row_of(parameter) is not None for parameter in self.all_parameters()):
                 model.backward(loss)
                 break
@@ -478,7 +480,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
     @property
     def _param_index_to_param_local(self) -> dict[int, nn.Parameter]:
         """The parameters of this rank, by their position in the whole model's optimizer."""
-        models = self._runtime.session.models
+        models = self._runtime.models
         return {
             index: parameter
             for index, parameter in enumerate(self.all_parameters())
@@ -496,7 +498,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
         """All parameters given to the optimizer, also those that live on other stages."""
         return (parameter for group in self.all_groups() for parameter in group)
 
-    def keep_local_parameters(self, model: Any) -> None:
+    def keep_local_parameters(self, model: Participant) -> None:
         """Drop the parameters of ``model`` that live on other stages, in place; called at its partition."""
         self._note_new_groups()
         for group in self.optimizer.param_groups:
@@ -520,14 +522,14 @@ class DistributedOptimizer(torch.optim.Optimizer):
         self.own_parts.describe_targets()
 
     def _keep_local_parameters_of_all(self) -> None:
-        for model in self._runtime.session.models:
+        for model in self._runtime.models:
             if model.partitioned and self._runtime.is_pipelined:
                 self.keep_local_parameters(model)
 
     def renew_targets(self) -> None:
         """The shards of a model have been cut anew, before the first step: take the new ones."""
         self.targets.clear()
-        models = self._runtime.session.models
+        models = self._runtime.models
         for group, everything in zip(self.optimizer.param_groups, self.all_groups(), strict=True):
             group["params"][:] = [
                 parameter for parameter in everything if all(model.is_local(parameter) for model in models)
@@ -538,7 +540,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
         """Whether some of the parameters belong to a model whose partition is still to come."""
         if not self._runtime.is_pipelined:
             return False
-        waiting = [model.table for model in self._runtime.session.models if not model.partitioned]
+        waiting = [model.table for model in self._runtime.models if not model.partitioned]
         return any(table.row_of(parameter) is not None for table in waiting for parameter in self.all_parameters())
 
     # State dicts
@@ -578,6 +580,11 @@ class DistributedOptimizer(torch.optim.Optimizer):
     def note_state_for_later(self, state_dict: Mapping[str, Any], gather_if_shard: bool) -> None:
         """Load it when the model is partitioned."""
         self._waiting_state = (state_dict, gather_if_shard)
+
+
+def wrapped_optimizers(runtime: Runtime) -> list[DistributedOptimizer]:
+    """The wrapped optimizers of this process that still exist. Local."""
+    return [optimizer for optimizer in runtime.live_optimizers() if isinstance(optimizer, DistributedOptimizer)]
 
 
 def _names_beside_torch_s(inner_class: type) -> list[str]:

@@ -45,7 +45,7 @@ class DistributedNorms:
     def _row(self, tensor: torch.Tensor) -> ParameterRow | None:
         target = self._targets.of_tensor(tensor)
         parameter = tensor if target is None else target.parameter
-        for model in self._runtime.session.models:
+        for model in self._runtime.models:
             row = model.table.row_of(parameter)
             if row is not None:
                 return row  # type: ignore[no-any-return]

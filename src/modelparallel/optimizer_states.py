@@ -7,21 +7,44 @@ optimizer updates in its place: shards are put together, tensor-parallel slices 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
 
 from modelparallel.errors import SMPConfigError
-from modelparallel.model_states import PARTIAL_KEY
+from modelparallel.parameters import PARTIAL_KEY
+from modelparallel.participants import ParameterHolder
 from modelparallel.plan.parameters import ParameterRow
 from modelparallel.ranks_and_messages import allgather
 from modelparallel.shards import local_part
 from modelparallel.topology import CommGroup
 
 if TYPE_CHECKING:
-    from modelparallel.optimizer import DistributedOptimizer
-    from modelparallel.optimizer_targets import Target
+    from modelparallel.flat_groups import FlatGroups
+    from modelparallel.optimizer_targets import Targets
+    from modelparallel.participants import Target
+    from modelparallel.precision import LossScaler
+    from modelparallel.runtime import Runtime
+
+
+class StatefulOptimizer(ParameterHolder, Protocol):
+    """A wrapped optimizer, with what its states need."""
+
+    _runtime: Runtime
+    loss_scaler: LossScaler
+    own_parts: FlatGroups
+    targets: Targets
+
+    def has_unpartitioned_parameters(self) -> bool:
+        """Whether some of the parameters belong to a model whose partition is still to come."""
+
+    def note_state_for_later(self, state_dict: Mapping[str, Any], gather_if_shard: bool) -> None:
+        """Load it when the model is partitioned."""
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], gather_if_shard: bool = True) -> None:
+        """Load a whole state, a partial one, or shards."""
+
 
 #: Beside the optimizer's own entries of a parameter: its fp32 master.
 MASTER_KEY = "fp32_master"
@@ -30,7 +53,7 @@ RANGE_KEY = "shard_range"
 SCALER_KEY = "loss_scaler"
 
 
-def local_state_dict(optimizer: DistributedOptimizer, gather_if_shard: bool) -> dict[str, Any]:
+def local_state_dict(optimizer: StatefulOptimizer, gather_if_shard: bool) -> dict[str, Any]:
     """See ``DistributedOptimizer.local_state_dict``."""
     result: dict[str, Any] = {
         "state": _local_state(optimizer, gather_if_shard),
@@ -40,7 +63,7 @@ def local_state_dict(optimizer: DistributedOptimizer, gather_if_shard: bool) -> 
     return _with_scaler(optimizer, result)
 
 
-def full_state_dict(optimizer: DistributedOptimizer) -> dict[str, Any]:
+def full_state_dict(optimizer: StatefulOptimizer) -> dict[str, Any]:
     """See ``DistributedOptimizer.state_dict``."""
     state = _local_state(optimizer, gather_if_shard=True)
     if optimizer._runtime.session.groups.mp.size > 1:
@@ -49,13 +72,13 @@ def full_state_dict(optimizer: DistributedOptimizer) -> dict[str, Any]:
     return _with_scaler(optimizer, {"state": state, "param_groups": _whole_groups(optimizer)})
 
 
-def _with_scaler(optimizer: DistributedOptimizer, result: dict[str, Any]) -> dict[str, Any]:
+def _with_scaler(optimizer: StatefulOptimizer, result: dict[str, Any]) -> dict[str, Any]:
     if optimizer._runtime.session.config.fp16:
         result[SCALER_KEY] = optimizer.loss_scaler.state_dict()
     return result
 
 
-def load_state_dict(optimizer: DistributedOptimizer, state_dict: Mapping[str, Any], gather_if_shard: bool) -> None:
+def load_state_dict(optimizer: StatefulOptimizer, state_dict: Mapping[str, Any], gather_if_shard: bool) -> None:
     """See ``DistributedOptimizer.load_state_dict``."""
     _check_groups(optimizer, state_dict["param_groups"])
     if optimizer.has_unpartitioned_parameters():
@@ -81,7 +104,7 @@ def load_state_dict(optimizer: DistributedOptimizer, state_dict: Mapping[str, An
 
 
 def take_state(
-    optimizer: DistributedOptimizer,
+    optimizer: StatefulOptimizer,
     groups: Sequence[Mapping[str, Any]],
     own_values: Callable[[nn.Parameter, Target | None], dict[str, Any] | None],
 ) -> None:
@@ -116,7 +139,7 @@ def take_state(
     optimizer.own_parts.refresh()
 
 
-def _check_groups(optimizer: DistributedOptimizer, saved: Sequence[Mapping[str, Any]]) -> None:
+def _check_groups(optimizer: StatefulOptimizer, saved: Sequence[Mapping[str, Any]]) -> None:
     lengths, own = [len(group["params"]) for group in saved], [len(group) for group in optimizer.all_groups()]
     if lengths != own:
         raise SMPConfigError(
@@ -125,7 +148,7 @@ def _check_groups(optimizer: DistributedOptimizer, saved: Sequence[Mapping[str, 
         )
 
 
-def _whole_groups(optimizer: DistributedOptimizer) -> list[dict[str, Any]]:
+def _whole_groups(optimizer: StatefulOptimizer) -> list[dict[str, Any]]:
     result, start = [], 0
     for group, everything in zip(optimizer.param_groups, optimizer.all_groups(), strict=True):
         entry = {key: value for key, value in group.items() if key != "params"}
@@ -138,7 +161,7 @@ def _whole_groups(optimizer: DistributedOptimizer) -> list[dict[str, Any]]:
 # Shards
 
 
-def _local_state(optimizer: DistributedOptimizer, gather_if_shard: bool) -> dict[int, dict[str, Any]]:
+def _local_state(optimizer: StatefulOptimizer, gather_if_shard: bool) -> dict[int, dict[str, Any]]:
     """By index, in the shape of the local parameter; ``gather_if_shard``: also of parameters that are shared out, of
     which this rank has a part or none. Collective over DP_GROUP then.
     """
@@ -176,7 +199,7 @@ def _flat(target: Target, value: Any) -> Any:
 
 
 def _put_together(
-    optimizer: DistributedOptimizer, pieces: Iterable[tuple[int, int, int, int, dict[str, Any]]]
+    optimizer: StatefulOptimizer, pieces: Iterable[tuple[int, int, int, int, dict[str, Any]]]
 ) -> dict[int, dict[str, Any]]:
     parameters = list(optimizer.all_parameters())
     own_tp_rank = optimizer._runtime.session.groups.tp.rank_in_group
@@ -204,7 +227,7 @@ def _put_together(
 
 
 def _values_of_target(
-    optimizer: DistributedOptimizer, parameter: nn.Parameter, target: Target | None, values: Mapping[str, Any]
+    optimizer: StatefulOptimizer, parameter: nn.Parameter, target: Target | None, values: Mapping[str, Any]
 ) -> dict[str, Any]:
     """What belongs to the target of the state of a whole parameter."""
     if RANGE_KEY in values:
@@ -227,7 +250,7 @@ def _copied(value: Any) -> Any:
 
 
 def _values_of_same_shard(
-    optimizer: DistributedOptimizer, parameter: nn.Parameter, target: Target | None, values: Mapping[str, Any]
+    optimizer: StatefulOptimizer, parameter: nn.Parameter, target: Target | None, values: Mapping[str, Any]
 ) -> dict[str, Any]:
     held = tuple(values[RANGE_KEY])
     own = None if target is None or target.shard is None else (target.shard.start, target.shard.stop)
@@ -245,13 +268,13 @@ def _values_of_same_shard(
 # Slices and stages
 
 
-def row_of(optimizer: DistributedOptimizer, parameter: torch.Tensor) -> ParameterRow | None:
+def row_of(optimizer: StatefulOptimizer, parameter: torch.Tensor) -> ParameterRow | None:
     """What the wrapped models know of a parameter of the optimizer; None for a foreign one. Local."""
-    rows = (model.table.row_of(parameter) for model in optimizer._runtime.session.models)
+    rows = (model.table.row_of(parameter) for model in optimizer._runtime.models)
     return next((row for row in rows if row is not None), None)
 
 
-def _merged(optimizer: DistributedOptimizer, local: Mapping[int, Mapping[str, Any]]) -> dict[int, dict[str, Any]]:
+def _merged(optimizer: StatefulOptimizer, local: Mapping[int, Mapping[str, Any]]) -> dict[int, dict[str, Any]]:
     """The whole state from the ``local`` ones of an MP_GROUP; collective over it."""
     groups = optimizer._runtime.session.groups
     own = (
@@ -289,13 +312,13 @@ def _merged(optimizer: DistributedOptimizer, local: Mapping[int, Mapping[str, An
     return result
 
 
-def names_of(optimizer: DistributedOptimizer, parameters: Iterable[torch.Tensor]) -> list[str]:
+def names_of(optimizer: StatefulOptimizer, parameters: Iterable[torch.Tensor]) -> list[str]:
     """The names in their models of parameters of the optimizer; "" for foreign ones. Local."""
     rows = (row_of(optimizer, parameter) for parameter in parameters)
     return [row.name if row is not None else "" for row in rows]
 
 
-def _local_part(optimizer: DistributedOptimizer, parameter: nn.Parameter, value: Any) -> Any:
+def _local_part(optimizer: StatefulOptimizer, parameter: nn.Parameter, value: Any) -> Any:
     found = row_of(optimizer, parameter)
     if found is None or found.split is None or not isinstance(value, torch.Tensor):
         return value

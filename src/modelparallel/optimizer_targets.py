@@ -9,46 +9,19 @@ is its own target, and then nothing here costs anything. Groups keep their dicts
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from modelparallel.errors import SMPConfigError, StepUsageError
+from modelparallel.participants import Participant, Target
 from modelparallel.precision import half_dtype, make_master, unscale, update_masters, write_back
 from modelparallel.shards import local_part
 
 if TYPE_CHECKING:
-    from modelparallel.model import DistributedModel
     from modelparallel.runtime import Runtime
     from modelparallel.shards import ParameterShards, Shard
-
-
-@dataclass(eq=False)
-class Target:
-    """``tensor`` stands for ``parameter`` in the optimizer. ``source`` holds what the model computes with: the
-    parameter or its shard; ``tensor`` is that, or its master, or its *twin*: with the memory of ``source`` and a
-    gradient of its own, for where that of ``source`` is kept with the scale of the loss (a later backward may add to
-    it) and that of ``tensor`` without (it may be clipped).
-    """
-
-    parameter: nn.Parameter
-    source: nn.Parameter
-    tensor: nn.Parameter
-    shard: Shard | None = None
-    # Of the parameter, when source and master were last equal.
-    version: int = -1
-
-    is_twin: bool = False
-
-    @property
-    def has_master(self) -> bool:
-        return self.tensor is not self.source and not self.is_twin
-
-    @property
-    def has_own_gradient(self) -> bool:
-        return self.tensor is not self.source
 
 
 class Targets:
@@ -60,7 +33,7 @@ class Targets:
         self._by_tensor: dict[int, Target] = {}
         self._by_parameter: dict[int, list[Target]] = {}
         # The models that parameters of this optimizer belong to; those without any here, too.
-        self._models: list[DistributedModel] = []
+        self._models: list[Participant] = []
         # The gradients of the sources that were collected last, with their versions; held, so that another tensor
         # cannot be taken for one of them.
         self._collected: list[tuple[torch.Tensor | None, int]] | None = None
@@ -105,7 +78,7 @@ class Targets:
         """Of the models whose parameters are updated, those that are shared out."""
         return [shards for model in self._models if (shards := model.gradients.shards) is not None]
 
-    def models(self) -> list[DistributedModel]:
+    def models(self) -> list[Participant]:
         """The models that parameters of this optimizer belong to."""
         return self._models
 
@@ -119,7 +92,7 @@ class Targets:
         everything = list(parameters_of_all_ranks)
         self._models = [
             model
-            for model in self._runtime.session.models
+            for model in self._runtime.models
             if any(model.table.row_of(parameter) is not None for parameter in everything)
         ]
         for group in self._optimizer.param_groups:

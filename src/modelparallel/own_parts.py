@@ -1,5 +1,6 @@
 """What of each parameter this rank keeps under sharded data parallelism, under the names that scripts of the original
-read: ``ds_tensor``, ``ds_numel``, ``ds_shape`` of a parameter, and ``fp32_partitioned_groups_flat`` of the optimizer.
+read: ``ds_tensor``, ``ds_numel``, ``ds_shape`` of a parameter, and
+``fp32_partitioned_groups_flat`` of the optimizer (flat_groups.py).
 
 [Note: own parts] Scripts sum up ``p.ds_tensor.ds_numel`` over a group to find where each parameter begins in the flat
 tensor of the group, keep slices of it, and add up squares over ``ds_param_shard_group`` when they log norms. So every
@@ -9,7 +10,6 @@ must go on having the values of today: it is filled anew after each update, once
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,6 @@ from modelparallel.shards import local_part
 if TYPE_CHECKING:
     from modelparallel.comm.groups import Group
     from modelparallel.data_parallel.sharding import ShardedParameters
-    from modelparallel.optimizer import DistributedOptimizer
 
 
 def describe_own_parts(parameters: Sequence[nn.Parameter], sharded: ShardedParameters) -> None:
@@ -29,83 +28,19 @@ def describe_own_parts(parameters: Sequence[nn.Parameter], sharded: ShardedParam
     group = sharded.shard_group
     for parameter in parameters:
         if sharded.has(parameter):
-            _describe(parameter, parameter, local_part(parameter.detach()).reshape(-1))
+            describe(parameter, parameter, local_part(parameter.detach()).reshape(-1))
         else:
-            _describe(parameter, parameter, _own_part(parameter.detach(), group))
+            describe(parameter, parameter, own_part_of(parameter.detach(), group))
 
 
-def _describe(tensor: Any, parameter: nn.Parameter, part: Any) -> None:
+def describe(tensor: Any, parameter: nn.Parameter, part: Any) -> None:
+    """Give ``tensor``, which stands for ``parameter``, the attributes; ``part``: what this rank keeps of it. Local."""
     part.ds_numel = part.numel()
     tensor.ds_tensor, tensor.ds_numel, tensor.ds_shape = part, parameter.numel(), parameter.shape
 
 
-def _own_part(whole: torch.Tensor, group: Group) -> torch.Tensor:
-    """Of a tensor that is whole on each rank of the group."""
+def own_part_of(whole: torch.Tensor, group: Group) -> torch.Tensor:
+    """The elements that this rank counts as its own, of a tensor that is whole on each rank of the group. Local."""
     length = -(-whole.numel() // group.size)
     start = min(group.rank_in_group * length, whole.numel())
     return whole.reshape(-1)[start : start + length]
-
-
-class FlatGroups:
-    """The flat tensors of the groups of one optimizer."""
-
-    def __init__(self, optimizer: DistributedOptimizer) -> None:
-        # Not a circle: an optimizer that is done with must be gone on all ranks alike (a save counts those that live).
-        self._optimizer: DistributedOptimizer = weakref.proxy(optimizer)
-        self._flat: list[torch.Tensor] | None = None
-
-    @property
-    def shard_group(self) -> Group | None:
-        """The ranks among which the parameters are divided; None where they are not."""
-        for model in self._optimizer.targets.models():
-            if model.gradients.sharding is not None:
-                return model.gradients.sharding.shard_group
-        return None
-
-    def describe_targets(self) -> None:
-        """Give the attributes to what stands in the groups, too, for scripts that look there. Local."""
-        group = self.shard_group
-        if group is None:
-            return
-        for target in self._optimizer.targets.all():
-            value = local_part(target.tensor.detach())
-            part = value.reshape(-1) if target.shard is not None else _own_part(value, group)
-            _describe(target.tensor, target.parameter, part)
-
-    def parameters(self) -> list[list[nn.Parameter]]:
-        """Those of the models that are on this rank, by group."""
-        models = self._optimizer.targets.models()
-        return [
-            [parameter for parameter in group if all(model.is_local(parameter) for model in models)]
-            for group in self._optimizer.all_groups()
-        ]
-
-    def flat(self) -> list[torch.Tensor]:
-        """This rank's elements of each group, in fp32 at least: of the masters where there are some."""
-        group = self.shard_group
-        if group is None:
-            raise AttributeError("fp32_partitioned_groups_flat is there with sharded_data_parallel_degree > 1 alone")
-        found = [[self._values(parameter, group) for parameter in parameters] for parameters in self.parameters()]
-        lengths = [sum(part.numel() for part in parts) for parts in found]
-        if self._flat is None or [flat.numel() for flat in self._flat] != lengths:
-            device = self._optimizer._runtime.session.device
-            self._flat = [torch.cat(parts) if parts else torch.empty(0, device=device) for parts in found]
-        else:
-            for flat, parts in zip(self._flat, found, strict=True):
-                if parts:
-                    torch.cat(parts, out=flat)
-        return self._flat
-
-    def refresh(self) -> None:
-        """The values have changed."""
-        if self._flat is not None:
-            self.flat()
-
-    def _values(self, parameter: nn.Parameter, group: Group) -> torch.Tensor:
-        targets = self._optimizer.targets.of_parameter(parameter)
-        if targets and targets[0].shard is None:
-            part = _own_part(targets[0].tensor.detach(), group)
-        else:
-            parts = [local_part(target.tensor.detach()).reshape(-1) for target in targets]
-            part = torch.cat(parts) if parts else torch.empty(0, dtype=parameter.dtype, device=parameter.device)
-        return part.to(torch.promote_types(part.dtype, torch.float32))

@@ -14,6 +14,9 @@ from torch import nn
 
 from modelparallel.plan.parameters import ParameterRow, SplitSpec
 
+#: In a state dict: whether it holds a part of the model only.
+PARTIAL_KEY = "_smp_is_partial"
+
 
 class ParameterTable:
     """Rows by name, and the live tensors behind them."""

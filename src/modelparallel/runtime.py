@@ -7,7 +7,6 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -21,35 +20,12 @@ from modelparallel.event_files import EventFile
 from modelparallel.memory import HostStore
 from modelparallel.nn.huggingface import new_names_of
 from modelparallel.pipeline.engine import PipelineEngine
-from modelparallel.pipeline.loss_weights import LossWeights
 from modelparallel.retired_parameters import retire
 
 if TYPE_CHECKING:
-    from modelparallel.model import DistributedModel
-    from modelparallel.optimizer import DistributedOptimizer
-
+    from modelparallel.participants import ParameterHolder, Participant, RunningStep
 
 logger = logging.getLogger("modelparallel")
-
-
-@dataclass
-class RunningStep:
-    """The step function call that is under way, seen from the models."""
-
-    weight: float = 1.0
-    microbatch: int = 0
-    is_last_microbatch: bool = False
-    is_tracing: bool = False
-    has_backward: bool = False
-    models: list[DistributedModel] = field(default_factory=list)
-    loss_weights: LossWeights = field(default_factory=LossWeights)
-
-    def arm(self) -> None:
-        """The backward of the last microbatch begins."""
-        if self.loss_weights.are_given:
-            return  # gradients are reduced when the total of the weights is known
-        for model in self.models:
-            model.arm()
 
 
 class Runtime:
@@ -87,6 +63,8 @@ class Runtime:
         self._transport = transport
         if self._event_file is not None and self._event_file.is_written_at_exit:
             of.closers.append(self._write_at_exit)
+        #: The wrapped models of this process, in the order of wrapping.
+        self.models: list[Participant] = []
         self.step: RunningStep | None = None
         self.input_checks = InputChecks()
         self.num_steps = 0
@@ -99,7 +77,7 @@ class Runtime:
         # What earlier processes of a resumed job have run: random numbers count from the job's first step, and
         # messages from this process's.
         self.num_earlier_steps = 0
-        self.optimizers: list[weakref.ref[DistributedOptimizer]] = []
+        self.optimizers: list[weakref.ref[ParameterHolder]] = []
         #: The checkpoint that was last saved in the background (``checkpoints.writing.PendingSave``).
         self.background_save: Any = None
         # Parameters that tensor parallelism has replaced, by identity: (name, the old one, the new one if there is
@@ -191,7 +169,7 @@ class Runtime:
         has_replicas = self.session.groups.dp.size > 1
         return has_replicas and (config.shard_optimizer_state or config.sharded_data_parallel_degree > 1)
 
-    def live_optimizers(self) -> list[DistributedOptimizer]:
+    def live_optimizers(self) -> list[ParameterHolder]:
         """The wrapped optimizers that still exist."""
         alive = [(reference, optimizer) for reference in self.optimizers if (optimizer := reference()) is not None]
         self.optimizers = [reference for reference, _ in alive]

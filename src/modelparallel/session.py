@@ -35,7 +35,7 @@ DEVICE_VARIABLE = "MODELPARALLEL_DEVICE"
 
 @dataclass
 class Session:
-    """What `smp.init()` made. `models` are the wrapped models of this process, in the order of wrapping."""
+    """What `smp.init()` made."""
 
     config: Config
     topology: Topology
@@ -44,7 +44,6 @@ class Session:
     device: torch.device
     # All process groups, so that a second smp.init makes only those that are missing, and all are destroyed at the end.
     made_groups: MadeGroups
-    models: list[Any] = field(default_factory=list)
     # What the wrappers share (`runtime.Runtime`); made by them when it is first needed.
     runtime: Any = None
     # Called at the end: first, with the seconds that each may take, those that finish what works in the background;
@@ -159,7 +158,7 @@ def _initialize_again(session: Session, parameters: Mapping[str, Any] | str | No
             logger.warning("%s", text)
     topology = _topology(config, world_size)
     if topology != session.topology:
-        if session.models:
+        if session.runtime is not None and session.runtime.models:
             raise SMPConfigError(
                 "smp.init was called again, after smp.DistributedModel, with parameters that change the groups "
                 f"({session.topology} -> {topology}): call it before the first model is wrapped"

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from modelparallel import session
+from modelparallel import runtime, session
 from modelparallel.nn.huggingface import translations_of
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ class ModuleManager:
         Each translates the state dict of the whole model and leaves what it does not know as it is; ``max_seq_len`` is
         their second argument. Empty if nothing of transformers was replaced.
         """
-        models = session.current().models if session.is_initialized() else []
+        models = runtime.current().models if session.is_initialized() else []
         return next((pairs for model in reversed(models) if (pairs := translations_of(model.module))), [])
 
 

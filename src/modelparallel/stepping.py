@@ -17,6 +17,7 @@ from modelparallel.memory_use import explaining_memory
 from modelparallel.model import DistributedModel
 from modelparallel.model_backward import scale_by_weights
 from modelparallel.model_partition import partition_models
+from modelparallel.participants import RunningStep
 from modelparallel.pipeline.batch_lists import ListReader
 from modelparallel.pipeline.executor import MicrobatchRun, run_locally, run_step
 from modelparallel.pipeline.inputs import share_inputs
@@ -25,7 +26,7 @@ from modelparallel.pipeline.loss_weights import shares
 from modelparallel.pipeline.microbatches import Microbatches, slice_objects, split
 from modelparallel.pipeline.randomness import RandomFrames, SavedGenerators
 from modelparallel.pipeline.reachable import KeptState
-from modelparallel.runtime import RunningStep, Runtime
+from modelparallel.runtime import Runtime
 from modelparallel.step_output import merge_outputs
 from modelparallel.torch_compat import DisableTorchFunctionSubclass
 
@@ -128,7 +129,7 @@ class StepFunction:
                 scale_by_weights(runtime, running, weights)
         except BaseException as error:
             runtime.num_training_steps += any(model.gradients.has_begun for model in running.models)
-            for model in runtime.session.models:
+            for model in runtime.models:
                 model.gradients.put_back(None, set())
             causes = [model.abort_step(error) for model in running.models]
             for cause in filter(None, causes):
@@ -187,7 +188,7 @@ class StepFunction:
     def _compare_replicas(self, runtime: Runtime) -> None:
         """In the first steps, and on one stage: whether the data-parallel ranks feed samples of their own."""
         groups = runtime.session.groups
-        if runtime.engine.stage or any(model.gradients.joining.is_joining for model in runtime.session.models):
+        if runtime.engine.stage or any(model.gradients.joining.is_joining for model in runtime.models):
             return
         text = runtime.input_checks.compare_replicas(groups, is_prescaled=runtime.session.config.prescaled_batch)
         if text and groups.dp.rank_in_group == 0:
@@ -255,13 +256,13 @@ class StepFunction:
         first = trees.map_leaves(copied, self._split(arguments, config).arguments[0])
         running = runtime.step = RunningStep(is_tracing=True)
         # What the body and its hooks count and collect would be there once more on the ranks that trace.
-        kept = KeptState((model.module for model in runtime.session.models), [self._function])
+        kept = KeptState((model.module for model in runtime.models), [self._function])
         try:
             self._call(first)
         finally:
             runtime.step = None
             kept.restore()
-        return running.models
+        return [model for model in running.models if isinstance(model, DistributedModel)]
 
     def _run(
         self, runtime: Runtime, running: RunningStep, microbatches: Microbatches, seed: int, number: int
@@ -285,7 +286,7 @@ class StepFunction:
             MicrobatchRun(self._function, functools.partial(call, index), frames[index], microbatches.weights[index])
             for index in range(num_microbatches)
         ]
-        kind: Hashable = (self, torch.is_grad_enabled(), *(model.training for model in runtime.session.models))
+        kind: Hashable = (self, torch.is_grad_enabled(), *(model.training for model in runtime.models))
         try:
             _check_microbatches(runtime, microbatches)
             if not runtime.is_pipelined:
@@ -309,7 +310,7 @@ def _check_microbatches(runtime: Runtime, microbatches: Microbatches) -> None:
     """Split layers are called once for each microbatch, by all ranks of a TP_GROUP. Collective over it."""
     active = runtime.session
     if active.groups.tp.size == 1 or not any(
-        row.split is not None for model in active.models for row in model.table.rows()
+        row.split is not None for model in runtime.models for row in model.table.rows()
     ):
         return
     lengths = []
@@ -321,7 +322,7 @@ def _check_microbatches(runtime: Runtime, microbatches: Microbatches) -> None:
 
 def _trained_flags(runtime: Runtime) -> bytes:
     """For each parameter of the wrapped models, wherever it lives, whether it is trained."""
-    models = runtime.session.models
+    models = runtime.models
     with DisableTorchFunctionSubclass():
         return bytes([parameter.requires_grad for model in models for _, parameter in model.table.parameters()])
 
@@ -330,7 +331,7 @@ def _check_trained(runtime: Runtime, own: bytes, first: bytes) -> None:
     """Compare with pp_rank 0: what is frozen decides what travels backwards, also from and to other stages."""
     if own == first or len(own) != len(first):
         return
-    names = [model.title_of(row.name) for model in runtime.session.models for row, _ in model.table.parameters()]
+    names = [model.title_of(row.name) for model in runtime.models for row, _ in model.table.parameters()]
     index = next(index for index, flag in enumerate(own) if flag != first[index])
     raise DivergenceError(
         f"parameter '{names[index]}' has requires_grad={bool(own[index])} on pp_rank {runtime.engine.stage} and "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from modelparallel import session
+from modelparallel import runtime, session
 from modelparallel.tensor_parallel.distributed_module import DistributedModule
 
 __all__ = ["get_distribution_axis", "rmsg"]
@@ -16,8 +16,8 @@ def get_distribution_axis(param: torch.Tensor) -> int | None:
     Local call, for a parameter or buffer of a model wrapped by ``smp.DistributedModel``. Raises
     ``NotInitializedError`` before ``smp.init()``. See smp-api section 18.
     """
-    for model in session.current().models:
-        for module in model.modules():
+    for model in runtime.current().models:
+        for module in model.module.modules():
             if isinstance(module, DistributedModule):
                 for name, spec in module.split_tensors().items():
                     if getattr(module, name, None) is param:

@@ -28,7 +28,7 @@ from modelparallel.plan.parameters import ParameterRow
 if TYPE_CHECKING:
     from modelparallel.model import DistributedModel
     from modelparallel.optimizer import DistributedOptimizer
-    from modelparallel.optimizer_targets import Target
+    from modelparallel.participants import Target
 
 MASTER_KEY = optimizer_states.MASTER_KEY
 

@@ -36,8 +36,8 @@ from modelparallel.checkpoints.weights import read_weights
 from modelparallel.checkpoints.writing import USER_CONTENT_NAME
 from modelparallel.errors import CheckpointCorruptError, CheckpointError, CheckpointNotFoundError
 from modelparallel.foreign_text import parse_json
-from modelparallel.model_states import PARTIAL_KEY
 from modelparallel.nn.huggingface import translations_named
+from modelparallel.parameters import PARTIAL_KEY
 
 _CONFIG_NAME = "config.json"
 #: How the names of other files begin that ``from_pretrained`` of models and tokenizers reads.

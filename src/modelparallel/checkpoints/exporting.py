@@ -43,6 +43,7 @@ from modelparallel.checkpoints.whole_tensors import WholeTensors
 from modelparallel.checkpoints.writing import world_process_group
 from modelparallel.errors import SMPConfigError, StepUsageError
 from modelparallel.model import DistributedModel
+from modelparallel.optimizer import wrapped_optimizers
 from modelparallel.precision import half_dtype
 from modelparallel.ranks_and_messages import allgather
 from modelparallel.topology import CommGroup
@@ -124,7 +125,7 @@ def _pieces_to_write(runtime: Runtime, model: DistributedModel, uses_masters: bo
     for row, tensor in rows_of(model):
         if row.home in (None, stage):
             result.extend(model_pieces(model, row, tensor, f"param.{row.name}"))
-    for optimizer in runtime.live_optimizers() if uses_masters else ():
+    for optimizer in wrapped_optimizers(runtime) if uses_masters else ():
         optimizer.targets.refresh_masters()
         for parameter, row in named_parameters(optimizer):
             if model.table.row_of(parameter) is row and row.home in (None, stage):

@@ -41,6 +41,7 @@ from modelparallel.checkpoints.user_content import (
 from modelparallel.checkpoints.weights import find_weights, read_weights
 from modelparallel.errors import CheckpointCorruptError, CheckpointError, CheckpointNotFoundError
 from modelparallel.nn.huggingface import translations_of
+from modelparallel.parameters import PARTIAL_KEY
 from modelparallel.ranks_and_messages import rank, size
 
 if TYPE_CHECKING:
@@ -198,12 +199,12 @@ def _weights_of(
 ) -> dict[str, Any]:
     """Under the names of the model, with the mark that says so."""
     state: Mapping[str, Any] = read_weights(path, name, trust_pickles)
-    is_ours = state.get(model_states.PARTIAL_KEY) is False
+    is_ours = state.get(PARTIAL_KEY) is False
     if translate_function is not None:
         state = translate_function(state)
     elif not is_ours:
         state = model_states.translated(model, state)
-    return {**model_states.with_tied_names(model, state), model_states.PARTIAL_KEY: False}
+    return {**model_states.with_tied_names(model, state), PARTIAL_KEY: False}
 
 
 def _optimizer_name(tag: str) -> str:

@@ -19,6 +19,7 @@ from modelparallel.checkpoints.safetensors_reading import RectangleReader, Store
 from modelparallel.errors import CheckpointError, SMPConfigError
 from modelparallel.model import DistributedModel
 from modelparallel.nn.huggingface import translations_of
+from modelparallel.optimizer import wrapped_optimizers
 
 if TYPE_CHECKING:
     from modelparallel.optimizer import DistributedOptimizer
@@ -182,7 +183,7 @@ def _load(model: DistributedModel, match: _Match) -> None:
             if row.name in by_row and model.table.is_local(row, stage):
                 for piece in model_pieces(model, row, tensor, row.name):
                     _fill(piece, by_row[row.name], reader)
-        for optimizer in model._runtime.live_optimizers():
+        for optimizer in wrapped_optimizers(model._runtime):
             optimizer.init_master_params()
             _fill_masters(model, optimizer, by_row, reader)
 

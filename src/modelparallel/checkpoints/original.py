@@ -24,8 +24,8 @@ from modelparallel.checkpoints.storage import Store
 from modelparallel.checkpoints.user_content import Allowed, read_restricted, read_user_content
 from modelparallel.checkpoints.writing import USER_CONTENT_NAME
 from modelparallel.errors import CheckpointError
-from modelparallel.model_states import PARTIAL_KEY
 from modelparallel.optimizer_states import MASTER_KEY, RANGE_KEY
+from modelparallel.parameters import PARTIAL_KEY
 from modelparallel.ranks_and_messages import allgather
 from modelparallel.topology import CommGroup
 

@@ -30,12 +30,13 @@ from modelparallel.checkpoints.user_content import open_object
 from modelparallel.checkpoints.writing import explained, world_process_group
 from modelparallel.comm.authentication import gather_json
 from modelparallel.errors import CheckpointError
+from modelparallel.optimizer import wrapped_optimizers
 
 if TYPE_CHECKING:
     from modelparallel.checkpoints.storage import Store
     from modelparallel.model import DistributedModel
     from modelparallel.optimizer import DistributedOptimizer
-    from modelparallel.optimizer_targets import Target
+    from modelparallel.participants import Target
     from modelparallel.plan.parameters import ParameterRow
     from modelparallel.runtime import Runtime
 
@@ -148,7 +149,7 @@ def load_model(checkpoint: StoredCheckpoint, model: DistributedModel, prefix: st
         model.module.load_state_dict(
             {key.removeprefix(f"{prefix}."): value for key, value in objects.items()}, strict=False
         )
-    for optimizer in model._runtime.live_optimizers():
+    for optimizer in wrapped_optimizers(model._runtime):
         optimizer.init_master_params()
 
 

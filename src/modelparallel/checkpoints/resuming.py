@@ -31,6 +31,8 @@ from modelparallel.errors import (
     StepUsageError,
 )
 from modelparallel.foreign_text import parse_json
+from modelparallel.model import wrapped_models
+from modelparallel.optimizer import wrapped_optimizers
 from modelparallel.plan.partition import PartitionPlan
 from modelparallel.ranks_and_messages import allgather
 from modelparallel.topology import CommGroup
@@ -88,14 +90,14 @@ def resume_from_checkpoint(
     is not whole, CheckpointError for one of another model. Source: smp-api section 14.
     """
     runtime = runtime_module.current()
-    models: list[DistributedModel] = runtime.session.models
+    models = wrapped_models(runtime)
     if not models:
         raise StepUsageError("smp.resume_from_checkpoint: wrap the model with smp.DistributedModel first")
     job_state.check_loader(data_loader)
     if runtime.background_save is not None:
         runtime.background_save.wait()
     store = open_store(path)
-    last_optimizer = next(reversed(runtime.live_optimizers()), None) if load_optimizer else None
+    last_optimizer = next(reversed(wrapped_optimizers(runtime)), None) if load_optimizer else None
     config = runtime.session.config
     allowed_types = (*allowed_types, *named_types(config.allowed_types))
     pickles: dict[str, Any] = {"allowed_types": allowed_types, "trust_pickles": trust_pickles or config.trust_pickles}
@@ -137,11 +139,11 @@ def _load_partial(
         checkpoint = StoredCheckpoint(
             runtime, folder, record.files, allowed=allowed_types, trusts_pickles=trust_pickles
         )
-        models = _last(runtime.session.models, int(record.facts.get("num_models", 1)), "models")
+        models = _last(wrapped_models(runtime), int(record.facts.get("num_models", 1)), "models")
         for index, model in enumerate(models):
             check_model(model, numbered("model", index), checkpoint.entries, strict)
         num_optimizers = int(record.facts.get("num_optimizers", 1)) if load_optimizer else 0
-        optimizers = _last(runtime.live_optimizers(), num_optimizers, "optimizers")
+        optimizers = _last(wrapped_optimizers(runtime), num_optimizers, "optimizers")
         wanted = job_state.wanted_keys(runtime.session.groups, record.facts, checkpoint.entries, data_loader)
         _use_stored_plans(folder, record, models)
     groups_of = _load_job_state(runtime, checkpoint, wanted, data_loader, optimizers)

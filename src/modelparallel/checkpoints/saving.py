@@ -14,8 +14,8 @@ from modelparallel.checkpoints.job_state import check_loader
 from modelparallel.checkpoints.opening import open_store
 from modelparallel.checkpoints.writing import PendingSave, take_snapshot, write_partial
 from modelparallel.errors import CheckpointError, SMPConfigError, StepUsageError
-from modelparallel.model import DistributedModel
-from modelparallel.optimizer import DistributedOptimizer
+from modelparallel.model import DistributedModel, wrapped_models
+from modelparallel.optimizer import DistributedOptimizer, wrapped_optimizers
 from modelparallel.ranks_and_messages import allgather
 from modelparallel.topology import CommGroup
 
@@ -100,8 +100,8 @@ def save_checkpoint(
 
 
 def _chosen(runtime: Runtime, model: Any, optimizer: Any) -> tuple[list[DistributedModel], list[DistributedOptimizer]]:
-    models = list(runtime.session.models) if model is None else _as_list(model)
-    optimizers = list(runtime.live_optimizers()) if optimizer is None else _as_list(optimizer)
+    models = wrapped_models(runtime) if model is None else _as_list(model)
+    optimizers = wrapped_optimizers(runtime) if optimizer is None else _as_list(optimizer)
     for number, thing in enumerate((*models, *optimizers)):
         kind = DistributedModel if number < len(models) else DistributedOptimizer
         if not isinstance(thing, kind):

@@ -20,7 +20,7 @@ from modelparallel.checkpoints.torch_files import store_of_file
 from modelparallel.checkpoints.user_content import read_restricted
 from modelparallel.errors import CheckpointCorruptError, CheckpointNotFoundError
 from modelparallel.foreign_text import parse_json
-from modelparallel.model_states import PARTIAL_KEY
+from modelparallel.parameters import PARTIAL_KEY
 
 #: What Hugging Face's Trainer asks for, whatever it has saved.
 TORCH_NAME = "pytorch_model.bin"
