@@ -83,8 +83,8 @@ fuzz: $(VENV)/.stamp-test
 	  $(BIN)/python -m pytest -q -s --timeout 0 tests/test_fuzz.py tests/test_fuzz_side_doors.py -k random $(ARGS)
 
 lint: $(VENV)/.stamp-dev
-	@$(BIN)/ruff check src tests examples bench
-	@$(BIN)/ruff format --check src tests examples bench
+	@$(BIN)/ruff check src tests examples bench docs
+	@$(BIN)/ruff format --check src tests examples bench docs
 	@$(BIN)/mypy
 
 # The peer of one benchmark, transformers' own tensor parallelism, needs accelerate.

@@ -1,0 +1,91 @@
+"""docs/architecture.md is true: its paths exist, its picture is that of the imports, and a reader finds the way."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs" / "architecture.md"
+
+# What a reader must find on the page: (what is to be changed, (file, name in it) that it leads to).
+ANSWERS = {
+    "a new placement strategy": ("NAMED_STRATEGIES =", "def strategy_letters"),
+    "a new schedule": ("def make_schedule", "SCHEDULE_KINDS ="),
+    "another compression of gradients": ("class CommHook", "class HookedBucket"),
+    "the error for a batch of unequal length": ("which does not divide into", "batches of different length"),
+    "the format of a partial checkpoint": ("[Note: files of a partial checkpoint]", "[Note: keys]", "FORMAT = "),
+}
+
+
+def load_drawing():
+    spec = importlib.util.spec_from_file_location("draw_architecture", ROOT / "docs" / "draw_architecture.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+drawing = load_drawing()
+
+
+def paths_in(text):
+    """The paths in backticks that name something of the repository."""
+    return [path for path in re.findall(r"`([\w./-]+)`", text) if re.match(r"(src|tests|docs|bench|examples)/", path)]
+
+
+def test_every_path_exists():
+    paths = paths_in(PAGE.read_text())
+    assert len(paths) > 60
+    missing = [path for path in paths if not (ROOT / path).exists()]
+    assert not missing
+
+
+@pytest.mark.parametrize("change", ANSWERS)
+def test_a_reader_finds_where_to_change(change):
+    rows = [line for line in PAGE.read_text().splitlines() if line.startswith(f"| {change} |")]
+    assert len(rows) == 1
+    files = [ROOT / path for path in paths_in(rows[0]) if path.endswith(".py")]
+    for wanted in ANSWERS[change]:
+        assert any(wanted in path.read_text() for path in files), f"{wanted!r} is in none of the files of {change!r}"
+    # Names of the code in the row are in one of its files.
+    names = [name for name in re.findall(r"`([\w.]+)`", rows[0]) if not name.endswith(".py")]
+    for name in names:
+        assert any(name in path.read_text() for path in files), f"{name!r} is in none of the files of {change!r}"
+
+
+def test_the_picture_is_that_of_the_imports():
+    graph = drawing.read_graph()
+    hint = "the imports have changed: run python docs/draw_architecture.py"
+    assert drawing.page_with(drawing.block_of(graph), PAGE.read_text()) == PAGE.read_text(), hint
+    assert drawing.PICTURE.read_text() == drawing.picture(graph), hint
+
+
+def test_every_room_is_drawn_once():
+    floors = drawing.floors_of(drawing.read_graph())
+    rooms = [room for floor in floors for room in floor]
+    folders = {path.parent.name for path in drawing.PACKAGE.glob("*/__init__.py")}
+    assert len(rooms) == len(set(rooms))
+    assert folders <= set(rooms)
+
+
+def test_what_rests_on_whom():
+    """roof -> walls -> ground, and roof -> ground, which follows; two that import each other share a floor."""
+    graph = {"roof": {"walls", "ground"}, "walls": {"ground", "door"}, "door": {"walls"}, "ground": set()}
+    assert drawing.floors_of(graph) == [["ground"], ["door", "walls"], ["roof"]]
+    assert drawing.reduced(graph) == {
+        "roof": {"walls"},
+        "walls": {"ground", "door"},
+        "door": {"walls"},
+        "ground": set(),
+    }
+
+
+def test_imports_of_every_kind_count(tmp_path):
+    path = tmp_path / "some.py"
+    path.write_text(
+        "from typing import TYPE_CHECKING\nimport torch\nimport modelparallel.comm.groups\n"
+        "if TYPE_CHECKING:\n    from modelparallel.model import DistributedModel\n"
+        "def late():\n    from modelparallel import session\n"
+    )
+    assert sorted(drawing.imported(path)) == ["comm.groups", "model.DistributedModel", "session"]
