@@ -12,10 +12,10 @@ PIP := PIP_CONSTRAINT=$(abspath $(VENV))/constraints.txt PIP_DISABLE_PIP_VERSION
 DATA ?= data
 MAKEFLAGS += --no-print-directory
 
-.PHONY: setup demo test test-all test-transformers fuzz lint bench help
+.PHONY: setup demo test test-all test-transformers fuzz lint package bench help
 
 help:
-	@echo "make setup | demo | test | test-all | test-transformers | fuzz [CASES=500] [SEED=1] | lint | bench [ONLY=name] [QUICK=1]"
+	@echo "make setup | demo | test | test-all | test-transformers | fuzz [CASES=500] [SEED=1] | lint | package | bench [ONLY=name] [QUICK=1]"
 
 setup: $(VENV)/.stamp-test
 
@@ -86,6 +86,12 @@ lint: $(VENV)/.stamp-dev
 	@$(BIN)/ruff check src tests examples bench docs
 	@$(BIN)/ruff format --check src tests examples bench docs
 	@$(BIN)/mypy
+
+# The source archive and the wheel, made from it: what is released. tests/test_package.py installs the wheel and uses it.
+package: $(VENV)/.stamp-dev
+	@rm -f dist/modelparallel-*.whl dist/modelparallel-*.tar.gz
+	@PIP_CONSTRAINT=$(abspath $(VENV))/constraints.txt $(BIN)/python -m build --quiet --outdir dist
+	@ls dist/modelparallel-*
 
 # The peer of one benchmark, transformers' own tensor parallelism, needs accelerate.
 bench: $(VENV)/.stamp-test

@@ -62,5 +62,5 @@ def test_make_targets_and_files_that_it_names_exist():
 
 def test_extras_that_it_names_exist():
     project = (ROOT / "pyproject.toml").read_text()
-    for extra in re.findall(r"'\.\[(\w+)\]'", README):
+    for extra in re.findall(r"'(?:\.|modelparallel)\[(\w+)\]'", README):
         assert re.search(rf"^{extra} = \[", project, re.M), extra

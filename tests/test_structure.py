@@ -218,6 +218,6 @@ def test_version_is_one():
     assert f"## {__version__}" in (ROOT / "CHANGELOG.md").read_text()
 
 
-@pytest.mark.parametrize("target", ["setup", "demo", "test", "test-all", "lint", "bench"])
+@pytest.mark.parametrize("target", ["setup", "demo", "test", "test-all", "lint", "package", "bench"])
 def test_makefile_has_the_targets(target):
     assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.M)
