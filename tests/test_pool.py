@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 import pool
 from pool import RankError, RankFailure, RankTimeout, run_ranks
+from rank_tests import RankTests
 
 
 def sum_over_ranks(values, *, factor):
@@ -88,3 +89,11 @@ def test_torchvision_and_transformers_can_be_imported():
     transformers = pytest.importorskip("transformers")
     assert transformers.GPT2LMHeadModel is not None
     pool.declare_torchvision_operators()  # a second time is harmless
+
+
+def test_a_body_that_did_not_run_is_a_failure():
+    ranks = RankTests(2, {})
+    ranks._reports = [{"ran": ""}, {"ran": ""}]
+    ranks.verify("ran")
+    with pytest.raises(pytest.fail.Exception, match="--- rank 1 ---\nmissing did not run here"):
+        ranks.verify("missing")
