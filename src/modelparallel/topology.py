@@ -233,6 +233,21 @@ _LAUNCHERS: tuple[tuple[str, tuple[str, str], tuple[str, str]], ...] = (
     ),
     ("PMI", ("PMI_RANK", "PMI_SIZE"), ("MPI_LOCALRANKID", "MPI_LOCALNRANKS")),
 )
+#: Every variable that `discover_process` and `master_host` read.
+LAUNCHER_VARIABLES: tuple[str, ...] = (
+    *(name for _, world, local in _LAUNCHERS for name in (*world, *local)),
+    "MASTER_ADDR",
+    "SLURM_PROCID",
+    "SLURM_STEP_ID",
+    "SLURM_STEP_NUM_TASKS",
+    "SLURM_NTASKS",
+    "SLURM_LOCALID",
+    "SLURM_NODEID",
+    "SLURM_STEP_TASKS_PER_NODE",
+    "SLURM_TASKS_PER_NODE",
+    "SLURM_STEP_NODELIST",
+    "SLURM_JOB_NODELIST",
+)
 
 
 def discover_process(environ: Mapping[str, str]) -> ProcessIdentity:

@@ -6,10 +6,12 @@
 
     modelparallel explain modelparallel-jobs/train-2026-01-31-12-00-00-123
 
+    modelparallel env
+
     modelparallel checkpoint inspect checkpoints
 
 docs/launching.md has every option of the first, docs/schedules.md shows what the second prints, docs/diagnosis.md the
-third, docs/checkpoints.md the fourth.
+third and the fourth, docs/checkpoints.md the last.
 """
 
 import math
@@ -33,6 +35,7 @@ from modelparallel.launch.output import open_missing_descriptors
 from modelparallel.launch.process_counts import fitting_counts, parse_process_counts
 from modelparallel.launch.spec import Backend, JobSpec, check_script
 from modelparallel.launch.stopping import stop
+from modelparallel.launch.surroundings import surroundings
 from modelparallel.pipeline.grids import figures_text, grid_svg, grid_text
 from modelparallel.pipeline.schedule_checks import check_schedule
 from modelparallel.pipeline.scheduling import make_schedule
@@ -166,6 +169,19 @@ def explain(
     except SMPError as error:
         stop(str(error), USAGE_EXIT_CODE)
     typer.echo(text)
+
+
+@app.command()
+def env(
+    parameters: Annotated[
+        str | None, typer.Option(help="Model parallel parameters: JSON, or a file with JSON.", metavar="JSON|FILE")
+    ] = None,
+) -> None:
+    """Print what a report of a fault needs: versions, devices, variables of launchers, configuration; no secrets.
+
+    Nothing runs, and what cannot be found out is said in its place: the exit code is 0.
+    """
+    typer.echo(surroundings(parameters, os.environ))
 
 
 def _job(
