@@ -22,7 +22,7 @@ from modelparallel.errors import PartitionError, SMPConfigError, StepUsageError
 from modelparallel.memory import check_strategy, groups_of
 from modelparallel.model import DistributedModel, wrapped_models
 from modelparallel.module_view import ModuleView
-from modelparallel.pipeline.calls import is_decoder_cache
+from modelparallel.pipeline.holders import is_decoder_cache
 from modelparallel.runtime import Runtime
 from modelparallel.torch_compat import install_call
 

@@ -34,6 +34,7 @@ from modelparallel.parameters import ParameterTable
 from modelparallel.participants import ParameterHolder, RunningStep
 from modelparallel.partitioning import find_units, log_plan, work_of_call
 from modelparallel.pipeline.left_behind import leave_behind
+from modelparallel.pipeline.program import Program
 from modelparallel.pipeline.pushes import push
 from modelparallel.pipeline.stage_tensor import StageTensor
 from modelparallel.plan.partition import PartitionPlan
@@ -204,7 +205,7 @@ class DistributedModel(PlannedModel):
         program = self._runtime.engine.program
         if self._runtime.is_pipelined and program is not None:
             leave_behind(program)
-            self._push_small_outputs(output)
+            self._push_small_outputs(program, output)
         return output
 
     def _call_module(self, args: Any, kwargs: Any) -> Any:
@@ -235,12 +236,12 @@ class DistributedModel(PlannedModel):
         """What the loss of a backward is multiplied by: 1 except with fp16. Local."""
         return self._precision.loss_scale()
 
-    def _push_small_outputs(self, output: Any) -> None:
+    def _push_small_outputs(self, program: Program, output: Any) -> None:
         limit = self._runtime.engine.push_limit_bytes
         with self._runtime.engine.native_region():
             for leaf in trees.leaves(output):
                 if isinstance(leaf, StageTensor) and leaf.spec.num_bytes <= limit and leaf.replica is None:
-                    push(leaf)
+                    push(program, leaf)
 
     # Steps
 

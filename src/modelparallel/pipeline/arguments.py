@@ -6,16 +6,13 @@ Nearly all calls are flat (tensors and numbers, no containers): they are handled
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from modelparallel import trees
-from modelparallel.pipeline.stage_tensor import StageTensor
-
-if TYPE_CHECKING:
-    from modelparallel.pipeline.program import Program
+from modelparallel.pipeline.stage_tensor import StageTensor, TensorOwner
 
 # Their value and type go into a signature, and they are no containers.
 _VALUES = (
@@ -28,7 +25,7 @@ _PRIMITIVES = (*_VALUES, float, complex, nn.Module)
 
 
 class Arguments:
-    """``values`` are the leaves as the engine sees them (see Program.resolve), ``given`` as the caller gave them;
+    """``values`` are the leaves as the engine sees them (see TensorOwner.resolve), ``given`` as the caller gave them;
     ``tensors`` those of the values that are tensors, ``inputs`` those that are StageTensors, in order.
     """
 
@@ -41,7 +38,7 @@ class Arguments:
     tensors: Sequence[torch.Tensor]
     inputs: list[StageTensor]
 
-    def __init__(self, program: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __init__(self, program: TensorOwner, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._num_positional = len(args)
         self._keywords = kwargs
         self._outer = leaves = [*args, *kwargs.values()] if kwargs else list(args)
@@ -59,7 +56,7 @@ class Arguments:
         self.tensors = inputs
         self.inputs = inputs
 
-    def _look_closer(self, program: Program) -> None:
+    def _look_closer(self, program: TensorOwner) -> None:
         """There are containers, plain tensors, parameters, objects, or values of another program."""
         for value in self._outer:
             kind = type(value)

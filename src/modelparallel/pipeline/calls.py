@@ -4,91 +4,27 @@ from __future__ import annotations
 
 import io
 import pickle
-import weakref
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from modelparallel import trees
 from modelparallel.errors import REMEDY_FOR_GUESTS, StepUsageError, UnsupportedError
-from modelparallel.pipeline import glue
 from modelparallel.pipeline.arguments import Arguments, taken_apart
-from modelparallel.pipeline.doors import Watch
+from modelparallel.pipeline.execution import execute
 from modelparallel.pipeline.holders import held_values, with_values
 from modelparallel.pipeline.kept_values import watched_hooks
-from modelparallel.pipeline.randomness import RandomFrames, may_draw
-from modelparallel.pipeline.side_writes import Noted, SideWrites
+from modelparallel.pipeline.placed_modules import PlacedModule
+from modelparallel.pipeline.program import Program
+from modelparallel.pipeline.randomness import RandomFrames
+from modelparallel.pipeline.running_stage import RunningStage
+from modelparallel.pipeline.side_writes import Noted
 from modelparallel.torch_compat import BACKWARD_HOOKS, DisableTorchFunctionSubclass, autocast_state, replaced_attributes
 
-if TYPE_CHECKING:
-    from modelparallel.pipeline.engine import PipelineEngine
-    from modelparallel.pipeline.program import Program
-
 DYNAMIC_MARK = "_modelparallel_dynamic"
-
-
-@dataclass
-class PlacedModule:
-    """A module with a home; ``inner`` is its own call, hooks included; ``unit`` its number if frames hang on it;
-    ``holders`` the stages that have it, more than one if it is called inside modules of other stages.
-    """
-
-    module: nn.Module
-    name: str
-    home: int
-    unit: int | None
-    holders: tuple[int, ...]
-    inner: Callable[..., Any] = lambda *args, **kwargs: None
-    parameters: tuple[nn.Parameter, ...] = ()
-    description: str = ""
-    input_description: str = ""
-    identity: object = field(default_factory=object)  # its part of a call's signature
-    model: int = 0  # which of the wrapped models it belongs to
-    around: PlacedModule | None = None  # the opened one that it is a part of
-    backward_hooks: dict[str, Any] | None = None  # while its other hooks run on every stage
-    has_met_door: bool = False
-    is_opened: bool = False  # its children are placed, too, see doors.py
-    filled: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet)
-
-    watch: Watch = field(init=False)
-    side_writes: SideWrites = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.parameters = tuple(self.module.parameters())
-        self.watch = Watch(self.module, None if self.around is None else self.around.watch)
-        self.side_writes = SideWrites(self)
-        self.description = f"module '{self.name}' ({type(self.module).__name__})"
-        self.input_description = f"{self.name} input"
-        self._may_draw = may_draw(self.module)
-        self.has_buffers = next(self.module.buffers(), None) is not None
-
-    def needs_frame(self) -> bool:
-        """Whether a call may draw random numbers: the module, or a hook of it."""
-        module = self.module
-        return self._may_draw or bool(module._forward_hooks) or bool(module._forward_pre_hooks)
-
-    def is_first_filling(self, value: Any) -> bool:
-        """Whether this is an object in which the layers of a Hugging Face decoder keep keys and values, each for
-        itself, and this layer is given it for the first time.
-
-        With ``use_cache=True``, their default, decoders make one in every forward. What a layer stores there may stay
-        at its home until it is read again: by the forward for a next token, which gives it to the layer a second time.
-        """
-        if not is_decoder_cache(value):
-            return False
-        is_first = value not in self.filled
-        self.filled.add(value)
-        return is_first
-
-
-def is_decoder_cache(value: object) -> bool:
-    """Whether ``value`` is an object in which layers of a Hugging Face decoder keep keys and values."""
-    kind = type(value)
-    return kind.__name__.endswith("Cache") and kind.__module__.split(".")[0] == "transformers"
 
 
 def mark_dynamic(module: nn.Module) -> None:
@@ -97,7 +33,7 @@ def mark_dynamic(module: nn.Module) -> None:
 
 
 def run(
-    engine: PipelineEngine, program: Program, entry: PlacedModule, args: Any, kwargs: Any, call: Callable[..., Any]
+    engine: RunningStage, program: Program, entry: PlacedModule, args: Any, kwargs: Any, call: Callable[..., Any]
 ) -> Any:
     """Call a placed module, which is ``call`` at its home; every stage of the pipeline does, in the same order."""
     arguments = Arguments(program, args, kwargs)
@@ -126,7 +62,7 @@ def run(
         filled = [value for value in objects if entry.is_first_filling(value)]
         objects = [value for value in objects if not any(value is other for other in filled)]
         for value in filled:
-            program.filled.setdefault(id(value), (value, entry))
+            program.filled.setdefault(id(value), (value, entry.description, entry.home))
     if engine.is_discovering and home == engine.stage and (hooked := _hooked_parts(entry.module)):
         call = _with_watched_hooks(engine, entry, hooked, call)
     is_framed = entry.unit is not None and program.inside is None and entry.needs_frame()
@@ -143,7 +79,7 @@ def run(
         call = entry.side_writes.watched(engine, key, call, is_replay=program.is_replay)
     program.tracker.note_work(home, entry.name)
     call = program.counted(call, home, entry.parameters)
-    result = glue.execute(program, entry.description, key, arguments, home, call, protect=True)
+    result = execute(program, entry.description, key, arguments, home, call, protect=True)
     if type(result) is Noted:
         if not program.is_replay:
             program.carries_state = True
@@ -181,7 +117,7 @@ def _trained(parameters: Sequence[nn.Parameter]) -> tuple[bool, ...]:
         return tuple([parameter.requires_grad for parameter in parameters])
 
 
-def run_inside(engine: PipelineEngine, entry: PlacedModule, args: Any, kwargs: Any) -> Any:
+def run_inside(engine: RunningStage, entry: PlacedModule, args: Any, kwargs: Any) -> Any:
     """A placed module is called inside another one, or in a function of autograd, that runs here."""
     if engine.captured is not None:  # inside a transform, which looks after the weights
         with engine.captured.in_unit(entry.unit if entry.needs_frame() else None):
@@ -224,7 +160,7 @@ def _hooked_parts(module: nn.Module) -> list[nn.Module]:
 
 
 def _with_watched_hooks(
-    engine: PipelineEngine, entry: PlacedModule, hooked: Sequence[nn.Module], inner: Callable[..., Any]
+    engine: RunningStage, entry: PlacedModule, hooked: Sequence[nn.Module], inner: Callable[..., Any]
 ) -> Callable[..., Any]:
     """In the first step of a kind: what hooks in the backward keep is an error."""
 

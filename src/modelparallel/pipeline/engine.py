@@ -6,7 +6,6 @@ import functools
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, NoReturn
 
@@ -22,11 +21,15 @@ from modelparallel.pipeline.buffers import BufferHabits
 from modelparallel.pipeline.chains import Work
 from modelparallel.pipeline.functions import traits_of
 from modelparallel.pipeline.kept_values import refuse_graph
-from modelparallel.pipeline.program import Program
+from modelparallel.pipeline.placed_modules import PlacedModule
+from modelparallel.pipeline.program import CountWork, Program
 from modelparallel.pipeline.randomness import RandomFrames, may_draw, unit_number
 from modelparallel.pipeline.reachable import MISSING
-from modelparallel.pipeline.regions import ActivationStore, Region
+from modelparallel.pipeline.reached import Captured
+from modelparallel.pipeline.records import ActivationStore
+from modelparallel.pipeline.regions import Region
 from modelparallel.pipeline.stage_tensor import StageTensor
+from modelparallel.pipeline.stage_view import PlacedTensor
 from modelparallel.pipeline.step_plans import StepPlans
 from modelparallel.pipeline.structures import Structure
 from modelparallel.retired_parameters import RetiredParameter, in_their_place
@@ -46,17 +49,6 @@ from modelparallel.torch_compat import (
 )
 from modelparallel.torch_compat.conversions import intercepted_conversions
 from modelparallel.torch_compat.transforms import intercepted_transforms, module_of_backward_hook
-
-
-@dataclass(frozen=True)
-class PlacedTensor:
-    """A parameter or buffer with a home. Shape and stride are those there: other stages hold an empty stand-in."""
-
-    name: str
-    home: int
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-
 
 #: Operations on a tensor that show its gradient.
 _LOOKS_AT_GRADIENT = ("grad", "register_hook", "register_post_accumulate_grad_hook")
@@ -131,10 +123,6 @@ class _NativeRegion:
         self._engine.is_native = self._was_native
 
 
-#: Runs a call (function, args, kwargs, the parameters that it may use); (its output, its work).
-CountWork = Callable[[Callable[..., Any], Any, Any, Sequence[torch.Tensor]], tuple[Any, Work]]
-
-
 class PipelineEngine:
     """One per process; all distributed models of the process share it, so that values may flow from one into another.
 
@@ -173,7 +161,7 @@ class PipelineEngine:
         self.kinds_without_random_glue: set[Hashable] = set()
         self.is_native = False
         #: What the transform of torch.func that runs here has captured.
-        self.captured: transforms.Captured | None = None
+        self.captured: Captured | None = None
         #: Whether the step that runs is the first of its kind.
         self.is_discovering = False
         #: Whether a region runs (for the first or the second time) that will be, or is, recomputed.
@@ -187,8 +175,8 @@ class PipelineEngine:
         self.assigned: dict[tuple[int, str], tuple[nn.Module, str, Any]] | None = None
         self._module_places: dict[int, tuple[int, str]] = {}
         self._homes: weakref.WeakKeyDictionary[nn.Module, frozenset[int]] = weakref.WeakKeyDictionary()
-        self._entries: list[calls.PlacedModule] = []
-        self._entry_of: dict[int, calls.PlacedModule] = {}  # by id of the module
+        self._entries: list[PlacedModule] = []
+        self._entry_of: dict[int, PlacedModule] = {}  # by id of the module
         self._roots: list[nn.Module] = []
         self._assigned_buffers: list[tuple[nn.Module, str, torch.Tensor | None]] = []
         self._loose_buffers: list[tuple[nn.Module, str]] = []  # without a home
@@ -263,13 +251,13 @@ class PipelineEngine:
         *,
         unit_name: str | None,
         model: int = 0,
-        around: calls.PlacedModule | None = None,
+        around: PlacedModule | None = None,
     ) -> None:
         """From now on calls of ``module`` inside a step run on ``home``, those inside other modules also on the stages
         that have ``copies``. ``unit_name``: in its model, if it is a unit. ``around``: see doors.py.
         """
         unit = None if unit_name is None else unit_number(unit_name)
-        entry = calls.PlacedModule(module, name, home, unit, (home, *copies), model=model, around=around)
+        entry = PlacedModule(module, name, home, unit, (home, *copies), model=model, around=around)
         self._homes.clear()
         if copies:
             self.copied.extend(entry.parameters)
@@ -299,13 +287,13 @@ class PipelineEngine:
         self._entries.append(entry)
         self._entry_of[id(module)] = entry
 
-    def place_inside(self, module: nn.Module, name: str, around: calls.PlacedModule) -> None:
+    def place_inside(self, module: nn.Module, name: str, around: PlacedModule) -> None:
         """From now on ``module``, a part of ``around``, which was opened, runs at its home by itself, too."""
         if id(module) not in self._entry_of:
             self.place_module(module, name, around.home, unit_name=None, around=around)
 
     def run_placed(
-        self, program: Program, entry: calls.PlacedModule, args: Any, kwargs: Any, call: Callable[..., Any]
+        self, program: Program, entry: PlacedModule, args: Any, kwargs: Any, call: Callable[..., Any]
     ) -> Any:
         """Run ``call``, the module's own, at its home; every stage of the pipeline does."""
         is_suspended = suspend_function_mode(self.mode)  # a native region, without the cost of an object
@@ -362,7 +350,7 @@ class PipelineEngine:
             program = self.program
             is_of_glue = not self.is_native and not self.runs_again
             if program is not None and is_of_glue and (self.is_discovering or program.sightings is not None):
-                program.assignments.note(program, module, name, value)
+                program.carries_state |= program.assignments.note(module, name, value)
             # A module that runs once more in the backward would put its own tensor over the value of the step.
             return self.runs_again and isinstance(vars(module).get(name), StageTensor)
         if (id(module), name) not in assigned and name not in FORWARD_HOOKS and value is not DELETED:
@@ -449,9 +437,18 @@ class PipelineEngine:
             noticed_tensor_hooks(self._notice_hook),
             intercepted_transforms(functools.partial(transforms.call, self)),
             noticed_attributes(self._notice_assignment),
-            intercepted_conversions(functools.partial(conversions.is_done, self)),
+            intercepted_conversions(self._is_converted),
         ):
             yield
+
+    def _is_converted(self, module: nn.Module, convert: Callable[[Any], Any]) -> bool:
+        """Whether glue converts a module of a model, which then is as it should be already."""
+        place = self._module_places.get(id(module))
+        if self.program is None or self.is_native or place is None:
+            return False
+        with self.native_region():
+            conversions.check_same(module, place[1], convert)
+        return True
 
     def _notice_hook(self) -> None:
         if self.program is not None:

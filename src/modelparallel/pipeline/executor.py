@@ -280,7 +280,7 @@ def _shared_values(
     what = "the step's outputs"
     specs = [tensor.spec for tensor in tensors]
     if home == engine.stage:
-        found = [tensor.program.local(tensor) for tensor in tensors]
+        found = [program.local(tensor) for tensor in tensors]
         presence, payload = pack(found, specs, [True] * len(found))
         for peer in engine.transport.peers():
             engine.transport.send(peer, name, payload, what, presence=presence)

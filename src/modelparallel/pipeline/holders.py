@@ -58,3 +58,9 @@ def is_object(value: Any) -> bool:
     if isinstance(value, (torch.Tensor, nn.Module)) or callable(value):
         return False
     return type(getattr(value, "__dict__", None)) is dict
+
+
+def is_decoder_cache(value: object) -> bool:
+    """Whether ``value`` is an object in which layers of a Hugging Face decoder keep keys and values."""
+    kind = type(value)
+    return kind.__name__.endswith("Cache") and kind.__module__.split(".")[0] == "transformers"

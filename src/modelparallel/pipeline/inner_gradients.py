@@ -10,18 +10,15 @@ up. What is made with ``create_graph`` reaches into earlier pieces, whose graphs
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from modelparallel.errors import StepUsageError, UnsupportedError
-from modelparallel.pipeline import glue
 from modelparallel.pipeline.arguments import Arguments
+from modelparallel.pipeline.execution import execute
+from modelparallel.pipeline.program import Program
 from modelparallel.pipeline.stage_tensor import StageTensor
-
-if TYPE_CHECKING:
-    from modelparallel.pipeline.engine import PipelineEngine
-    from modelparallel.pipeline.program import Program
 
 _WHAT = "torch.autograd.grad"
 Gradients = list[torch.Tensor | None]
@@ -29,7 +26,7 @@ Gradients = list[torch.Tensor | None]
 Crossing = tuple[int, int, Gradients]
 
 
-def run(engine: PipelineEngine, program: Program, args: Any, kwargs: Any) -> tuple[torch.Tensor | None, ...]:
+def run(program: Program, args: Any, kwargs: Any) -> tuple[torch.Tensor | None, ...]:
     """A call of ``torch.autograd.grad`` on values of the step, which every stage makes."""
     given = dict(
         zip(("outputs", "inputs", "grad_outputs", "retain_graph", "create_graph"), args, strict=False), **kwargs
@@ -43,7 +40,7 @@ def run(engine: PipelineEngine, program: Program, args: Any, kwargs: Any) -> tup
     create_graph = bool(given.get("create_graph"))
     allow_unused = given.get("allow_unused")
     is_zero_filled = bool(given.get("materialize_grads"))
-    walk = _Walk(engine, program, [program.resolve(value) for value in inputs], create_graph, _named(engine, inputs))
+    walk = _Walk(program, [program.resolve(value) for value in inputs], create_graph, _named(program, inputs))
     if create_graph:
         program.keeps_graphs = program.is_whole_backward = True
     for output, seed in zip(outputs, seeds, strict=True):
@@ -66,9 +63,9 @@ def _as_list(value: Any) -> list[Any]:
     return [value] if isinstance(value, torch.Tensor) else list(value)
 
 
-def _named(engine: PipelineEngine, inputs: Sequence[torch.Tensor]) -> str:
+def _named(program: Program, inputs: Sequence[torch.Tensor]) -> str:
     """The call with its inputs, by which stages that differentiate with respect to different ones find out."""
-    placed = [engine.placed.get(id(value)) for value in inputs]
+    placed = [program.engine.placed.get(id(value)) for value in inputs]
     names = [
         f"'{known.name}'" if known is not None else str(tuple(value.shape))
         for known, value in zip(placed, inputs, strict=True)
@@ -79,16 +76,9 @@ def _named(engine: PipelineEngine, inputs: Sequence[torch.Tensor]) -> str:
 class _Walk:
     """One call; all stages do the same with it, and each walks the graphs that it has."""
 
-    def __init__(
-        self,
-        engine: PipelineEngine,
-        program: Program,
-        inputs: Sequence[torch.Tensor],
-        create_graph: bool,
-        what: str,
-    ) -> None:
+    def __init__(self, program: Program, inputs: Sequence[torch.Tensor], create_graph: bool, what: str) -> None:
         self._what = what
-        self._engine, self._program, self._inputs, self._create_graph = engine, program, inputs, create_graph
+        self._program, self._inputs, self._create_graph = program, inputs, create_graph
         #: The sum of what has come for each input.
         self.found: list[torch.Tensor | None] = [None] * len(inputs)
         # What was received before all inputs were there does not depend on them.
@@ -122,11 +112,11 @@ class _Walk:
 
     def _operation(self, compute: Callable[..., Any], args: tuple[Any, ...], home: int) -> None:
         program = self._program
-        with self._engine.native_region():
+        with program.engine.native_region():
             arguments = Arguments(program, args, {})
             program.fetch(arguments.inputs, home, f"gradient in {self._what}")
             program.tracker.note_work(home, "")
-            found, crossings = glue.execute(program, self._what, None, arguments, home, program.counted(compute, home))
+            found, crossings = execute(program, self._what, None, arguments, home, program.counted(compute, home))
         for index, gradient in enumerate(found):
             before = self.found[index]
             if gradient is not None:

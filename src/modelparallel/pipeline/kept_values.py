@@ -7,22 +7,19 @@ from __future__ import annotations
 import functools
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import torch
 
 from modelparallel import trees
 from modelparallel.errors import StepUsageError, UnsupportedError
 from modelparallel.pipeline.reachable import KeptState
-from modelparallel.pipeline.stage_tensor import StageTensor
-
-if TYPE_CHECKING:
-    from modelparallel.pipeline.engine import PipelineEngine, PlacedTensor
-    from modelparallel.pipeline.program import Program
+from modelparallel.pipeline.stage_tensor import StageTensor, TensorOwner
+from modelparallel.pipeline.stage_view import PlacedTensor, StageView
 
 
-def carried_over(program: Program, value: StageTensor) -> StageTensor:
-    """What stands in ``program`` for a value of an earlier microbatch or step, as every stage has kept it.
+def check_carried_over(program: TensorOwner, value: StageTensor, *, takes_turns: bool) -> None:
+    """``program`` goes on with a value of an earlier microbatch or step; ``takes_turns``: with other microbatches.
 
     Raises StepUsageError for one with a graph: its backward belongs to the microbatch that it came from.
     """
@@ -36,31 +33,25 @@ def carried_over(program: Program, value: StageTensor) -> StageTensor:
             "came out of weights live for one microbatch. Return what you need from the step function, or keep "
             "value.detach()"
         )
-    if program.sightings is not None:
+    if takes_turns:
         raise StepUsageError(
             f"a value of microbatch {value.program.microbatch}, of this step or an earlier one, is used in microbatch "
             f"{program.microbatch}. The microbatches take turns on each stage, since the first step of this kind did "
             "not do that, so it may be another one than without a pipeline: do it in the first step, too (then they "
             "run one after another)"
         )
-    program.carries_state = True
-    return program.stand_in(value)
 
 
-def note_buffer_read(program: Program, name: str) -> None:
-    """Glue reads a stateful buffer of a placed module. If microbatches take turns, a later one may have written to it
-    by then.
-    """
-    if program.sightings is not None:
-        raise StepUsageError(
-            f"buffer '{name}' of a module is read between the modules while microbatches take turns on each stage, "
-            "since the first step of this kind did not read it, so its values may be those of a later microbatch: read "
-            "it in the first step, too (then they run one after another)"
-        )
-    program.carries_state = True
+def refuse_buffer_read(name: str) -> NoReturn:
+    """Glue reads a stateful buffer of a placed module, and a later microbatch may have written to it by then."""
+    raise StepUsageError(
+        f"buffer '{name}' of a module is read between the modules while microbatches take turns on each stage, "
+        "since the first step of this kind did not read it, so its values may be those of a later microbatch: read "
+        "it in the first step, too (then they run one after another)"
+    )
 
 
-def watched_hook(engine: PipelineEngine, hook: Callable[..., Any], title: str) -> Callable[..., Any]:
+def watched_hook(engine: StageView, hook: Callable[..., Any], title: str) -> Callable[..., Any]:
     """``hook``, which runs in the backward at the home of ``title`` alone. In the first step of a kind it is an error
     if it keeps something: the other stages would not have it.
     """
@@ -86,7 +77,7 @@ def watched_hook(engine: PipelineEngine, hook: Callable[..., Any], title: str) -
 
 
 def watched_hooks(
-    engine: PipelineEngine, hooks: Mapping[str, Mapping[int, Callable[..., Any]]], title: str
+    engine: StageView, hooks: Mapping[str, Mapping[int, Callable[..., Any]]], title: str
 ) -> dict[str, OrderedDict[int, Any]]:
     """All of a module's hooks in the backward, by where they are, each as :func:`watched_hook`."""
     return {
@@ -115,7 +106,7 @@ def refuse_graph(leaves: Sequence[torch.Tensor], placed: Mapping[int, PlacedTens
     )
 
 
-def read_inside(engine: PipelineEngine, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+def read_inside(stage: int, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     """An operation inside a module at its home on a value that it was not given: with the tensor, if it is here."""
 
     def local(leaf: Any) -> Any:
@@ -126,7 +117,7 @@ def read_inside(engine: PipelineEngine, func: Callable[..., Any], args: Any, kwa
         if leaf.local is None:
             raise StepUsageError(
                 f"a value of shape {tuple(leaf.spec.shape)} that pp_rank {leaf.home} has computed is used inside a "
-                f"module that runs on pp_rank {engine.stage} and was not given it (it was kept in an attribute, a list "
+                f"module that runs on pp_rank {stage} and was not given it (it was kept in an attribute, a list "
                 "or a closure): give it to the module as an argument"
             )
         return leaf.local

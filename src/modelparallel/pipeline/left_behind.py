@@ -8,7 +8,7 @@ place of all tensors that are left in its caches, on every stage, and refuses wh
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -16,11 +16,8 @@ from torch import nn
 from modelparallel import trees
 from modelparallel.errors import UnsupportedError
 from modelparallel.pipeline.holders import is_object
+from modelparallel.pipeline.program import Program
 from modelparallel.pipeline.stage_tensor import StageTensor
-
-if TYPE_CHECKING:
-    from modelparallel.pipeline.calls import PlacedModule
-    from modelparallel.pipeline.program import Program
 
 
 class LeftBehind(torch.Tensor):
@@ -47,17 +44,17 @@ def leave_behind(program: Program) -> None:
     """The model has returned: let go of what its layers keep in caches."""
     if program.filled:
         with program.engine.native_region():
-            for cache, entry in program.filled.values():
-                _leave(cache, entry)
+            for cache, layer, home in program.filled.values():
+                _leave(cache, layer, home)
         program.filled.clear()
 
 
-def _leave(cache: Any, entry: PlacedModule) -> None:
-    """``entry``: the first layer that was given it."""
+def _leave(cache: Any, layer: str, home: int) -> None:
+    """``layer``: the first one that was given it."""
     left = torch.empty(0).as_subclass(LeftBehind)
     left.reason = (
-        f"{entry.description} and the layers after it have kept tensors in a {type(cache).__name__}, each at its home "
-        f"(this one on pp_rank {entry.home}): with pipelining no other stage has them, so the cache cannot be read, "
+        f"{layer} and the layers after it have kept tensors in a {type(cache).__name__}, each at its home "
+        f"(this one on pp_rank {home}): with pipelining no other stage has them, so the cache cannot be read, "
         "returned from the step or given to another forward. Take keys and values in forward hooks of the modules that "
         "make them, return only what you need of the model's output, or switch the cache off (use_cache=False)"
     )

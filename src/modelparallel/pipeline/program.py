@@ -21,7 +21,7 @@ import weakref
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -30,24 +30,23 @@ from modelparallel.comm.event_log import EventLog, check_of, user_code_line
 from modelparallel.comm.transport import Awaited, MessageKind, MessageName
 from modelparallel.errors import DivergenceError, StepUsageError
 from modelparallel.pipeline.assignments import Assignments
+from modelparallel.pipeline.chains import ChainTracker, Work
 from modelparallel.pipeline.functions import traits_of
-from modelparallel.pipeline.kept_values import carried_over, note_buffer_read, read_inside, refuse_graph
+from modelparallel.pipeline.kept_values import check_carried_over, read_inside, refuse_buffer_read, refuse_graph
+from modelparallel.pipeline.ledger import Ledger
+from modelparallel.pipeline.randomness import RandomFrames
+from modelparallel.pipeline.records import Record
+from modelparallel.pipeline.sightings import Sightings
 from modelparallel.pipeline.splitting import SplitBackward
 from modelparallel.pipeline.stage_tensor import AliasGroup, StageTensor, TensorSpec
+from modelparallel.pipeline.stage_view import StageView
+from modelparallel.pipeline.structures import Structure
 from modelparallel.pipeline.wire import TENSORS_PER_MESSAGE, receive_tensors, send_tensors
 from modelparallel.pipeline.written import WrittenTensors
 from modelparallel.torch_compat import leaves_of_graph
 
-if TYPE_CHECKING:
-    from modelparallel.pipeline.calls import PlacedModule
-    from modelparallel.pipeline.chains import ChainTracker
-    from modelparallel.pipeline.engine import CountWork, PipelineEngine
-    from modelparallel.pipeline.ledger import Ledger
-    from modelparallel.pipeline.randomness import RandomFrames
-    from modelparallel.pipeline.records import Record
-    from modelparallel.pipeline.sightings import Sightings
-    from modelparallel.pipeline.structures import Structure
-
+#: Runs a call (function, args, kwargs, the parameters that it may use); (its output, its work).
+CountWork = Callable[[Callable[..., Any], Any, Any, Sequence[torch.Tensor]], tuple[Any, Work]]
 
 _NO_GRADIENT = TensorSpec((0,), (1,), torch.float32, False, "cpu")
 
@@ -86,7 +85,7 @@ class Program:
 
     def __init__(
         self,
-        engine: PipelineEngine,
+        engine: StageView,
         microbatch: int,
         frames: RandomFrames,
         tracker: ChainTracker,
@@ -119,8 +118,8 @@ class Program:
         self._last_event = 0
         #: The home of the opened module that runs now, see doors.py.
         self.inside: int | None = None
-        #: Hugging Face caches that layers keep something in at their homes, and the first of these layers.
-        self.filled: dict[int, tuple[Any, PlacedModule]] = {}
+        #: Hugging Face caches that layers keep something in at their homes, the first of these layers, and its home.
+        self.filled: dict[int, tuple[Any, str, int]] = {}
         #: What its operations are given, in the first step of a kind.
         self.ledger: Ledger | None = None
         #: While pushed values are read to find out the structure of a result, as only the first time needs.
@@ -132,7 +131,7 @@ class Program:
         self.around_compute: AbstractContextManager[Any] | None = None
         #: Of ordinary tensors, where the microbatches take turns.
         self.sightings = sightings
-        self.assignments = Assignments()
+        self.assignments = Assignments(microbatch, takes_turns=sightings is not None)
         self._count_work = count_work
         self._made: dict[int, weakref.ref[torch.Tensor]] = {}
         self._leaves: list[weakref.ref[torch.Tensor]] = []
@@ -187,7 +186,9 @@ class Program:
         if known is None:
             placed = self.engine.placed[id(tensor)]
             if not isinstance(tensor, torch.nn.Parameter):
-                note_buffer_read(self, placed.name)
+                if self.sightings is not None:
+                    refuse_buffer_read(placed.name)
+                self.carries_state = True
             spec = TensorSpec(placed.shape, placed.stride, tensor.dtype, tensor.requires_grad, tensor.device.type)
             known = StageTensor(self, spec, placed.home, tensor if placed.home == self.stage else None)
             known.is_pinned_home = True
@@ -201,9 +202,7 @@ class Program:
         if not isinstance(leaf, torch.Tensor):
             return leaf
         if isinstance(leaf, StageTensor):
-            if leaf.program is not self:
-                return carried_over(self, leaf)
-            return leaf
+            return leaf if leaf.program is self else self._carried_over(leaf)
         if id(leaf) in self.engine.placed:
             return self.parameter(leaf)
         if (written := self.written.find(self, leaf)) is not None:
@@ -212,8 +211,10 @@ class Program:
             return self._without_graph(leaf)
         return leaf
 
-    def stand_in(self, value: StageTensor) -> StageTensor:
-        """The value of this program that stands for one of an earlier program, always the same."""
+    def _carried_over(self, value: StageTensor) -> StageTensor:
+        """What stands here for a value of an earlier program, as every stage has kept it; always the same."""
+        check_carried_over(self, value, takes_turns=self.sightings is not None)
+        self.carries_state = True
         if id(value) not in self._carried:
             result = self.new(replace(value.spec, requires_grad=False), value.home, value.local)
             result.stale_reason = value.stale_reason
@@ -257,7 +258,7 @@ class Program:
         if not isinstance(leaf, torch.Tensor):
             return leaf
         if isinstance(leaf, StageTensor):
-            return leaf if leaf.program is self else carried_over(self, leaf)
+            return leaf if leaf.program is self else self._carried_over(leaf)
         if id(leaf) in self.engine.placed:
             return self.parameter(leaf)
         if (written := self.written.find(self, leaf)) is not None:
@@ -589,6 +590,6 @@ class Program:
     def glue(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Run an operation between modules where its data is; see glue.py."""
         if self.engine.runs_module and not traits_of(func).is_special:
-            return read_inside(self.engine, func, args, kwargs)
+            return read_inside(self.stage, func, args, kwargs)
         self.check_open()
         return self.engine.run_glue(self, func, args, kwargs)

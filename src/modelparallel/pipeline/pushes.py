@@ -5,23 +5,18 @@ A stage waits for a pushed value only when it reads it; what is never read stays
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 
 from modelparallel.comm.transport import MessageKind, MessageName
+from modelparallel.pipeline.program import Program
 from modelparallel.pipeline.stage_tensor import StageTensor, TensorSpec
 from modelparallel.pipeline.wire import receive_tensors, send_tensors
-
-if TYPE_CHECKING:
-    from modelparallel.pipeline.program import Program
 
 _WHAT = "a small output of the model"
 
 
-def push(tensor: StageTensor) -> None:
+def push(program: Program, tensor: StageTensor) -> None:
     """Send a value from its home to all other stages; every stage calls this at the same point of the program."""
-    program = tensor.program
     if program.replays_push(tensor):
         return
     name = MessageName(MessageKind.PUSH, program.microbatch, program.next_push())

@@ -1,23 +1,25 @@
 """What a function reads beside its arguments: values of the step and weights in its closure, in modules that it names,
-in its defaults. Found without running it, so that every stage finds the same.
+in its defaults. Found without running it, so that every stage finds the same; and given to it while it runs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from modelparallel import trees
+from modelparallel.errors import StepUsageError
+from modelparallel.pipeline.functions import traits_of
+from modelparallel.pipeline.program import Program
 from modelparallel.pipeline.stage_tensor import StageTensor
-
-if TYPE_CHECKING:
-    from modelparallel.pipeline.engine import PipelineEngine
-    from modelparallel.pipeline.program import Program
+from modelparallel.torch_compat import DisableTorchFunctionSubclass
 
 _PRIMITIVES = (int, float, complex, bool, str, bytes, type(None), type(...), torch.dtype, torch.device, slice, range)
 
@@ -27,10 +29,10 @@ class Reached:
     ``key``: what else decides how the function works; None if that cannot be told.
     """
 
-    def __init__(self, engine: PipelineEngine, program: Program) -> None:
+    def __init__(self, program: Program) -> None:
         self.tensors: list[torch.Tensor] = []
         self.modules: list[nn.Module] = []
-        self._engine, self._program = engine, program
+        self._engine, self._program = program.engine, program
         self._key: list[Hashable] = []
         self._is_told = True
         self._known: set[int] = set()
@@ -139,6 +141,66 @@ class Reached:
                 self.visit(holder, _names_of(own))
             return
         self.visit(getattr(holder, name, None), names)
+
+
+class Captured(TorchFunctionMode):
+    """While a transform runs at its home: what is here of the values that its function has captured."""
+
+    def __init__(self, program: Program, what: str) -> None:
+        super().__init__()
+        self._engine, self._frames, self._what = program.engine, program.frames, what
+        self._locals: dict[int, torch.Tensor] = {}
+        self._is_in_unit = False
+
+    def hold(self, captured: Sequence[torch.Tensor], locals_: Sequence[torch.Tensor]) -> None:
+        """``locals_`` stand for ``captured``."""
+        self._locals = {id(one): local for one, local in zip(captured, locals_, strict=True)}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        traits = traits_of(func)
+        if traits.is_metadata:
+            with DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        if traits.is_random and not self._is_in_unit:
+            self._frames.enter_glue_operation()
+        return func(*self.replaced(args), **self.replaced(kwargs))
+
+    def replaced(self, values: Any) -> Any:
+        """Arguments with what is here in the place of what was captured."""
+        return trees.map_leaves(self._local, values)
+
+    def _local(self, leaf: Any) -> Any:
+        if not isinstance(leaf, torch.Tensor):
+            return leaf
+        found = self._locals.get(id(leaf))
+        if found is not None:
+            return found
+        if isinstance(leaf, StageTensor):
+            raise StepUsageError(
+                f"{self._what}: its function reads a value of the step ({leaf!r}) that it is not given and that does "
+                "not stand in its closure: give it to the function as an argument"
+            )
+        placed = self._engine.placed.get(id(leaf))
+        if placed is not None and placed.home != self._engine.stage and not self._engine.has_copy(leaf):
+            raise StepUsageError(
+                f"{self._what} runs on pp_rank {self._engine.stage}, and its function reads '{placed.name}', which is "
+                f"on pp_rank {placed.home}, in a way that does not show in its code: give it to the function as an "
+                "argument, or place both on one stage (smp.set_partition)"
+            )
+        return leaf
+
+    @contextmanager
+    def in_unit(self, unit: int | None) -> Iterator[None]:
+        """A unit is called; it draws as it does without a pipeline."""
+        was_in_unit = self._is_in_unit
+        if unit is not None and not was_in_unit:
+            self._frames.enter_unit(unit)
+        self._is_in_unit = True
+        try:
+            yield
+        finally:
+            self._is_in_unit = was_in_unit
 
 
 def _has(module: nn.Module, name: str) -> bool:

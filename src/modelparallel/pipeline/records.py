@@ -8,20 +8,38 @@ sent, and what they have announced, each in the order in which it was needed.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from modelparallel.errors import RecomputationError, StepUsageError
+from modelparallel.pipeline.arguments import Arguments
 from modelparallel.pipeline.buffers import BufferHabits, KeptBuffers
 from modelparallel.pipeline.stage_tensor import AliasGroup, StageTensor, TensorSpec
 
-if TYPE_CHECKING:
-    from modelparallel.pipeline.arguments import Arguments
-    from modelparallel.pipeline.program import Program
-    from modelparallel.pipeline.regions import ActivationStore, OffloadedTensor
+
+class OffloadedTensor(Protocol):
+    """A tensor that lives in host memory until it is asked for."""
+
+    def get(self) -> torch.Tensor:
+        """The tensor, back on its device."""
+        ...
+
+
+class ActivationStore(Protocol):
+    """Where the kept inputs of regions may be while nobody needs them (memory/offload.py)."""
+
+    horizon: int  # how many actions of a stage ahead they come back
+
+    def put(self, tensor: torch.Tensor, key: tuple[int, int]) -> OffloadedTensor:
+        """Begin to move ``tensor`` to host memory; ``key``: (microbatch, visit) that needs it again."""
+        ...
+
+    def fetch(self, keys: Iterable[tuple[int, int]]) -> None:
+        """Begin to bring back what these need."""
+        ...
 
 
 class KeptTensor:
@@ -74,8 +92,7 @@ class KeptValue:
 class Record:
     """Of one region in one program; see the note at the top."""
 
-    def __init__(self, program: Program) -> None:
-        self._program: Program | None = program
+    def __init__(self) -> None:
         #: The values that the region has made itself.
         self.made: set[int] = set()
         self._kept: dict[int, tuple[weakref.ref[torch.Tensor], KeptValue]] = {}
@@ -151,7 +168,6 @@ class Record:
 
     def close(self) -> None:
         """The first run is over."""
-        self._program = None
         self.made.clear()
         self._plain.clear()
         for kept in self.buffers:

@@ -17,10 +17,10 @@ A region inside a region is recomputed with the outer one.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -28,38 +28,13 @@ from torch import nn
 from modelparallel import trees
 from modelparallel.errors import RecomputationError
 from modelparallel.pipeline.buffers import KeptBuffers
+from modelparallel.pipeline.program import Program
 from modelparallel.pipeline.randomness import SavedGenerators
-from modelparallel.pipeline.records import KeptTensor, KeptValue, Record
+from modelparallel.pipeline.records import ActivationStore, KeptTensor, KeptValue, Record
 from modelparallel.pipeline.replay import ReplayProgram
+from modelparallel.pipeline.running_stage import RunningStage
 from modelparallel.pipeline.stage_tensor import StageTensor
 from modelparallel.torch_compat import ThreadState
-
-if TYPE_CHECKING:
-    from modelparallel.pipeline.engine import PipelineEngine
-    from modelparallel.pipeline.program import Program
-
-
-class OffloadedTensor(Protocol):
-    """A tensor that lives in host memory until it is asked for."""
-
-    def get(self) -> torch.Tensor:
-        """The tensor, back on its device."""
-        ...
-
-
-class ActivationStore(Protocol):
-    """Where the kept inputs of regions may be while nobody needs them (memory/offload.py)."""
-
-    horizon: int  # how many actions of a stage ahead they come back
-
-    def put(self, tensor: torch.Tensor, key: tuple[int, int]) -> OffloadedTensor:
-        """Begin to move ``tensor`` to host memory; ``key``: (microbatch, visit) that needs it again."""
-        ...
-
-    def fetch(self, keys: Iterable[tuple[int, int]]) -> None:
-        """Begin to bring back what these need."""
-        ...
-
 
 #: (around the first run, around the second run), as torch's create_selective_checkpoint_contexts makes them.
 Contexts = tuple[AbstractContextManager[Any], AbstractContextManager[Any]]
@@ -99,7 +74,7 @@ class Region:
 
     def __init__(
         self,
-        engine: PipelineEngine,
+        engine: RunningStage,
         function: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
@@ -117,7 +92,7 @@ class Region:
         self._inside = None if engine.program is None else engine.program.inside
         self._is_native = engine.is_native
         self._contexts = contexts
-        self._record = None if self._is_native or self._program is None else Record(self._program)
+        self._record = None if self._is_native or self._program is None else Record()
         self._store = store
         self._inputs: list[KeptTensor] = []
         self._arguments: Any = (args, kwargs)

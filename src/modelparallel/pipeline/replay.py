@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,12 +20,10 @@ from modelparallel.comm.transport import MessageName
 from modelparallel.errors import RecomputationError
 from modelparallel.pipeline.chains import ChainTracker
 from modelparallel.pipeline.program import Program
+from modelparallel.pipeline.randomness import RandomFrames
 from modelparallel.pipeline.records import KeptValue, Record
 from modelparallel.pipeline.stage_tensor import AliasGroup, StageTensor
-
-if TYPE_CHECKING:
-    from modelparallel.pipeline.randomness import RandomFrames
-    from modelparallel.pipeline.structures import Structure
+from modelparallel.pipeline.structures import Structure
 
 
 class ReplayProgram(Program):

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 
 from modelparallel.errors import StepUsageError
 from modelparallel.pipeline.loss_weights import check_same, checked_weight
+from modelparallel.pipeline.program import Program
 from modelparallel.pipeline.stage_tensor import StageTensor
 from modelparallel.torch_compat import keep_nan_out
-
-if TYPE_CHECKING:
-    from modelparallel.pipeline.program import Program
 
 
 def backward_root(

@@ -15,7 +15,7 @@ from __future__ import annotations
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Hashable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -34,10 +34,7 @@ from modelparallel.pipeline.reachable import (
     refill,
 )
 from modelparallel.pipeline.stage_tensor import StageTensor
-
-if TYPE_CHECKING:
-    from modelparallel.pipeline.calls import PlacedModule
-    from modelparallel.pipeline.engine import PipelineEngine
+from modelparallel.pipeline.stage_view import StageView
 
 _NUMBERS = (int, float, complex)
 _SIMPLE = (*_NUMBERS, str, bytes, type(None), type(...), slice, torch.dtype, torch.device, torch.Size, range)
@@ -88,14 +85,16 @@ class Elsewhere:
 class SideWrites:
     """Of one placed module: what its calls write, and where. Asked and kept at its home."""
 
-    def __init__(self, entry: PlacedModule) -> None:
-        self._entry = entry
+    def __init__(self, module: nn.Module, home: int, description: str) -> None:
+        self._module = module
+        self._home = home
+        self._description = description
         self._containers: list[tuple[Place, Any]] | None = None
         self._tensors: list[tuple[nn.Module, str]] = []
         self._always: dict[Hashable, dict[Place, None]] = {}  # by signature of the call
         self._before: dict[Place, Any] = {}
 
-    def watched(self, engine: PipelineEngine, key: Hashable, call: Callable[..., Any], *, is_replay: bool) -> Any:
+    def watched(self, engine: StageView, key: Hashable, call: Callable[..., Any], *, is_replay: bool) -> Any:
         """``call``, with what it has written in its output. In a replay all is put back as it was."""
 
         def run(*args: Any, **kwargs: Any) -> Any:
@@ -121,10 +120,10 @@ class SideWrites:
 
         return run
 
-    def _look_around(self, engine: PipelineEngine) -> None:
+    def _look_around(self, engine: StageView) -> None:
         self._containers, self._tensors = [], []
         seen: set[int] = set()
-        for part in self._entry.module.modules():
+        for part in self._module.modules():
             where = engine.module_places().get(id(part))
             if where is None:
                 continue
@@ -132,7 +131,7 @@ class SideWrites:
             self._tensors.extend((part, name) for name in vars(part) if ordinary_tensor(part, name) is not None)
 
     def _found(
-        self, engine: PipelineEngine, assigned: dict[Any, tuple[nn.Module, str, Any]], before: list[Any]
+        self, engine: StageView, assigned: dict[Any, tuple[nn.Module, str, Any]], before: list[Any]
     ) -> tuple[dict[Place, Any], set[Place]]:
         """(place -> what was written there, ready to travel; those that are numbers which surely are written once)."""
         found: dict[Place, Any] = {}
@@ -157,7 +156,7 @@ class SideWrites:
         return found, constant
 
     def _noted(
-        self, engine: PipelineEngine, key: Hashable, found: dict[Place, Any], constant: set[Place]
+        self, engine: StageView, key: Hashable, found: dict[Place, Any], constant: set[Place]
     ) -> dict[Place, Any]:
         """What a call with this signature notes: always the same places, since the other stages count on it."""
         always = self._always.get(key, {})
@@ -171,7 +170,7 @@ class SideWrites:
             self._always[key] = kept
         return noted
 
-    def _unchanged(self, engine: PipelineEngine, place: Place) -> Any:
+    def _unchanged(self, engine: StageView, place: Place) -> Any:
         target = resolved(engine, place)
         if place[-2] != "assigned":
             return ("update", {}) if isinstance(target, dict) else ("extend", [])
@@ -189,11 +188,11 @@ class SideWrites:
             refill(container, old)
 
     def _describe(self, place: Place) -> str:
-        return f"{self._entry.description} has kept {described(place)} on pp_rank {self._entry.home}"
+        return f"{self._description} has kept {described(place)} on pp_rank {self._home}"
 
-    def put(self, engine: PipelineEngine, noted: Noted) -> None:
+    def put(self, engine: StageView, noted: Noted) -> None:
         """Write what the call has written at its home; every stage does."""
-        is_home = self._entry.home == engine.stage
+        is_home = self._home == engine.stage
         for place, value in zip(noted.places, noted.values, strict=True):
             target = resolved(engine, place)
             if target is None:
@@ -213,7 +212,7 @@ def described(place: Place) -> str:
     return f"'{'.'.join(names)}' {module}"
 
 
-def resolved(engine: PipelineEngine, place: Place) -> Any:
+def resolved(engine: StageView, place: Place) -> Any:
     """What is at a place on this stage: the container, or the module of an attribute; None if it is not there."""
     target: Any = engine.module_at(place[0], place[1])
     for kind, name in zip(place[2::2], place[3::2], strict=True):

@@ -14,16 +14,13 @@ import weakref
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 
 from modelparallel.errors import StepUsageError
 from modelparallel.pipeline.functions import traits_of
 from modelparallel.torch_compat import DisableTorchFunctionSubclass
-
-if TYPE_CHECKING:
-    from modelparallel.pipeline.program import Program
 
 
 def storage_address(tensor: torch.Tensor) -> int | None:
@@ -146,13 +143,38 @@ class AliasGroup:
 _FIRST_PRUNING = 64
 
 
+class TensorOwner(Protocol):
+    """What values, and what looks at them, need of the program that they belong to (:class:`Program`)."""
+
+    device: torch.device
+    device_type: str
+    microbatch: int
+
+    @property
+    def engine(self) -> object:
+        """Whose programs they are: the values of one engine may meet."""
+        ...
+
+    def check_open(self) -> None:
+        """Raises StepUsageError after the end of the step."""
+        ...
+
+    def resolve(self, leaf: Any) -> Any:
+        """An argument as the program sees it: parameters and what has become a value as StageTensors."""
+        ...
+
+    def glue(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Run an operation where its data is."""
+        ...
+
+
 _make_wrapper = torch.Tensor._make_wrapper_subclass  # type: ignore[attr-defined]
 
 
 class StageTensor(torch.Tensor):
     """See the note at the top of this file. Made by the engine only."""
 
-    program: Program
+    program: TensorOwner
     spec: TensorSpec
     home: int
     places: set[int]
@@ -168,7 +190,7 @@ class StageTensor(torch.Tensor):
     @staticmethod
     def __new__(
         cls,
-        program: Program,
+        program: TensorOwner,
         spec: TensorSpec,
         home: int,
         local: torch.Tensor | None,

@@ -6,18 +6,15 @@ import json
 import logging
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 from modelparallel.comm.groups import Group
 from modelparallel.comm.transport import MessageKind, MessageName, StageTransport
 from modelparallel.pipeline.chains import Recorder, StepPlan, Work, build_chain, with_local_waits
 from modelparallel.pipeline.ledger import Entry, compare
 from modelparallel.pipeline.lockstep import IN_TURN, is_same_on_all
+from modelparallel.pipeline.program import Program
 from modelparallel.pipeline.schedule_checks import check_schedule
 from modelparallel.pipeline.scheduling import make_schedule
-
-if TYPE_CHECKING:
-    from modelparallel.pipeline.program import Program
 
 _PLAN = MessageName(MessageKind.PLAN, 0, 0)
 _END = MessageName(MessageKind.PLAN, 0, 1)

@@ -8,27 +8,22 @@ that came from other stages. Meeting one that was not found is an error, since w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 from modelparallel import trees
-from modelparallel.errors import StepUsageError
-from modelparallel.pipeline import glue
 from modelparallel.pipeline.arguments import Arguments
+from modelparallel.pipeline.execution import execute
 from modelparallel.pipeline.functions import traits_of
-from modelparallel.pipeline.reached import Reached
-from modelparallel.pipeline.stage_tensor import StageTensor
-from modelparallel.torch_compat import DisableTorchFunctionSubclass, autocast_state
-
-if TYPE_CHECKING:
-    from modelparallel.pipeline.engine import PipelineEngine
-    from modelparallel.pipeline.program import Program
+from modelparallel.pipeline.glue import choose_home
+from modelparallel.pipeline.program import Program
+from modelparallel.pipeline.reached import Captured, Reached
+from modelparallel.pipeline.running_stage import RunningStage
+from modelparallel.torch_compat import autocast_state
 
 
 @dataclass
@@ -39,68 +34,8 @@ class Drawing:
     counts: tuple[tuple[int, int], ...]
 
 
-class Captured(TorchFunctionMode):
-    """While a transform runs at its home: what is here of the values that its function has captured."""
-
-    def __init__(self, engine: PipelineEngine, program: Program, what: str) -> None:
-        super().__init__()
-        self._engine, self._program, self._what = engine, program, what
-        self._locals: dict[int, torch.Tensor] = {}
-        self._is_in_unit = False
-
-    def hold(self, captured: Sequence[torch.Tensor], locals_: Sequence[torch.Tensor]) -> None:
-        """``locals_`` stand for ``captured``."""
-        self._locals = {id(one): local for one, local in zip(captured, locals_, strict=True)}
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        traits = traits_of(func)
-        if traits.is_metadata:
-            with DisableTorchFunctionSubclass():
-                return func(*args, **kwargs)
-        if traits.is_random and not self._is_in_unit:
-            self._program.frames.enter_glue_operation()
-        return func(*self.replaced(args), **self.replaced(kwargs))
-
-    def replaced(self, values: Any) -> Any:
-        """Arguments with what is here in the place of what was captured."""
-        return trees.map_leaves(self._local, values)
-
-    def _local(self, leaf: Any) -> Any:
-        if not isinstance(leaf, torch.Tensor):
-            return leaf
-        found = self._locals.get(id(leaf))
-        if found is not None:
-            return found
-        if isinstance(leaf, StageTensor):
-            raise StepUsageError(
-                f"{self._what}: its function reads a value of the step ({leaf!r}) that it is not given and that does "
-                "not stand in its closure: give it to the function as an argument"
-            )
-        placed = self._engine.placed.get(id(leaf))
-        if placed is not None and placed.home != self._engine.stage and not self._engine.has_copy(leaf):
-            raise StepUsageError(
-                f"{self._what} runs on pp_rank {self._engine.stage}, and its function reads '{placed.name}', which is "
-                f"on pp_rank {placed.home}, in a way that does not show in its code: give it to the function as an "
-                "argument, or place both on one stage (smp.set_partition)"
-            )
-        return leaf
-
-    @contextmanager
-    def in_unit(self, unit: int | None) -> Iterator[None]:
-        """A unit is called; it draws as it does without a pipeline."""
-        was_in_unit = self._is_in_unit
-        if unit is not None and not was_in_unit:
-            self._program.frames.enter_unit(unit)
-        self._is_in_unit = True
-        try:
-            yield
-        finally:
-            self._is_in_unit = was_in_unit
-
-
 def call(
-    engine: PipelineEngine, what: str, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    engine: RunningStage, what: str, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     """A call of a transform, as torch's own code makes it."""
     program = engine.program
@@ -111,7 +46,7 @@ def call(
         return original(*args, **kwargs)
     if what.endswith("vjp"):
         return _vjp(engine, what, original, args, kwargs)
-    reached = Reached(engine, program)
+    reached = Reached(program)
     if what.endswith("functional_call"):
         reached.leave_out(_given_in_another_way(*args[:2], ties=kwargs.get("tie_weights", True)))
     return _run(engine, program, what, reached, original, args, kwargs)
@@ -130,7 +65,7 @@ def _given_in_another_way(module: nn.Module, given: Any, *, ties: bool) -> list[
 
 
 def _vjp(
-    engine: PipelineEngine, what: str, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    engine: RunningStage, what: str, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     """The function that ``vjp`` gives cannot leave the home; so it is another operation, with the forward in it."""
     has_aux = kwargs.get("has_aux", False)
@@ -150,7 +85,7 @@ def _vjp(
 
 
 def _run(
-    engine: PipelineEngine,
+    engine: RunningStage,
     program: Program,
     what: str,
     reached: Reached,
@@ -163,7 +98,7 @@ def _run(
             if not isinstance(leaf, torch.Tensor):
                 reached.visit(leaf)
     captured = tuple(reached.tensors)
-    mode = Captured(engine, program, what)
+    mode = Captured(program, what)
     with engine.native_region():
         arguments = Arguments(program, (captured, args, kwargs), {})
     if not arguments.inputs:
@@ -184,7 +119,7 @@ def _run(
         return Drawing(result, drawn) if drawn else result
 
     with engine.native_region():
-        home = glue.choose_home(program.inside, traits_of(original), arguments.values, arguments.inputs, None)
+        home = choose_home(program.inside, traits_of(original), arguments.values, arguments.inputs, None)
         program.fetch(arguments.inputs, home, f"input of {what}")
         key: Hashable | None = None
         if reached.key is not None:
@@ -193,7 +128,7 @@ def _run(
         program.tracker.note_work(home, "")
         weights = [tensor for tensor in captured if isinstance(tensor, nn.Parameter)]
         counted = program.counted(compute, home, weights)
-        found = glue.execute(program, what, key, arguments, home, counted, protect=True)
+        found = execute(program, what, key, arguments, home, counted, protect=True)
     if not isinstance(found, Drawing):
         return found
     if home != engine.stage:

@@ -9,18 +9,51 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 
 from modelparallel.comm.transport import MessageKind, MessageName
-from modelparallel.pipeline.stage_tensor import StageTensor, TensorSpec, is_dense, storage_address
+from modelparallel.pipeline.records import Record
+from modelparallel.pipeline.sightings import Sightings
+from modelparallel.pipeline.stage_tensor import AliasGroup, StageTensor, TensorSpec, is_dense, storage_address
+from modelparallel.pipeline.stage_view import StageView
 from modelparallel.pipeline.wire import TENSORS_PER_MESSAGE, receive_tensors, send_tensors
 from modelparallel.pipeline.writing import element_range
 from modelparallel.torch_compat import num_storage_users
 
-if TYPE_CHECKING:
-    from modelparallel.pipeline.program import Program
+
+class Writer(Protocol):
+    """What these tensors need of the program that writes to them (:class:`Program`)."""
+
+    engine: StageView
+    microbatch: int
+    stage: int
+    carries_state: bool
+    sightings: Sightings | None
+    region: Record | None
+
+    def new(
+        self, spec: TensorSpec, home: int, local: torch.Tensor | None, aliases: AliasGroup | None = None
+    ) -> StageTensor:
+        """A value that ``home`` has computed."""
+        ...
+
+    def local(self, tensor: StageTensor) -> torch.Tensor:
+        """The tensor itself; only where it is."""
+        ...
+
+    def note_value(self, source: int) -> bool:
+        """All stages wait for a value of ``source`` now."""
+        ...
+
+    def next_event(self, description: str) -> int:
+        """The number of the event that happens now."""
+        ...
+
+    def wait_for(self, source: int, name: MessageName, description: str) -> None:
+        """Before a message is taken that all stages but its sender need."""
+        ...
 
 
 class WrittenTensors:
@@ -32,7 +65,7 @@ class WrittenTensors:
         self._entries: dict[int, tuple[torch.Tensor, StageTensor]] = {}
         self._last_at: dict[int, StageTensor] = {}  # by address of the memory
 
-    def add(self, program: Program, tensor: torch.Tensor, home: int) -> StageTensor:
+    def add(self, program: Writer, tensor: torch.Tensor, home: int) -> StageTensor:
         """From now on ``tensor`` is a value with a home; every stage calls this at the same point of the program."""
         if program.sightings is not None:
             program.sightings.wrote(program.microbatch, tensor)
@@ -50,7 +83,7 @@ class WrittenTensors:
         self._note(tensor, value)
         return tensor
 
-    def find(self, program: Program, leaf: torch.Tensor) -> StageTensor | None:
+    def find(self, program: Writer, leaf: torch.Tensor) -> StageTensor | None:
         """The value that ``leaf`` has become, if it or a tensor that shares its memory was written to."""
         if program.sightings is not None:
             program.sightings.saw(program.microbatch, leaf)
@@ -99,10 +132,10 @@ class WrittenTensors:
         return value
 
     @staticmethod
-    def _here(program: Program, tensor: torch.Tensor, home: int) -> torch.Tensor | None:
+    def _here(program: Writer, tensor: torch.Tensor, home: int) -> torch.Tensor | None:
         return tensor if home == program.stage else None
 
-    def settle(self, program: Program) -> None:
+    def settle(self, program: Writer) -> None:
         """At the end of the microbatch: give every stage the values of those that live on."""
         entries = list(self._entries.values())
         self.clear()
@@ -112,7 +145,7 @@ class WrittenTensors:
                 self._share(program, home, there, range(start, min(start + TENSORS_PER_MESSAGE, len(there))))
 
     @staticmethod
-    def _share(program: Program, home: int, entries: list[tuple[torch.Tensor, StageTensor]], part: range) -> None:
+    def _share(program: Writer, home: int, entries: list[tuple[torch.Tensor, StageTensor]], part: range) -> None:
         transport = program.engine.transport
         program.note_value(home)
         number = program.next_event(f"tensors written to on pp_rank {home}")
