@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import functools
 from collections import OrderedDict
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
 
 from torch import nn
 
@@ -30,10 +30,28 @@ from modelparallel.pipeline.running_stage import RunningStage
 from modelparallel.torch_compat import BACKWARD_HOOKS, FORWARD_HOOKS, replaced_attributes
 
 
+class PlacingStage(RunningStage, Protocol):
+    """This stage with what places modules and runs them. See :class:`PipelineEngine` for what is not said here."""
+
+    def run_placed(
+        self, program: Program, entry: PlacedModule, args: Any, kwargs: Any, call: Callable[..., Any]
+    ) -> Any:
+        """Run ``call``, the module's own, at its home."""
+        ...
+
+    def place_inside(self, module: nn.Module, name: str, around: PlacedModule) -> None:
+        """From now on ``module``, a part of ``around``, runs at its home by itself, too."""
+        ...
+
+    def place_buffer(self, owner: nn.Module, name: str) -> None:
+        """Note that glue may assign a new value to this placed buffer."""
+        ...
+
+
 class Door(Doorway):
     """The way to the home of a placed module; see the note at the top."""
 
-    def __init__(self, engine: RunningStage, entry: PlacedModule) -> None:
+    def __init__(self, engine: PlacingStage, entry: PlacedModule) -> None:
         super().__init__(entry.module)
         functools.update_wrapper(self, self.leads_to, assigned=("__doc__", "__name__"), updated=())
         self._engine = engine
@@ -64,7 +82,7 @@ class Door(Doorway):
             return module._call_impl(*args, **kwargs)
 
 
-def run(engine: RunningStage, program: Program, entry: PlacedModule, args: Any, kwargs: Any) -> Any:
+def run(engine: PlacingStage, program: Program, entry: PlacedModule, args: Any, kwargs: Any) -> Any:
     """Call a module that code of the script sits on; every stage of the pipeline does, in the same order."""
     with engine.native_region():  # what is done to local tensors on the way is not the script's
         program.fetch(Arguments(program, args, kwargs).inputs, entry.home, entry.input_description)
@@ -97,7 +115,7 @@ def run(engine: RunningStage, program: Program, entry: PlacedModule, args: Any, 
         program.inside, entry.backward_hooks = outer, None
 
 
-def open_module(engine: RunningStage, entry: PlacedModule) -> None:
+def open_module(engine: PlacingStage, entry: PlacedModule) -> None:
     """Give the modules inside a placed module its home, so that those without such code run there as they are."""
     if entry.is_opened:
         return
