@@ -12,10 +12,10 @@ PIP := PIP_CONSTRAINT=$(abspath $(VENV))/constraints.txt PIP_DISABLE_PIP_VERSION
 DATA ?= data
 MAKEFLAGS += --no-print-directory
 
-.PHONY: setup demo test test-all test-transformers fuzz lint package bench help
+.PHONY: setup demo test test-all test-fast test-transformers fuzz lint docs package bench help
 
 help:
-	@echo "make setup | demo | test | test-all | test-transformers | fuzz [CASES=500] [SEED=1] | lint | package | bench [ONLY=name] [QUICK=1]"
+	@echo "make setup | demo | test | test-fast | test-all | test-transformers | fuzz [CASES=500] [SEED=1] | lint | docs | package | bench [ONLY=name] [QUICK=1]"
 
 setup: $(VENV)/.stamp-test
 
@@ -58,6 +58,10 @@ demo: $(VENV)/.stamp-demo $(DATA)/MNIST/.stamp
 test: $(VENV)/.stamp-test
 	@$(BIN)/python -m pytest -q -m "not slow" $(ARGS)
 
+# Those that start no process, in a minute: while you write.
+test-fast: $(VENV)/.stamp-test
+	@$(BIN)/python -m pytest -q -rfE -m "not slow" --without-ranks $(ARGS)
+
 test-all: $(VENV)/.stamp-dev $(DATA)/MNIST/.stamp
 	@$(BIN)/python -m pytest -q $(ARGS)
 
@@ -82,10 +86,21 @@ fuzz: $(VENV)/.stamp-test
 	@FUZZ_SEED=$(SEED) FUZZ_SETS=$$((($(CASES) + 7) / 8)) FUZZ_SIDE_DOORS=$(CASES) \
 	  $(BIN)/python -m pytest -q -s --timeout 0 tests/test_fuzz.py tests/test_fuzz_side_doors.py -k random $(ARGS)
 
+$(VENV)/.stamp-docs: $(VENV)/.stamp-torch pyproject.toml
+	@echo "setup: what builds the documentation"
+	@$(PIP) install -e '.[docs]'
+	@touch $@
+
+# The site in site/: python -m http.server -d site shows it. A dead link or a missing anchor is an error.
+docs: $(VENV)/.stamp-docs
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "docs: site/index.html"
+
 lint: $(VENV)/.stamp-dev
 	@$(BIN)/ruff check src tests examples bench docs
 	@$(BIN)/ruff format --check src tests examples bench docs
 	@$(BIN)/mypy
+	@$(BIN)/codespell
 
 # The source archive and the wheel, made from it: what is released. tests/test_package.py installs the wheel and uses it.
 package: $(VENV)/.stamp-dev

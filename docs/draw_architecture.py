@@ -134,11 +134,11 @@ def floors_of(graph: Graph) -> list[list[str]]:
 def describe(name: str) -> Room:
     """What there is to say of a room."""
     if name == NAMES:
-        return Room(name, "src/modelparallel/__init__.py", purpose_of(PACKAGE / "__init__.py"))
+        return Room(name, "__init__.py", purpose_of(PACKAGE / "__init__.py"))
     if (PACKAGE / f"{name}.py").exists():
-        return Room(name, f"src/modelparallel/{name}.py", purpose_of(PACKAGE / f"{name}.py"))
+        return Room(name, f"{name}.py", purpose_of(PACKAGE / f"{name}.py"))
     parts = tuple((path.parent.name, purpose_of(path)) for path in sorted((PACKAGE / name).glob("*/__init__.py")))
-    return Room(name, f"src/modelparallel/{name}/", purpose_of(PACKAGE / name / "__init__.py"), parts)
+    return Room(name, f"{name}/", purpose_of(PACKAGE / name / "__init__.py"), parts)
 
 
 def table(graph: Graph) -> str:

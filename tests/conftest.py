@@ -1,5 +1,32 @@
-"""What every test needs before it is imported."""
+"""What every test needs before it is imported, and ``--without-ranks``."""
+
+import multiprocessing.forkserver
+import multiprocessing.process
+import subprocess
+
+import pytest
 
 import pool  # sets the environment of all ranks and declares torchvision's operators; transformers breaks without
 
 __all__ = ["pool"]
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--without-ranks",
+        action="store_true",
+        help="skip each test at the moment when it would start a process: ranks, jobs and commands (make test-fast)",
+    )
+
+
+def pytest_configure(config):
+    # By what a test does, not by a list: a new test of ranks needs no mark, and one without ranks is never left out.
+    if config.getoption("--without-ranks"):
+        multiprocessing.process.BaseProcess.start = skip_instead
+        multiprocessing.forkserver.ForkServer.ensure_running = skip_instead
+        subprocess.Popen.__init__ = skip_instead
+
+
+def skip_instead(*args, **kwargs):
+    """In place of whatever starts a process."""
+    pytest.skip("starts a process")
