@@ -41,14 +41,18 @@ class _Options:
 
 
 def checkpoint(module: nn.Module, *args: Any, preserve_rng_state: bool = True, **kwargs: Any) -> Any:
-    """``module(*args, **kwargs)``, which keeps its inputs alone and runs once more in the backward.
+    """``module(*args, **kwargs)``, which keeps its inputs alone and runs once more in the backward. As the call of the
+    module itself: local, or collective over TP_GROUP for a split one; inside a step with pipelining every stage calls
+    it.
 
     Arguments may be nested. Without gradients, and in evaluation mode, it is an ordinary call. With
-    ``preserve_rng_state`` the second run draws the random numbers of the first. Inside a step with pipelining every
-    stage calls it.
+    ``preserve_rng_state`` the second run draws the random numbers of the first.
 
-    Raises SMPConfigError for a function in place of a module, PartitionError for a module on several stages with
-    ``auto_partition: False``. Source: smp-api section 11.
+    Raises:
+        SMPConfigError: a function in place of a module.
+        PartitionError: a module on several stages with ``auto_partition: False``.
+
+    Source: smp-api section 11.
     """
     _check_module(module, "smp.checkpoint")
     runtime = runtime_module.current()
@@ -63,11 +67,15 @@ def checkpoint_sequential(
     preserve_rng_state: bool = True,
     pack_args_as_tuple: bool = False,
 ) -> Any:
-    """``sequential_module(input)``, recomputed in the backward in groups of children; see
-    :func:`set_activation_checkpointing` for the arguments.
+    """``sequential_module(input)``, recomputed in the backward in groups of children. Local or collective as
+    :func:`checkpoint`.
 
-    Inside a step with pipelining every stage calls it. Raises SMPConfigError for anything but an ``nn.Sequential`` and
-    for an unknown strategy. Source: smp-api section 11.
+    The arguments are those of :func:`set_activation_checkpointing`.
+
+    Raises:
+        SMPConfigError: anything but an ``nn.Sequential``, or an unknown strategy.
+
+    Source: smp-api section 11.
     """
     _check_module(sequential_module, "smp.checkpoint_sequential")
     if not isinstance(sequential_module, nn.Sequential):
@@ -103,10 +111,12 @@ def set_activation_checkpointing(
     mode: str = "full",
     policy: Policy | None = None,
 ) -> None:
-    """Recompute a part of a wrapped model in the backward; after ``smp.DistributedModel``, before the first step. The
-    same calls on every rank.
+    """Recompute a part of a wrapped model in the backward; after ``smp.DistributedModel``, before the first step.
+    Local, but the same calls on every rank.
 
-    Arguments:
+    A module on several stages is recomputed on each of its stages, with a warning.
+
+    Args:
         module: any module of the model, or the model. Of an ``nn.Sequential`` the children are recomputed, in groups;
             of a ``ModuleList`` each child.
         preserve_rng_state: dropout and the like draw the same numbers again.
@@ -118,8 +128,11 @@ def set_activation_checkpointing(
         policy: for "selective": a list of operations, or a function, as
             ``torch.utils.checkpoint.create_selective_checkpoint_contexts`` takes it.
 
-    A module on several stages: PartitionError at the first step with ``auto_partition: False``, otherwise a warning; it
-    is recomputed on each of its stages. Raises SMPConfigError for wrong arguments, StepUsageError after the first step.
+    Raises:
+        SMPConfigError: wrong arguments.
+        StepUsageError: after the first step.
+        PartitionError: at the first step, for a module on several stages with ``auto_partition: False``.
+
     Source: smp-api section 11.
     """
     title = "smp.set_activation_checkpointing"

@@ -22,9 +22,9 @@ class GradScaler(torch.amp.GradScaler):
     ``torch.cuda.amp.GradScaler``.
 
     Used with a ``smp.DistributedOptimizer``, this one and torch's own agree over all ranks that hold a part of the
-    model whether a gradient is not finite, so that all skip the step and keep the same scale. ``unscale_`` and ``step``
-    are collective over MP_GROUP, over the world where parameters are shared out among ranks. Scale the loss in the step
-    function: ``model.backward(scaler.scale(loss))``.
+    model whether a gradient is not finite, so that all skip the step and keep the same scale. Scale the loss in the
+    step function: ``model.backward(scaler.scale(loss))``. ``unscale_`` and ``step`` are collective over MP_GROUP, with
+    sharded parameters or optimizer state over the world. Source: smp-api section 7.
     """
 
     def __init__(

@@ -73,13 +73,13 @@ def load_config(
 ) -> Config:
     """Read, check and combine the values of the environment, of `smp.init` and the defaults.
 
-    Arguments:
+    Args:
         init_parameters: the dict given to `smp.init`, or the path of a JSON file with the same keys.
         environ: the environment; `os.environ` if None.
 
     Raises `SMPConfigError` for an unknown key (names the nearest), a wrong type or value, or values that do not fit
     together; `NotBuiltError` for a feature that does not exist yet. The number of processes is checked by
-    `Config.check_world`. Spec: smp-config section 1.
+    `Config.check_world`. Source: smp-config section 1.
     """
     environ = os.environ if environ is None else environ
     from_environment = parse_parameters(environ.get(ENVIRONMENT_KEY) or {}, ENVIRONMENT_KEY)
@@ -130,10 +130,14 @@ def _trust(text: str) -> bool:
 def validate_parameters(
     parameters: Mapping[str, Any] | str | os.PathLike[str] | None, *, num_processes: int | None
 ) -> Config:
-    """Check the `parameters` of a job before it starts; the environment of the caller does not count.
+    """Check the `parameters` of a job before it starts; the environment of the caller does not count. Local.
 
-    Arguments: `parameters` as `load_config`; `num_processes` is the size of the job, None if not known yet.
-    Raises `SMPConfigError`. Local.
+    Args:
+        parameters: as for `load_config`.
+        num_processes: the size of the job, None if not known yet.
+
+    Raises:
+        SMPConfigError: a wrong parameter, or one that does not fit the number of processes.
     """
     config = load_config(parameters, {})
     if num_processes is not None:

@@ -47,12 +47,13 @@ class _Creation(ContextDecorator):
 
 def delay_param_initialization(enabled: bool = True) -> _Creation:
     """Parameters and buffers created inside have no storage until they are placed: a context manager or decorator.
+    Local.
 
     They are placed on the device by ``smp.DistributedModel`` without pipelining, else at the first step call, and then
     only those that the process holds, one at a time. Their values are those that they would have had at once: what
     initialises them, inside the context or later, is recorded, and replayed from the same states of the random
     generators. Operations that need values meanwhile (``item()``, printing) make them for the moment. ``enabled=False``
-    switches an outer context off. Local. Source: smp-api section 12.
+    switches an outer context off. Source: smp-api section 12.
     """
     if not isinstance(enabled, bool | int):
         raise SMPConfigError(
@@ -68,15 +69,17 @@ delayed_parameter_initialization = delay_param_initialization
 def model_creation(
     tensor_parallelism: bool = False, dtype: torch.dtype | None = None, **tensor_parallel_config: Any
 ) -> _Creation:
-    """How a model is created, in one context manager or decorator.
+    """How a model is created, in one context manager or decorator. Local.
 
-    Arguments:
+    With ``delayed_parameter_initialization`` in the configuration, initialisation is delayed as by
+    ``smp.delay_param_initialization``.
+
+    Args:
         tensor_parallelism: as ``smp.tensor_parallelism(**tensor_parallel_config)``; False: nothing is marked, and the
             keyword arguments are ignored.
         dtype: the default dtype of floating-point tensors inside; what it was is put back afterwards. None: unchanged.
 
-    With ``delayed_parameter_initialization`` in the configuration, initialisation is delayed as by
-    ``smp.delay_param_initialization``. Local. Source: smp-api section 12.
+    Source: smp-api section 12.
     """
     is_split = tensor_parallelism
     if not isinstance(is_split, bool | int):

@@ -29,10 +29,15 @@ _NUM_ELEMENTS = 4096
 
 def data_sampler(dataset: Dataset[Any], **options: Any) -> DistributedSampler[Any]:
     """A ``torch.utils.data.DistributedSampler`` of this rank's samples, at any degrees: equal on the stages of a
-    pipeline, another part on each data-parallel rank, or on each ``rdp_rank`` with ``prescaled_batch``. Local.
+    pipeline, another part on each data-parallel rank, or on each ``rdp_rank`` with ``prescaled_batch``. Local. Ours,
+    not the original's.
 
-    ``options``: ``shuffle``, ``seed``, ``drop_last`` of DistributedSampler; call ``set_epoch`` on it as usual.
-    Raises SMPConfigError for a dataset without a length, or a number of replicas given.
+    Args:
+        dataset: any dataset with a length.
+        options: ``shuffle``, ``seed``, ``drop_last`` of DistributedSampler; call ``set_epoch`` on it as usual.
+
+    Raises:
+        SMPConfigError: a dataset without a length, or a number of replicas given.
     """
     active = session.current()
     given = sorted({"num_replicas", "rank"} & set(options))

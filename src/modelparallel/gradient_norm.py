@@ -64,13 +64,25 @@ def clip_grad_norm_(
     norm_type: float = 2.0,
     error_if_nonfinite: bool = False,
 ) -> torch.Tensor:
-    """Scale the gradients so that their norm, over all stages, slices and shards, is at most ``max_norm``.
+    """Scale the gradients so that their norm, over all stages, slices and shards, is at most ``max_norm``. Collective
+    over MP_GROUP; with sharded parameters or optimizer state over the world.
 
-    model: a wrapped model, or some of its parameters (each rank gives those that it holds). norm_type: 2 or any other
-    order > 0, ``inf`` for the largest element. Returns the norm before that, a scalar tensor, equal on all ranks and to
-    that of one process. With fp16 it is that of the gradients without the scale of the loss. Call it after the step
-    function, before ``optimizer.step()``; collective over the MP_GROUP, over the world with ``shard_optimizer_state``
-    or sharded data parallelism. Raises NonFiniteGradientError if that is asked for.
+    Call it after the step function, before ``optimizer.step()``. With fp16 the norm is that of the gradients without
+    the scale of the loss.
+
+    Args:
+        model: a wrapped model, or some of its parameters (each rank gives those that it holds).
+        max_norm: the greatest norm that stays as it is.
+        norm_type: 2 or any other order > 0, ``inf`` for the largest element.
+        error_if_nonfinite: raise where the norm is not finite.
+
+    Returns:
+        The norm before that, a scalar tensor, equal on all ranks and to that of one process.
+
+    Raises:
+        NonFiniteGradientError: the norm is not finite, with ``error_if_nonfinite``.
+        SMPConfigError: a wrong order; a model that is not wrapped, or not partitioned yet.
+        StepUsageError: inside ``model.join()`` with ``shard_optimizer_state``.
     """
     runtime = runtime_module.current()
     if isinstance(model, nn.Module):

@@ -102,10 +102,15 @@ class MemoryReport:
 
 def memory_report(is_local: bool = False) -> MemoryReport:
     """What the ranks hold in parameters, gradients, optimizer state, buffers, buckets and activations, what the formula
-    predicts, and what each process takes; a frozen record that prints as a table.
+    predicts, and what each process takes, in bytes. Collective over the world. Ours, not the original's.
 
-    Call it outside the step function; after the first update, if optimizer state is to be in it. Collective over the
-    world; with ``is_local`` it is local and holds the caller's rank only. See `RankMemory` for what is counted.
+    Call it outside the step function; after the first update, if optimizer state is to be in it.
+
+    Args:
+        is_local: the caller's rank only; the call is local then.
+
+    Returns:
+        A frozen record that prints as a table; see `RankMemory` for what is counted.
     """
     own = rank_memory(runtime_module.current())
     return MemoryReport((own,) if is_local else tuple(allgather(own, CommGroup.WORLD)))

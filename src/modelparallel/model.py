@@ -54,17 +54,17 @@ class DistributedModel(PlannedModel):
     step function. With pipelining the modules are replaced at once and the model is partitioned at the first step call;
     calls outside a step function raise StepUsageError.
 
-    Arguments:
+    Args:
         module: any ``nn.Module``, built alike on every rank.
         trace_device: "cpu" or "gpu": where the first step is traced.
         trace_execution_times: take measured times and not FLOPs as the costs of the partitioner; not with
             trace_device="cpu".
-        trace_memory_usage: take measured memory where it is more than the saved tensors.
         overlapping_allreduce: reduce gradients while the backward still runs.
         backward_passes_per_step: number of step calls (or backward passes) whose gradients are summed before they are
             reduced.
         average_grads_across_microbatches: gradients are the mean over the microbatches; False: their sum.
-        bucket_cap_mb: size of the reduction buckets in MB.
+        bucket_cap_mb: size of the buckets in which gradients are reduced, in MiB (1024 * 1024 bytes).
+        trace_memory_usage: take measured memory where it is more than the saved tensors.
         broadcast_buffers: make persistent buffers equal to those of the first data-parallel rank at each training step.
         gradient_as_bucket_view: final gradients are views of the reduction buckets, which then take no memory of their
             own; do not keep ``p.grad`` beyond a ``zero_grad`` to save memory.
@@ -74,7 +74,11 @@ class DistributedModel(PlannedModel):
         compile: ours, not the original's: True, or a dict of options of ``torch.compile``: compile the calls of the
             modules that this process runs (see docs/engine.md). Default: False.
 
-    Raises SMPConfigError for a wrong argument. Source: smp-api section 5.
+    Raises:
+        SMPConfigError: a wrong argument.
+        StepUsageError: a model that is wrapped already, contains a wrapped one, or has lazy parameters.
+
+    Source: smp-api section 5.
     """
 
     _precision: ModelPrecision
@@ -178,7 +182,10 @@ class DistributedModel(PlannedModel):
     # Calls
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the model. With pipelining only inside a function decorated with ``@smp.step``."""
+        """Call the model. Collective over PP_GROUP and TP_GROUP, in training over DP_GROUP, too, where there are
+        buffers or sharded parameters. With pipelining it is a StepUsageError outside a function decorated with
+        ``@smp.step``.
+        """
         step = self._runtime.step
         if step is None:
             if self._runtime.is_pipelined:
@@ -224,10 +231,15 @@ class DistributedModel(PlannedModel):
         the step.
 
         Gradients are averaged over the microbatches, weighted by their samples (``average_grads_across_microbatches``).
-        With ``weight``, the number of tokens (or samples, ...) that the loss is the mean of, they become those of the
-        mean over the tokens of all microbatches and data-parallel ranks of this step, whatever
-        ``average_grads_across_microbatches`` says; all losses of a step have a weight, or none. Source: smp-api section
-        5; ``weight`` is ours.
+        All stages call it; the last one of a step also reduces the gradients, which is collective over DP_GROUP.
+
+        Args:
+            tensors, grad_tensors: as for ``torch.autograd.backward``.
+            weight: ours, not the original's: the number of tokens (or samples, ...) that the loss is the mean of.
+                Gradients become those of the mean over the tokens of all microbatches and data-parallel ranks of this
+                step, whatever ``average_grads_across_microbatches`` says; all losses of a step have a weight, or none.
+
+        Source: smp-api section 5.
         """
         self._backward.run(tensors, grad_tensors, weight)
 
@@ -252,7 +264,9 @@ class DistributedModel(PlannedModel):
             raise CannotTraceError("the step function also calls a model that is already partitioned")
 
     def enter_step(self, step: RunningStep) -> None:
-        """The model is used in this step: once, and once more when it is first used with gradients."""
+        """The model is used in this step: once, and once more when it is first used with gradients. Called by the
+        library.
+        """
         if self not in step.models:
             self.check_has_not_left()
             if not self._is_partitioned:
@@ -269,18 +283,19 @@ class DistributedModel(PlannedModel):
             self.gradients.begin_step(is_training=self.training)
 
     def check_has_not_left(self) -> None:
-        """Raise StepUsageError if the model was taken out of the pipeline."""
+        """Raise StepUsageError if the model was taken out of the pipeline. Local."""
         if self.has_left:
             raise StepUsageError(
                 "the model was moved away from the pipeline by model.cpu(); it cannot be used in steps any more"
             )
 
     def arm(self) -> None:
-        """The backward of the last microbatch begins."""
+        """The backward of the last microbatch begins. Called by the library."""
         self.gradients.arm()
 
     def finish_step(self, has_backward: bool) -> bool:
-        """The step function has run: reduce gradients, run the hooks that wait for the first step. Called by smp.step.
+        """The step function has run: reduce gradients, run the hooks that wait for the first step. Called by the
+        library.
 
         ``has_backward``: some model of the step has called backward; the gradients may have reached this one too.
         Returns whether gradients were reduced over the data-parallel ranks.
@@ -295,19 +310,21 @@ class DistributedModel(PlannedModel):
         return has_reduced
 
     def abort_step(self, error: BaseException) -> Exception | None:
-        """The step function raised. Called by smp.step. Returns what the error comes of, if that is known."""
+        """The step function raised; gives what the error comes of, if that is known. Called by the library."""
         return self.gradients.abort_step(error)
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
-        """Inside, gradients are accumulated on each rank; the first backward outside reduces them too, as in DDP."""
+        """A context in which gradients are accumulated on each rank; the first backward outside reduces them too, as in
+        DDP. Local, but every rank of the DP_GROUP enters it for the same steps.
+        """
         with self.gradients.no_sync():
             yield
 
     # Partition
 
     def place(self, plan: PartitionPlan) -> None:
-        """Give every module its home according to the plan; collective over the world."""
+        """Give every module its home according to the plan. Called by the library; collective over the world."""
         runtime = self._runtime
         engine = runtime.engine
         self._plan = plan
@@ -362,7 +379,7 @@ class DistributedModel(PlannedModel):
         return (self._compiler is not None and self._compiler.install(module, name)) or is_users_own
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Raises StepUsageError: what is compiled is said when the model is wrapped."""
+        """Always a StepUsageError: what is compiled is said when the model is wrapped. Local."""
         raise StepUsageError(
             "model.compile() of a smp.DistributedModel would compile the library itself: say it when the model is "
             'wrapped, smp.DistributedModel(model, compile=True) or compile={"backend": ...}'
@@ -371,12 +388,14 @@ class DistributedModel(PlannedModel):
     # Hooks
 
     def register_post_partition_hook(self, hook: Hook) -> RemovableHandle:
-        """Call ``hook(model, optimizer)`` once, after the partition, before the first forward; a removable handle."""
+        """Call ``hook(model, optimizer)`` once, after the partition, before the first forward; returns a handle that
+        removes the hook. Local. Source: smp-api section 5.
+        """
         return _register(self._post_partition_hooks, hook)
 
     def register_post_step_hook(self, hook: Hook) -> RemovableHandle:
-        """Call ``hook(model, optimizer)`` once, after the first step call. Returns a removable handle. Source: smp-api
-        section 18.
+        """Call ``hook(model, optimizer)`` once, after the first step call; returns a handle that removes the hook.
+        Local. Source: smp-api section 18.
         """
         return _register(self._post_step_hooks, hook)
 
@@ -389,7 +408,7 @@ class DistributedModel(PlannedModel):
             hook(self, self.optimizer_of_parameters())
 
     def optimizer_of_parameters(self) -> ParameterHolder | None:
-        """The wrapped optimizer that holds parameters of this model; None if there is none."""
+        """The wrapped optimizer that holds parameters of this model; None if there is none. Local."""
         own = {id(parameter) for _, parameter in self._table.parameters()}
         for optimizer in reversed(self._runtime.live_optimizers()):
             if any(id(parameter) in own for parameter in optimizer.all_parameters()):
@@ -413,10 +432,11 @@ class DistributedModel(PlannedModel):
         return super()._apply(lambda tensor: tensor.to(fn(torch.empty(0, dtype=tensor.dtype)).dtype), recurse)
 
     def cpu(self) -> DistributedModel:
-        """Gather all parameters and buffers over the MP_GROUP and move the model to the CPU; collective over MP_GROUP.
+        """Gather all parameters and buffers over the MP_GROUP and move the model to the CPU. Collective over MP_GROUP.
 
-        With pipelining every rank then holds the whole model and steps raise; sliced layers stay sliced. Source:
-        smp-api section 5.
+        With pipelining every rank then holds the whole model and steps raise; sliced layers stay sliced.
+
+        It is an UnsupportedError for a partitioned pipeline with sharded data parallelism. Source: smp-api section 5.
         """
         if self._runtime.is_pipelined and self._is_partitioned:
             model_states.gather_whole(self)
@@ -447,16 +467,26 @@ class DistributedModel(PlannedModel):
     # State dicts
 
     def local_state_dict(self, gather_if_shard: bool = False) -> dict[str, Any]:
-        """What this rank holds, with ``_smp_is_partial: True``; local. Sharded parameters are ``DTensor``s of its rows;
-        ``gather_if_shard=True``: whole, collective over the ranks that share them. Source: smp-api section 5.
+        """What this rank holds, with ``_smp_is_partial: True``. Local; collective with ``gather_if_shard=True``, see
+        there.
+
+        Args:
+            gather_if_shard: ours, not the original's; counts with sharded data parallelism alone. False: a sharded
+                parameter is a ``DTensor`` with the rows of this rank, and one rank may call this alone. True: it is
+                whole, which is **collective over the ranks that share the parameters out**
+                (``sharded_data_parallel_degree`` ranks of the RDP_GROUP): rank 0 alone would wait for the others.
+
+        Source: smp-api section 5.
         """
         return model_states.local_state_dict(self, gather_if_shard)
 
     def state_dict(self, *args: Any, gather_to_rank0: bool = False, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """The whole, un-sliced state on the CPU under the user's names.
+        """The whole, un-sliced state on the CPU under the user's names. Collective over the caller's MP_GROUP.
 
-        Collective over the caller's MP_GROUP. ``gather_to_rank0``: only global rank 0 gets it, the others ``{}``.
-        Source: smp-api section 5.
+        With sharded data parallelism the parameters are gathered before that, which is collective over the ranks that
+        share them out (see ``local_state_dict``): then all ranks of the world call it, also with ``gather_to_rank0``.
+
+        With ``gather_to_rank0`` only global rank 0 gets the state, all others ``{}``. Source: smp-api section 5.
         """
         if args or set(kwargs) - {"prefix", "keep_vars"}:
             return super().state_dict(*args, **kwargs)
@@ -466,24 +496,40 @@ class DistributedModel(PlannedModel):
     def load_state_dict(  # type: ignore[override]
         self, state_dict: Mapping[str, Any], strict: bool = True, same_partition_load: bool = False
     ) -> Any:
-        """Load a full or partial state dict; collective over MP_GROUP for partial ones. Legal before and after the
-        partition.
+        """Load a whole or a partial state dict, before or after the partition. Local for a whole one, of which each
+        rank takes what it holds; collective over MP_GROUP for a partial one (``_smp_is_partial: True``), which is
+        merged first.
 
-        A partial dict (``_smp_is_partial: True``) is merged over the MP_GROUP first; ``same_partition_load=True`` loads
-        the local part as it is. Returns the missing and unexpected names, as torch does. Source: smp-api section 5.
+        Args:
+            state_dict: as ``state_dict`` or ``local_state_dict`` gave it, or a plain one of the user's model.
+            strict: names must be the same; False takes the names that both have.
+            same_partition_load: take a partial dict as the part of this rank, without a merge; local.
+
+        Returns:
+            The missing and the unexpected names, as torch does.
+
+        Raises:
+            StateDictError: names (with ``strict``) or shapes differ, or a shard is that of another rank; a
+                RuntimeError.
+
+        Source: smp-api section 5.
         """
         return model_states.load_state_dict(self, state_dict, strict, same_partition_load)
 
     def register_comm_hook(self, state: object, callable: Callable[..., Any]) -> None:
-        """Reduce gradients by ``callable(state, bucket)``, a communication hook of DDP; call it on all ranks, before or
-        after the partition, once.
+        """Reduce gradients by ``callable(state, bucket)``, a communication hook of DDP; before or after the partition,
+        once. Local, but all ranks call it.
 
         The bucket has the methods of ``torch.distributed.GradBucket``; the hook returns a future of its mean over the
-        ranks of ``process_group``: the state itself if that is a process group, or its attribute. Where the state or
-        the attribute is None the bucket's own group is filled in, and this is what to use: with tensor parallelism
-        there are two. The microbatches are averaged before. Raises SMPConfigError without ddp, with
-        overlapping_allreduce=False, with sharding, for a second hook, and for a group that is not that of the
-        parameters. Source: smp-api section 5.
+        ranks of the process group that is the state, or its attribute ``process_group``. Where the state or the
+        attribute is None the bucket's own group is filled in, and this is what to use: with tensor parallelism there
+        are two. The microbatches are averaged before.
+
+        Raises:
+            SMPConfigError: without ddp, with ``overlapping_allreduce=False``, with sharded parameters or optimizer
+                state, for a second hook, and for a group that is not that of the parameters.
+
+        Source: smp-api section 5.
         """
         self.gradients.register_comm_hook(state, callable)
 
@@ -493,15 +539,28 @@ class DistributedModel(PlannedModel):
         enable: bool = True,
         throw_on_early_termination: bool = False,
     ) -> AbstractContextManager[None]:
-        """Inside, data-parallel ranks may have different numbers of batches; the ranks of a TP_GROUP, and the stages of
-        a pipeline, equally many. Collective over DP_GROUP: every rank enters and leaves.
+        """A context in which data-parallel ranks may have different numbers of batches; the ranks of a TP_GROUP, and
+        the stages of a pipeline, have equally many. Collective over DP_GROUP: every rank enters and leaves.
 
         A rank that leaves its loop takes part in the others' reductions until all have left; then all have the
-        parameters and buffers of a rank that went on longest. ``divide_by_initial_world_size``: gradients are divided
-        by the number of all ranks, else of those that have batches left. ``enable=False`` does nothing.
-        ``throw_on_early_termination``: RuntimeError on all ranks as soon as one has left. Clear the gradients before
-        each step. Gradients are reduced after the backward, without overlap. Raises SMPConfigError without ddp. Source:
-        smp-api section 5.
+        parameters and buffers of a rank that went on longest. Clear the gradients before each step. Gradients are
+        reduced after the backward, without overlap.
+
+        Args:
+            divide_by_initial_world_size: divide gradients by the number of all ranks; False: of those with batches
+                left.
+            enable: False does nothing.
+            throw_on_early_termination: end the loops of all ranks by a RuntimeError as soon as one has left.
+
+        Raises:
+            SMPConfigError: without ddp; with sharded data parallelism; for SyncBatchNorm layers, unless
+                ``throw_on_early_termination``.
+            StepUsageError: inside another ``join``; with ``shard_optimizer_state`` and no ``smp.DistributedOptimizer``;
+                when this rank had no batch at all in a pipeline that is not partitioned.
+            DivergenceError: the ranks with batches left do different things at the same time.
+            RuntimeError: on every rank, when one has left, with ``throw_on_early_termination``.
+
+        Source: smp-api section 5.
         """
         has_collectives = any(isinstance(part, nn.SyncBatchNorm) for part in self.module.modules())
         if enable and has_collectives and not throw_on_early_termination:

@@ -59,4 +59,4 @@ def check_arguments(
     ):
         raise SMPConfigError(f"backward_passes_per_step: expected int >= 1, got {backward_passes_per_step!r}")
     if bucket_cap_mb <= 0:
-        raise SMPConfigError(f"bucket_cap_mb: expected a size > 0 in MB, got {bucket_cap_mb!r}")
+        raise SMPConfigError(f"bucket_cap_mb: expected a size > 0 in MiB, got {bucket_cap_mb!r}")

@@ -38,12 +38,12 @@ class ModelParameters(nn.Module):
     _checked_pairings: set[Place]
 
     def is_local(self, tensor: torch.Tensor) -> bool:
-        """Whether this rank holds the parameter or buffer; before the partition, and of foreign tensors, it does."""
+        """Whether this rank holds the parameter or buffer; True before the partition, and of foreign tensors. Local."""
         row = self._table.row_of(tensor)
         return row is None or self._table.is_local(row, self._runtime.engine.stage)
 
     def get_module(self) -> nn.Module:
-        """The user's module (with replaced layers), without any wrapper. Source: smp-api section 18."""
+        """The user's module (with replaced layers), without any wrapper. Local. Source: smp-api section 18."""
         return self.module
 
     @property
@@ -52,14 +52,14 @@ class ModelParameters(nn.Module):
         return self._table
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
-        """As ``named_parameters``, without the names."""
+        """As ``named_parameters``, without the names. Local."""
         values = (parameter for _, parameter in self._held_parameters("", recurse, True))
         return self._paired(values, recurse)
 
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Parameter]]:
-        """Names as in the user's model; after the partition what this rank holds, inside a step function all."""
+        """Names as in the user's model; after the partition what this rank holds, inside a step function all. Local."""
         return self._paired(self._held_parameters(prefix, recurse, remove_duplicate), recurse and remove_duplicate)
 
     def _held_parameters(
@@ -87,52 +87,59 @@ class ModelParameters(nn.Module):
     def named_buffers(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        """Names as in the user's model; after the partition what this rank holds, inside a step function all."""
+        """Names as in the user's model; after the partition what this rank holds, inside a step function all. Local."""
         for name, buffer in self.module.named_buffers(prefix, recurse, remove_duplicate):
             if self._runtime.step is not None or self.is_local(buffer):
                 yield name, buffer
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget the gradients of the parameters that this rank holds, reduced or not, or fill them with zeros."""
+        """Forget the gradients of the parameters that this rank holds, reduced or not, or zero them. Local."""
         super().zero_grad(set_to_none)
         self.gradients.forget(set_to_none=set_to_none)
 
     def virtual_named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """(name, parameter) of all parameters in the order of the model, equal on all ranks.
+        """(name, parameter) of all parameters in the order of the model, equal on all ranks. Local.
 
-        Those of other stages are stand-ins: shape and dtype, but no storage.
-
-        Source: smp-api section 18.
+        Parameters of other stages are stand-ins: shape and dtype, but no storage. Source: smp-api section 18.
         """
         return self.module.named_parameters()
 
     def local_named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """(name, parameter) of what this rank holds; after the partition."""
+        """(name, parameter) of the parameters that this rank holds. Local.
+
+        Raises:
+            PartitionError: before the partition.
+
+        Source: smp-api section 5.
+        """
         self._needs_partition("local_named_parameters")
         return self.named_parameters()
 
     def local_parameters(self) -> Iterator[nn.Parameter]:
-        """The parameters that this rank holds; after the partition."""
+        """The parameters that this rank holds. Local. The error is that of ``local_named_parameters``."""
         self._needs_partition("local_parameters")
         return (parameter for _, parameter in self.named_parameters())
 
     def local_named_buffers(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """(name, buffer) of what this rank holds; after the partition."""
+        """(name, buffer) of what this rank holds. Local. The error is that of ``local_named_parameters``."""
         self._needs_partition("local_named_buffers")
         return self.named_buffers()
 
     def local_buffers(self) -> Iterator[torch.Tensor]:
-        """The buffers that this rank holds; after the partition."""
+        """The buffers that this rank holds. Local. The error is that of ``local_named_parameters``."""
         self._needs_partition("local_buffers")
         return (buffer for _, buffer in self.named_buffers())
 
     def local_named_modules(self) -> Iterator[tuple[str, nn.Module]]:
-        """(name, module) of the modules that run on this rank: those at home here, and those without a home."""
+        """(name, module) of the modules that run on this rank: those at home here, and those without a home. Local.
+
+        The error is that of ``local_named_parameters``.
+        """
         self._needs_partition("local_named_modules")
         return self._modules_at_home()
 
     def local_modules(self) -> Iterator[nn.Module]:
-        """The modules that run on this rank; after the partition."""
+        """The modules that run on this rank. Local. The error is that of ``local_named_parameters``."""
         self._needs_partition("local_modules")
         return (module for _, module in self._modules_at_home())
 
@@ -143,29 +150,29 @@ class ModelParameters(nn.Module):
                 yield name, module
 
     def distributed_modules(self) -> Iterator[nn.Module]:
-        """The modules that are split by tensor parallelism."""
+        """The modules that are split by tensor parallelism. Local. Source: smp-api section 5."""
         return (module for module in self.module.modules() if isinstance(module, DistributedModule))
 
     def is_distributed_parameter(self, parameter: torch.Tensor) -> bool:
-        """Whether the parameter is sliced over the tensor-parallel ranks."""
+        """Whether the parameter is sliced over the tensor-parallel ranks. Local. Source: smp-api section 5."""
         row = self._table.row_of(parameter)
         return row is not None and row.split is not None
 
     def is_distributed_buffer(self, buffer: torch.Tensor) -> bool:
-        """Whether the buffer is sliced over the tensor-parallel ranks."""
+        """Whether the buffer is sliced over the tensor-parallel ranks. Local. Source: smp-api section 5."""
         return self.is_distributed_parameter(buffer)
 
     def is_scaled_batch_parameter(self, parameter: torch.Tensor) -> bool:
-        """Whether the parameter works on the batch of the whole TP_GROUP."""
+        """Whether the parameter works on the batch of the whole TP_GROUP. Local. Source: smp-api section 5."""
         row = self._table.row_of(parameter)
         return row is not None and row.reducer_axis == "rdp"
 
     def is_scaled_batch_buffer(self, buffer: torch.Tensor) -> bool:
-        """Whether the buffer works on the batch of the whole TP_GROUP."""
+        """Whether the buffer works on the batch of the whole TP_GROUP. Local. Source: smp-api section 5."""
         return self.is_scaled_batch_parameter(buffer)
 
     def default_reducer_named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """(name, parameter) of the local parameters whose gradients are averaged over the DP_GROUP."""
+        """(name, parameter) of the local parameters whose gradients are averaged over the DP_GROUP. Local."""
         return (
             (name, parameter)
             for name, parameter in self.named_parameters()
@@ -173,7 +180,9 @@ class ModelParameters(nn.Module):
         )
 
     def scaled_batch_reducer_named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """(name, parameter) of the local parameters whose gradients are summed over the RDP_GROUP and divided by dp."""
+        """(name, parameter) of the local parameters whose gradients are summed over the RDP_GROUP and divided by dp.
+        Local.
+        """
         return (
             (name, parameter)
             for name, parameter in self.named_parameters()

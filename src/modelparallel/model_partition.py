@@ -172,9 +172,9 @@ def _with_copies(model: DistributedModel, plan: PartitionPlan, trace_body: Trace
 
 def set_partition(module: nn.Module, index: int) -> None:
     """Place ``module``, part of a wrapped model, and everything in it on stage ``index``; after wrapping, before the
-    first step.
+    first step. Local, but the same calls on every rank.
 
-    Needs ``auto_partition: False``; ignored otherwise. Same calls on every rank. Source: smp-api sections 6 and 18.
+    Needs ``auto_partition: False``; ignored otherwise. Source: smp-api sections 6 and 18.
     """
     runtime = runtime_module.current()
     num_stages = runtime.session.config.pipeline_parallel_degree

@@ -57,7 +57,7 @@ class PlannedModel(ModelParameters):
         return self._plan
 
     def set_partition(self, module: nn.Module, index: int) -> None:
-        """Place an existing module on a stage (``smp.set_partition``)."""
+        """Place an existing module on a stage, as ``smp.set_partition``. Local, but the same calls on every rank."""
         if self._is_partitioned and self._runtime.is_pipelined:
             raise PartitionError("smp.set_partition: the model is already partitioned; call it before the first step")
         self._overrides.append((module, index))
@@ -69,7 +69,7 @@ class PlannedModel(ModelParameters):
 
     def title_of(self, name: str) -> str:
         """The name of a module or tensor among all wrapped models: of the first model the user's, of later ones with
-        the number of the model, so that equal names in two models do not meet.
+        the number of the model, so that equal names in two models do not meet. Local.
         """
         return f"{name} (model {self._index})".lstrip() if self._index else name
 
@@ -108,7 +108,8 @@ class PlannedModel(ModelParameters):
     def use_stored_plan(self, plan: PartitionPlan) -> None:
         """Take the plan of a checkpoint at the partition. Local; on all ranks alike.
 
-        Raises PartitionError if it is for another number of stages or another model, and is not taken.
+        Raises:
+            PartitionError: the plan is for another number of stages or another model, and is not taken.
         """
         config = self._runtime.session.config
         wanted, found = (
@@ -127,7 +128,9 @@ class PlannedModel(ModelParameters):
         self._loads.append(load)
 
     def trace(self, run: Callable[[], object], units: Sequence[str] | None = None) -> Trace:
-        """What ``run``, a step on the unsplit models, does with the units of this one; all are left as they were."""
+        """What ``run``, a step on the unsplit models, does with the units of this one; all are left as they were.
+        Local.
+        """
         units = self._units if units is None else units
         with ExitStack() as others:
             for model in self._runtime.models:
@@ -147,7 +150,7 @@ class PlannedModel(ModelParameters):
             )
 
     def begin_plan(self, same_as: PlannedModel | None) -> None:
-        """The model has its table. ``same_as``: that of the constructor."""
+        """The model has its table. ``same_as``: that of the constructor. Called by the library."""
         self._plan = None
         self._is_partitioned = False
         self._overrides = []
@@ -162,7 +165,7 @@ class PlannedModel(ModelParameters):
 
     def look_again(self) -> None:
         """Before the partition: parameters and modules may have been replaced, tied or added since the model was
-        wrapped.
+        wrapped. Called by the library.
         """
         is_changed = self.known.is_changed()
         if is_changed:
@@ -259,7 +262,7 @@ class PlannedModel(ModelParameters):
         )
 
     def is_placed_by_hand(self) -> bool:
-        """Whether the script has said where parts of it go."""
+        """Whether the script has said where parts of it go. Local."""
         if self._runtime.session.config.auto_partition:
             return False
         return bool(self._overrides) or any(map(_is_marked, self.module.modules()))

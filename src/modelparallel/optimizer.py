@@ -32,7 +32,7 @@ logger = logging.getLogger("modelparallel")
 
 class DistributedOptimizer(torch.optim.Optimizer):
     """Wraps an optimizer; use it in its place. It may be built before or after the model is wrapped, and before the
-    partition.
+    partition. Local.
 
     At the partition its groups shrink to the parameters of this rank, in place: the group dicts stay the same objects,
     so schedulers attached before go on working. ``step()`` on a rank without parameters does nothing.
@@ -105,7 +105,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
         self._settle_targets()
 
     def replace_parameters(self) -> None:
-        """Take the new parameters for those that tensor parallelism has replaced since the optimizer was built.
+        """Take the new parameters for those that tensor parallelism has replaced since the optimizer was built. Local.
 
         Several may have become one (queries, keys and values): those must be in one group.
         """
@@ -182,7 +182,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
 
         With fp16 the update is skipped on all ranks if a gradient on any of them is not finite (``overflow``); with
         sharded data parallelism the gradient is clipped first (``sdp_gradient_clipping``). Collective over MP_GROUP
-        then, and over the world where parameters are shared out among ranks.
+        then; with sharded parameters or optimizer state over the world; else local. Source: smp-api section 7.
         """
         self._runtime.num_updates += 1
         with explaining_memory(self._runtime, "in optimizer.step()"):
@@ -235,10 +235,10 @@ class DistributedOptimizer(torch.optim.Optimizer):
         return result
 
     def zero_grad(self, *args: Any, **kwargs: Any) -> None:
-        """Forget the gradients of the parameters that this rank holds, or fill them with zeros.
+        """Forget the gradients of the parameters that this rank holds, or fill them with zeros. Local.
 
-        The inner optimizer gets what is given, and decides where nothing is. ``set_grads_to_None`` is another name for
-        ``set_to_none`` where it does not know that one.
+        The inner optimizer gets the arguments as they are, and its defaults count. ``set_grads_to_None`` is another
+        name for ``set_to_none`` where it does not know that one.
         """
         known = inspect.signature(self.optimizer.zero_grad).parameters
         has_any = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in known.values())
@@ -265,7 +265,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
         vars(self.optimizer)["zero_grad"] = types.MethodType(zero_grad, self.optimizer)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; after the partition of the model it keeps what this rank holds."""
+        """Add a group; after the partition of the model it keeps what this rank holds. Local."""
         self.optimizer.add_param_group(param_group)
         self._note_new_groups()
         self._keep_local_parameters_of_all()
@@ -380,10 +380,9 @@ class DistributedOptimizer(torch.optim.Optimizer):
         return bool(found)
 
     def clip_master_grads(self, max_norm: float) -> torch.Tensor:
-        """Scale the gradients so that their norm over the whole model is at most ``max_norm``; returns the norm.
-
-        Call it before ``step()``; works in every precision. Collective over MP_GROUP, over the world where parameters
-        are shared out among ranks. Source: smp-api section 7.
+        """Scale the gradients so that their norm over the whole model is at most ``max_norm``, in every precision,
+        before ``step()``; returns the norm. Collective over MP_GROUP; with sharded parameters or optimizer state over
+        the world. Source: smp-api section 7.
         """
         norm = self._global_grad_norm = self._clip(max_norm)
         return norm
@@ -403,11 +402,13 @@ class DistributedOptimizer(torch.optim.Optimizer):
         return self.loss_scaler.is_dynamic
 
     def scale_loss(self, loss: torch.Tensor) -> torch.Tensor:
-        """The loss times the scale; ``model.backward`` does that itself. Source: smp-api section 18."""
+        """The loss times the scale; ``model.backward`` does that itself. Local. Source: smp-api section 18."""
         return loss * self.loss_scale
 
     def backward(self, loss: torch.Tensor, update_master_grads: bool = False) -> None:
-        """``model.backward(loss)`` of the model whose parameters these are. Source: smp-api section 18."""
+        """``model.backward(loss)`` of the model whose parameters these are, and as collective. Source: smp-api section
+        18.
+        """
         for model in self._runtime.models:
             if any(model.table.row_of(parameter) is not None for parameter in self.all_parameters()):
                 model.backward(loss)
@@ -418,17 +419,17 @@ class DistributedOptimizer(torch.optim.Optimizer):
             self.collect_gradients()
 
     def update_master_grads(self) -> None:
-        """Make the gradients of the masters those of the model, without the scale of the loss. ``step`` and
-        ``clip_master_grads`` do it themselves. Source: smp-api section 18.
+        """Make the gradients of the masters those of the model, without the scale of the loss; ``step`` and
+        ``clip_master_grads`` do it themselves. Local. Source: smp-api section 18.
         """
         self.collect_gradients()
 
     def init_master_params(self) -> None:
-        """Make the masters anew from the parameters of the model. Source: smp-api section 18."""
+        """Make the masters anew from the parameters of the model. Local. Source: smp-api section 18."""
         self.targets.reload_masters()
 
     def reload_model_params(self) -> None:
-        """Take over the values of the model's parameters in the masters. Source: smp-api section 18."""
+        """Take over the values of the model's parameters in the masters. Local. Source: smp-api section 18."""
         self.targets.reload_masters()
 
     @property
@@ -471,9 +472,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
         return {id(parameter): index for index, parameter in enumerate(self.all_parameters())}
 
     def param_name_to_index(self) -> dict[str, int]:
-        """Position of each parameter in the whole model's optimizer, by its name in the model. Source: smp-api section
-        18.
-        """
+        """Position of each parameter in the whole model's optimizer, by its name. Local. Source: smp-api section 18."""
         names = optimizer_states.names_of(self, self.all_parameters())
         return {name: index for index, name in enumerate(names) if name}
 
@@ -490,16 +489,16 @@ class DistributedOptimizer(torch.optim.Optimizer):
     # Partition
 
     def all_groups(self) -> list[list[nn.Parameter]]:
-        """All parameters given to the optimizer, by group, also those that live on other stages."""
+        """All parameters given to the optimizer, by group, also those that live on other stages. Local."""
         self._note_new_groups()
         return self._all
 
     def all_parameters(self) -> Iterable[nn.Parameter]:
-        """All parameters given to the optimizer, also those that live on other stages."""
+        """All parameters given to the optimizer, also those that live on other stages. Local."""
         return (parameter for group in self.all_groups() for parameter in group)
 
     def keep_local_parameters(self, model: Participant) -> None:
-        """Drop the parameters of ``model`` that live on other stages, in place; called at its partition."""
+        """Drop the parameters of ``model`` that live on other stages, in place. Called by the library."""
         self._note_new_groups()
         for group in self.optimizer.param_groups:
             kept = [parameter for parameter in group["params"] if model.is_local(parameter)]
@@ -511,7 +510,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
             self.settle()
 
     def settle(self) -> None:
-        """The parameters of a model are in place: masters and shards take the place of its parameters."""
+        """The parameters of a model are in place: masters and shards replace its parameters. Called by the library."""
         self._settle_targets()
         if self._waiting_state is not None and not self.has_unpartitioned_parameters():
             (state, gather_if_shard), self._waiting_state = self._waiting_state, None
@@ -527,7 +526,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
                 self.keep_local_parameters(model)
 
     def renew_targets(self) -> None:
-        """The shards of a model have been cut anew, before the first step: take the new ones."""
+        """The shards of a model have been cut anew, before the first step: take the new ones. Called by the library."""
         self.targets.clear()
         models = self._runtime.models
         for group, everything in zip(self.optimizer.param_groups, self.all_groups(), strict=True):
@@ -537,7 +536,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
         self._settle_targets()
 
     def has_unpartitioned_parameters(self) -> bool:
-        """Whether some of the parameters belong to a model whose partition is still to come."""
+        """Whether some of the parameters belong to a model whose partition is still to come. Local."""
         if not self._runtime.is_pipelined:
             return False
         waiting = [model.table for model in self._runtime.models if not model.partitioned]
@@ -548,28 +547,28 @@ class DistributedOptimizer(torch.optim.Optimizer):
     def local_state_dict(self, gather_if_shard: bool = True) -> dict[str, Any]:
         """The state of the parameters of this rank, indexed as in the whole model, with ``_smp_is_partial: True``.
 
-        Local; where parameters are shared out among ranks, those put the state of each together, which is collective
-        over DP_GROUP. ``gather_if_shard=False``: this rank's shards alone; they are loaded on the same ranks. With
-        masters and loss scaling these are in it, too. Source: smp-api section 7.
+        Local; with sharded parameters or optimizer state **collective over DP_GROUP**, whose ranks put the state of
+        each parameter together, unless ``gather_if_shard=False``: then this rank's shards alone, which are loaded on
+        the same ranks. With masters and loss scaling these are in it, too. Source: smp-api section 7.
         """
         return optimizer_states.local_state_dict(self, gather_if_shard)
 
     def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
-        """The whole state, merged and un-sliced, on the CPU; collective over MP_GROUP, and over DP_GROUP where
-        parameters are shared out. Source: smp-api section 7.
+        """The whole state, merged and un-sliced, on the CPU. Collective over MP_GROUP, and with sharded parameters or
+        optimizer state over DP_GROUP, too: then all ranks of the world call it. Source: smp-api section 7.
         """
         return optimizer_states.full_state_dict(self)
 
     def orig_state_dict(self) -> dict[str, Any]:
-        """The inner optimizer's own state dict; local. Source: smp-api section 18."""
+        """The inner optimizer's own state dict. Local. Source: smp-api section 18."""
         return self.optimizer.state_dict()  # type: ignore[no-any-return]
 
     def load_state_dict(self, state_dict: Mapping[str, Any], gather_if_shard: bool = True) -> None:  # type: ignore[override]
         """Load a whole state, the partial one of this partition, or the shards of this rank, which are known as such
-        whether ``gather_if_shard`` says so or not.
+        whether ``gather_if_shard`` says so or not. Collective over MP_GROUP for a partial state, else local.
 
-        Before the partition the values of the groups are taken at once, the state is kept until then. Collective over
-        MP_GROUP for a partial state. Raises SMPConfigError when the groups differ. Source: smp-api section 7.
+        Before the partition the values of the groups are taken at once, the state is kept until then. When the groups
+        differ it is a SMPConfigError. Source: smp-api section 7.
         """
         optimizer_states.load_state_dict(self, state_dict, gather_if_shard)
 
@@ -578,7 +577,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
     load_optimizer_backcompat = load_state_dict
 
     def note_state_for_later(self, state_dict: Mapping[str, Any], gather_if_shard: bool) -> None:
-        """Load it when the model is partitioned."""
+        """Load the state when the model is partitioned. Called by the library."""
         self._waiting_state = (state_dict, gather_if_shard)
 
 

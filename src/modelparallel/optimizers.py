@@ -106,19 +106,25 @@ class _FusedOptimizer(torch.optim.Optimizer):
 
 class FusedAdam(_FusedOptimizer):
     """Adam (Kingma and Ba 2015), or AdamW (Loshchilov and Hutter 2019) with ``adam_w_mode``, with apex's signature.
+    Local.
 
-    Arguments:
+    Updates each element by itself, so states may be sharded element by element.
+
+    Args:
         params: parameters, or groups of them.
         lr, betas, eps: as in torch.
         bias_correction: divide the moments by 1 - beta^t.
         adam_w_mode: decoupled weight decay (AdamW); False: weight decay is added to the gradient.
         weight_decay: the factor of either.
-        amsgrad: only False; RuntimeError otherwise.
+        amsgrad: only False.
         set_grad_none: what ``zero_grad()`` does.
         capturable: accepted without effect.
         master_weights: keep fp32 copies of half-precision parameters in the state, and update those.
 
-    Updates each element by itself, so states may be sharded element by element. Source: smp-api section 7.
+    Raises:
+        RuntimeError: ``amsgrad=True``.
+
+    Source: smp-api section 7.
     """
 
     def __init__(
@@ -143,7 +149,7 @@ class FusedAdam(_FusedOptimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """Update the parameters that have gradients; local. Returns what ``closure`` returns."""
+        """Update the parameters that have gradients; returns what ``closure`` returns. Local."""
         loss = _evaluate(closure)
         for group in self.param_groups:
             by_kind: dict[tuple[torch.device, torch.dtype, torch.dtype], list[torch.Tensor]] = {}
@@ -211,9 +217,17 @@ class FusedLAMB(_FusedOptimizer):
     """LAMB (You et al. 2020): AdamW whose step is scaled, per parameter, by |parameter| / |update|; apex's signature.
 
     Gradients are clipped first, all together, to the norm ``max_grad_norm`` (None or 0: not). The scale is 1 where
-    either norm is 0, and without weight decay unless ``use_nvlamb``. ``grad_averaging``: the gradient enters the first
-    moment with 1 - beta1, else with 1. ``adam_w_mode=False``: weight decay is added to the gradient and not to the
-    update. Others as in FusedAdam. Source: smp-api section 7.
+    either norm is 0, and without weight decay unless ``use_nvlamb``. Local as it is; wrapped in
+    ``smp.DistributedOptimizer`` a step is collective, since the norms are those of the whole model.
+
+    Args:
+        params, lr, bias_correction, betas, eps, weight_decay, amsgrad, set_grad_none: as in FusedAdam.
+        adam_w_mode: False: weight decay is added to the gradient and not to the update.
+        grad_averaging: the gradient enters the first moment with 1 - beta1; False: with 1.
+        max_grad_norm: see above.
+        use_nvlamb: see above.
+
+    Source: smp-api section 7.
     """
 
     is_elementwise = False
@@ -243,8 +257,8 @@ class FusedLAMB(_FusedOptimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """Update the parameters that have gradients. Local, or collective as ``norms`` is. Returns what ``closure``
-        returns.
+        """Update the parameters that have gradients; returns what ``closure`` returns. Local, or collective as
+        ``norms`` is.
         """
         loss = _evaluate(closure)
         total: torch.Tensor | None = None
@@ -305,15 +319,20 @@ FusedLamb = FusedLAMB
 class FusedNovoGrad(_FusedOptimizer):
     """NovoGrad (Ginsburg et al. 2019): gradients are divided by a running norm per parameter; apex's signature.
 
-    - ``norm_type``: 2, the running mean of squared L2 norms; 0, that of maximum norms. The state ``exp_avg_sq`` is that
-      mean, one number for a parameter.
-    - ``init_zero``: the mean starts at 0; else with the first gradient's norm.
-    - ``reg_inside_moment``: the divided gradient and the weight decay enter the first moment, as in the paper; else
-      (the default) the moment is that of the gradients, and both are applied to the update.
-    - ``grad_averaging``: what enters the first moment enters with 1 - beta1, else with 1.
-    - ``bias_correction``: divide both moments by 1 - beta^t.
+    Local as it is; wrapped in ``smp.DistributedOptimizer`` a step is collective, since the norms are those of whole
+    parameters.
 
-    Others as in FusedAdam. Source: smp-api section 7.
+    Args:
+        params, lr, betas, eps, weight_decay, amsgrad, set_grad_none: as in FusedAdam.
+        bias_correction: divide both moments by 1 - beta^t.
+        reg_inside_moment: the divided gradient and the weight decay enter the first moment, as in the paper; False: the
+            moment is that of the gradients, and both are applied to the update.
+        grad_averaging: what enters the first moment enters with 1 - beta1; False: with 1.
+        norm_type: 2, the running mean of squared L2 norms; 0, that of maximum norms. The state ``exp_avg_sq`` is that
+            mean, one number for a parameter.
+        init_zero: the mean starts at 0; False: with the first gradient's norm.
+
+    Source: smp-api section 7.
     """
 
     is_elementwise = False
@@ -345,8 +364,8 @@ class FusedNovoGrad(_FusedOptimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """Update the parameters that have gradients. Local, or collective as ``norms`` is. Returns what ``closure``
-        returns.
+        """Update the parameters that have gradients; returns what ``closure`` returns. Local, or collective as
+        ``norms`` is.
         """
         loss = _evaluate(closure)
         for group in self.param_groups:

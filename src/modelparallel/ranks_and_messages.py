@@ -72,12 +72,12 @@ def local_size() -> int:
 
 
 def tp_rank() -> int:
-    """The position of this process in its TP_GROUP (smp-api section 2). Local."""
+    """The position of this process in its TP_GROUP. Local. Source: smp-api section 2."""
     return _group(GroupKind.TP).rank_in_group
 
 
 def tp_size() -> int:
-    """The number of processes in this process's TP_GROUP (smp-api section 2). Local."""
+    """The number of processes in this process's TP_GROUP. Local. Source: smp-api section 2."""
     return _group(GroupKind.TP).size
 
 
@@ -92,12 +92,12 @@ def get_tp_process_group() -> dist.ProcessGroup:
 
 
 def pp_rank() -> int:
-    """The position of this process in its PP_GROUP (smp-api section 2). Local."""
+    """The position of this process in its PP_GROUP. Local. Source: smp-api section 2."""
     return _group(GroupKind.PP).rank_in_group
 
 
 def pp_size() -> int:
-    """The number of processes in this process's PP_GROUP (smp-api section 2). Local."""
+    """The number of processes in this process's PP_GROUP. Local. Source: smp-api section 2."""
     return _group(GroupKind.PP).size
 
 
@@ -112,12 +112,12 @@ def get_pp_process_group() -> dist.ProcessGroup:
 
 
 def rdp_rank() -> int:
-    """The position of this process in its RDP_GROUP (smp-api section 2). Local."""
+    """The position of this process in its RDP_GROUP. Local. Source: smp-api section 2."""
     return _group(GroupKind.RDP).rank_in_group
 
 
 def rdp_size() -> int:
-    """The number of processes in this process's RDP_GROUP (smp-api section 2). Local."""
+    """The number of processes in this process's RDP_GROUP. Local. Source: smp-api section 2."""
     return _group(GroupKind.RDP).size
 
 
@@ -132,12 +132,12 @@ def get_rdp_process_group() -> dist.ProcessGroup:
 
 
 def dp_rank() -> int:
-    """The position of this process in its DP_GROUP (smp-api section 2). Local."""
+    """The position of this process in its DP_GROUP. Local. Source: smp-api section 2."""
     return _group(GroupKind.DP).rank_in_group
 
 
 def dp_size() -> int:
-    """The number of processes in this process's DP_GROUP (smp-api section 2). Local."""
+    """The number of processes in this process's DP_GROUP. Local. Source: smp-api section 2."""
     return _group(GroupKind.DP).size
 
 
@@ -152,12 +152,12 @@ def get_dp_process_group() -> dist.ProcessGroup:
 
 
 def mp_rank() -> int:
-    """The position of this process in its MP_GROUP (smp-api section 2). Local."""
+    """The position of this process in its MP_GROUP. Local. Source: smp-api section 2."""
     return _group(GroupKind.MP).rank_in_group
 
 
 def mp_size() -> int:
-    """The number of processes in this process's MP_GROUP (smp-api section 2). Local."""
+    """The number of processes in this process's MP_GROUP. Local. Source: smp-api section 2."""
     return _group(GroupKind.MP).size
 
 
@@ -179,23 +179,35 @@ def get_world_process_group() -> dist.ProcessGroup:
 def send(obj: Any, dest_rank: int, rank_type: RankType) -> None:
     """Send a picklable object to one process, which calls `recv_from`; returns once it has been received.
 
-    Arguments:
+    Messages from one process to another arrive in the order in which they were sent. Collective over the two processes.
+
+    Args:
         obj: any picklable object. Tensors inside arrive on the CPU if they are on the CPU, else on the receiver's own
             device; without autograd history.
         dest_rank: the receiver, counted within the caller's own group of `rank_type`.
         rank_type: a `smp.RankType`.
 
-    Raises `GroupMembershipError` (a ValueError) for a rank outside the group or the own rank, `GroupTypeError` (a
-    TypeError) for an unknown rank type, `WaitTimeoutError` after `message_timeout_seconds`, `CommunicationError`.
-    Messages from one process to another arrive in the order in which they were sent. Spec: smp-api section 3.
+    Raises:
+        GroupMembershipError: a rank outside the group, or the own rank; also a ValueError.
+        GroupTypeError: an unknown rank type; also a TypeError.
+        WaitTimeoutError: no answer within `message_timeout_seconds`.
+        CommunicationError: the other process has ended, or cannot be reached.
+
+    Source: smp-api section 3.
     """
     _messenger().send(obj, dest_rank, _group(_kind(rank_type, RankType, "rank_type")))
 
 
 def recv_from(src_rank: int, rank_type: RankType) -> Any:
-    """Receive the next object from one process; pairs with its `send` or `broadcast`.
+    """Receive the next object from one process, which calls `send` or `broadcast`. Collective over the two processes.
 
-    `src_rank` is counted within the caller's own group of `rank_type`. Errors as `send`. Spec: smp-api section 3.
+    The errors are those of `send`.
+
+    Args:
+        src_rank: the sender, counted within the caller's own group of `rank_type`.
+        rank_type: a `smp.RankType`.
+
+    Source: smp-api section 3.
     """
     return _messenger().receive(src_rank, _group(_kind(rank_type, RankType, "rank_type")))
 
@@ -204,15 +216,16 @@ def broadcast(obj: Any, group: CommGroup) -> None:
     """Send a picklable object to all other members of the caller's own `group`; returns once all have received it.
 
     Only the sender calls it; every other member calls `recv_from` with the sender's rank and the matching `RankType`.
-    Errors as `send`. Spec: smp-api section 3.
+    Collective over `group` in this sense. The errors are those of `send`. Source: smp-api section 3.
     """
     _messenger().broadcast(obj, _group(_kind(group, CommGroup, "group")))
 
 
 def allgather(obj: Any, group: CommGroup) -> list[Any]:
-    """The objects of all members of the caller's own `group`, in the order of their ranks in it.
+    """The objects of all members of the caller's own `group`, in the order of their ranks in it. Collective over
+    `group`.
 
-    Collective over `group`. The objects may differ in type and shape. Errors as `send`. Spec: smp-api section 3.
+    The objects may differ in type and shape. The errors are those of `send`. Source: smp-api section 3.
     """
     members = _group(_kind(group, CommGroup, "group"))
     with _known_to_peers("smp.allgather", members):
@@ -220,9 +233,9 @@ def allgather(obj: Any, group: CommGroup) -> list[Any]:
 
 
 def barrier(group: CommGroup = CommGroup.WORLD) -> None:
-    """Wait until all members of the caller's own `group` have called; other processes are not waited for.
+    """Wait until all members of the caller's own `group` have called. Collective over `group`.
 
-    Collective over `group`. Errors as `send`. Spec: smp-api section 3.
+    Other processes are not waited for. The errors are those of `send`. Source: smp-api section 3.
     """
     members = _group(_kind(group, CommGroup, "group"))
     with _known_to_peers("smp.barrier", members):
@@ -230,12 +243,12 @@ def barrier(group: CommGroup = CommGroup.WORLD) -> None:
 
 
 def dp_barrier() -> None:
-    """`barrier(smp.DP_GROUP)`."""
+    """`barrier(smp.DP_GROUP)`. Collective over DP_GROUP. Source: smp-api section 3."""
     barrier(CommGroup.DP_GROUP)
 
 
 def mp_barrier() -> None:
-    """`barrier(smp.MP_GROUP)`."""
+    """`barrier(smp.MP_GROUP)`. Collective over MP_GROUP. Source: smp-api section 3."""
     barrier(CommGroup.MP_GROUP)
 
 

@@ -187,11 +187,20 @@ def current() -> Runtime:
 
 
 def init(config: Mapping[str, Any] | str | None = None) -> None:
-    """Initialise the library: the first call of a script; collective over the world.
+    """Initialise the library: the first call of a script. Collective over the world.
 
-    ``config`` holds parameters as in smp-config section 1; those delivered by a launcher override equal ones. A later
-    call adds parameters that were not given before. Does not select the CUDA device: call
-    ``torch.cuda.set_device(smp.local_rank())``. Source: smp-api section 1.
+    A later call adds parameters that were not given before. Does not select the CUDA device: call
+    ``torch.cuda.set_device(smp.local_rank())``.
+
+    Args:
+        config: parameters as in docs/configuration.md, as a dict or the path of a JSON file; equal ones delivered by a
+            launcher override them.
+
+    Raises:
+        SMPConfigError: a wrong parameter, or one that does not fit the number of processes.
+        CommunicationError: the processes do not find each other.
+
+    Source: smp-api section 1.
     """
     _show_log_lines()
     session.initialize(config)

@@ -38,7 +38,7 @@ def get_full_state_dict_from_sharded_data_parallel_checkpoint(
 ) -> dict[str, torch.Tensor]:
     """The state dict of the whole model, for ``load_state_dict`` of the plain model. Local; needs no process group.
 
-    Arguments:
+    Args:
         dir: the folder, or URL, given to ``smp.save_checkpoint`` as its path.
         tag: as given there, or the name of the folder; None: the one that ``<dir>/newest`` names.
         dtype: of the floating-point tensors. None: parameters in fp32 where the checkpoint has fp32 masters of them,

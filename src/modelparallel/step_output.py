@@ -11,11 +11,12 @@ from modelparallel import trees
 
 
 class StepOutput:
-    """One returned tensor, per microbatch.
+    """One returned tensor, per microbatch. Everything here is local. Source: smp-api section 4.
 
-    ``outputs`` lists the tensors by microbatch. Microbatches may differ in size (a last batch that does not divide):
-    ``weights`` are their shares of the samples, or of what was given to ``model.backward(loss, weight=...)``; the sum
-    of that over the microbatches of this rank is ``total_weight``, None where nothing was given.
+    Args:
+        outputs: the tensors by microbatch, which may differ in size (a last batch that does not divide).
+        weights: their shares of the samples, or of what was given to ``model.backward(loss, weight=...)``.
+        total_weight: the sum of what was given over the microbatches of this rank; None where nothing was.
     """
 
     def __init__(

@@ -368,17 +368,25 @@ def step(
     detach_outputs: bool = True,
 ) -> Any:
     """Decorate one forward (and backward) pass: each call splits its arguments into microbatches and runs the function
-    once for each.
+    once for each. A call is collective over PP_GROUP and TP_GROUP, one that trains over DP_GROUP, too.
 
-    ``@smp.step``, ``@smp.step()`` and ``@smp.step(non_split_inputs=[...], ...)`` all work. Tensors, also inside
-    containers, are split along axis 0, or ``input_split_axes[argument name]``; arguments named in ``non_split_inputs``
-    go whole to every microbatch; an object with ``smp_slice(num_mb, mb, axis)`` splits itself; anything else is passed
-    as it is. With pipelining the inputs are those of pp_rank 0.
+    ``@smp.step``, ``@smp.step()`` and ``@smp.step(non_split_inputs=[...], ...)`` all work. All ranks of a PP_GROUP must
+    call the same step functions in the same order. With pipelining the inputs are those of pp_rank 0. Inside, use
+    ``model.backward(loss)``; call the optimizer outside.
 
-    Returned tensors come back as :class:`StepOutput`, other values as lists, one entry per microbatch, equal on all
-    ranks of the PP_GROUP; with ``detach_outputs=False`` tensors keep their graph (with pipelining: they require grad,
-    the graph has been used). All ranks of a PP_GROUP must call the same step functions in the same order. Inside, use
-    ``model.backward(loss)``; call the optimizer outside. Source: smp-api section 4.
+    Args:
+        function: the step function. Tensors among its arguments, also inside containers, are split; an object with
+            ``smp_slice(num_mb, mb, axis)`` splits itself; anything else is passed as it is.
+        non_split_inputs: names of arguments that go whole to every microbatch.
+        input_split_axes: for names of arguments, the axis along which their tensors are split; 0 for all others.
+        detach_outputs: False: returned tensors keep their graph (with pipelining: they require grad, the graph has been
+            used).
+
+    Returns:
+        The decorated function, whose calls give returned tensors as :class:`StepOutput`, other values as lists, one
+        entry per microbatch, equal on all ranks of the PP_GROUP.
+
+    Source: smp-api section 4.
     """
     if function is not None and not callable(function):
         raise SMPConfigError(
@@ -392,13 +400,13 @@ def step(
 
 
 def is_tracing() -> bool:
-    """Whether the body of a step function runs for the trace of the first step (smp-api section 1). Local."""
+    """Whether the body of a step function runs for the trace of the first step. Local. Source: smp-api section 1."""
     running = runtime_module.current().step
     return running is not None and running.is_tracing
 
 
 def num_microbatches() -> int:
-    """The configured number of microbatches (smp-api section 18). Local."""
+    """The configured number of microbatches. Local. Source: smp-api section 18."""
     return runtime_module.current().session.config.microbatches
 
 

@@ -47,7 +47,7 @@ _VARYING_AXES: dict[GroupKind, frozenset[str]] = {
 
 
 class CommGroup(enum.Enum):
-    """A group named in a communication call; always the caller's own instance of it (smp-api sections 2 and 3)."""
+    """A group in a communication call, always the caller's own instance of it. Source: smp-api sections 2 and 3."""
 
     WORLD = "WORLD"
     MP_GROUP = "MP_GROUP"
@@ -63,7 +63,7 @@ class CommGroup(enum.Enum):
 
 
 class RankType(enum.Enum):
-    """How a peer's number is read: within the caller's own group of this kind (smp-api sections 2 and 3)."""
+    """How a peer's number is read: within the caller's own group of this kind. Source: smp-api sections 2 and 3."""
 
     WORLD_RANK = "WORLD_RANK"
     MP_RANK = "MP_RANK"

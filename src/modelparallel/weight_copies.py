@@ -25,21 +25,33 @@ _Write = Callable[[str, torch.Tensor, torch.Tensor, bool], None]
 
 
 def copy_weights(target: nn.Module, source: nn.Module) -> None:
-    """Give ``target`` the parameters and buffers of ``source``; outside a step function, on every rank.
+    """Give ``target`` the parameters and buffers of ``source``; outside a step function, on every rank. Ours, not the
+    original's.
 
     Local where both are wrapped and of one structure (which are partitioned alike), collective over MP_GROUP where one
     of them is not wrapped (it then has, or gets, the whole values) or the partitions differ. Works before and after the
-    partition; masters of half-precision weights follow at the next ``optimizer.step()``. Raises PartitionError where
-    the models do not correspond.
+    partition; masters of half-precision weights follow at the next ``optimizer.step()``.
+
+    Raises:
+        PartitionError: the models do not correspond.
+        SMPConfigError: an argument is no model.
+        StepUsageError: inside a step function.
     """
     _update(target, source, _copy, "smp.copy_weights")
 
 
 def average_weights(average: nn.Module, model: nn.Module, decay: float, *, averages_buffers: bool = False) -> None:
-    """Move the parameters of ``average`` towards those of ``model``: ``decay * average + (1 - decay) * model``.
+    """Move the parameters of ``average`` towards those of ``model``: ``decay * average + (1 - decay) * model``. Ours,
+    not the original's.
 
-    Buffers are copied; with ``averages_buffers`` those with fractions are averaged, too. The average of half-precision
-    weights is kept in fp32 beside them. Where, when and how as :func:`copy_weights`.
+    The average of half-precision weights is kept in fp32 beside them. Where, when, over which group and with which
+    error: as :func:`copy_weights`; a ``decay`` outside 0 to 1 is a SMPConfigError.
+
+    Args:
+        average: the model that is changed.
+        model: the model that is followed.
+        decay: the share of the old average, 0 to 1.
+        averages_buffers: average floating-point buffers, too; else buffers are copied.
     """
     if isinstance(decay, bool) or not isinstance(decay, int | float) or not 0 <= decay <= 1:
         raise SMPConfigError(f"smp.average_weights: decay must be a number from 0 to 1, got {decay!r}")

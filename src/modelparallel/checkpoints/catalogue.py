@@ -156,7 +156,7 @@ def checkpoints_in(path: str) -> tuple[list[Found], list[str]]:
 def find(path: str | os.PathLike[str], tag: str | None = None) -> Found:
     """The checkpoint that a caller means. Local.
 
-    Arguments:
+    Args:
         path: a folder of checkpoints, the folder or the file of one checkpoint, or a URL of one of these.
         tag: as given to ``smp.save_checkpoint``, or the name of a folder or file in ``path``. None: the checkpoint that
             ``path`` is; else the one that ``newest`` names; else the only one there, or the weights of transformers.

@@ -80,7 +80,7 @@ def convert_to_full(
 ) -> Conversion:
     """Write a partial checkpoint as ``smp.save_checkpoint(partial=False, full_optimizer=True)`` would have. Local.
 
-    Arguments:
+    Args:
         path, tag: of the checkpoint, see `catalogue.find`.
         destination: ``<folder>/<new tag>``: the file of the merged state dict; the optimizer's, the user content's and
             the completion record come beside it. ``newest`` is written if there is none.
@@ -129,7 +129,7 @@ def convert_to_safetensors(
 ) -> Conversion:
     """Write the model of a checkpoint as a folder of safetensors, with an index if there are several. Local.
 
-    Arguments:
+    Args:
         destination: the folder.
         config: a ``config.json`` of transformers, or a folder with one, of which the files of the tokenizer are taken,
             too: then ``from_pretrained(destination)`` loads the result.

@@ -60,14 +60,14 @@ def export_hf(
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Write the model as a folder of safetensors, as ``save_pretrained`` of transformers does. Ours, not the
-    original's; collective over the world, with equal arguments.
+    """Write the model as a folder of safetensors, as ``save_pretrained`` of transformers does. Collective over the
+    world, with equal arguments. Ours, not the original's.
 
     Of a model of transformers, also one whose layers were replaced, ``AutoModel....from_pretrained(path)`` loads it:
     with its ``config.json`` and under its own names, tied weights once. Of any other module the files have the names of
     its state dict. No rank holds the whole model: each file is written by one rank, tensor by tensor.
 
-    Arguments:
+    Args:
         path: the folder, which is made, or a URL that fsspec knows; the same place on all ranks. It is there when it is
             complete, and not before (docs/checkpoints.md).
         model: the wrapped model; after the first step, unless its weights are in memory before.
@@ -76,9 +76,12 @@ def export_hf(
             the masters of parameters in half precision, if there are some.
         overwrite: replace a folder of weights that is there, with all that is in it.
 
-    Raises CheckpointError on all ranks when the folder is there, a rank cannot write, or the state dict holds something
-    else than tensors; SMPConfigError for wrong arguments; StepUsageError before the weights are there;
-    UnsupportedError for adapters and quantised weights.
+    Raises:
+        CheckpointError: on all ranks, when the folder is there, a rank cannot write, or the state dict holds something
+            else than tensors.
+        SMPConfigError: wrong arguments.
+        StepUsageError: the weights are not in memory yet.
+        UnsupportedError: adapters, or quantised weights.
     """
     runtime = runtime_module.current()
     token = agreed_token(

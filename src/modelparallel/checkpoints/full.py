@@ -62,7 +62,7 @@ def save_full(
 ) -> None:
     """Write a full checkpoint; rank 0 writes. Collective over the world.
 
-    Arguments:
+    Args:
         path, tag: the folder, which is made if need be, or a URL of fsspec; and the name of the file in it.
         model: its whole state; with families of transformers in it, under the names of transformers
             (``translate_if_full``).
@@ -126,7 +126,7 @@ def load_full(
     """Load a full checkpoint, or an ordinary state dict; returns its user content, None if there is none. Collective
     over the world; before the first step of a pipeline, too.
 
-    Arguments:
+    Args:
         path, tag: as of `save_full`. With the tag ``pytorch_model.bin`` also what else transformers writes, if that is
             all there is: safetensors, or several files with an index.
         model: gets the weights; None: they are not read. Names of transformers are translated for the families in it.

@@ -38,23 +38,28 @@ class Incompatible(NamedTuple):
 
 
 def import_hf(path: str | os.PathLike[str], model: DistributedModel, *, strict: bool = True) -> Incompatible:
-    """Load weights from safetensors, each rank only what it holds of them. Ours, not the original's; collective over
-    the world.
+    """Load weights from safetensors, each rank only what it holds of them. Collective over the world. Ours, not the
+    original's.
 
     Reads what ``smp.export_hf``, ``save_pretrained`` of transformers, or safetensors by themselves have written; names
     are translated where layers of a model of transformers were replaced, and tied weights are there once. Before the
     first step, too: a model that is not partitioned yet gets its weights at the partition. Masters of half precision
     are read as well, of optimizers that exist by then. transformers need not be installed.
 
-    Arguments:
+    Args:
         path: a folder with ``model.safetensors`` or ``model.safetensors.index.json``, a single file, or the URL of
             either. Each rank reads its own; they must hold the same.
         model: the wrapped model.
-        strict: names must be the same; False takes what both have.
+        strict: names must be the same; False takes the names that both have.
 
-    Returns the missing and the unexpected names, as ``load_state_dict`` does. Raises on all ranks: CheckpointError for
-    names (if ``strict``) and shapes that differ, CheckpointNotFoundError, CheckpointCorruptError for files that are not
-    whole.
+    Returns:
+        The missing and the unexpected names, as ``load_state_dict`` does.
+
+    Raises:
+        CheckpointError: on all ranks, names (if ``strict``) or shapes differ.
+        CheckpointNotFoundError: on all ranks, there are no such files.
+        CheckpointCorruptError: on all ranks, files are not whole.
+        SMPConfigError: wrong arguments.
     """
     runtime = runtime_module.current()
     if runtime.background_save is not None:

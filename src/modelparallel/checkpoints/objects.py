@@ -46,20 +46,22 @@ def save(
 
     A part is called ``<f>_<mp_rank>``, with tensor parallelism ``<f>_<pp_rank>_<tp_rank>``, with ``v3=True``
     ``<f>_<pp_rank>_<tp_rank>_<rdp_rank>``; a whole object is called ``f``. Ranks of other replicas hold the same parts
-    and must not write them too: guard the call by ``smp.dp_rank() == 0``, with tensor parallelism by
-    ``smp.rdp_rank() == 0``; not with ``v3``. A file that is there already is replaced at once when the new one is
-    complete.
+    and must not write them too: guard the call by ``smp.dp_rank() == 0``, with tensor parallelism by ``smp.rdp_rank()
+    == 0``; not with ``v3``. A file that is there already is replaced at once when the new one is complete.
 
-    Arguments:
+    Args:
         obj: any object that can be pickled.
         f: a path, or a URL of fsspec.
         partial, v3: see above.
         pickle_module, pickle_protocol: as ``torch.save`` has them. ``pickel_module``: the same under the name that the
             original's documents have.
 
-    Raises FileNameError (a TypeError) when ``f`` is not a string, CheckpointError when the file cannot be written, or
-    the object holds shards of parameters,
-    NotInitializedError for a part before ``smp.init()``. Source: smp-api sections 14 and 18.
+    Raises:
+        FileNameError: ``f`` is not a string; a TypeError.
+        CheckpointError: the file cannot be written, or the object holds shards of parameters.
+        NotInitializedError: a part, before ``smp.init()``.
+
+    Source: smp-api sections 14 and 18.
     """
     _check_name("smp.save", f)
     _check_whole(obj)
@@ -76,7 +78,7 @@ def load(
     back_compat: bool = False,
     **pickle_load_args: Any,
 ) -> Any:
-    """What `save` has written, or with ``partial=False`` any file of ``torch.save``. Local.
+    """Read what `save` has written, or with ``partial=False`` any file of ``torch.save``. Local.
 
     Of a part the names are tried in turn: ``<f>_<pp_rank>_<tp_rank>_<rdp_rank>``, ``<f>_<pp_rank>_<tp_rank>``,
     ``<f>_<mp_rank>``; with ``back_compat=True`` from the last to the first.
@@ -84,13 +86,16 @@ def load(
     **The file is trusted**: as in the original, any object may be in it, and reading one can run any code. Pass
     ``weights_only=True`` for a file of tensors that you did not write.
 
-    Arguments:
+    Args:
         f: as it was given to `save`.
         map_location, pickle_module, pickle_load_args: as ``torch.load`` has them (``mmap=True`` only for local files).
         partial, back_compat: see above.
 
-    Raises FileNameError (a TypeError) when ``f`` is not a string, CheckpointNotFoundError (also a FileNotFoundError)
-    that lists what was looked for. Source: smp-api sections 14 and 18.
+    Raises:
+        FileNameError: ``f`` is not a string; a TypeError.
+        CheckpointNotFoundError: no such file; lists the names that were tried; a FileNotFoundError.
+
+    Source: smp-api sections 14 and 18.
     """
     _check_name("smp.load", f)
     paths = [f]

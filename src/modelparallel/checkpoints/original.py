@@ -71,7 +71,7 @@ def load_original(
 ) -> Any:
     """Load a checkpoint of this layout; returns its user content. Collective over the world.
 
-    Arguments:
+    Args:
         folder: the store of the checkpoint's folder.
         optimizer: gets its state, if there are files of one.
         data_loader: must be None: there is no place in the data in it.

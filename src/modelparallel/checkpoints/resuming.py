@@ -61,33 +61,38 @@ def resume_from_checkpoint(
     trust_pickles: bool = False,
     verify: bool = True,
 ) -> Any:
-    """Load a checkpoint into the wrapped models and optimizers; collective over the world, with equal arguments.
+    """Load a checkpoint into the wrapped models and optimizers. Collective over the world, with equal arguments.
 
-    Where the process has more of them than the checkpoint, the ones that were wrapped last get it, in order.
-    The job may have another shape than the one that saved. Call it after both wrappers exist, before or after the first
-    step. In a pipeline that is not partitioned yet the tensors are read at the partition, each rank its own; the stored
-    plan is used if it is for as many stages.
+    Where the process has more models or optimizers than the checkpoint, the ones that were wrapped last get it, in
+    order. The job may have another shape than the one that saved. Call it after both wrappers exist, before or after
+    the first step. In a pipeline that is not partitioned yet the tensors are read at the partition, each rank its own;
+    the stored plan is used if it is for as many stages. A folder ``<tag>_partial`` of the original library, with one
+    file per rank and no index, is read by a job of the shape that saved it.
 
-    Arguments:
+    Args:
         path, tag: as given to ``smp.save_checkpoint``. ``tag=None``: what ``<path>/newest`` names.
             ``"newest-complete"``: the newest one that is whole; damaged ones are passed over, with a warning.
         partial: False: the model alone, from one file: ``<path>/<tag>`` of a full checkpoint, or an ordinary state dict
             of torch or Hugging Face.
-        strict: names must be the same; False takes what both have.
+        strict: names must be the same; False takes the names that both have.
         load_optimizer: also the optimizers, masters and scales.
         load_sharded_optimizer_state: False: of the optimizers only masters and the loss scale.
         translate_function: maps the names of a full state dict to the model's, in place of the active translation.
         data_loader: gets the state that was saved of one.
-        allowed_types: classes that ``user_content`` may hold objects of, beside tensors, plain types, configurations
-            of transformers, and the classes of the parameter of this name.
+        allowed_types: classes that ``user_content`` may hold objects of, beside tensors, plain types, configurations of
+            transformers, and the classes of the parameter of this name.
         trust_pickles: open any object in the checkpoint, which runs code that is in it; so does the parameter.
         verify: compare all files with the digests in the completion record first; the ranks share the work.
 
-    A folder ``<tag>_partial`` of the original library, with one file per rank and no index, is read by a job of the
-    shape that saved it (original.py).
+    Returns:
+        ``user_content``, None if there is none.
 
-    Returns ``user_content``, None if there is none. Raises CheckpointNotFoundError, CheckpointCorruptError for one that
-    is not whole, CheckpointError for one of another model. Source: smp-api section 14.
+    Raises:
+        CheckpointNotFoundError: there is no such checkpoint.
+        CheckpointCorruptError: the checkpoint is not whole.
+        CheckpointError: the checkpoint is of another model.
+
+    Source: smp-api section 14.
     """
     runtime = runtime_module.current()
     models = wrapped_models(runtime)

@@ -190,7 +190,7 @@ def safetensors_file(
 ) -> Iterator[SafetensorsWriter]:
     """Write a file; it appears under its name, whole, when the block ends without an error. Local.
 
-    Arguments:
+    Args:
         tensors: what will be in it, by name.
         metadata: what the file shall say beside ``{"format": "pt"}``; texts.
 
@@ -258,7 +258,7 @@ def write_folder(
 ) -> dict[str, list[str]]:
     """Write a whole folder from one process; at any time it is there whole or not at all. Local.
 
-    Arguments:
+    Args:
         path: the folder, which is made, or a URL of fsspec.
         tensors: dtype and shape of each tensor by name, in the order in which they are divided into files.
         read: gives a tensor by its name. It is called once for each, and the tensor is written and forgotten before the

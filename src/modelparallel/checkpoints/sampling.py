@@ -14,7 +14,7 @@ from modelparallel.errors import CheckpointError, SMPConfigError
 
 class GlobalBatchSampler(Sampler[list[int]]):
     """A ``batch_sampler`` for ``torch.utils.data.DataLoader``: every data-parallel rank's part of one common sequence
-    of global batches. Local; all ranks make it alike, after ``smp.init()``.
+    of global batches. Local; all ranks make it alike, after ``smp.init()``. Ours, not the original's.
 
     Its ``state_dict`` is the same on all ranks and counts samples of the whole job, so that a job with another number
     of data-parallel ranks goes on with the next sample (``data_loader=`` of ``smp.save_checkpoint`` and
@@ -22,14 +22,15 @@ class GlobalBatchSampler(Sampler[list[int]]):
     anew. A loader with worker processes asks for batches ahead, which count as taken: use ``num_workers=0``, or
     ``torchdata``'s ``StatefulDataLoader`` on a fixed number of ranks.
 
-    Arguments:
+    Args:
         num_samples: of the dataset.
         batch_size: samples of all data-parallel ranks together in a batch; a part of it may be one sample larger than
             another.
         shuffle, seed: each epoch in an order of its own, which follows from ``seed`` and the epoch.
         drop_last: leave out the samples that do not fill a batch.
 
-    Raises SMPConfigError for numbers that are not positive, and for a batch with fewer samples than ranks.
+    Raises:
+        SMPConfigError: numbers that are not positive, or a batch with fewer samples than ranks.
     """
 
     is_global = True
@@ -81,7 +82,11 @@ class GlobalBatchSampler(Sampler[list[int]]):
         }  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from there at the next iteration. Local. Raises CheckpointError if it is of other data."""
+        """Go on from there at the next iteration. Local.
+
+        Raises:
+            CheckpointError: the state is that of other data.
+        """
         for name in ("num_samples", "seed", "shuffle"):
             if state[name] != getattr(self, name):
                 raise CheckpointError(

@@ -38,9 +38,9 @@ def save_checkpoint(
     async_save: bool = False,
     if_saving: str = "wait",
 ) -> PendingSave | None:
-    """Save a checkpoint that counts only when it is whole; collective over the world, with equal arguments.
+    """Save a checkpoint that counts only when it is whole. Collective over the world, with equal arguments.
 
-    Arguments:
+    Args:
         path: a folder, which is made, or a URL that fsspec knows (``s3://...``); the same place on all ranks.
         tag: names the checkpoint: ``<path>/<tag>_partial/`` or ``<path>/<tag>``.
         partial: every rank writes its share: model, optimizer, masters, loss scale, random states; a job of any other
@@ -54,11 +54,17 @@ def save_checkpoint(
         async_save: return when the tensors are copied, and write in the background; partial checkpoints only.
         if_saving: what to do while an earlier one is still being written: "wait" for it or "refuse".
 
-    Returns the :class:`PendingSave` of an ``async_save``, else None. An ``async_save`` that fails says so at its
-    ``wait()``, at the next save, or when the process ends.
+    Returns:
+        The :class:`PendingSave` of an ``async_save``, else None. An ``async_save`` that fails says so at its
+        ``wait()``, at the next save, or when the process ends.
 
-    Raises CheckpointError on every rank when one cannot write (what was saved before is untouched), SMPConfigError for
-    wrong arguments, StepUsageError before the partition. Source: smp-api section 14.
+    Raises:
+        CheckpointError: on every rank when one cannot write; what was saved before is untouched.
+        SMPConfigError: wrong arguments.
+        StepUsageError: before the partition, or without a wrapped model.
+        WaitTimeoutError: a rank did not write within ``timeout_seconds``.
+
+    Source: smp-api section 14.
     """
     runtime = runtime_module.current()
     models, optimizers = _chosen(runtime, model, optimizer)

@@ -84,7 +84,7 @@ def read_user_content(
     """The content of a file; None if there is no such file, or an empty one (Hugging Face's Trainer leaves one as a
     mark). Local.
 
-    Arguments:
+    Args:
         allowed_types: classes and functions that the file may name, beside those of [Note: allow-list].
         trust_pickles: open the file whatever it names; it can then run any code.
 

@@ -81,7 +81,7 @@ def build_groups(
 ) -> Groups:
     """Make the process groups of this process; collective over the world.
 
-    Arguments:
+    Args:
         backend: of the groups that training uses, as `torch.distributed.new_group` takes it.
         timeout_seconds: the longest that an operation of these groups may take at all.
         wait_seconds: the longest that training waits in them.

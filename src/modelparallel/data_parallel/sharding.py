@@ -187,7 +187,7 @@ Replace = Callable[[Sequence[tuple[str, nn.Parameter, nn.Parameter, nn.Parameter
 class ShardedParameters:
     """The sharded parameters of one model: FSDP's groups, and when they gather and reduce. See the notes above.
 
-    Arguments:
+    Args:
         root: the module whose forward contains all others; None in a pipeline, where each module stands for itself.
         plan: the modules of each group, by title; the root's group takes what is left.
         parameters: all parameters that are to be sharded. Others stay as they are.

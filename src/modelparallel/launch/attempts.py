@@ -78,7 +78,7 @@ def next_start(
     processes, since then its device or the memory of this host is likely to be the cause. In the latter case its device
     is the one that is left out. If no smaller number fits, the same one is tried again. A job never grows again.
 
-    Arguments:
+    Args:
         counts: the numbers of processes that the model can have, the largest first.
         attempts: those that were, at least one, all failed.
         names: the devices of this host; empty for the CPU.

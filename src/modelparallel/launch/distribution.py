@@ -29,13 +29,13 @@ def validate_distribution(
 ) -> ValidatedDistribution:
     """Check the estimator's `distribution` dict before any process is started.
 
-    Arguments:
+    Args:
         distribution: `{"smdistributed": {"modelparallel": {...}}, "mpi": {...}}`.
         instance_count: number of hosts, >= 1.
         devices_per_host: accelerators of a host, if the job is to use them; more processes than that are refused,
             except with `ddp_dist_backend` "gloo", which lets them share.
 
-    Raises `SMPConfigError`. Local. Spec: smp-config sections 1 and 2.
+    Raises `SMPConfigError`. Local. Source: smp-config sections 1 and 2.
     """
     _need(instance_count, int, "instance_count")
     if instance_count < 1:

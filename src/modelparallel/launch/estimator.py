@@ -88,12 +88,17 @@ class JobHandle:
         self._thread: threading.Thread | None = None
 
     def run(self, output: TextIO | None = None) -> JobResult:
-        """Run the job to its end in this thread; raises `JobFailedError` if it fails."""
+        """Run the job to its end in this thread.
+
+        Raises:
+            JobFailedError: the job was started and failed.
+            LaunchError: it could not be started.
+        """
         self._result = run_job(self.spec, output, self._monitor)
         return self._checked()
 
     def start(self, output: TextIO | None = None) -> None:
-        """Run the job in a thread of its own."""
+        """Run the job in a thread of its own; returns at once."""
 
         def work() -> None:
             try:
@@ -105,7 +110,7 @@ class JobHandle:
         self._thread.start()
 
     def wait(self) -> JobResult:
-        """Wait for the end; raises `JobFailedError` if the job failed, or what kept it from starting."""
+        """Wait for the end of a job that was started by `start`. The errors are those of `run`."""
         if self._thread is not None:
             self._thread.join()
         if self._error is not None:
@@ -118,6 +123,7 @@ class JobHandle:
 
     @property
     def is_running(self) -> bool:
+        """Whether the thread of `start` still runs the job."""
         return self._thread is not None and self._thread.is_alive()
 
     def _checked(self) -> JobResult:
@@ -132,11 +138,13 @@ class JobHandle:
 class PyTorch:
     """A training job on this machine, described as for the cloud.
 
-    Arguments:
+    Every other argument of the original is accepted and named in the log; an unknown one is an error.
+
+    Args:
         entry_point: the Python script, relative to `source_dir` if that is given.
         source_dir: directory of the code; it is the script's working directory. Default: that of the script.
-        instance_type: "local" (GPUs if there are any, else a rehearsal on the CPU), "local_cpu" or "local_gpu".
-            Any other type stops in `fit` before a process starts.
+        instance_type: "local" (GPUs if there are any, else a rehearsal on the CPU), "local_cpu" or "local_gpu". Any
+            other type stops in `fit` before a process starts.
         instance_count: 1.
         distribution: `{"smdistributed": {"modelparallel": {...}}, "mpi": {...}}`; `processes_per_host` processes are
             started. None: one process that is not model parallel.
@@ -145,9 +153,7 @@ class PyTorch:
         base_job_name: begins the job's name.
         checkpoint_local_path: where the job folder's `checkpoints` leads; a path below /opt/ml is in the job folder.
         max_run: seconds after which the job is stopped, all attempts together.
-
-    Arguments that only exist here:
-        job_dir: the job folder; default ./modelparallel-jobs/<job name>.
+        job_dir: ours, as all that follow: the job folder; default ./modelparallel-jobs/<job name>.
         backend: "elastic" or "mpi"; default: the variable MODELPARALLEL_BACKEND, else "elastic".
         device: "auto", "cpu" or "cuda"; default: what `instance_type` says.
         pass_mp_parameters: whether the script also gets `--mp_parameters k=v,...`, as in the cloud.
@@ -155,8 +161,10 @@ class PyTorch:
         min_processes: with how few processes it may go on, if devices are lost or a rank fails again and again; default
             `processes_per_host`. Only numbers that the degrees allow are used.
 
-    Every other argument of the original is accepted and named in the log; an unknown one is an error.
-    Spec: smp-config sections 2, 3 and 5.
+    Raises:
+        SMPConfigError: an unknown or wrong argument, or a wrong `distribution`.
+
+    Source: smp-config sections 2, 3 and 5.
     """
 
     def __init__(
@@ -222,13 +230,17 @@ class PyTorch:
     ) -> None:
         """Run the job.
 
-        Arguments:
+        Args:
             inputs: a path or file:/// location (channel `training`) or a dict of channel names and locations.
             wait: return at the end of the job; with False at once, and `latest_training_job.wait()` waits.
             job_name: default: made from `base_job_name` and the time.
 
-        Raises `LaunchError` or `SMPConfigError` before any process starts, and `JobFailedError` (a `LaunchError`) with
-        the traceback of the first failing process if the job fails.
+        Raises:
+            LaunchError: before any process starts: there is nothing to run, or no place to run it.
+            SMPConfigError: before any process starts: values that do not fit.
+            JobFailedError: the job fails; a LaunchError, with the traceback of the first failing process.
+
+        Source: smp-config section 3.
         """
         for name in others:
             if name not in FIT_ARGUMENTS_WITHOUT_EFFECT:

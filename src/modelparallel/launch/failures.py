@@ -101,7 +101,7 @@ def first_failure(
 ) -> RankFailure | None:
     """The process that failed first, or None.
 
-    Arguments:
+    Args:
         deaths: time at which each process was seen to be gone.
         exit_codes: exit code of each process, where it is known; negative for a signal.
     """

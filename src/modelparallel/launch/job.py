@@ -36,11 +36,18 @@ LEAVE_SECONDS = 30.0
 
 
 def run_job(job: JobSpec, output: TextIO | None = None, monitor: RankMonitor | None = None) -> JobResult:
-    """Run the job to its end and say how it ended. Output of the processes goes to `output` (default: stdout), each
-    line prefixed by its rank. Failures of the script are in the result; only a job that could not be started raises.
+    """Run the job to its end and say how it ended; failures of the script are in the result.
 
     After a failure all processes are ended and started again, up to `job.max_restarts` times; not after a timeout, a
     signal to this process, or `monitor.request_stop`.
+
+    Args:
+        job: what to run.
+        output: where the output of the processes goes, each line prefixed by its rank; None: stdout.
+        monitor: watches the ranks, and can be asked from another thread to stop the job.
+
+    Raises:
+        LaunchError: the job could not be started.
     """
     check_script(job.script)
     checked_job_name(job.name)

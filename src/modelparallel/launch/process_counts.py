@@ -31,7 +31,7 @@ def checked_range(least: int, most: int, where: str) -> tuple[int, int]:
 def fitting_counts(config: Config, least: int, most: int, available: int, where: str) -> tuple[int, ...]:
     """The numbers of processes from `least` to `most` that the model can have, the largest first; at least one.
 
-    Arguments:
+    Args:
         config: the checked parameters; their degrees decide.
         available: devices of this host, at most one process each; 0 on the CPU and where processes share them.
         where: what the user wrote, for the error.

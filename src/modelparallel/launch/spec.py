@@ -18,13 +18,17 @@ Backend = Literal["elastic", "mpi"]
 class JobSpec:
     """Everything that is decided before a process starts.
 
-    `arguments` is the script's full command line. `hyperparameters` is what is published in SM_HPS and SM_HP_*.
-    `parameters` are the checked model parallel parameters, None for a job that is not model parallel; then nothing is
-    published about them and the script's own `smp.init(...)` decides.
-
-    `max_restarts` is how often the job is started again after a failure. `fewer_processes` are the numbers of
-    processes, below `num_processes` and the largest first, with which it may then start. `devices` are those of the
-    local ranks in order, by the names that CUDA_VISIBLE_DEVICES takes; None for all of this host.
+    Attributes:
+        arguments: the script's full command line.
+        hyperparameters: what is published in SM_HPS and SM_HP_*.
+        parameters: the checked model parallel parameters, None for a job that is not model parallel; then nothing is
+            published about them and the script's own `smp.init(...)` decides.
+        timeout: seconds, all attempts together; None for no limit.
+        max_restarts: how often the job is started again after a failure.
+        fewer_processes: the numbers of processes, below `num_processes` and the largest first, with which it may then
+            start.
+        devices: those of the local ranks in order, by the names that CUDA_VISIBLE_DEVICES takes; None for all of this
+            host.
     """
 
     name: str
@@ -52,9 +56,14 @@ class JobSpec:
 
 @dataclass(frozen=True)
 class JobResult:
-    """How a job ended. `exit_code` is 0, that of the first failing process (128 + signal number if it was killed by a
-    signal), 124 after the timeout, 130 after Ctrl-C, 143 after SIGTERM. `failure` and `exit_code` are those of the last
-    of the `attempts`; `seconds` are of all together. `is_stopped`: from outside, so that a restart was not due.
+    """How a job ended.
+
+    Attributes:
+        exit_code: 0, that of the first failing process (128 + signal number if it was killed by a signal), 124 after
+            the timeout, 130 after Ctrl-C, 143 after SIGTERM; of the last of the `attempts`.
+        seconds: of all attempts together.
+        failure: the first failing process of the last attempt.
+        is_stopped: the job was ended from outside, so that a restart was not due.
     """
 
     exit_code: int

@@ -45,7 +45,7 @@ _SECRETS = (
 def surroundings(parameters: str | None, environ: Mapping[str, str]) -> str:
     """Versions, devices, what launchers have set, and the configuration that `smp.init(parameters)` would use. Local.
 
-    Arguments:
+    Args:
         parameters: as `modelparallel run --parameters`: JSON, or the path of a file with JSON; None for none.
         environ: the environment to look at.
 

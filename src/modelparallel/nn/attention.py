@@ -21,7 +21,7 @@ from modelparallel.nn.rotary import rotated
 
 
 class FlashAttentionLayer(nn.Module):
-    """Softmax attention of queries, keys and values that lie beside each other (smp-api section 9).
+    """Softmax attention of queries, keys and values that lie beside each other. Local.
 
     ``forward(qkv, attn_mask=None, causal=False)``: qkv [N, S, 3, heads, head_size] -> [N, heads, S, head_size]. Runs on
     ``torch.nn.functional.scaled_dot_product_attention``: flash kernels on GPUs, fused ones elsewhere, any dtype.
@@ -33,7 +33,10 @@ class FlashAttentionLayer(nn.Module):
       needed.
     - ``causal``: keys after the query are not seen.
 
-    Raises TensorParallelError if a factor of the scale is asked for and its number is missing. Local.
+    Raises:
+        TensorParallelError: a factor of the scale is asked for and its number is missing.
+
+    Source: smp-api section 9.
     """
 
     def __init__(
@@ -108,7 +111,7 @@ class FlashAttentionLayer(nn.Module):
 
 @takes_options
 class DistributedAttentionLayer(FamilyModule):
-    """Self- or cross-attention with its residual and layer normalisation (smp-api section 9).
+    """Self- or cross-attention with its residual and layer normalisation.
 
     Each rank computes ``num_attention_heads / t`` heads of all ranks' samples. ``forward`` takes one tuple:
     ``(hidden_states [N, S, H], attention_mask)``, with ``cross_attention=True`` ``(hidden_states [N, S1, H],
@@ -120,8 +123,13 @@ class DistributedAttentionLayer(FamilyModule):
     is always added; with ``post_layernorm`` the result is normalised. ``causal_mask_size``: None for no causal mask
     (cross-attention has none either), else the greatest S. Further keyword arguments: `TransformerOptions`.
 
-    Raises TensorParallelError if heads or hidden size are not divisible by t, for both LayerNorms off, and for tensors
-    of wrong shapes. Construction is local; calls and backward are collective over TP_GROUP.
+    Construction is local; calls and backward are collective over TP_GROUP.
+
+    Raises:
+        TensorParallelError: heads or hidden size are not divisible by t, both LayerNorms are off, or tensors have wrong
+            shapes.
+
+    Source: smp-api section 9.
     """
 
     def __init__(

@@ -29,23 +29,28 @@ class DistributedEmbedding(DistributedModule):
     """``nn.Embedding`` whose table is cut along the embedding dim: ids [N, S] (any shape) -> [N, S, embedding_dim].
 
     Each of the t ranks of TP_GROUP calls it with its own ids, gathers those of all, looks up its slice of the width,
-    and gets all slices of its own rows back. The number of ids may differ from rank to rank.
+    and gets all slices of its own rows back. The number of ids may differ from rank to rank. Construction is local;
+    calls and backward are collective over TP_GROUP.
 
     Parameter: ``weight`` (num_embeddings, embedding_dim / t); its gradient is the sum over the batches of the group.
 
-    - ``padding_idx``: that row starts as zeros and gets no gradient.
-    - ``max_norm``: rows that any rank of the group looks up are rescaled, in place, by the norm of the *whole* row.
-    - ``scale_grad_by_freq``: by the frequency within each rank's own batch, as ``nn.Embedding`` on that rank would do
-      it.
-    - ``sparse``: refused (UnsupportedError), gradients of slices are dense.
-    - ``_weight``: the full table to start from, (num_embeddings, embedding_dim); otherwise the full table is drawn from
-      N(0, initializer_range), or N(0, 1) if that is None, and then sliced, so that it does not depend on t for one
-      seed.
-    - ``_skip_allgather``: the ids already are those of all ranks, [t*N, S], in rank order, equal on all ranks.
-    - ``_skip_scatter_and_merge``: leave the result as it is inside, [t*N, S, embedding_dim / t].
+    Args:
+        num_embeddings, embedding_dim, norm_type: as for ``nn.Embedding``.
+        padding_idx: that row starts as zeros and gets no gradient.
+        max_norm: rows that any rank of the group looks up are rescaled, in place, by the norm of the *whole* row.
+        scale_grad_by_freq: by the frequency within each rank's own batch, as ``nn.Embedding`` on that rank would do it.
+        sparse: only False: gradients of slices are dense.
+        _weight: the full table to start from, (num_embeddings, embedding_dim); otherwise the full table is drawn and
+            then sliced, so that it does not depend on t for one seed.
+        initializer_range: the full table is drawn from N(0, initializer_range), or N(0, 1) if that is None.
+        _skip_allgather: the ids already are those of all ranks, [t*N, S], in rank order, equal on all ranks.
+        _skip_scatter_and_merge: leave the result as it is inside, [t*N, S, embedding_dim / t].
 
-    Raises TensorParallelError if ``embedding_dim`` is not divisible by t. Calls and backward are collective over
-    TP_GROUP.
+    Raises:
+        TensorParallelError: ``embedding_dim`` is not divisible by t.
+        UnsupportedError: ``sparse=True``.
+
+    Source: smp-api section 9.
     """
 
     weight: nn.Parameter

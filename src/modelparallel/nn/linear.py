@@ -29,15 +29,18 @@ class DistributedLinear(DistributedModule):
 
     Each of the t ranks of TP_GROUP calls it with its own batch (all leading dims together count as rows; their number
     may differ from rank to rank) and gets the rows of its own batch back. Inside, an all-to-all gives each rank its
-    slice of the features of all rows; the partial products are summed and scattered back.
+    slice of the features of all rows; the partial products are summed and scattered back. Construction is local; calls
+    and backward are collective over TP_GROUP.
 
     Parameters: ``weight`` (out_features, in_features / t), this rank's slice; its gradient is the sum over the batches
     of the group. ``bias`` (out_features,), whole on each rank and added once, to the own batch; its gradient is that of
-    the own batch.
+    the own batch. The full weight is initialised as ``nn.Linear`` does it, with the same random numbers, and then
+    sliced: for one seed the layer does not depend on t.
 
-    The full weight is initialised as ``nn.Linear`` does it, with the same random numbers, and then sliced: for one seed
-    the layer does not depend on t. Raises TensorParallelError if ``in_features`` is not divisible by t. Construction is
-    local; calls and backward are collective over TP_GROUP.
+    Raises:
+        TensorParallelError: ``in_features`` is not divisible by t.
+
+    Source: smp-api section 9.
     """
 
     weight: nn.Parameter

@@ -57,7 +57,7 @@ class TransformerEmbedding(FamilyModule):
 
 @takes_options
 class DistributedTransformerLMHead(FamilyModule):
-    """Embeddings, a `DistributedTransformer`, and a head over the vocabulary (smp-api section 9).
+    """Embeddings, a `DistributedTransformer`, and a head over the vocabulary.
 
     ``forward`` takes one tuple ``(input_ids, attention_mask, token_type_ids, position_ids, labels)``, with
     ``add_cross_attention`` ``(input_ids, attention_mask, token_type_ids, position_ids, cross_states, cross_mask,
@@ -70,14 +70,17 @@ class DistributedTransformerLMHead(FamilyModule):
     evaluation (no gradients) gives for labels, and training gives the loss alone.
 
     Each rank feeds its own batch and gets its own loss or logits; with ``prescaled_batch`` all ranks feed the same.
+    Construction is local; calls and backward are collective over TP_GROUP.
 
     Arguments beyond the documented ones (keyword only): ``tie_word_embeddings``: head and word embedding are one
     parameter; ``lm_head_bias``; ``embedding_dropout_prob`` (None: ``hidden_dropout_prob``); ``shift_labels``: the label
     of a position is that of the next one (None: if ``causal_mask_size`` is given); ``num_positions=0``: no position
     embedding; and `TransformerOptions`.
 
-    Raises TensorParallelError for sizes that are not divisible by t (the vocabulary need not be) and for inputs that do
-    not fit. Calls and backward are collective over TP_GROUP.
+    Raises:
+        TensorParallelError: sizes are not divisible by t (the vocabulary need not be), or inputs do not fit.
+
+    Source: smp-api section 9.
     """
 
     def __init__(

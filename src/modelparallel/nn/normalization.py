@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 
 class FusedLayerNorm(nn.LayerNorm):
-    """``torch.nn.LayerNorm`` under the name, and with the signature, of the fused kernel that scripts test for.
+    """``torch.nn.LayerNorm`` under the name, and with the signature, of the fused kernel that scripts test for. Local.
 
     torch's own kernel is fused; parameters are called ``weight`` and ``bias``. ``memory_efficient`` (recompute the
-    normalised input in backward) is accepted and changes nothing.
+    normalised input in backward) is accepted and changes nothing. Source: smp-api section 9.
     """
 
     def __init__(
@@ -44,10 +44,12 @@ class DistributedLayerNorm(FamilyModule):
     With ``optimize="memory"`` each rank holds a slice of the features, [.., H/t], and of ``weight`` and ``bias``: the
     statistics of the slices are combined exactly, with one message of two numbers a row forward, and one backward. With
     "speed" every rank holds all of it. With ``is_inner=False`` (a layer that stands alone) it takes and gives the
-    caller's own batch, [N, .., H].
+    caller's own batch, [N, .., H]. Construction is local; calls and backward are collective over TP_GROUP.
 
-    Raises TensorParallelError if ``optimize="memory"`` and ``hidden_size`` is not divisible by t. Calls and backward
-    are collective over TP_GROUP.
+    Raises:
+        TensorParallelError: ``optimize="memory"``, and ``hidden_size`` is not divisible by t.
+
+    Source: smp-api section 9.
     """
 
     weight: nn.Parameter

@@ -27,15 +27,16 @@ Entries = tuple[torch.Tensor | None, ...]
 
 @takes_options
 class DistributedTransformerOutputLayer(FamilyModule):
-    """The feed-forward part of a layer: ``dense1``, activation, ``dense2``, dropout, residual, LayerNorm (smp-api
-    section 9).
+    """The feed-forward part of a layer: ``dense1``, activation, ``dense2``, dropout, residual, LayerNorm.
 
     [N, S, H] -> [N, S, H]. Each rank computes ``intermediate_size / t`` of the inner features for all ranks' samples.
     The residual is always added. ``fp32_residual_addition`` does that in fp32. Further keyword arguments:
-    `TransformerOptions`.
+    `TransformerOptions`. Construction is local; calls and backward are collective over TP_GROUP.
 
-    Raises TensorParallelError if ``hidden_size`` or ``intermediate_size`` is not divisible by t. Calls and backward are
-    collective over TP_GROUP.
+    Raises:
+        TensorParallelError: ``hidden_size`` or ``intermediate_size`` is not divisible by t.
+
+    Source: smp-api section 9.
     """
 
     def __init__(
@@ -95,12 +96,13 @@ class DistributedTransformerOutputLayer(FamilyModule):
 
 @takes_options
 class DistributedTransformerLayer(FamilyModule):
-    """Self-attention, cross-attention if asked for, and output layer (smp-api section 9): submodules ``attention``,
-    ``cross_attention`` and ``output``.
+    """Self-attention, cross-attention if asked for, and output layer: submodules ``attention``, ``cross_attention`` and
+    ``output``.
 
     ``forward`` takes one tuple ``(hidden_states [N, S, H], attention_mask)`` and gives the same with new hidden states;
-    with ``add_cross_attention`` ``(hidden_states [N, S1, H], cross_states [N, S2, H], attention_mask, cross_mask)``,
-    of which only the first is new. For masks, further arguments and errors see `DistributedAttentionLayer`.
+    with ``add_cross_attention`` ``(hidden_states [N, S1, H], cross_states [N, S2, H], attention_mask, cross_mask)``, of
+    which only the first is new. For masks, further arguments and errors see `DistributedAttentionLayer`. Construction
+    is local; calls and backward are collective over TP_GROUP. Source: smp-api section 9.
     """
 
     def __init__(
@@ -195,12 +197,13 @@ class DistributedTransformerLayer(FamilyModule):
 
 @takes_options
 class DistributedTransformer(FamilyModule):
-    """A stack of ``num_layers`` layers in ``seq_layers``, an ``nn.Sequential`` (smp-api section 9).
+    """A stack of ``num_layers`` layers in ``seq_layers``, an ``nn.Sequential``.
 
     ``forward`` takes and gives the tuples of `DistributedTransformerLayer`. Between the layers the hidden state is in
     the layout inside: the samples of all ranks, [n, S, H/t] with ``optimize="memory"``, [n, S, H] with "speed". With
     ``pre_layernorm`` and ``post_layernorm`` the whole stack has a LayerNorm on what it gets (``input_layernorm``) and
-    on what it gives (``output_layernorm``), too; the options of these names switch them by themselves.
+    on what it gives (``output_layernorm``), too; the options of these names switch them by themselves. Construction is
+    local; calls and backward are collective over TP_GROUP. Source: smp-api section 9.
     """
 
     def __init__(

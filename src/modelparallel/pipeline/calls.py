@@ -28,7 +28,9 @@ DYNAMIC_MARK = "_modelparallel_dynamic"
 
 
 def mark_dynamic(module: nn.Module) -> None:
-    """Let ``module`` announce its output at every call, since its shapes depend on data."""
+    """Let ``module`` announce its output at every call, since its shapes depend on data. Local, but the same calls on
+    every rank. Ours, not the original's.
+    """
     module.__dict__[DYNAMIC_MARK] = True
 
 

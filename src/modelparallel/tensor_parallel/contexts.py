@@ -18,11 +18,16 @@ ModuleClass = TypeVar("ModuleClass", bound=type[nn.Module])
 
 
 def partition(index: int) -> StampingContext:
-    """Place the modules created inside on partition ``index``: a context manager or decorator (smp-api section 6).
+    """Place the modules created inside on partition ``index``: a context manager or decorator. Local, but the same on
+    every rank.
 
     The innermost context wins. Ignored with ``auto_partition=True``; modules created in no context go to
-    ``default_partition``. Raises PartitionError if ``index`` is not a partition; before ``smp.init()`` only negative
-    ones are known to be wrong.
+    ``default_partition``.
+
+    Raises:
+        PartitionError: ``index`` is not a partition; before ``smp.init()`` only negative ones are known to be wrong.
+
+    Source: smp-api section 6.
     """
     if isinstance(index, bool) or not isinstance(index, int):
         raise PartitionError(f"smp.partition({index!r}): a partition is an int, got {type(index).__name__}")
@@ -35,13 +40,13 @@ def partition(index: int) -> StampingContext:
 
 
 def tensor_parallelism(enabled: bool = True, **kwargs: Any) -> StampingContext:
-    """Mark the supported modules created inside for tensor parallelism: a context manager or decorator (smp-api section
-    8).
+    """Mark the supported modules created inside for tensor parallelism: a context manager or decorator. Local, but the
+    same on every rank.
 
     They keep their classes until ``smp.DistributedModel(...)`` replaces them. The innermost context wins, also with
     ``enabled=False``; of nested supported modules only the outermost is replaced. ``kwargs`` that are arguments of the
     distributed class's constructor override what the registered ``init_hook`` gives; others are ignored. Harmless at
-    ``tensor_parallel_degree=1``.
+    ``tensor_parallel_degree=1``. Source: smp-api section 8.
     """
     return registry.tensor_parallel_context(_checked_switch("smp.tensor_parallelism", enabled), kwargs)
 
@@ -49,15 +54,24 @@ def tensor_parallelism(enabled: bool = True, **kwargs: Any) -> StampingContext:
 def set_tensor_parallelism(
     module: nn.Module, enabled: bool = True, *, plan: Mapping[str, Any] | None = None, **kwargs: Any
 ) -> None:
-    """Mark, or with ``enabled=False`` unmark, ``module`` and everything in it (smp-api section 8).
+    """Mark, or with ``enabled=False`` unmark, ``module`` and everything in it for tensor parallelism. Local, but the
+    same calls on every rank, before ``smp.DistributedModel(...)``.
 
-    Call it before ``smp.DistributedModel(...)``, with the same arguments on every rank. A later call overrides earlier
-    ones, and the contexts, for the modules that it names. ``module`` may be a container such as ``nn.ModuleList``.
+    A later call overrides earlier ones, and the contexts, for the modules that it names.
 
-    ``plan``: ours, not the original's: how to split ``module``, a table from name patterns, relative to it, to styles:
-    ``{"layers.*.attn.q": "colwise", "layers.*.attn.out": "rowwise"}``; see docs/plans.md. It alone decides in
-    ``module``. Raises TensorParallelError for a pattern that matches nothing, an unknown style, or one that does not
-    fit a module.
+    Args:
+        module: a module, or a container such as ``nn.ModuleList``.
+        enabled: False unmarks.
+        plan: ours, not the original's: how to split ``module``, a table from name patterns, relative to it, to styles:
+            ``{"layers.*.attn.q": "colwise", "layers.*.attn.out": "rowwise"}``; see docs/plans.md. It alone decides in
+            ``module``.
+        kwargs: as for ``smp.tensor_parallelism``.
+
+    Raises:
+        TensorParallelError: a wrong argument; a pattern of ``plan`` that matches nothing, an unknown style, or one that
+            does not fit a module.
+
+    Source: smp-api section 8.
     """
     if not isinstance(module, nn.Module):
         raise TensorParallelError(f"smp.set_tensor_parallelism: expected an nn.Module, got {type(module).__name__}")
@@ -84,17 +98,23 @@ def tp_register_with_module(
     forward_hook: Hook | None = None,
     return_hook: Hook | None = None,
 ) -> None:
-    """Let ``dist_module`` take the place of marked instances of exactly ``module_cls`` (smp-api section 8).
+    """Let ``dist_module`` take the place of marked instances of exactly ``module_cls``. Local, but the same calls on
+    every rank.
 
-    Register before the model is built: instances record their constructor arguments from then on.
+    Register before the model is built: instances record their constructor arguments from then on. A later registration
+    of the same class replaces the earlier.
 
-    - ``init_hook(<the arguments that the instance was built with>) -> (positional, keyword)`` for ``dist_module(...)``;
-      keyword arguments that it does not take are dropped with a warning. None instead of a pair: this instance is not
-      supported and stays as it is.
-    - ``forward_hook(<the arguments of a call>) -> (positional, keyword)`` for the distributed ``forward``.
-    - ``return_hook(<what it returns>)`` -> what callers of the original expect.
+    Args:
+        module_cls: the class whose instances are replaced.
+        dist_module: the class that replaces them.
+        init_hook: ``init_hook(<the arguments that the instance was built with>) -> (positional, keyword)`` for
+            ``dist_module(...)``; keyword arguments that it does not take are dropped with a warning. If it gives None
+            instead of a pair, this instance is not supported and stays as it is.
+        forward_hook: ``forward_hook(<the arguments of a call>) -> (positional, keyword)`` for the distributed
+            ``forward``.
+        return_hook: ``return_hook(<what it returns>)`` -> what callers of the original expect.
 
-    A missing hook passes everything on as it is. A later registration of the same class replaces the earlier.
+    A missing hook passes everything on as it is. Source: smp-api section 8.
     """
     if not (inspect.isclass(module_cls) and issubclass(module_cls, nn.Module)):
         raise TensorParallelError(
@@ -110,7 +130,7 @@ def tp_register(
     forward_hook: Hook | None = None,
     return_hook: Hook | None = None,
 ) -> Callable[[ModuleClass], ModuleClass]:
-    """Class decorator: `tp_register_with_module` for the decorated class (smp-api section 8)."""
+    """Class decorator: `tp_register_with_module` for the decorated class. Local. Source: smp-api section 8."""
     _check_registration("smp.tp_register", dist_module, init_hook, forward_hook, return_hook)
 
     def decorate(module_cls: ModuleClass) -> ModuleClass:

@@ -73,7 +73,8 @@ class DistributedModule(nn.Module):
     """Base of distributed modules: subclass it, hold local slices as parameters, and say so in `split_tensors`.
 
     The sizes that a subclass takes in its constructor are global; `tp_group` says how they are divided. Every rank of
-    the group must construct it and call it in the same order.
+    the group must construct it and call it in the same order: construction is local, calls and backward are collective
+    over TP_GROUP. Source: smp-api section 8.
     """
 
     drawn_from = 0  # of one that was converted from an ordinary module: it has drawn nothing

@@ -25,7 +25,7 @@ _installation: Installation | None = None
 def start(*, script_directories: Iterable[str | os.PathLike[str]], num_devices: int) -> None:
     """Map CUDA to the CPU for code below the directories, for the rest of this process.
 
-    Arguments:
+    Args:
         script_directories: code below them is the script; installed packages below them are libraries all the same.
         num_devices: CUDA devices that the script sees: one for each process of this host.
 
