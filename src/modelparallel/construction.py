@@ -50,10 +50,10 @@ def delay_param_initialization(enabled: bool = True) -> _Creation:
     Local.
 
     They are placed on the device by ``smp.DistributedModel`` without pipelining, else at the first step call, and then
-    only those that the process holds, one at a time. Their values are those that they would have had at once: what
-    initialises them, inside the context or later, is recorded, and replayed from the same states of the random
-    generators. Operations that need values meanwhile (``item()``, printing) make them for the moment. ``enabled=False``
-    switches an outer context off. Source: smp-api section 12.
+    only the tensors that the process holds, one at a time. Their values are the same as without the context: the
+    functions that initialise them, inside the context or later, are recorded, and replayed from the same states of the
+    random generators. Operations that need values meanwhile (``item()``, printing) make them for the moment.
+    ``enabled=False`` switches an outer context off. Source: smp-api section 12.
     """
     if not isinstance(enabled, bool | int):
         raise SMPConfigError(

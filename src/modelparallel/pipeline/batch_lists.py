@@ -39,10 +39,12 @@ class SlicedObject:
 
 
 class SampleList(list[Any]):
-    """``smp.SampleList(values)``: a list of one element per sample, in an argument of a step function.
+    """``smp.SampleList(values)``: a list of one element per sample, in an argument of a step function. Local. Ours, not
+    the original's.
 
-    Each microbatch gets the plain list of the elements of its samples. Most lists need no such mark: those that stand
-    in a batch together with its tensors, or whose tensors differ in length, are told (docs/data_parallelism.md).
+    Each microbatch gets the plain list of the elements of its samples. Most lists need no such mark: lists that stand
+    in a batch together with its tensors, and lists of tensors of different lengths, are recognised
+    (docs/data_parallelism.md).
     """
 
 
