@@ -66,7 +66,7 @@ def _fences(markdown: str) -> list[str]:
 
 
 def on_page_content(html: str, page: Any, config: Any, files: Files) -> str:
-    """Citations of the specification in docstrings become links."""
+    """Citations of the specification, and pages that are named, become links in the reference."""
     if not page.file.src_uri.startswith("reference/"):
         return html
     up = posixpath.relpath(".", page.url.rstrip("/") or ".")
@@ -84,6 +84,7 @@ def on_page_content(html: str, page: Any, config: Any, files: Files) -> str:
             parts.append(f'{before[0]}<a href="{up}/{where}#{anchor}">{part[before.end() :]}</a>')
         return "".join(parts)
 
+    html = re.sub(r"\bdocs/(\w+)\.md\b", rf'<a href="{up}/\1/">docs/\1.md</a>', html)
     return _CITATION.sub(link, html)
 
 
