@@ -585,7 +585,7 @@ def waits_for_the_other():
     model = make_model()
     reducer_of(model, timeout_seconds=0.5)
     if dist.get_rank() == 0:
-        with pytest.raises(WaitTimeoutError, match=r"gradient bucket 0 .*group \[0, 1\].*0\.5 s"):
+        with pytest.raises(WaitTimeoutError, match=r"gradient bucket 0 .*group \[0, 1\].*seconds=0\.5"):
             loss_of()(model)
 
 

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import nn
 
 from modelparallel import runtime as runtime_module
-from modelparallel.data_parallel.waits import wait_for
+from modelparallel.comm.waits import all_reduce
 from modelparallel.errors import SMPConfigError, SMPError, StepUsageError
 from modelparallel.retired_parameters import without_retired
 from modelparallel.shards import local_part
@@ -151,9 +151,8 @@ def _norms(gradients: Sequence[torch.Tensor], order: float) -> list[torch.Tensor
 
 def reduce(value: torch.Tensor, group: Group, operation: Any, runtime: Runtime, what: str = "norm") -> None:
     """All-reduce one number in place; collective over ``group``."""
-    work = dist.all_reduce(value, operation, group=group.process_group, async_op=True)
-    timeout = runtime.session.config.timeout_seconds
-    wait_for(work, timeout, f"the {what} of the gradient over all ranks", group, value.device)
+    seconds = runtime.session.config.timeout_seconds
+    all_reduce(value, group, f"the {what} of the gradient over all ranks", operation, seconds)
 
 
 def _is_double(runtime: Runtime) -> bool:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
-from modelparallel.comm.groups import divide_group
+from modelparallel.comm.making import divide_group
 from modelparallel.data_parallel.sharding import ShardedParameters, ShardingGroups
 from modelparallel.data_parallel.sharding_plan import plan_sharding
 from modelparallel.errors import SMPConfigError

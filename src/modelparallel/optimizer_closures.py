@@ -6,9 +6,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 
-from modelparallel.data_parallel.waits import wait_for
+from modelparallel.comm.waits import all_reduce
 from modelparallel.errors import UnsupportedError
 from modelparallel.optimizer_targets import updates_each_element_alone
 
@@ -45,9 +44,8 @@ def with_mean_loss(closure: Callable[[], Any], optimizer: torch.optim.Optimizer,
         if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
             return loss
         mean = loss.detach().clone()
-        work = dist.all_reduce(mean, group=group.process_group, async_op=True)
-        timeout = runtime.session.config.timeout_seconds
-        wait_for(work, timeout, "the mean of the losses that a closure has returned", group, mean.device)
+        seconds = runtime.session.config.timeout_seconds
+        all_reduce(mean, group, "the mean of the losses that a closure has returned", seconds=seconds)
         return mean / group.size
 
     return mean_loss

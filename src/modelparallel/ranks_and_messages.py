@@ -227,9 +227,14 @@ def allgather(obj: Any, group: CommGroup) -> list[Any]:
 
     The objects may differ in type and shape. The errors are those of `send`. Source: smp-api section 3.
     """
+    return told_by_all(obj, group, "smp.allgather")
+
+
+def told_by_all(obj: Any, group: CommGroup, purpose: str) -> list[Any]:
+    """`allgather` for a purpose of the library, which a wait that fails names."""
     members = _group(_kind(group, CommGroup, "group"))
-    with _known_to_peers("smp.allgather", members):
-        return _messenger().allgather(obj, members)
+    with _known_to_peers(purpose, members):
+        return _messenger().allgather(obj, members, purpose)
 
 
 def barrier(group: CommGroup = CommGroup.WORLD) -> None:

@@ -50,11 +50,16 @@ _MADE_SECRET = re.compile(rb"modelparallel secret [0-9a-f]{64}\n")
 _MOST_SECONDS = 300.0
 
 
+def most_seconds(config: Config) -> float:
+    """How long the processes of a job wait for each other when they begin."""
+    return min(config.timeout_seconds, _MOST_SECONDS)
+
+
 def make_store(config: Config, identity: ProcessIdentity, environ: Mapping[str, str]) -> dist.Store:
     """The store of the default process group; a single process uses no network."""
     if identity.world_size == 1:
         return dist.HashStore()
-    timeout = datetime.timedelta(seconds=min(config.timeout_seconds, _MOST_SECONDS))
+    timeout = datetime.timedelta(seconds=most_seconds(config))
     port, _, path = environ.get(STORE_VARIABLE, "").partition(":")
     if path and port == environ.get("MASTER_PORT"):
         store: dist.Store = dist.FileStore(path, identity.world_size)
@@ -85,6 +90,7 @@ def _tcp_store(
         timeout=timeout,
         multi_tenant=True,
         master_listen_fd=listening,
+        wait_for_workers=False,  # those who do not come are named where all meet
     )
 
 

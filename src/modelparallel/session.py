@@ -22,10 +22,12 @@ from modelparallel.config import Config, load_config, merge_second_init
 from modelparallel.errors import CommunicationError, NotInitializedError, SMPConfigError, SMPError
 from modelparallel.topology import ProcessIdentity, Topology, discover_process
 from modelparallel.torch_compat import default_store
+from modelparallel.torch_compat.process_groups import set_timeout
 
 if TYPE_CHECKING:
     from modelparallel.comm.authentication import MadeGroups
     from modelparallel.comm.groups import Groups
+    from modelparallel.comm.lookout import Lookout
 
 logger = logging.getLogger("modelparallel")
 
@@ -105,23 +107,27 @@ def initialize(parameters: Mapping[str, Any] | str | None = None, environ: Mappi
     device = _choose_device(identity, environ, may_share=config.shares_devices)
     # Imported here because comm is a layer above.
     from modelparallel.comm.authentication import MadeGroups
+    from modelparallel.comm.lookout import Lookout
 
     backend = backend_for(config, device)
     has_default_group = not dist.is_initialized()
-    if has_default_group:
-        _initialize_torch_distributed(config, identity, environ, backend)
+    lookout = Lookout(identity.global_rank, config.timeout_seconds)
     if identity.global_rank == 0:
         for notice in config.notices:
             logger.warning("%s", notice)
         if config.ddp_dist_backend == "nccl" and device.type != "cuda":
             logger.warning("ddp_dist_backend='nccl': gloo is used instead, since this process has no GPU")
     try:
+        _meet_all(config, identity, environ, backend, lookout)
         with rendezvous.shared_secret(default_store(), identity, environ) as secret:
-            session = _assemble(config, identity, device, has_default_group, MadeGroups(secret))
-    except SMPError:
-        if has_default_group:
+            made = MadeGroups(secret, lookout, rendezvous.most_seconds(config))
+            session = _assemble(config, identity, device, has_default_group, made)
+    except BaseException as error:
+        lookout.close()
+        if has_default_group and isinstance(error, SMPError) and dist.is_initialized():
             dist.destroy_process_group()
         raise
+    session.closers.append(lookout.close)
     _current = session
     atexit.register(shutdown)
     ending.before_threads_end(_finish_background)
@@ -176,14 +182,14 @@ def _assemble(
     made: MadeGroups,
 ) -> Session:
     # Imported here because comm is a layer above: this function is the one place where the session makes its parts.
-    from modelparallel.comm.groups import build_groups
+    from modelparallel.comm.making import build_groups
 
     topology = _topology(config, identity.world_size)
     backend = backend_for(config, device)
     world = dist.group.WORLD
     try:
         if world is not None and _carries(backend):
-            made.add("training", tuple(range(identity.world_size)), world, _group_timeout(config))
+            made.add("training", tuple(range(identity.world_size)), world)
         groups = build_groups(
             topology,
             identity.global_rank,
@@ -263,16 +269,26 @@ def _group_timeout(config: Config) -> float:
     return max(config.timeout_seconds, config.message_timeout_seconds)
 
 
-def _initialize_torch_distributed(
-    config: Config, identity: ProcessIdentity, environ: Mapping[str, str], backend: str
+def _meet_all(
+    config: Config, identity: ProcessIdentity, environ: Mapping[str, str], backend: str, lookout: Lookout
 ) -> None:
-    """The default process group, through a store on the host of global rank 0; a single process uses no network."""
-    timeout = datetime.timedelta(seconds=_group_timeout(config))
+    """All processes meet, and the default process group is made unless the script has: through a store on the host of
+    global rank 0; a single process uses no network.
+    """
+    from modelparallel.comm.waits import meet
+
+    seconds = rendezvous.most_seconds(config)
+    if dist.is_initialized():
+        meet(default_store(), identity.global_rank, identity.world_size, seconds, lookout)
+        return
     with rendezvous.named(identity, environ):
+        store = rendezvous.make_store(config, identity, environ)
+        meet(store, identity.global_rank, identity.world_size, seconds, lookout)
         dist.init_process_group(
             backend,
-            store=rendezvous.make_store(config, identity, environ),
+            store=store,
             rank=identity.global_rank,
             world_size=identity.world_size,
-            timeout=timeout,
+            timeout=datetime.timedelta(seconds=seconds),
         )
+    set_timeout(None, _group_timeout(config))

@@ -11,6 +11,7 @@ differentiable operations.
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,7 +23,6 @@ from modelparallel import runtime as runtime_module
 from modelparallel.comm.collectives import all_gather
 from modelparallel.comm.groups import Group
 from modelparallel.errors import SMPConfigError
-from modelparallel.topology import GroupKind
 
 if TYPE_CHECKING:
     from modelparallel.comm.groups import Groups
@@ -126,4 +126,4 @@ def _group_of(name: str, process_group: Any, groups: Groups, default: Group) -> 
             "torch.nn.SyncBatchNorm.convert_sync_batchnorm(model), or give it ranks of smp.get_dp_process_group()"
         )
     own = ranks.index(groups.world.ranks[groups.world.rank_in_group])
-    return Group(GroupKind.DP, ranks, own, process_group, groups.dp.timeout_seconds)
+    return replace(groups.dp, ranks=ranks, rank_in_group=own, process_group=process_group, _copies={})

@@ -8,7 +8,7 @@ from typing import Any
 
 from modelparallel.checkpoints.completion import new_token
 from modelparallel.errors import CheckpointCorruptError, CheckpointError, CheckpointNotFoundError, DivergenceError
-from modelparallel.ranks_and_messages import allgather
+from modelparallel.ranks_and_messages import told_by_all
 from modelparallel.topology import CommGroup
 
 
@@ -25,7 +25,7 @@ def agreed() -> Iterator[None]:
     except Exception as raised:
         error = raised
     mine = None if error is None else (type(error).__name__, str(error))
-    reports = allgather(mine, CommGroup.WORLD)
+    reports = told_by_all(mine, CommGroup.WORLD, "the ranks' agreement on a checkpoint")
     if error is not None:
         raise error
     for rank, report in enumerate(reports):
@@ -38,7 +38,7 @@ def agreed_token(function: str, **arguments: Any) -> str:
 
     Raises DivergenceError on all ranks if the arguments differ.
     """
-    answers = allgather((arguments, new_token()), CommGroup.WORLD)
+    answers = told_by_all((arguments, new_token()), CommGroup.WORLD, function)
     first = answers[0][0]
     for rank, (other, _) in enumerate(answers):
         if other != first:

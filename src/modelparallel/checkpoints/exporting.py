@@ -40,7 +40,7 @@ from modelparallel.checkpoints.safetensors_files import (
 )
 from modelparallel.checkpoints.storage import Store
 from modelparallel.checkpoints.whole_tensors import WholeTensors
-from modelparallel.checkpoints.writing import world_process_group
+from modelparallel.checkpoints.writing import checkpoint_group
 from modelparallel.errors import SMPConfigError, StepUsageError
 from modelparallel.model import DistributedModel
 from modelparallel.optimizer import wrapped_optimizers
@@ -154,7 +154,7 @@ class _Export:
 
     def run(self, max_shard_size: int | str, known: TransformersModel | None, metadata: Mapping[str, str]) -> None:
         world = self.runtime.session.groups.world
-        whole = WholeTensors(self.pieces, world_process_group(self.runtime), world.rank_in_group)
+        whole = WholeTensors(self.pieces, checkpoint_group(self.runtime))
         keys = self._sources(whole)
         specs = {tensor.name: self._spec(tensor, whole, keys) for tensor in self.tensors}
         files = split_into_files(specs, max_shard_size)

@@ -27,9 +27,9 @@ from modelparallel.checkpoints.file_streams import FileRecord
 from modelparallel.checkpoints.pieces import Piece, whole_piece
 from modelparallel.checkpoints.planners import PieceLoadPlanner, is_object, tensor_entry
 from modelparallel.checkpoints.user_content import open_object
-from modelparallel.checkpoints.writing import explained, world_process_group
+from modelparallel.checkpoints.writing import checkpoint_group, explained
 from modelparallel.comm.authentication import gather_json
-from modelparallel.errors import CheckpointError
+from modelparallel.errors import CheckpointError, WaitTimeoutError
 from modelparallel.optimizer import wrapped_optimizers
 
 if TYPE_CHECKING:
@@ -97,8 +97,10 @@ class StoredCheckpoint:
         world = self._runtime.session.groups.world
         told = None if failure is None else (type(failure).__name__, str(failure))
         try:
-            reports = gather_json(told, world_process_group(self._runtime))
+            reports = gather_json(told, checkpoint_group(self._runtime))
         except Exception as error:
+            if failure is None and isinstance(error, WaitTimeoutError):
+                raise
             raise explained(failure or error, doing, world.rank_in_group) from error
         found: dict[int, tuple[BaseException, StackSummary]] = {
             rank: (error_class(report[0])(report[1]), StackSummary())

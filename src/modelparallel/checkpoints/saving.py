@@ -16,7 +16,7 @@ from modelparallel.checkpoints.writing import PendingSave, take_snapshot, write_
 from modelparallel.errors import CheckpointError, SMPConfigError, StepUsageError
 from modelparallel.model import DistributedModel, wrapped_models
 from modelparallel.optimizer import DistributedOptimizer, wrapped_optimizers
-from modelparallel.ranks_and_messages import allgather
+from modelparallel.ranks_and_messages import told_by_all
 from modelparallel.topology import CommGroup
 
 if TYPE_CHECKING:
@@ -163,7 +163,7 @@ def _settle_earlier(runtime: Runtime, if_saving: str) -> None:
     if pending is None:
         return
     if if_saving == "refuse":
-        is_busy = any(allgather(not pending.done(), CommGroup.WORLD))
+        is_busy = any(told_by_all(not pending.done(), CommGroup.WORLD, "smp.save_checkpoint"))
         if is_busy:
             raise CheckpointError(
                 f"smp.save_checkpoint: the checkpoint {pending.tag!r} is still being written (if_saving='refuse'): "

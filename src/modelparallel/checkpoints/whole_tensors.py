@@ -9,15 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 
 import torch
-import torch.distributed as dist
 
 from modelparallel.checkpoints.pieces import Piece, rectangle_of
+from modelparallel.comm.groups import Group
+from modelparallel.comm.waits import Wait
 from modelparallel.errors import CheckpointError
-from modelparallel.ranks_and_messages import allgather
+from modelparallel.ranks_and_messages import told_by_all
 from modelparallel.topology import CommGroup
+
+_TAG = 0
 
 
 @dataclass(frozen=True)
@@ -48,14 +52,14 @@ class WholeTensors:
         described: every tensor by its key.
     """
 
-    def __init__(self, pieces: Sequence[Piece], group: dist.ProcessGroup, global_rank: int) -> None:
+    def __init__(self, pieces: Sequence[Piece], group: Group) -> None:
         self._pieces = list(pieces)
         self._group = group
-        self._rank = global_rank
+        self._rank = group.rank_in_group
         own = [(piece.key, piece.tensor.dtype, piece.full_shape, piece.offsets, piece.sizes) for piece in pieces]
         self.described: dict[str, Whole] = {}
         self._offers: dict[str, dict[tuple[tuple[int, ...], tuple[int, ...]], list[_Offer]]] = {}
-        found = allgather(own, CommGroup.WORLD)
+        found = told_by_all(own, CommGroup.WORLD, "putting tensors of a checkpoint together")
         for other, descriptions in enumerate(found):
             for index, (key, dtype, full_shape, offsets, sizes) in enumerate(descriptions):
                 whole = self.described.setdefault(key, Whole(dtype, full_shape))
@@ -122,14 +126,10 @@ class WholeTensors:
     def _exchange(
         self, sends: Sequence[tuple[int, torch.Tensor]], receives: Sequence[tuple[int, torch.Tensor]]
     ) -> None:
-        try:
-            waiting = [dist.irecv(buffer, sender, group=self._group) for sender, buffer in receives]
-            waiting += [dist.isend(buffer, receiver, group=self._group) for receiver, buffer in sends]
-            for work in waiting:
-                if work is not None:
-                    work.wait()
-        except RuntimeError as error:
-            raise CheckpointError(
-                "a piece of a tensor did not come from, or get to, another rank; most often that rank has ended: "
-                f"{error}"
-            ) from error
+        process_group, started = self._group.process_group, []
+        for is_send, messages, start in ((False, receives, process_group.recv), (True, sends, process_group.send)):
+            for peer, buffer in messages:
+                wait = Wait(self._group, "putting tensors of a checkpoint together", peer, "a piece", is_send)
+                started.append((wait, wait.started(partial(start, [buffer], peer, _TAG))))
+        for wait, work in started:
+            wait.end(work)

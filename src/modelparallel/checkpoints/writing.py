@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,8 +23,9 @@ from modelparallel.checkpoints.contents import Contents, model_contents, model_f
 from modelparallel.checkpoints.dcp_storage import DraftWriter, RankInfo
 from modelparallel.checkpoints.planners import PieceSavePlanner, entry_of
 from modelparallel.checkpoints.user_content import named_types, saved_bytes
-from modelparallel.comm.groups import gloo_group
-from modelparallel.comm.waiting import said
+from modelparallel.comm.groups import Group
+from modelparallel.comm.making import gloo_group
+from modelparallel.comm.waits import is_timeout
 from modelparallel.ending import close_connections, leave_at_once
 from modelparallel.errors import CheckpointError, SMPError, WaitTimeoutError
 from modelparallel.torch_compat import default_store
@@ -98,7 +99,7 @@ class SaveProgress:
 
     def __init__(self, runtime: Runtime, tag: str, token: str) -> None:
         world = runtime.session.groups.world
-        self._rank, self._size = world.rank_in_group, world.size
+        self._rank, self._size, self._lookout = world.rank_in_group, world.size, world.lookout
         self._timeout_seconds = runtime.session.config.timeout_seconds
         self._tag = tag
         self._store = dist.PrefixStore(f"modelparallel/saves/{token}", default_store())
@@ -110,6 +111,10 @@ class SaveProgress:
         self.active_at, self.is_writing = time.monotonic(), step == "writing"
         with suppress(RuntimeError):  # it is for messages, and must not hide what went wrong
             self._store.set(f"{step}/{self._rank}", "")
+
+    def said(self) -> AbstractContextManager[object]:
+        """While the block lasts, this thread waits for the others. Local."""
+        return nullcontext() if self._lookout is None else self._lookout.waiting(lambda line: self.awaited())
 
     def awaited(self) -> str:
         """Who is waited for, in words. May wait itself, for the store. Local."""
@@ -171,7 +176,7 @@ class PendingSave:
         seconds = self._timeout_seconds if timeout is None else timeout
         start = time.monotonic()
         if not self.done():
-            with said(self._progress.awaited):
+            with self._progress.said():
                 while not self.done():
                     now = time.monotonic()
                     began = max(start, now if self._progress.is_writing else self._progress.active_at)
@@ -230,12 +235,12 @@ def write_partial(
         if groups.world.rank_in_group == 0:
             with suppress(CheckpointError):  # what went wrong first is what is to be told
                 draft.discard()
-        if is_timeout(error):
+        if _is_timeout(error):
             return progress.timed_out()
         return explained(error, f"saving the checkpoint {tag!r}", groups.world.rank_in_group)
 
     try:
-        process_group = arguments["process_group"] = world_process_group(runtime)
+        process_group = arguments["process_group"] = checkpoint_group(runtime).process_group
         if in_background:
             response: Any = dcp.async_save(state, **arguments)
             future = getattr(response, "upload_completion", response)
@@ -243,7 +248,7 @@ def write_partial(
             return PendingSave(
                 tag, future, failed, progress, lambda: close_connections([process_group]), timeout_seconds
             )
-        with said(progress.awaited):
+        with progress.said():
             dcp.save(state, **arguments)
     except (CheckpointException, Exception) as error:
         raise failed(error) from error
@@ -266,14 +271,14 @@ def explained(error: BaseException, doing: str, own_rank: int) -> SMPError:
     )
 
 
-def world_process_group(runtime: Runtime) -> dist.ProcessGroup:
-    """The process group of checkpoints. Collective over the world when it is first made."""
+def checkpoint_group(runtime: Runtime) -> Group:
+    """The world, with a process group for checkpoints alone. Collective over the world when it is first made."""
     session = runtime.session
     return gloo_group(session.groups.world, "checkpoints", session.made_groups, session.config.timeout_seconds)
 
 
-def is_timeout(error: BaseException) -> bool:
+def _is_timeout(error: BaseException) -> bool:
     """Whether an error of DCP is that another rank did not come in time."""
     if isinstance(error, CheckpointException):
-        return any(is_timeout(cause) for cause, _ in error.failures.values())
-    return not isinstance(error, SMPError) and "timed out" in str(error).lower()
+        return any(_is_timeout(cause) for cause, _ in error.failures.values())
+    return not isinstance(error, SMPError) and is_timeout(error)

@@ -17,26 +17,33 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from modelparallel.errors import CommunicationError
+from modelparallel.comm.groups import Group
+from modelparallel.comm.lookout import Lookout
+from modelparallel.comm.waits import Wait, is_timeout
+from modelparallel.errors import CommunicationError, WaitTimeoutError
 
 _TAG = 5222
 _BYTES = 32
 
 
 class MadeGroups(dict[tuple[str, tuple[int, ...]], dist.ProcessGroup]):
-    """Process groups by purpose and ranks. ``secret`` is what their members have proved to know; empty: nothing."""
+    """Process groups by purpose and ranks. ``secret`` is what their members have proved to know; empty: nothing.
+    ``seconds``: the longest wait in making one. ``lookout``: what waits in them tell.
+    """
 
-    def __init__(self, secret: bytes) -> None:
+    def __init__(self, secret: bytes, lookout: Lookout, seconds: float) -> None:
         super().__init__()
         self.secret = secret
+        self.lookout = lookout
+        self.seconds = seconds
 
-    def add(self, purpose: str, ranks: tuple[int, ...], process_group: dist.ProcessGroup, seconds: float) -> None:
+    def add(self, purpose: str, ranks: tuple[int, ...], process_group: dist.ProcessGroup) -> None:
         """Take the group in once its members have proved that they belong to it. Collective over them.
 
         Raises CommunicationError.
         """
         if (purpose, ranks) not in self:
-            prove(process_group, self.secret, f"{purpose} {ranks}", seconds)
+            prove(process_group, self.secret, f"{purpose} {ranks}", self.seconds)
             self[purpose, ranks] = process_group
 
 
@@ -74,29 +81,34 @@ def _exchanged(process_group: dist.ProcessGroup, sent: dict[int, bytes], name: s
         for work in works:
             work.wait(datetime.timedelta(seconds=seconds))
     except RuntimeError as error:
-        raise CommunicationError(
+        kind = WaitTimeoutError if is_timeout(error) else CommunicationError
+        raise kind(
             f"a member of the process group '{name}' did not prove that it belongs to this job "
             f"({str(error).splitlines()[0]}): see its own message"
         ) from error
     return {peer: data.numpy().tobytes() for peer, data in incoming.items()}
 
 
-def gather_json(value: Any, process_group: dist.ProcessGroup, default: Callable[[Any], Any] | None = None) -> list[Any]:
+def gather_json(value: Any, group: Group, default: Callable[[Any], Any] | None = None) -> list[Any]:
     """What each member gave, in the order of their ranks: numbers, texts, and lists and dicts of them. Collective.
 
     For what the library itself tells between ranks: nothing that arrives is executed. Raises CommunicationError for
-    what cannot be read, RuntimeError where the connection fails.
+    what cannot be read, and the errors of `Wait.end`.
     """
     own = torch.frombuffer(bytearray(json.dumps(value, default=default).encode()), dtype=torch.uint8)
-    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(process_group.size())]
-    dist.all_gather(sizes, torch.tensor([own.numel()]), process_group)
+    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(group.size)]
+    _gather(sizes, torch.tensor([own.numel()]), group)
     longest = max(map(int, sizes))
     padded = torch.cat([own, torch.zeros(longest - own.numel(), dtype=torch.uint8)])
     parts = [torch.empty(longest, dtype=torch.uint8) for _ in sizes]
-    dist.all_gather(parts, padded, process_group)
+    _gather(parts, padded, group)
     try:
         return [
             json.loads(part[: int(size)].numpy().tobytes().decode()) for part, size in zip(parts, sizes, strict=True)
         ]
     except (ValueError, RecursionError) as error:
         raise CommunicationError(f"what another rank told cannot be read: {error}") from error
+
+
+def _gather(parts: list[torch.Tensor], own: torch.Tensor, group: Group) -> None:
+    Wait(group).run(lambda: dist.all_gather(parts, own, group.process_group, async_op=True))

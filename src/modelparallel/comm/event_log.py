@@ -65,6 +65,15 @@ def user_code_line() -> str:
     return _line_of_frame(sys._getframe(1))
 
 
+def line_of_thread(ident: int) -> str:
+    """Where in the user's script another thread stands, as ``file:line``."""
+    frames = sys._current_frames()
+    try:
+        return _line_of_frame(frames.get(ident))
+    finally:
+        frames.clear()  # see `line_of_work`
+
+
 def line_of_work(main_thread: int) -> str:
     """Where the user's code stands now, asked from another thread: in ``main_thread``, or in the microbatch whose turn
     it is.

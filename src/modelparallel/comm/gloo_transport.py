@@ -28,6 +28,7 @@ from modelparallel.comm.diagnosis import place_of
 from modelparallel.comm.event_log import user_code_line
 from modelparallel.comm.pair_channels import PairChannels
 from modelparallel.comm.transport import Message, MessageKind, MessageName, StageTransport
+from modelparallel.comm.waits import is_timeout
 from modelparallel.ending import close_connections, join_threads
 from modelparallel.errors import CommunicationError, WaitTimeoutError
 
@@ -201,7 +202,7 @@ class GlooTransport(StageTransport):
     def _send_error(self, microbatch: int, what: str, error: RuntimeError) -> CommunicationError:
         text = f"pp_rank {self.stage}, {place_of(microbatch)}: waiting to {what} ({user_code_line()})"
         history = self._history(microbatch)
-        if "imed out" in str(error) or "imeout" in str(error):
+        if is_timeout(error):
             return WaitTimeoutError(f"{text}: not taken within timeout_seconds={self.timeout_seconds:g}\n{history}")
         return CommunicationError(
             f"{text}: the connection is gone ({str(error).splitlines()[0]}); the peer has probably failed, see its "

@@ -29,6 +29,11 @@ def goes_by_host(tensor: torch.Tensor, process_group: dist.ProcessGroup) -> bool
     return tensor.is_cuda and "cuda:gloo" in _backends(process_group)
 
 
+def is_nccl(process_group: dist.ProcessGroup) -> bool:
+    """Whether the group carries tensors of a GPU by NCCL."""
+    return "cuda:nccl" in _backends(process_group)
+
+
 @functools.lru_cache(maxsize=256)
 def _backends(process_group: dist.ProcessGroup) -> str:
     return dist.get_backend_config(process_group)

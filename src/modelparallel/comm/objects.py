@@ -15,19 +15,20 @@ Note: Tensors
     come back on the CPU. Everything else is pickled as it is.
 """
 
-import datetime
 import functools
 import io
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from modelparallel.comm.groups import Group
-from modelparallel.errors import CommunicationError, GroupMembershipError, WaitTimeoutError
+from modelparallel.comm.waits import Wait
+from modelparallel.errors import CommunicationError, GroupMembershipError
 
 _MARK = 0x534D504D  # tells our header from the bytes of anything else
 _DATA_TAG, _ANSWER_TAG = 1, 2
@@ -53,14 +54,14 @@ class ObjectMessenger:
         own one, `CommunicationError` if `obj` cannot be pickled or the peer is gone, `WaitTimeoutError`.
         """
         peer = self._peer(dest_rank, group, "send")
-        self._send_payloads(dumps(obj), [peer], group, "send")
+        self._send_payloads(dumps(obj), [peer], group, "smp.send")
 
     def receive(self, src_rank: int, group: Group) -> Any:
         """Receive the next object from the member `src_rank` of `group`; pairs with its `send` or `broadcast`."""
         peer = self._peer(src_rank, group, "recv_from")
         header = torch.zeros(2, dtype=torch.int64)
-        waiting = f"waits in recv_from for a message from {self._name(peer, group)}"
-        self._wait(lambda: self.process_group.recv([header], peer, _DATA_TAG), waiting)
+        wait = self._waiting("smp.recv_from", group, "a message", peer)
+        wait.run(lambda: self.process_group.recv([header], peer, _DATA_TAG))
         mark, size = header.tolist()
         if mark != _MARK:
             raise CommunicationError(
@@ -68,36 +69,37 @@ class ObjectMessenger:
                 "smp.send or smp.broadcast: use one version of the library on all processes"
             )
         payload = torch.empty(size, dtype=torch.uint8)
-        self._wait(lambda: self.process_group.recv([payload], peer, _DATA_TAG), f"{waiting} ({size} bytes)")
+        wait.what = f"a message ({size} bytes)"
+        wait.run(lambda: self.process_group.recv([payload], peer, _DATA_TAG))
         answer = torch.ones(1, dtype=torch.int64)
-        self._wait(lambda: self.process_group.send([answer], peer, _ANSWER_TAG), waiting)
+        wait.run(lambda: self.process_group.send([answer], peer, _ANSWER_TAG))
         return loads(payload, self.device)
 
     def broadcast(self, obj: Any, group: Group) -> None:
         """Send `obj` to all other members of `group`; only the sender calls, the others call `receive`."""
         peers = [rank for rank in group.ranks if rank != self.global_rank]
         if peers:
-            self._send_payloads(dumps(obj), peers, group, "broadcast")
+            self._send_payloads(dumps(obj), peers, group, "smp.broadcast")
 
-    def allgather(self, obj: Any, group: Group) -> list[Any]:
+    def allgather(self, obj: Any, group: Group, purpose: str = "smp.allgather") -> list[Any]:
         """The objects of all members in the order of their ranks in `group`; collective over `group`."""
         payload = dumps(obj)
         if group.size == 1:
             return [loads(payload, self.device)]
-        waiting = f"waits in allgather for the other members of {_described(group)}"
+        wait = self._waiting(purpose, group)
         sizes = [torch.zeros(1, dtype=torch.int64) for _ in group.ranks]
         own_size = torch.tensor([payload.numel()])
-        self._wait(lambda: dist.all_gather(sizes, own_size, group.process_group, async_op=True), waiting)
+        wait.run(lambda: dist.all_gather(sizes, own_size, group.process_group, async_op=True))
         # One broadcast per member and not one padded gather: a group where one rank holds much would need its size
         # times the number of members everywhere.
         payloads = [torch.empty(size, dtype=torch.uint8) for size in map(int, sizes)]
         payloads[group.rank_in_group] = payload
         works = [
-            dist.broadcast(part, source, group.process_group, async_op=True)
+            wait.started(partial(dist.broadcast, part, source, group.process_group, async_op=True))
             for part, source in zip(payloads, group.ranks, strict=True)
         ]
         for work in works:
-            self._wait(lambda work=work: work, waiting)  # type: ignore[misc]
+            wait.end(work)
         return [loads(part, self.device) for part in payloads]
 
     def barrier(self, group: Group) -> None:
@@ -106,52 +108,29 @@ class ObjectMessenger:
             return
         # A sum over a CPU tensor, not torch's barrier: that one would use NCCL and the current CUDA device.
         token = torch.ones(1, dtype=torch.int64)
-        waiting = f"waits in barrier for the other members of {_described(group)}"
-        self._wait(lambda: dist.all_reduce(token, group=group.process_group, async_op=True), waiting)
+        wait = self._waiting("smp.barrier", group)
+        wait.run(lambda: dist.all_reduce(token, group=group.process_group, async_op=True))
 
     def _send_payloads(self, payload: torch.Tensor, peers: Sequence[int], group: Group, call: str) -> None:
         """To all peers at a time: none of them has to wait for another to arrive."""
         header = torch.tensor([_MARK, payload.numel()], dtype=torch.int64)
         works, answers = [], []
         for peer in peers:
-            waiting = f"waits in {call} for {self._name(peer, group)} to receive {payload.numel()} bytes"
+            wait = self._waiting(call, group, f"{payload.numel()} bytes", peer, is_send=True)
             for part in (header, payload):
-                works.append((self._start(self.process_group.send, [part], peer, _DATA_TAG, waiting), waiting))
+                works.append((wait, wait.started(partial(self.process_group.send, [part], peer, _DATA_TAG))))
             answer = torch.zeros(1, dtype=torch.int64)
-            answers.append((self._start(self.process_group.recv, [answer], peer, _ANSWER_TAG, waiting), waiting))
-        for work, waiting in works + answers:
-            self._wait(lambda work=work: work, waiting)  # type: ignore[misc]
+            answers.append((wait, wait.started(partial(self.process_group.recv, [answer], peer, _ANSWER_TAG))))
+        for wait, work in works + answers:
+            wait.end(work)
 
-    def _start(
-        self, operation: Callable[..., dist.Work], tensors: list[torch.Tensor], peer: int, tag: int, waiting: str
-    ) -> dist.Work:
-        try:
-            return operation(tensors, peer, tag)
-        except RuntimeError as error:
-            raise self._failure(error, waiting) from error
-
-    def _wait(self, start: Callable[[], dist.Work | None], waiting: str) -> None:
-        """Start an operation and wait for it, with the time limit and a name for what is waited for."""
-        try:
-            work = start()
-            if work is not None:
-                work.wait(datetime.timedelta(seconds=self.timeout_seconds))
-        except RuntimeError as error:
-            raise self._failure(error, waiting) from error
-
-    def _failure(self, error: RuntimeError, waiting: str) -> CommunicationError:
-        text = str(error)
-        if "imed out" in text or "imeout" in text:
-            return WaitTimeoutError(
-                f"global rank {self.global_rank} {waiting}: nothing came within {self.timeout_seconds:g} s: make sure "
-                "that every rank named reaches the matching call (see the output of the other ranks), or raise "
-                "message_timeout_seconds"
-            )
-        reason = text.splitlines()[0] if text else type(error).__name__
-        return CommunicationError(
-            f"global rank {self.global_rank} {waiting}: the connection failed, most often because that process has "
-            f"ended; see its output ({reason})"
-        )
+    def _waiting(
+        self, purpose: str, group: Group, what: str = "", peer: int | None = None, *, is_send: bool = False
+    ) -> Wait:
+        return Wait(
+            group, purpose, peer, what, is_send, self.timeout_seconds, "message_timeout_seconds",
+            "every rank named must reach the matching call (see its output), or raise message_timeout_seconds",
+        )  # fmt: skip
 
     def _peer(self, rank: int, group: Group, call: str) -> int:
         """The global rank of a member; refuses ranks outside the group and the own one."""

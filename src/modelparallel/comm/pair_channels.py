@@ -18,6 +18,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from modelparallel.comm.waits import is_timeout
+from modelparallel.errors import CommunicationError, WaitTimeoutError
 from modelparallel.torch_compat import default_store
 
 _TAG = 0
@@ -53,13 +55,25 @@ class PairChannels:
         """
         for pair in sorted(set(pairs) - self._groups.keys()):
             if self._stage in pair:
-                group = self._groups[pair] = self._make(pair)
-                # The backend connects the two at the first use; later that would hold up a step.
-                first = torch.zeros(1, dtype=torch.uint8, device=self.device)
-                if self._stage == pair[0]:
-                    group.send([first], _DESTINATION, _TAG).wait()
-                else:
-                    group.recv([first], _SOURCE, _TAG).wait()
+                try:
+                    self._open(pair)
+                except RuntimeError as error:
+                    other = pair[0] if pair[1] == self._stage else pair[1]
+                    kind = WaitTimeoutError if is_timeout(error) else CommunicationError
+                    raise kind(
+                        f"pp_rank {self._stage}: the channel between the stages {pair[0]} and {pair[1]} could not be "
+                        f"opened within timeout_seconds={self._timeout.total_seconds():g}: see the output of pp_rank "
+                        f"{other} ({str(error).splitlines()[0]})"
+                    ) from error
+
+    def _open(self, pair: tuple[int, int]) -> None:
+        group = self._groups[pair] = self._make(pair)
+        # The backend connects the two at the first use; later that would hold up a step.
+        first = torch.zeros(1, dtype=torch.uint8, device=self.device)
+        if self._stage == pair[0]:
+            group.send([first], _DESTINATION, _TAG).wait()
+        else:
+            group.recv([first], _SOURCE, _TAG).wait()
 
     def _make(self, pair: tuple[int, int]) -> Any:
         rank = _SOURCE if self._stage == pair[0] else _DESTINATION

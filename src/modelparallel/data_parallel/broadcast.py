@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
-from modelparallel.data_parallel.waits import check_agreement, wait_for
+from modelparallel.comm.waits import Wait
+from modelparallel.data_parallel.agreement import check_agreement
 
 if TYPE_CHECKING:
     from modelparallel.comm.groups import Group
@@ -72,9 +73,10 @@ def _broadcast_message(entries: Sequence[BroadcastTensor], device: torch.device,
     if is_source:
         for piece, entry in zip(pieces, entries, strict=True):
             piece.copy_(entry.tensor.detach().contiguous().reshape(-1).view(torch.uint8))
-    work = dist.broadcast(flat, src=group.ranks[source], group=group.process_group, async_op=True)
     purpose = f"the broadcast of {len(entries)} tensors from {entries[0].name!r} to {entries[-1].name!r}"
-    wait_for(work, timeout_seconds, purpose, group, device)
+    wait = Wait(group, purpose, seconds=timeout_seconds)
+    source_rank = group.ranks[source]
+    wait.run(lambda: dist.broadcast(flat, source_rank, group.process_group, async_op=True), device)
     if not is_source:
         for piece, entry in zip(pieces, entries, strict=True):
             # A piece may start at an odd address; a copy of its own is aligned for any dtype.

@@ -33,9 +33,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from modelparallel.comm.waits import Wait
 from modelparallel.data_parallel.progress import NUM_FLAGS
 from modelparallel.data_parallel.shard_gradient import ShardGradient
-from modelparallel.data_parallel.waits import wait_for
 
 if TYPE_CHECKING:
     from modelparallel.comm.groups import Group
@@ -278,7 +278,7 @@ class Bucket:
     def wait(self, timeout_seconds: float) -> None:
         """Wait for the reduction; again is cheap."""
         assert self.work is not None
-        wait_for(self.work, timeout_seconds, f"the reduction of {self.title}", self.group, self.device)
+        Wait(self.group, f"the reduction of {self.title}", seconds=timeout_seconds).end(self.work, self.device)
 
     def has_changed(self) -> bool:
         """Whether the local gradients are others than those that were launched.

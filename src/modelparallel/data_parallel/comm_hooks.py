@@ -23,8 +23,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
+from modelparallel.comm.waits import FutureWork, Wait
 from modelparallel.data_parallel.buckets import Bucket, Slot, gradient_dtype
-from modelparallel.errors import CommunicationError, SMPConfigError
+from modelparallel.errors import SMPConfigError
 
 if TYPE_CHECKING:
     from modelparallel.comm.groups import Group
@@ -151,15 +152,12 @@ class HookedBucket(Bucket):
 
     @torch.no_grad()
     def wait(self, timeout_seconds: float) -> None:
-        """Wait for the future, which has no time limit but that of the hook's own collectives."""
+        """Wait for the future of the hook."""
         assert self._future is not None and self._flat is not None
-        try:
-            result = self._future.wait()
-        except RuntimeError as error:
-            raise CommunicationError(
-                f"the reduction of {self.title} by {self._hook.title} failed in the group {list(self.group.ranks)}: "
-                f"{error}"
-            ) from error
+        future = self._future
+        purpose = f"the reduction of {self.title} by {self._hook.title}"
+        Wait(self.group, purpose, seconds=timeout_seconds).end(FutureWork(future), self.device)
+        result = future.wait()
         value = result[0] if isinstance(result, (list, tuple)) else result
         buffer = self._flat[: sum(slot.parameter.numel() for slot in self.slots)]
         if value.numel() != buffer.numel():

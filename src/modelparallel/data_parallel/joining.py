@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.algorithms.join import Join, Joinable, JoinHook
 
-from modelparallel.data_parallel.waits import wait_for
+from modelparallel.comm.waits import Wait
 from modelparallel.errors import DivergenceError
 
 if TYPE_CHECKING:
@@ -57,7 +57,8 @@ class JoinEvents(Joinable):
             return
         work = Join.notify_join_context(self)
         if work is not None:
-            wait_for(work, self._timeout_seconds, f"the announcement of {event}", self._group, self._device)
+            wait = Wait(self._group, f"the announcement of {event}", seconds=self._timeout_seconds)
+            wait.end(work, self._device)
         self._exchange(event)
 
     def _exchange(self, event: str | None) -> str:
@@ -78,8 +79,9 @@ class JoinEvents(Joinable):
     def _gather(self, number: int, purpose: str) -> list[int]:
         own = torch.tensor([number], dtype=torch.int64, device=self._device)
         gathered = [torch.empty_like(own) for _ in self._group.ranks]
-        work = dist.all_gather(gathered, own, group=self._group.process_group, async_op=True)
-        wait_for(work, self._timeout_seconds, purpose, self._group, self._device)
+        wait = Wait(self._group, purpose, seconds=self._timeout_seconds)
+        process_group = self._group.process_group
+        wait.run(lambda: dist.all_gather(gathered, own, process_group, async_op=True), self._device)
         return torch.cat(gathered).tolist()  # type: ignore[no-any-return]
 
     def shadow_next(self) -> None:

@@ -144,6 +144,6 @@ class OptimizerShards:
         """All ranks get the new values; collective over the groups. Raises WaitTimeoutError or CommunicationError."""
         updated = [bucket for bucket in self.buckets if any(slot.parameter.requires_grad for slot in bucket.slots)]
         started = [(bucket, bucket.start_gather()) for bucket in updated]
-        for bucket, messages in started:
-            messages.wait(self.timeout_seconds, f"the updated parameters of {bucket.title}")
+        for bucket, gathering in started:
+            gathering.wait(f"the updated parameters of {bucket.title}", self.timeout_seconds)
             bucket.note_changed()

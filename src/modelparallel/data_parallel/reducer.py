@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch.utils.hooks import RemovableHandle
 
+from modelparallel.data_parallel.agreement import check_agreement
 from modelparallel.data_parallel.buckets import (
     Bucket,
     ReducedParameter,
@@ -39,7 +40,6 @@ from modelparallel.data_parallel.buckets import (
 )
 from modelparallel.data_parallel.comm_hooks import CommHook, HookedBucket
 from modelparallel.data_parallel.progress import Progress, check_progress, check_trained, flags_of, wants_plan
-from modelparallel.data_parallel.waits import check_agreement
 from modelparallel.errors import DivergenceError, SMPConfigError, StepUsageError
 from modelparallel.torch_compat import current_backward_id, queue_backward_callback
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from modelparallel.data_parallel.block_messages import BlockMessages, OwnBlock, start_from_owners, start_to_owners
+from modelparallel.comm.exchange import Pending, start_from_owners, start_to_owners
 from modelparallel.data_parallel.buckets import Bucket, Slot, gradient_dtype
 from modelparallel.data_parallel.shard_gradient import ShardGradient, part_of_whole
 from modelparallel.errors import StepUsageError
@@ -64,8 +64,8 @@ class ShardBucket(Bucket):
         self._is_consumed = False
         #: Whether gradients were reduced, or an update was gathered.
         self.is_used = False
-        self._messages: BlockMessages | None = None
-        self._own_block: OwnBlock | None = None
+        self._reduction: Pending | None = None
+        self._own_block: torch.Tensor | None = None
         sizes = [slot.parameter.numel() for slot in self.slots]
         self._starts = [sum(sizes[:position]) for position in range(len(sizes))]
         self._parameters = torch.zeros(self.bounds[-1], dtype=first.dtype, device=first.device)
@@ -111,7 +111,7 @@ class ShardBucket(Bucket):
 
     @property
     def is_launched(self) -> bool:
-        return self._messages is not None
+        return self._reduction is not None
 
     def _allocate(self) -> None:
         self.dtype = reduce(torch.promote_types, (gradient_dtype(slot.parameter) for slot in self.slots))
@@ -130,20 +130,22 @@ class ShardBucket(Bucket):
         """Start to send what was packed to the owners."""
         assert self._flat is not None
         self.is_used = True
-        self._messages, self._own_block = start_to_owners(self._flat, self.bounds, self.group)
+        self._reduction = start_to_owners(self._flat, self.bounds, self.group)
 
+    @torch.no_grad()
     def wait(self, timeout_seconds: float) -> None:
-        """Wait for the parts of the own block; again is cheap."""
-        assert self._messages is not None
-        self._messages.wait(timeout_seconds, f"the reduction of {self.title} to the owners of shards")
+        """Wait for the sum of the own block; again is cheap."""
+        assert self._reduction is not None
+        purpose = f"the reduction of {self.title} to the owners of shards"
+        self._own_block = self._reduction.wait(purpose, timeout_seconds)
 
     @torch.no_grad()
     def unpack(self) -> None:
         """Write the gradients of the shards, or add to them; where no rank had a gradient they stay. Whole parameters
         show them.
         """
-        assert self._own_block is not None
-        block = self._own_block.add_up()
+        block, self._own_block = self._own_block, None
+        assert block is not None
         self.take_edits(is_reduced=True)
         for position, slot in enumerate(self.slots):
             slot.is_final = True
@@ -230,7 +232,7 @@ class ShardBucket(Bucket):
     def forget(self) -> None:
         """After the reduction: nothing is under way, and nothing of it is held."""
         super().forget()
-        self._messages = self._own_block = None
+        self._reduction = self._own_block = None
 
     # The update
 
@@ -251,7 +253,7 @@ class ShardBucket(Bucket):
             data.copy_(parameter.detach())
             parameter.data = data
 
-    def start_gather(self) -> BlockMessages:
+    def start_gather(self) -> Pending:
         """All ranks get the values of all shards."""
         self.is_used = self._is_consumed = True
         return start_from_owners(self._parameters, self.bounds, self.group)

@@ -32,13 +32,14 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from modelparallel.comm.exchange import start_gather_rows
-from modelparallel.comm.host_copies import start_collective
+from modelparallel.comm.waits import all_reduce
+from modelparallel.data_parallel.agreement import check_agreement
+from modelparallel.data_parallel.named_collectives import NamedGather, NamedReduceScatter
 from modelparallel.data_parallel.progress import frozen_apart
-from modelparallel.data_parallel.waits import check_agreement, wait_for
 from modelparallel.errors import UnsupportedError
 from modelparallel.shards import Shard
 from modelparallel.torch_compat import current_backward_id, queue_backward_callback
-from modelparallel.torch_compat.fsdp import FSDPGroup, FSDPParameter, start_all_gather, start_reduce_scatter
+from modelparallel.torch_compat.fsdp import FSDPGroup, FSDPParameter
 
 if TYPE_CHECKING:
     from modelparallel.comm.groups import Group
@@ -137,50 +138,6 @@ class _Group:
                 entry.had_gradient = entry.inner.sharded.grad is not None
 
 
-class _NamedGather:
-    """FSDP's all-gather, with a time limit and a name."""
-
-    def __init__(self, title: str, groups: ShardingGroups, timeout_seconds: float) -> None:
-        self._title, self._groups, self._timeout = title, groups, timeout_seconds
-
-    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """Memory for a flat buffer."""
-        return torch.empty(*size, dtype=dtype, device=device)
-
-    def __call__(
-        self, output_tensor: torch.Tensor, input_tensor: torch.Tensor, group: dist.ProcessGroup, async_op: bool = False
-    ) -> dist.Work | None:
-        work = start_collective(
-            lambda output, part: start_all_gather(output, part, group), output_tensor, input_tensor, group
-        )
-        if async_op:
-            return work
-        purpose = f"the gathering of the parameters of {self._title}"
-        wait_for(work, self._timeout, purpose, self._groups.shard, input_tensor.device)
-        return None
-
-
-class _NamedReduceScatter(_NamedGather):
-    """FSDP's reduce-scatter, likewise."""
-
-    def __call__(  # type: ignore[override]
-        self,
-        output_tensor: torch.Tensor,
-        input_tensor: torch.Tensor,
-        group: dist.ProcessGroup,
-        op: Any,
-        async_op: bool = False,
-    ) -> dist.Work | None:
-        work = start_collective(
-            lambda output, whole: start_reduce_scatter(output, whole, op, group), output_tensor, input_tensor, group
-        )
-        if async_op:
-            return work
-        purpose = f"the reduction of the gradients of {self._title}"
-        wait_for(work, self._timeout, purpose, self._groups.shard, input_tensor.device)
-        return None
-
-
 Replace = Callable[[Sequence[tuple[str, nn.Parameter, nn.Parameter, nn.Parameter]]], None]
 
 
@@ -271,8 +228,8 @@ class ShardedParameters:
             module.set_gradient_divide_factor(self._groups.divisor)
             # gloo has no operation that sums and divides by any number at once.
             module.set_force_sum_reduction_for_comms(True)
-        module.set_custom_all_gather(_NamedGather(group.title, self._groups, self._timeout_seconds))
-        module.set_custom_reduce_scatter(_NamedReduceScatter(group.title, self._groups, self._timeout_seconds))
+        module.set_custom_all_gather(NamedGather(group.title, self._groups.shard, self._timeout_seconds))
+        module.set_custom_reduce_scatter(NamedReduceScatter(group.title, self._groups.shard, self._timeout_seconds))
         if self._groups.tp.size > 1 and any(entry.needs_tp_sum for entry in group.entries):
             module.set_all_reduce_hook(lambda flat: self._sum_over_tp(group, flat))
         if not self.gathers_by_visit:
@@ -348,7 +305,9 @@ class ShardedParameters:
         num_rows = sharded.shape[0]
         per_rank = -(-num_rows // group.size)
         counts = [min(per_rank, max(num_rows - rank * per_rank, 0)) for rank in range(group.size)]
-        return start_gather_rows(sharded.to_local().detach(), group, counts).wait()
+        entry = self._by_parameter.get(id(sharded))
+        purpose = f"the gathering of {'a sharded tensor' if entry is None else f'the parameter {entry.name!r}'}"
+        return start_gather_rows(sharded.to_local().detach(), group, counts).wait(purpose)
 
     def require_whole_parameters(self, optimizer_name: str) -> bool:
         """Raise for an optimizer that needs whole parameters (norms of layers, factored moments, matrix roots). Local.
@@ -520,9 +479,8 @@ class ShardedParameters:
         if self._entries:
             for kind in (self._groups.shard, self._groups.replicate, self._groups.tp):
                 if kind.size > 1:
-                    work = dist.all_reduce(flags, dist.ReduceOp.MAX, group=kind.process_group, async_op=True)
                     purpose = "the exchange of which parameters have a gradient"
-                    wait_for(work, self._timeout_seconds, purpose, kind, self._device)
+                    all_reduce(flags, kind, purpose, dist.ReduceOp.MAX, self._timeout_seconds)
         found = [flag > 0 for flag in flags.tolist()]
         rows = [found[start : start + 4] for start in range(0, len(found), 4)]
         for entry, row, is_trained in zip(self._entries, rows, own, strict=True):
@@ -551,9 +509,8 @@ class ShardedParameters:
         if not chosen:
             return
         packed = flat if len(chosen) == len(parts) else torch.cat(chosen)
-        work = dist.all_reduce(packed, group=self._groups.tp.process_group, async_op=True)
         purpose = f"the reduction of the gradients of {group.title} over the TP_GROUP"
-        wait_for(work, self._timeout_seconds, purpose, self._groups.tp, self._device)
+        all_reduce(packed, self._groups.tp, purpose, seconds=self._timeout_seconds)
         if packed is not flat:
             for part, total in zip(chosen, packed.split([part.numel() for part in chosen]), strict=True):
                 part.copy_(total)

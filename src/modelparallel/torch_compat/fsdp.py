@@ -7,25 +7,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from modelparallel.errors import UnsupportedError
-
-
-def start_all_gather(output: torch.Tensor, part: torch.Tensor, group: dist.ProcessGroup) -> dist.Work:
-    """Gather equal flat parts into ``output``, asynchronously. Older versions of torch have another name for it."""
-    gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    work: dist.Work = gather(output, part, group=group, async_op=True)
-    return work
-
-
-def start_reduce_scatter(output: torch.Tensor, whole: torch.Tensor, op: Any, group: dist.ProcessGroup) -> dist.Work:
-    """Reduce ``whole`` and keep this rank's flat part of it, asynchronously. Named as :func:`start_all_gather`."""
-    scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-    work: dist.Work = scatter(output, whole, op=op, group=group, async_op=True)
-    return work
-
 
 # FSDP2. [Note: fully_shard] ``torch.distributed.fsdp.fully_shard`` and the methods of its modules are public. What a
 # pipeline needs beside them is not: reducing gradients when all backward pieces are through (torch's own pipelining
