@@ -100,7 +100,7 @@ def init_twice() -> list[Any]:
     assert first.config.microbatches == 4
     smp.barrier()
     report = [smp.pp_size(), smp.dp_size(), smp.allgather(smp.rank(), MP_GROUP)]
-    first.models.append(object())
+    runtime.current().models.append(object())
     with pytest.raises(SMPConfigError, match=r"after smp\.DistributedModel"):
         session.initialize({"tensor_parallel_degree": 2})
     assert smp.tp_size() == 1

@@ -11,9 +11,9 @@ import torch.distributed as dist
 
 import modelparallel as smp
 from modelparallel import rendezvous, session
-from modelparallel.comm import authentication, groups
+from modelparallel.comm import authentication, making
 from modelparallel.comm.authentication import gather_json
-from modelparallel.comm.groups import gloo_group
+from modelparallel.comm.making import gloo_group
 from modelparallel.config import load_config
 from modelparallel.errors import CommunicationError, DivergenceError, SMPConfigError
 from modelparallel.launch import rendezvous_port, run_job
@@ -42,10 +42,10 @@ def stranger(trace, knows_where):
     if not knows_where:
         rendezvous._told_secret = lambda path, rank: b"a guess"
 
-    def send_evil(value, process_group, default=None):
-        dist.all_gather_object([None, None], Evil(trace), group=process_group)
+    def send_evil(value, group, default=None):
+        dist.all_gather_object([None, None], Evil(trace), group=group.process_group)
 
-    groups.gather_json = send_evil
+    making.gather_json = send_evil
     authentication.hmac.compare_digest = lambda a, b: True  # it trusts everybody
     smp.init({"pipeline_parallel_degree": 2})
 
@@ -73,8 +73,7 @@ def later_groups():
         gloo_group(session.current().groups.world, "checkpoints", made, 20.0)
     assert ("checkpoints", (0, 1)) not in made
     values = [1.5, "é", None, {"a": ["x" * (1 + 3000 * dist.get_rank())]}]
-    message_group = session.current().groups.message_process_group
-    assert [len(told[3]["a"][0]) for told in gather_json(values, message_group)] == [1, 3001]
+    assert [len(told[3]["a"][0]) for told in gather_json(values, session.current().groups.world)] == [1, 3001]
     assert not list(Path(rendezvous.tempfile.gettempdir()).glob("modelparallel-secret-*"))
 
 

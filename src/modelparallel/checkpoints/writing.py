@@ -235,6 +235,8 @@ def write_partial(
         if groups.world.rank_in_group == 0:
             with suppress(CheckpointError):  # what went wrong first is what is to be told
                 draft.discard()
+        if isinstance(error, WaitTimeoutError):
+            return error
         if _is_timeout(error):
             return progress.timed_out()
         return explained(error, f"saving the checkpoint {tag!r}", groups.world.rank_in_group)
