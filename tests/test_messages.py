@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from modelparallel import ranks_and_messages as smp
-from modelparallel import rendezvous, session
+from modelparallel import rendezvous, runtime, session
 from modelparallel.comm.objects import dumps, loads
 from modelparallel.config import load_config
 from modelparallel.errors import (

@@ -95,9 +95,9 @@ class DistributedModule(nn.Module):
 
     @property
     def described(self) -> str:
-        """The class, and the full name of the module that it replaced, for messages."""
+        """The class, and the full name of the module in the user's model, for messages."""
         name = self.__dict__.get(_NAME)
-        return type(self).__name__ if name is None else f"{type(self).__name__} '{name}'"
+        return type(self).__name__ if not name else f"{type(self).__name__} '{name}'"
 
     def note_name(self, name: str) -> None:
         """``name`` is the full name of the module in the user's model."""

@@ -96,6 +96,9 @@ def replace_marked_modules(
                 stacklevel=3,
             )
         root = _put_in_place(root, module, replacement)
+    for name, part in root.named_modules():
+        if isinstance(part, DistributedModule):
+            part.note_name(name)
     registry.note_wrapped(root)
     return root
 
@@ -212,8 +215,6 @@ def _convert(name: str, module: nn.Module, registration: Registration, tp_group:
             f"{distributed_class.__name__} is registered as built-in and is not a DistributedModule"
         )
     distributed_class.convert(module, tp_group)
-    assert isinstance(module, DistributedModule)
-    module.note_name(name)
 
 
 def _build(
