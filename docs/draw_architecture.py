@@ -282,7 +282,7 @@ def page_with(block: str, page: str) -> str:
 
 def block_of(graph: Graph) -> str:
     """What stands between the marks of the page."""
-    picture_line = f"![The rooms of the source, and what each rests on]({PICTURE.name})"
+    picture_line = f"[![The rooms of the source, and what each rests on]({PICTURE.name})]({PICTURE.name})"
     return f"{picture_line}\n\n{table(graph)}"
 
 

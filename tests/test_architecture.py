@@ -1,5 +1,6 @@
 """docs/architecture.md is true: its paths exist, its picture is that of the imports, and a reader finds the way."""
 
+import functools
 import importlib.util
 import re
 from pathlib import Path
@@ -27,6 +28,7 @@ def load_drawing():
 
 
 drawing = load_drawing()
+read_graph = functools.cache(drawing.read_graph)
 
 
 def paths_in(text):
@@ -55,14 +57,14 @@ def test_a_reader_finds_where_to_change(change):
 
 
 def test_the_picture_is_that_of_the_imports():
-    graph = drawing.read_graph()
+    graph = read_graph()
     hint = "the imports have changed: run python docs/draw_architecture.py"
     assert drawing.page_with(drawing.block_of(graph), PAGE.read_text()) == PAGE.read_text(), hint
     assert drawing.PICTURE.read_text() == drawing.picture(graph), hint
 
 
 def test_every_room_is_drawn_once():
-    floors = drawing.floors_of(drawing.read_graph())
+    floors = drawing.floors_of(read_graph())
     rooms = [room for floor in floors for room in floor]
     folders = {path.parent.name for path in drawing.PACKAGE.glob("*/__init__.py")}
     assert len(rooms) == len(set(rooms))
