@@ -42,10 +42,16 @@ def test_methods_of_the_promised_api_are_in_the_reference(page, prefix):
     assert set(rows) - {"module"} <= set(re.split(r",\s*", members))
 
 
-@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "SECURITY.md", "README.md"])
-def test_paths_in_pages_of_the_root_exist(page):
-    paths = re.findall(r"`((?:src|tests|docs|bench|examples)/[\w./-]*)`", (ROOT / page).read_text())
-    assert not [path for path in paths if not (ROOT / path).exists()]
+def test_files_that_pages_name_exist():
+    """From the root of the repository, or from the package; patterns may stand for several."""
+    missing = []
+    for page in (*ROOT.glob("*.md"), *DOCS.rglob("*.md")):
+        text = page.read_text()
+        named = re.findall(r"`((?:src|tests|docs|bench|examples)/[\w./-]*)`", text)
+        named += re.findall(r"`((?!transformers/)[\w.*-]+/[\w./*-]*\.py)`", text)
+        found = [any([*ROOT.glob(path), *(ROOT / "src" / "modelparallel").glob(path)]) for path in named]
+        missing += [f"{page.name}: {path}" for path, is_there in zip(named, found, strict=True) if not is_there]
+    assert not missing
 
 
 def test_every_page_is_in_the_navigation():
