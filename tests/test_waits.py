@@ -32,14 +32,16 @@ OWNERS = {"shard_optimizer_state": True}
 
 
 class Turn:
-    """Lets rank 1 come late, to the place where ``late`` is called while the case is on."""
+    """Lets rank 1 (of more than two: the second half) come late, to the place where ``late`` is called while the case
+    is on.
+    """
 
     def __init__(self, flag: Path) -> None:
         self.flag = flag
         self.is_on = False
 
     def late(self) -> None:
-        if self.is_on and smp.rank() == 1:
+        if self.is_on and smp.rank() >= smp.size() // 2:
             self.is_on = False
             deadline = time.monotonic() + 60
             while not self.flag.exists() and time.monotonic() < deadline:
@@ -272,15 +274,15 @@ def errors_of(cases: list[Case], folder: str) -> list[str]:
     return result
 
 
-def check(cases: list[Case], folder: Path) -> None:
-    found = run_ranks(errors_of, 2, cases, str(folder), timeout=300, grace=60)
+def check(cases: list[Case], folder: Path, num_ranks: int = 2) -> None:
+    found = run_ranks(errors_of, num_ranks, cases, str(folder), timeout=300, grace=60)
     wrong = []
     for case, text in zip(cases, found[0], strict=True):
         starts = (
             text.startswith(f"WaitTimeoutError: {case.purpose}") and "global rank 0 waited at test_waits.py:" in text
         )
         says = case.awaited in text and f"nothing came within {case.limit}={SECONDS:g}" in text
-        if not (starts and says and "\nglobal rank 1 is alive, at test_waits.py:" in text):
+        if not (starts and says and f"\nglobal rank {num_ranks // 2} is alive, at test_waits.py:" in text):
             wrong.append(f"{case}\n{text}")
     assert not wrong, "\n\n".join(wrong)
 
@@ -292,6 +294,12 @@ def test_wait_says_who_waits_where_for_whom_and_what_that_one_does(tmp_path: Pat
 @pytest.mark.slow
 def test_every_kind_of_wait_does(tmp_path: Path) -> None:
     check(SLOW, tmp_path)
+
+
+@pytest.mark.slow
+def test_reduction_over_copies_of_shards_does(tmp_path: Path) -> None:
+    purpose = "the reduction of the gradients of part over the copies"
+    check([Case(sharded_reduce, SHARDED, purpose, "the others of the rdp group [0, 2]")], tmp_path, num_ranks=4)
 
 
 def missing_at_init() -> tuple[str, float]:

@@ -98,13 +98,13 @@ class Lookout:
     @contextmanager
     def waiting(
         self, describe: Callable[[str], str], peers: Sequence[int] = (), seconds: float = 600.0
-    ) -> Iterator[Waiting]:
+    ) -> Iterator[None]:
         """While the block lasts, this thread waits. ``describe`` is called in another thread and may itself wait."""
         ident = threading.get_ident()
         outer = self.waits.get(ident)
-        waiting = self.waits[ident] = Waiting(describe, lambda: peers, seconds)
+        self.waits[ident] = Waiting(describe, lambda: peers, seconds)
         try:
-            yield waiting
+            yield
         finally:
             if outer is None:
                 del self.waits[ident]

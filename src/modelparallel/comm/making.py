@@ -126,17 +126,14 @@ def _made_group(
     title = f"making the process group of {purpose}"
     unmade: Any = None
     wait = Wait(Group(GroupKind.WORLD, ranks, own, unmade, made.seconds, lookout=made.lookout), title)
-    with made.lookout.waiting(wait.described, wait.peers, made.seconds) as waiting:
-        try:
-            process_group = dist.new_group(
-                list(ranks),
-                timeout=datetime.timedelta(seconds=made.seconds),
-                backend=backend,
-                use_local_synchronization=True,
-                group_desc=f"modelparallel {purpose}",
-            )
-        except RuntimeError as error:
-            raise wait.failure(error, waiting.since) from error
+    with wait.around():
+        process_group = dist.new_group(
+            list(ranks),
+            timeout=datetime.timedelta(seconds=made.seconds),
+            backend=backend,
+            use_local_synchronization=True,
+            group_desc=f"modelparallel {purpose}",
+        )
     set_timeout(process_group, timeout_seconds)
     made.add(purpose, ranks, process_group)
     return process_group

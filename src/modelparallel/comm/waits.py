@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -25,7 +27,7 @@ from modelparallel.comm.event_log import user_code_line
 from modelparallel.comm.groups import Group
 from modelparallel.comm.host_copies import is_nccl
 from modelparallel.comm.lookout import Lookout, Waiting
-from modelparallel.errors import CommunicationError, WaitTimeoutError
+from modelparallel.errors import CommunicationError, SMPError, WaitTimeoutError
 
 _CPU = torch.device("cpu")
 _SAME_CALLS = "all ranks of the group must make the same calls in the same order; see its output"
@@ -115,6 +117,19 @@ class Wait:
             work.wait()
         except RuntimeError as error:
             raise self.failure(error) from error
+
+    @contextmanager
+    def around(self) -> Iterator[None]:
+        """For what waits in torch and takes no limit but that of the process group: name it, and its errors."""
+        lookout, seconds = self.group.lookout, self.seconds or self.group.timeout_seconds
+        since = time.monotonic()
+        try:
+            with nullcontext() if lookout is None else lookout.waiting(self.described, self.peers, seconds):
+                yield
+        except RuntimeError as error:
+            if isinstance(error, SMPError) or not (is_timeout(error) or "onnect" in str(error)):
+                raise
+            raise self.failure(error, since) from error
 
     def failure(self, error: BaseException, since: float = 0.0) -> CommunicationError:
         """What to raise for an error of torch; ``since``: when the wait began."""

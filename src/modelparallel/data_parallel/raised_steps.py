@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
+from modelparallel.comm.waits import Wait
 from modelparallel.errors import CommunicationError, DivergenceError, WaitTimeoutError
 from modelparallel.torch_compat import default_store
 
@@ -53,8 +54,11 @@ class RaisedSteps:
         if not self._is_alone:
             return
         for rank in self._others():
+            purpose = "the step before, which this rank has left by an exception"
+            wait = Wait(self._group, purpose, self._group.ranks[rank], "word that it has left it, too")
             try:
-                self._store.wait([self._key(rank)], self._timeout)
+                with wait.around():
+                    self._store.wait([self._key(rank)], self._timeout)
             except RuntimeError as error:
                 raise self._apart(self._group.rank_in_group, rank) from error
             if not self._has_left(rank):

@@ -32,7 +32,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from modelparallel.comm.exchange import start_gather_rows
-from modelparallel.comm.waits import all_reduce
+from modelparallel.comm.waits import Wait, all_reduce
 from modelparallel.data_parallel.agreement import check_agreement
 from modelparallel.data_parallel.named_collectives import NamedGather, NamedReduceScatter
 from modelparallel.data_parallel.progress import frozen_apart
@@ -230,6 +230,9 @@ class ShardedParameters:
             module.set_force_sum_reduction_for_comms(True)
         module.set_custom_all_gather(NamedGather(group.title, self._groups.shard, self._timeout_seconds))
         module.set_custom_reduce_scatter(NamedReduceScatter(group.title, self._groups.shard, self._timeout_seconds))
+        if self._groups.replicate.size > 1:  # summed by torch itself, within the limit of the process group
+            purpose = f"the reduction of the gradients of {group.title} over the copies"
+            inner.name_reduction(Wait(self._groups.replicate, purpose, seconds=self._timeout_seconds).around)
         if self._groups.tp.size > 1 and any(entry.needs_tp_sum for entry in group.entries):
             module.set_all_reduce_hook(lambda flat: self._sum_over_tp(group, flat))
         if not self.gathers_by_visit:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -200,6 +201,16 @@ class FSDPGroup:
             notice()
             self._take_dtypes()
             original(*unused)
+
+        self._inner.post_backward = post_backward
+
+    def name_reduction(self, named: Callable[[], AbstractContextManager[None]]) -> None:
+        """Reduce gradients inside of ``named()``."""
+        original = self._inner.post_backward
+
+        def post_backward(*unused: Any) -> None:
+            with named():
+                original(*unused)
 
         self._inner.post_backward = post_backward
 
