@@ -314,7 +314,7 @@ def missing_at_init() -> tuple[str, float]:
 
 
 def test_process_that_does_not_come_to_init_is_named() -> None:
-    text, seconds = run_ranks(missing_at_init, 3)[0]
+    text, seconds = run_ranks(missing_at_init, 3, timeout=180)[0]
     assert text.startswith("WaitTimeoutError: smp.init: global rank 0 waited at test_waits.py:"), text
     assert "for the processes of the global ranks [1], of 3: they did not come within 1 s" in text, text
     assert seconds < 30
@@ -335,7 +335,7 @@ def stopped_peer() -> str:
 
 def test_stopped_process_is_named_as_silent() -> None:
     parameters = {"ddp": True, "timeout_seconds": 2, "message_timeout_seconds": 1}
-    text = run_ranks(stopped_peer, 2, parameters=parameters, return_failures=True, grace=30)[0]
+    text = run_ranks(stopped_peer, 2, parameters=parameters, return_failures=True, grace=30, timeout=180)[0]
     assert text.startswith("WaitTimeoutError: smp.barrier") and "\nglobal rank 1 has not said anything" in text, text
 
 
@@ -360,7 +360,7 @@ def waits_long(folder: str) -> list[str]:
 
 
 def test_wait_that_takes_long_is_said_with_what_the_other_does(tmp_path: Path) -> None:
-    lines = run_ranks(waits_long, 2, str(tmp_path))[0]
+    lines = run_ranks(waits_long, 2, str(tmp_path), timeout=180)[0]
     assert lines and lines[0].startswith("smp.barrier: global rank 0 waits at test_waits.py:"), lines
     assert "for the others of the world group [0, 1] (for " in lines[0]
     assert "\nglobal rank 1 is alive, at test_waits.py:" in lines[-1], lines
