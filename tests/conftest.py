@@ -23,7 +23,7 @@ def pytest_configure(config):
     # By what a test does, not by a list: a new test of ranks needs no mark, and one without ranks is never left out.
     if config.getoption("--without-ranks"):
         multiprocessing.process.BaseProcess.start = skip_instead
-        multiprocessing.forkserver.ForkServer.ensure_running = skip_instead
+        multiprocessing.forkserver.ensure_running = skip_instead
         subprocess.Popen.__init__ = skip_instead
 
 

@@ -260,7 +260,7 @@ def test_no_restart_of_a_job_that_was_stopped(tmp_path, devices, how):
                 time.sleep(0.1)
             monitor.request_stop("stop() was called")
 
-        threading.Thread(target=stop).start()
+        threading.Thread(target=stop, daemon=True).start()  # it must not outlive a job that ends otherwise
     result = run_job(spec, io.StringIO(), monitor)
     assert (result.exit_code, len(result.attempts)) == (143 if how == "stop" else 124, 2)
     assert "job test was stopped in attempt 2 of 6" in result.message
