@@ -10,6 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from modelparallel.comm.groups import Group
 from modelparallel.data_parallel import BroadcastTensor, GradientReducer, ReducedParameter, broadcast_parameters
+from modelparallel.data_parallel.launch_order import LaunchOrder
 from modelparallel.errors import DivergenceError, StepUsageError, WaitTimeoutError
 from modelparallel.topology import GroupKind
 from pool import RankError, run_ranks
@@ -110,7 +111,7 @@ def run_step(reducer, model, microbatches, last_pieces=None, will_synchronize=Tr
     reducer.begin_step(will_synchronize)
     for backward in microbatches:
         backward(model)
-    reducer.arm()
+    reducer.arm(LaunchOrder())
     for backward in last_pieces or []:
         backward(model)
     reducer.finish_step()
@@ -546,7 +547,7 @@ def interrupted_backward():
     everything(model)
     assert_gradients(model, wanted)
     reducer.begin_step(True)
-    reducer.arm()
+    reducer.arm(LaunchOrder())
     broken(model)
     reducer.abort_step()
     model.zero_grad()

@@ -18,6 +18,7 @@ from modelparallel import runtime as runtime_module
 from modelparallel.absent_tensors import make_absent
 from modelparallel.amp import agree_on_found_infs
 from modelparallel.compilation import ModuleCompiler, checked_options, take_off_compiled_calls
+from modelparallel.data_parallel.launch_order import LaunchOrder
 from modelparallel.errors import CannotTraceError, SMPConfigError, StepUsageError, UnsupportedError
 from modelparallel.gradient_norm import intercept_clipping
 from modelparallel.initial_weights import agree_before_slicing, check_drawn_slices
@@ -289,9 +290,11 @@ class DistributedModel(PlannedModel):
                 "the model was moved away from the pipeline by model.cpu(); it cannot be used in steps any more"
             )
 
-    def arm(self) -> None:
-        """The backward of the last microbatch begins. Called by the library."""
-        self.gradients.arm()
+    def arm(self, launches: LaunchOrder) -> None:
+        """The backward of the last microbatch begins; ``launches``: the order of the step's reducers. Called by the
+        library.
+        """
+        self.gradients.arm(launches)
 
     def finish_step(self, has_backward: bool) -> bool:
         """The step function has run: reduce gradients, run the hooks that wait for the first step. Called by the

@@ -23,6 +23,7 @@ from modelparallel.data_parallel import (
     broadcast_parameters,
     shareable,
 )
+from modelparallel.data_parallel.launch_order import LaunchOrder
 from modelparallel.data_parallel.raised_steps import RaisedSteps
 from modelparallel.errors import SMPConfigError
 from modelparallel.initial_weights import agree_between_replicas
@@ -294,10 +295,10 @@ class ModelGradients:
         is_boundary = (self._num_backward_steps + 1) % self._backward_passes_per_step == 0
         return is_boundary and self._num_no_sync == 0
 
-    def arm(self) -> None:
-        """The backward of the last microbatch begins."""
+    def arm(self, launches: LaunchOrder) -> None:
+        """The backward of the last microbatch begins; ``launches``: the order of the step's reducers."""
         if self.reducer is not None and self.has_begun:
-            self.reducer.arm()
+            self.reducer.arm(launches)
         if self.sharding is not None and self.has_begun:
             self.sharding.arm()
 
@@ -336,7 +337,7 @@ class ModelGradients:
                 if before is not None:
                     parameter.grad = before.add_(gradient) if before.layout is torch.strided else before + gradient
         if factor is not None and self.reducer is not None:
-            self.reducer.arm()  # nothing was before
+            self.reducer.arm(LaunchOrder())  # no backward follows, so that nothing is launched early
 
     def _whole_here(self) -> Iterator[tuple[ParameterRow, nn.Parameter]]:
         """The parameters of this rank whose gradients are at ``p.grad`` until they are reduced."""

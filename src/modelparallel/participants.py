@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
+from modelparallel.data_parallel.launch_order import LaunchOrder
 from modelparallel.pipeline.loss_weights import LossWeights
 
 if TYPE_CHECKING:
@@ -115,8 +116,8 @@ class Participant(Protocol):
     def enter_step(self, step: RunningStep) -> None:
         """The model is used in this step."""
 
-    def arm(self) -> None:
-        """The backward of the last microbatch begins."""
+    def arm(self, launches: LaunchOrder) -> None:
+        """The backward of the last microbatch begins; ``launches``: the order of the step's reducers."""
 
     def finish_step(self, has_backward: bool) -> bool:
         """The step function has run; returns whether gradients were reduced over the data-parallel ranks."""
@@ -221,10 +222,11 @@ class RunningStep:
     has_backward: bool = False
     models: list[Participant] = field(default_factory=list)
     loss_weights: LossWeights = field(default_factory=LossWeights)
+    launches: LaunchOrder = field(default_factory=LaunchOrder)
 
     def arm(self) -> None:
         """The backward of the last microbatch begins."""
         if self.loss_weights.are_given:
             return  # gradients are reduced when the total of the weights is known
         for model in self.models:
-            model.arm()
+            model.arm(self.launches)

@@ -139,6 +139,8 @@ class StepFunction:
             runtime.step = None
         runtime.num_training_steps += running.has_backward
         try:
+            if running.has_backward:
+                running.launches.finish()
             has_reduced = [model.finish_step(running.has_backward) for model in running.models]
         except BaseException as error:
             if runtime.is_pipelined:

@@ -27,7 +27,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 import torch.distributed as dist
@@ -399,6 +399,14 @@ class FlagBucket(Bucket):
     def unpack_silently(self) -> None:
         """Tell the buckets; shards get gradients all the same."""
         self.changed_anywhere()
+
+
+class SharedOut(Protocol):
+    """What is shared out: a new sequence of buckets when it is laid out anew."""
+
+    @property
+    def buckets(self) -> Sequence[Bucket]:
+        """In the order in which their gradients come."""
 
 
 def flat_view(piece: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:

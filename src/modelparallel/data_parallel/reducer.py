@@ -24,7 +24,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import Enum
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch.utils.hooks import RemovableHandle
@@ -33,26 +33,20 @@ from modelparallel.data_parallel.agreement import check_agreement
 from modelparallel.data_parallel.buckets import (
     Bucket,
     ReducedParameter,
+    SharedOut,
     Slot,
     fill_buckets,
     gradient_dtype,
     with_carriers,
 )
 from modelparallel.data_parallel.comm_hooks import CommHook, HookedBucket
+from modelparallel.data_parallel.launch_order import LaunchOrder
 from modelparallel.data_parallel.progress import Progress, check_progress, check_trained, flags_of, wants_plan
 from modelparallel.errors import DivergenceError, SMPConfigError, StepUsageError
 from modelparallel.torch_compat import current_backward_id, queue_backward_callback
 
 if TYPE_CHECKING:
     from modelparallel.comm.groups import Group
-
-
-class SharedOut(Protocol):
-    """What is shared out: a new sequence of buckets when it is laid out anew."""
-
-    @property
-    def buckets(self) -> Sequence[Bucket]:
-        """In the order in which their gradients come."""
 
 
 class _Mode(Enum):
@@ -125,6 +119,7 @@ class GradientReducer:
             entry for entry in parameters if entry.group.size > 1 or self._divisor_of(entry) > 1
         )  # one process has no work here
         self._mode = _Mode.AUTOMATIC
+        self._launches = LaunchOrder()  # of the step that is under way
         self._num_no_sync = 0
         self._will_synchronize = False
         # The backward pass for which an end-of-backward callback is queued, and whether a reduction was begun for it.
@@ -278,8 +273,11 @@ class GradientReducer:
             with self._lock:
                 slot.is_fired = True
                 bucket.num_waiting -= 1
-                if bucket.num_waiting == 0:
-                    self._launch_full_buckets()
+                is_full = bucket.num_waiting == 0
+            if is_full and self._mode is _Mode.ARMED:
+                self._launches.launch()
+            elif is_full:
+                self.launch_full_buckets()
 
         return hook
 
@@ -316,12 +314,14 @@ class GradientReducer:
         self._will_synchronize = will_synchronize and self._num_no_sync == 0
         self._mode = _Mode.QUIET
 
-    def arm(self) -> None:
-        """The backward of the last microbatch begins: from now on full buckets are launched. No effect in a step
-        without reduction.
+    def arm(self, launches: LaunchOrder) -> None:
+        """The backward of the last microbatch begins: from now on full buckets are launched, when ``launches`` says
+        that it is this reducer's turn. No effect in a step without reduction.
         """
         if self._mode is _Mode.QUIET and self._will_synchronize:
             self._start_reduction()
+            self._launches = launches
+            launches.add(self)
             self._mode = _Mode.ARMED
 
     def make_local(self) -> None:
@@ -395,10 +395,23 @@ class GradientReducer:
         while self._num_launched < len(self._launch_order) and self._launch_order[self._num_launched].is_launched:
             self._num_launched += 1
 
-    def _launch_full_buckets(self) -> None:
-        while self._num_launched < self._num_early and self._launch_order[self._num_launched].num_waiting == 0:
-            self._launch(self._launch_order[self._num_launched])
-            self._num_launched += 1
+    def launch_full_buckets(self) -> bool:
+        """Launch the next early buckets that are full; whether all early ones are launched."""
+        with self._lock:
+            while self._num_launched < self._num_early and self._launch_order[self._num_launched].num_waiting == 0:
+                self._launch(self._launch_order[self._num_launched])
+                self._num_launched += 1
+            return self._num_launched >= self._num_early
+
+    def launch_early_buckets(self) -> None:
+        """The step ends: launch the early buckets that are left. Collective over all groups of the parameters."""
+        if self._mode is not _Mode.ARMED:
+            return
+        with self._lock:
+            self._skip_launched()
+            for bucket in self._launch_order[self._num_launched : self._num_early]:
+                self._launch(bucket)
+            self._skip_launched()
 
     def _launch(self, bucket: Bucket) -> None:
         if bucket.is_carrier:
