@@ -51,6 +51,9 @@ def test_files_that_pages_name_exist():
         named += re.findall(r"`((?!transformers/)[\w.*-]+/[\w./*-]*\.py)`", text)
         found = [any([*ROOT.glob(path), *(ROOT / "src" / "modelparallel").glob(path)]) for path in named]
         missing += [f"{page.name}: {path}" for path, is_there in zip(named, found, strict=True) if not is_there]
+        for module in re.findall(r"python -m (modelparallel[\w.]*)", text):
+            path = ROOT / "src" / module.replace(".", "/")
+            missing += [] if path.is_dir() or path.with_suffix(".py").exists() else [f"{page.name}: {module}"]
     assert not missing
 
 
