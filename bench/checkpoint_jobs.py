@@ -17,9 +17,9 @@ import torch.distributed as dist
 
 import modelparallel as smp
 from bench.models import GPT, GPTSize, language_loss, token_batch
-from modelparallel import runtime
-from modelparallel.checkpoints.pieces import Piece
-from modelparallel.checkpoints.writing import take_snapshot
+from modelparallel.checkpoints.partial.pieces import Piece
+from modelparallel.checkpoints.partial.writing import take_snapshot
+from modelparallel.training import runtime
 
 #: 1.0 GB of parameters and moments.
 GIGABYTE = GPTSize(num_layers=6, hidden=1024, num_heads=16, vocabulary=4096, sequence=16)

@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 import modelparallel as smp
-from modelparallel.checkpoints.pieces import Piece
+from modelparallel.checkpoints.partial.pieces import Piece
 
 
 def plain_state(pieces: Sequence[Piece]) -> dict[str, Any]:

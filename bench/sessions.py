@@ -10,8 +10,9 @@ from typing import Any
 import torch.distributed as dist
 
 import modelparallel as smp
-from modelparallel import runtime, session
-from modelparallel.pipeline.chains import StepPlan
+from modelparallel.job import session
+from modelparallel.pipeline.schedule.chains import StepPlan
+from modelparallel.training import runtime
 
 _num_sessions = 0
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from bench.models import GPT, ConvPyramid, EncoderDecoder, GPTSize, image_batch, language_loss, token_batch
 from modelparallel.partitioning import Trace, find_units, make_plan, trace_step
-from modelparallel.pipeline.scheduling import step_predictor
+from modelparallel.pipeline.schedule.making import step_predictor
 
 Homes = Mapping[str, int]
 

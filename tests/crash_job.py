@@ -25,8 +25,8 @@ import torch.distributed as dist
 from torch import nn
 
 import modelparallel as smp
-from modelparallel import session
 from modelparallel.errors import CheckpointNotFoundError
+from modelparallel.job import session
 
 WIDTH, NUM_LAYERS = 192, 6
 #: Seconds that the ranks wait for each other.

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import modelparallel as smp
-from modelparallel import model_states
+from modelparallel.model import states as model_states
 from parity import ReferenceResult
 
 

@@ -24,8 +24,8 @@ os.environ.setdefault("MODELPARALLEL_DEVICE", "cpu")
 import torch
 
 import modelparallel as smp
-from modelparallel import ending
-from modelparallel.comm import gloo_transport
+from modelparallel.comm import ending
+from modelparallel.comm.stages import gloo as gloo_transport
 
 PATIENCE = 900.0
 
@@ -69,7 +69,7 @@ def train(job, rank, folder):
     late, seconds = job.get("late"), job.get("seconds", 0.0)
     if late == "save":  # in the background, at the end
         if is_late:
-            from modelparallel.checkpoints.dcp_storage import DraftWriter
+            from modelparallel.checkpoints.partial.dcp_storage import DraftWriter
 
             delayed(DraftWriter, "write_data", seconds)
         smp.save_checkpoint(folder, "last", model=model, optimizer=optimizer, async_save=True)

@@ -81,7 +81,7 @@ def run_case(case: Case, *, is_scattered: bool, min_steps: int = 1, times: int =
     long.
     """
     import modelparallel as smp
-    from modelparallel import runtime
+    from modelparallel.training import runtime
 
     outcome = Outcome()
     start = time.perf_counter()

@@ -592,7 +592,7 @@ def body(program: Program, model: Any, x: Tensor, *, has_backward: bool) -> Any:
 def run_program(program: Program, *, is_placed: bool) -> Outcome:
     """All steps of a program in this process, as a user's script would do it."""
     import modelparallel as smp
-    from modelparallel import runtime
+    from modelparallel.training import runtime
 
     outcome = Outcome()
     start = time.perf_counter()

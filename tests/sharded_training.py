@@ -16,8 +16,8 @@ from torch.distributed.tensor import DTensor
 
 import modelparallel as smp
 from distributed_run import mean_over_replicas, own_share
-from modelparallel import model_states
-from modelparallel.ending import let_threads_finish
+from modelparallel.comm.ending import let_threads_finish
+from modelparallel.model import states as model_states
 from parity import ReferenceResult, assert_parity, reference_run
 
 

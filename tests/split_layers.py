@@ -10,8 +10,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from modelparallel.comm.groups import Group
+from modelparallel.config.topology import GroupKind
 from modelparallel.tensor_parallel.distributed_module import DistributedModule, using_tp_group
-from modelparallel.topology import GroupKind
 
 F64 = torch.float64
 

@@ -13,7 +13,7 @@ from torch import nn
 
 import modelparallel as smp
 from modelparallel.errors import UnsupportedError
-from modelparallel.pipeline.reachable import KeptState
+from modelparallel.pipeline.side_doors.kept_state import KeptState
 from pool import run_ranks
 from rank_tests import RankTests, on
 

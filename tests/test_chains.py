@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from modelparallel.pipeline.chains import Follower, Recorder, StepPlan, build_chain, with_local_waits
-from modelparallel.pipeline.schedule_checks import check_schedule
-from modelparallel.pipeline.scheduling import make_schedule
+from modelparallel.pipeline.schedule.chains import Follower, Recorder, StepPlan, build_chain, with_local_waits
+from modelparallel.pipeline.schedule.checks import check_schedule
+from modelparallel.pipeline.schedule.making import make_schedule
 
 
 def planned(recorded, num_stages, num_microbatches=3, kind="interleaved"):

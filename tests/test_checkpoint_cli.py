@@ -14,9 +14,9 @@ from typer.testing import CliRunner
 
 import modelparallel as smp
 from checkpoint_jobs import make_job, train
-from modelparallel.checkpoints import conversion, offline
-from modelparallel.checkpoints.catalogue import checkpoints_in, find
-from modelparallel.checkpoints.verification import coverage_problems
+from modelparallel.checkpoints.tools import conversion, offline
+from modelparallel.checkpoints.tools.catalogue import checkpoints_in, find
+from modelparallel.checkpoints.tools.verification import coverage_problems
 from modelparallel.errors import CheckpointCorruptError, CheckpointError, CheckpointNotFoundError
 from modelparallel.launch.command_line import app
 from pool import preload, run_ranks
@@ -128,7 +128,7 @@ def test_a_destination_is_replaced_only_on_request_and_never_half(job, tmp_path,
         raise CheckpointError("the disk is full")
 
     with monkeypatch.context() as patched:
-        patched.setattr("modelparallel.checkpoints.completion.Draft.commit", fail)
+        patched.setattr("modelparallel.checkpoints.stores.completion.Draft.commit", fail)
         assert "the disk is full" in command(*arguments, "--overwrite", code=2)
     assert {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)} == before
     command(*arguments, "--overwrite", "--model-only")

@@ -19,9 +19,9 @@ import crash_job
 import modelparallel as smp
 import pool
 from crash_job import PP2, PP2_DP2, SHARDED, SHARED_OUT, TP2, WAIT, Life, Shape
-from modelparallel.checkpoints import writing
-from modelparallel.checkpoints.completion import problems_of
-from modelparallel.checkpoints.opening import open_store
+from modelparallel.checkpoints.partial import writing
+from modelparallel.checkpoints.stores.completion import problems_of
+from modelparallel.checkpoints.stores.opening import open_store
 from modelparallel.errors import WaitTimeoutError
 from pool import run_ranks
 

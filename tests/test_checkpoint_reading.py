@@ -8,11 +8,11 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from modelparallel.checkpoints import tensor_archives
-from modelparallel.checkpoints.dcp_storage import RecordedReader, read_metadata
-from modelparallel.checkpoints.opening import open_store
-from modelparallel.checkpoints.pieces import Piece, whole_piece
-from modelparallel.checkpoints.planners import PieceLoadPlanner
+from modelparallel.checkpoints.partial import tensor_archives
+from modelparallel.checkpoints.partial.dcp_storage import RecordedReader, read_metadata
+from modelparallel.checkpoints.partial.pieces import Piece, whole_piece
+from modelparallel.checkpoints.partial.planners import PieceLoadPlanner
+from modelparallel.checkpoints.stores.opening import open_store
 from modelparallel.errors import CheckpointCorruptError
 from modelparallel.torch_compat import tensor_in_archive
 

@@ -18,8 +18,8 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from modelparallel.checkpoints import completion
-from modelparallel.checkpoints.completion import (
+from modelparallel.checkpoints.stores import completion
+from modelparallel.checkpoints.stores.completion import (
     Draft,
     complete_names,
     is_unfinished,
@@ -30,9 +30,9 @@ from modelparallel.checkpoints.completion import (
     recover,
     write_newest,
 )
-from modelparallel.checkpoints.opening import open_store
-from modelparallel.checkpoints.remote_storage import RemoteStore
-from modelparallel.checkpoints.storage import HashingFileSystem
+from modelparallel.checkpoints.stores.local import HashingFileSystem
+from modelparallel.checkpoints.stores.opening import open_store
+from modelparallel.checkpoints.stores.remote import RemoteStore
 from modelparallel.errors import CheckpointError, CheckpointNotFoundError
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")

@@ -19,8 +19,10 @@ from torch.distributed.checkpoint import metadata as dcp_metadata
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from crashing_disk import Crash, Disk
-from modelparallel.checkpoints import completion, completion_record, storage
-from modelparallel.checkpoints.completion import (
+from modelparallel.checkpoints.partial.unpickling import DCP_METADATA_NAMES, load_pickle
+from modelparallel.checkpoints.stores import completion, completion_record
+from modelparallel.checkpoints.stores import local as storage
+from modelparallel.checkpoints.stores.completion import (
     CompletionRecord,
     Draft,
     complete_names,
@@ -33,9 +35,8 @@ from modelparallel.checkpoints.completion import (
     recover,
     write_newest,
 )
-from modelparallel.checkpoints.opening import open_store
-from modelparallel.checkpoints.storage import FileRecord, HashingFileSystem
-from modelparallel.checkpoints.unpickling import DCP_METADATA_NAMES, load_pickle
+from modelparallel.checkpoints.stores.local import FileRecord, HashingFileSystem
+from modelparallel.checkpoints.stores.opening import open_store
 from modelparallel.errors import CheckpointCorruptError, CheckpointError, CheckpointNotFoundError
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")

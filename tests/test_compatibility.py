@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 import modelparallel as smp
-from modelparallel.config import ENVIRONMENT_KEY, ENVIRONMENT_WITHOUT_EFFECT, load_config
+from modelparallel.config.reading import ENVIRONMENT_KEY, ENVIRONMENT_WITHOUT_EFFECT, load_config
+from modelparallel.config.table import PARAMETER_KEYS
 from modelparallel.errors import NotBuiltError, SMPConfigError
 from modelparallel.launch.distribution import validate_distribution
-from modelparallel.parameter_table import PARAMETER_KEYS
 from pool import run_ranks
 
 ROOT = Path(__file__).resolve().parent.parent

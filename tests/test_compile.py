@@ -14,9 +14,9 @@ import torch.utils.checkpoint
 from torch import nn
 
 from engine_runs import Case, compare, outcomes
-from modelparallel.compilation import checked_options
 from modelparallel.errors import SMPConfigError, StepUsageError, UnsupportedError
-from modelparallel.pipeline.splitting import SplitBackward
+from modelparallel.model.compilation import checked_options
+from modelparallel.pipeline.program.splitting import SplitBackward
 from modelparallel.torch_compat import default_recompile_limit
 from parity import assert_parity
 from pool import run_ranks

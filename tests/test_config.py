@@ -6,17 +6,17 @@ from pathlib import Path
 import pytest
 
 from modelparallel import config as config_module
-from modelparallel.config import (
+from modelparallel.config.reading import (
     NOT_BUILT,
     load_config,
     merge_second_init,
     parse_parameters,
     validate_parameters,
 )
-from modelparallel.config_reference import configuration_markdown
+from modelparallel.config.reference import configuration_markdown
+from modelparallel.config.table import PARAMETER_KEYS, Config
 from modelparallel.errors import NotBuiltError, SMPConfigError
 from modelparallel.launch.distribution import validate_distribution
-from modelparallel.parameter_table import PARAMETER_KEYS, Config
 
 ALL_KEYS = [
     "pipeline_parallel_degree",

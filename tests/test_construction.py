@@ -16,10 +16,10 @@ from torch import nn
 
 import modelparallel as smp
 import zoo_catalogue
+from modelparallel.deferred.deferred import ShapesOnlyError, is_deferred, recording, shapes_only
+from modelparallel.deferred.host_heap import trim_heap
+from modelparallel.deferred.placement import adopt_meta_tensors, place_deferred
 from modelparallel.errors import DeferredTensorError, SMPConfigError
-from modelparallel.memory.deferred import ShapesOnlyError, is_deferred, recording, shapes_only
-from modelparallel.memory.host_heap import trim_heap
-from modelparallel.memory.placement import adopt_meta_tensors, place_deferred
 from modelparallel.partitioning import find_units, trace_step
 from pool import run_ranks
 from rank_tests import RankTests, on

@@ -12,9 +12,9 @@ from torch import nn
 from torch.utils.data import IterableDataset, TensorDataset
 
 import modelparallel as smp
-from modelparallel import runtime
-from modelparallel.data_of_ranks import InputChecks
 from modelparallel.errors import SMPConfigError
+from modelparallel.training import runtime
+from modelparallel.training.data_of_ranks import InputChecks
 from rank_tests import RankTests, on
 
 PP2 = RankTests(2, {"pipeline_parallel_degree": 2, "microbatches": 2})

@@ -239,7 +239,7 @@ def test_send_to_a_stage_that_has_died_names_it_and_the_last_events() -> None:
 def skip_a_call(layout: str, then: str) -> tuple[str, float]:
     """pp_rank 1 leaves out the third of four calls."""
     import modelparallel as smp
-    from modelparallel import session
+    from modelparallel.job import session
 
     model = wrapped(layout)
     train = smp.step(sleeps)
@@ -306,7 +306,7 @@ def talks(model: Any, x: Tensor) -> Tensor:
 
 def talk_all_the_time(layout: str, num_steps: int) -> str:
     import modelparallel as smp
-    from modelparallel.comm import transport
+    from modelparallel.comm.stages import transport
 
     transport._FIRST_PAUSE, transport._LONGEST_PAUSE = 0.0003, 0.001
     told = 0

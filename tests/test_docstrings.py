@@ -10,11 +10,11 @@ import torch
 
 import modelparallel as smp
 from modelparallel import errors, launch
-from modelparallel.checkpoints.objects import FileNameError
+from modelparallel.checkpoints.whole.objects import FileNameError
 from modelparallel.errors import SMPConfigError
-from modelparallel.gradient_norm import NonFiniteGradientError
-from modelparallel.model_arguments import check_arguments
-from modelparallel.model_states import StateDictError
+from modelparallel.model.arguments import check_arguments
+from modelparallel.model.states import StateDictError
+from modelparallel.training.gradient_norm import NonFiniteGradientError
 
 SOURCES = sorted((Path(__file__).resolve().parent.parent / "src").rglob("*.py"))
 SECTIONS = {"Args", "Attributes", "Raises", "Returns"}

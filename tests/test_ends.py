@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from modelparallel.ending import close_connections
+from modelparallel.comm.ending import close_connections
 from pool import RankFailure, run_ranks
 
 PIPELINE = {"pipeline_parallel_degree": 2}
@@ -124,8 +124,8 @@ def test_all_connections_are_closed_also_when_the_first_peer_has_gone():
 def saves_beside_a_stopped_rank(folder):
     """Rank 1 stops before it writes; what rank 0 is told by the save, and how long it takes to leave."""
     import modelparallel as smp
-    from modelparallel import session
-    from modelparallel.checkpoints.dcp_storage import DraftWriter
+    from modelparallel.checkpoints.partial.dcp_storage import DraftWriter
+    from modelparallel.job import session
 
     model = smp.DistributedModel(torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)))
 

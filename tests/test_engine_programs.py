@@ -353,7 +353,7 @@ def test_nothing_of_a_step_stays_alive_after_it() -> None:
 def peak() -> tuple[int, int]:
     """(most StageTensors alive, those after the step) of a long loop in glue."""
     import modelparallel as smp
-    from modelparallel.pipeline.stage_tensor import StageTensor
+    from modelparallel.pipeline.values.stage_tensor import StageTensor
 
     model = wrapped(lambda: Stack(torch.tanh, 2))
     most = [0]

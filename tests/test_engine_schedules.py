@@ -142,7 +142,7 @@ class Watched(nn.Module):
 def watched(is_straight: bool) -> tuple[list[str], list[int], Any]:
     """(what the modules of this stage have seen, a string per step; most microbatches under way; how steps ran)."""
     import modelparallel as smp
-    from modelparallel import runtime
+    from modelparallel.training import runtime
 
     torch.manual_seed(1)
     model = smp.DistributedModel(Watched(is_straight=is_straight).double())
@@ -239,7 +239,7 @@ class Uneven(nn.Module):
 def counted_costs(is_compiled: bool, is_frozen: bool) -> list[tuple[int, float, float, float]]:
     """(stage, forward, backward, weight) of the visits of a model that is partitioned by hand."""
     import modelparallel as smp
-    from modelparallel import runtime
+    from modelparallel.training import runtime
 
     torch.manual_seed(1)
     net = Uneven()

@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 
 from modelparallel.errors import DivergenceError
-from modelparallel.pipeline.arguments import Arguments
-from modelparallel.pipeline.functions import traits_of
-from modelparallel.pipeline.stage_tensor import AliasGroup, StageTensor, TensorSpec
-from modelparallel.pipeline.structures import (
+from modelparallel.pipeline.values.arguments import Arguments
+from modelparallel.pipeline.values.functions import traits_of
+from modelparallel.pipeline.values.stage_tensor import AliasGroup, StageTensor, TensorSpec
+from modelparallel.pipeline.values.structures import (
     Structure,
     as_announced,
     check_same,

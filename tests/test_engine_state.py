@@ -121,7 +121,7 @@ CHANGES = {
 def trained(name: str, since: int) -> Any:
     """(results and state, gradients) of five steps."""
     import modelparallel as smp
-    from modelparallel import runtime
+    from modelparallel.training import runtime
 
     model = wrapped(lambda: Turns(CHANGES[name], since))
     net = model.module
@@ -168,7 +168,7 @@ def test_state_that_begins_in_a_later_step_is_an_error(kind: str, name: str) -> 
 def writes_to_inputs() -> Any:
     """In place, from the third step on, to the parts of a batch that is split along its second axis."""
     import modelparallel as smp
-    from modelparallel import runtime
+    from modelparallel.training import runtime
 
     model = wrapped(lambda: Turns(running_sum, 99))
     net = model.module
@@ -258,7 +258,7 @@ class Normed(nn.Module):
 
 def normed(since: int) -> Any:
     import modelparallel as smp
-    from modelparallel import runtime
+    from modelparallel.training import runtime
 
     model = wrapped(lambda: Normed(since))
     net = model.module

@@ -13,11 +13,11 @@ import pytest
 from typer.testing import CliRunner
 
 from modelparallel.errors import LaunchError, SMPConfigError
-from modelparallel.event_files import EventFile
 from modelparallel.launch import JobSpec, run_job
 from modelparallel.launch.command_line import app
 from modelparallel.launch.explain import explain
 from modelparallel.launch.folder import JobFolder
+from modelparallel.training.event_files import EventFile
 from pool import run_ranks
 from test_diagnosis import PATIENT, calls_once_more, dies, go_apart, raises, sleeps
 
@@ -70,7 +70,7 @@ def test_timeout_says_where_the_other_was(tmp_path: Path) -> None:
 
 
 def all_went_well() -> None:
-    from modelparallel import session
+    from modelparallel.job import session
 
     go_apart([sleeps], "turns", 1)
     session.shutdown()

@@ -22,18 +22,18 @@ from safetensors.torch import load_file, load_model, save_file
 
 import modelparallel as smp
 from huggingface_models import KINDS, gpt2_config, masked_ids
-from modelparallel.checkpoints import exporting
-from modelparallel.checkpoints.completion import Draft
-from modelparallel.checkpoints.huggingface_names import _place_of
-from modelparallel.checkpoints.safetensors_files import (
+from modelparallel.checkpoints.huggingface import exporting
+from modelparallel.checkpoints.huggingface.names import _place_of
+from modelparallel.checkpoints.huggingface.safetensors_files import (
     SafetensorsWriter,
     TensorSpec,
     parse_size,
     split_into_files,
     write_folder,
 )
-from modelparallel.checkpoints.safetensors_reading import RectangleReader, stored_tensors
-from modelparallel.checkpoints.whole_tensors import WholeTensors
+from modelparallel.checkpoints.huggingface.safetensors_reading import RectangleReader, stored_tensors
+from modelparallel.checkpoints.partial.whole_tensors import WholeTensors
+from modelparallel.checkpoints.stores.completion import Draft
 from modelparallel.errors import (
     CheckpointCorruptError,
     CheckpointError,

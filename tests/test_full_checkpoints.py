@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 from transformers import GenerationConfig, GPT2Config
 
 import modelparallel as smp
-from modelparallel.checkpoints.completion import complete_names
-from modelparallel.checkpoints.opening import open_store
-from modelparallel.checkpoints.user_content import configuration_class, named_types
+from modelparallel.checkpoints.partial.user_content import configuration_class, named_types
+from modelparallel.checkpoints.stores.completion import complete_names
+from modelparallel.checkpoints.stores.opening import open_store
 from modelparallel.errors import (
     CheckpointCorruptError,
     CheckpointError,

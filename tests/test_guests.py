@@ -151,7 +151,7 @@ def test_a_guest_that_the_partition_did_not_see_is_refused_by_name() -> None:
 
 def train() -> Any:
     import modelparallel as smp
-    from modelparallel import runtime
+    from modelparallel.training import runtime
 
     result = distributed_run(make_net, batches(), squares, make_optimizer=adam)
     (wrapped,) = runtime.current().models

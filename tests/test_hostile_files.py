@@ -22,14 +22,14 @@ from torch.distributed.checkpoint.metadata import (
 )
 from typer.testing import CliRunner
 
-from modelparallel.checkpoints import completion
-from modelparallel.checkpoints.completion_record import CompletionRecord, UnknownFormatError, digest_of_values
-from modelparallel.checkpoints.dcp_storage import read_metadata
-from modelparallel.checkpoints.file_streams import FileRecord
-from modelparallel.checkpoints.opening import open_store
-from modelparallel.checkpoints.safetensors_reading import stored_tensors
+from modelparallel.checkpoints.huggingface.safetensors_reading import stored_tensors
+from modelparallel.checkpoints.partial.dcp_storage import read_metadata
+from modelparallel.checkpoints.stores import completion
+from modelparallel.checkpoints.stores.completion_record import CompletionRecord, UnknownFormatError, digest_of_values
+from modelparallel.checkpoints.stores.file_streams import FileRecord
+from modelparallel.checkpoints.stores.opening import open_store
 from modelparallel.errors import CheckpointCorruptError, CheckpointError, LaunchError
-from modelparallel.foreign_text import one_line, parse_json, printable
+from modelparallel.errors.foreign_text import one_line, parse_json, printable
 from modelparallel.launch.attempts import read_attempts
 from modelparallel.launch.command_line import app
 from modelparallel.launch.explain import explain

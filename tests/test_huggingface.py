@@ -22,8 +22,8 @@ from transformers.models.gptj.modeling_gptj import GPTJForCausalLM
 
 import modelparallel as smp
 from huggingface_models import BODIES, F64, KINDS, bert_config, gpt2_config, gptj_config, gptneo_config, in_float64
-from modelparallel import registry
 from modelparallel.errors import SMPError, TensorParallelError
+from modelparallel.job import registry
 from modelparallel.nn.huggingface import bert, gpt2, gptj, gptneo, gptneox, register_families, roberta
 from modelparallel.nn.huggingface.translation import to_hf, to_smp
 from parity import assert_parity

@@ -17,13 +17,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modelparallel.comm.transport import Awaited, LocalTransport, MessageKind, MessageName
+from modelparallel.comm.stages.transport import Awaited, LocalTransport, MessageKind, MessageName
 from modelparallel.errors import WaitTimeoutError
 from modelparallel.pipeline.bodies import Body, ThreadBody, WorkerPool
-from modelparallel.pipeline.chains import Follower, StepPlan, build_chain
 from modelparallel.pipeline.interpreter import Interpreter
-from modelparallel.pipeline.program import Wait
-from modelparallel.pipeline.scheduling import make_schedule
+from modelparallel.pipeline.program.program import Wait
+from modelparallel.pipeline.schedule.chains import Follower, StepPlan, build_chain
+from modelparallel.pipeline.schedule.making import make_schedule
 from modelparallel.plan.schedule import ActionKind
 from modelparallel.torch_compat import ThreadState
 

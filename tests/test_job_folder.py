@@ -9,7 +9,6 @@ import pytest
 from typer.testing import CliRunner
 
 from modelparallel.errors import LaunchError
-from modelparallel.event_files import EventFile
 from modelparallel.launch import PyTorch, estimator, run_job
 from modelparallel.launch.attempts import Attempt, write_attempts
 from modelparallel.launch.channels import channel_options, input_channels, local_path
@@ -17,6 +16,7 @@ from modelparallel.launch.command_line import app
 from modelparallel.launch.folder import JobFolder, checked_job_name, new_job_name
 from modelparallel.launch.folder_mark import MARK
 from modelparallel.launch.rendezvous_port import reserved_port
+from modelparallel.training.event_files import EventFile
 from test_launch import job_of, write_script
 
 # What a user may have under names that jobs use, too.

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import modelparallel as smp
 from modelparallel.errors import StepUsageError
-from modelparallel.step_output import StepOutput
+from modelparallel.stepping.output import StepOutput
 from rank_tests import RankTests, on
 
 NUM_MICROBATCHES = 2

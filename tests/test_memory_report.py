@@ -12,14 +12,14 @@ import torch
 from torch import nn
 
 import modelparallel as smp
-from modelparallel import runtime
 from modelparallel.errors import OutOfMemoryError, SMPError
+from modelparallel.job.session import shutdown
 from modelparallel.launch.folder import JobFolder
 from modelparallel.launch.memory_summary import memory_summary
-from modelparallel.memory_use import is_out_of_memory
 from modelparallel.plan.memory_estimate import MemorySettings, ParameterGroup, estimate_memory
 from modelparallel.plan.partition import readable_bytes
-from modelparallel.session import shutdown
+from modelparallel.training import runtime
+from modelparallel.training.memory_report import is_out_of_memory
 from pool import run_ranks
 from rank_tests import RankTests, on
 

@@ -10,10 +10,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from modelparallel import ranks_and_messages as smp
-from modelparallel import rendezvous, runtime, session
 from modelparallel.comm.objects import dumps, loads
 from modelparallel.config import load_config
+from modelparallel.config.topology import CommGroup, GroupKind, RankType
 from modelparallel.errors import (
     CommunicationError,
     DivergenceError,
@@ -23,7 +22,10 @@ from modelparallel.errors import (
     SMPConfigError,
     WaitTimeoutError,
 )
-from modelparallel.topology import CommGroup, GroupKind, ProcessIdentity, RankType
+from modelparallel.job import messages as smp
+from modelparallel.job import rendezvous, session
+from modelparallel.job.discovery import ProcessIdentity
+from modelparallel.training import runtime
 from pool import RankError, run_ranks
 
 WORLD_RANK, MP_RANK, PP_RANK = RankType.WORLD_RANK, RankType.MP_RANK, RankType.PP_RANK

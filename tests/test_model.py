@@ -12,9 +12,9 @@ from torch import nn
 
 import modelparallel as smp
 from distributed_run import assert_equal_over, merged_gradients
-from modelparallel import runtime
 from modelparallel.errors import PartitionError, SMPConfigError, StepUsageError
-from modelparallel.module_view import alias_inherited_forwards
+from modelparallel.model.views import alias_inherited_forwards
+from modelparallel.training import runtime
 from parity import assert_parity
 from rank_tests import RankTests, on
 from small_models import Classifier, make_batch, make_classifier, mean_loss, sgd, train_step

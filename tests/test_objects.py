@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import modelparallel as smp
-from modelparallel.checkpoints.storage import LocalStore
+from modelparallel.checkpoints.stores.local import LocalStore
 from modelparallel.errors import (
     CheckpointCorruptError,
     CheckpointError,

@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+from modelparallel.memory import HostStore
 from torch import Tensor, nn
 
 import modelparallel as smp
-from modelparallel import runtime
-from modelparallel.memory import HostStore
+from modelparallel.training import runtime
 from parity import assert_parity
 from rank_tests import RankTests, on
 from recomputation_models import Block, same_random_numbers

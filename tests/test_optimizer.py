@@ -13,8 +13,8 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR, ReduceLROnPlateau, StepLR
 
 import modelparallel as smp
-from modelparallel import runtime
 from modelparallel.errors import SMPConfigError
+from modelparallel.training import runtime
 from parity import assert_parity
 from rank_tests import RankTests, on
 from small_models import Classifier, make_batch, make_classifier, mean_loss, sgd, train_step

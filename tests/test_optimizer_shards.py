@@ -17,7 +17,7 @@ from distributed_run import assert_equal_over, own_share
 from modelparallel.data_parallel import GradientReducer, OptimizerShards, ReducedParameter, SharedParameter
 from modelparallel.data_parallel.shard_gradient import ShardGradient
 from modelparallel.errors import StepUsageError, WaitTimeoutError
-from modelparallel.shards import local_part
+from modelparallel.parameters.shards import local_part
 from parity import assert_parity, reference_run
 from pool import run_ranks
 from rank_tests import RankTests, on

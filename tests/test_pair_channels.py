@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from modelparallel.comm.gloo_transport import GlooTransport
-from modelparallel.comm.pair_channels import PairChannels
+from modelparallel.comm.stages.channels import PairChannels
+from modelparallel.comm.stages.gloo import GlooTransport
 from modelparallel.errors import CommunicationError
 from pool import run_ranks
 from test_engine_programs import layout
@@ -45,7 +45,7 @@ def batch(step: int) -> tuple[Tensor, Tensor]:
 def train(has_channels: bool, may_exit: bool) -> tuple[list[Tensor], dict[str, Tensor], list[int], Any]:
     """(losses, gradients, how many messages have gone by channels after each step, how the steps ran)."""
     import modelparallel as smp
-    from modelparallel import runtime
+    from modelparallel.training import runtime
 
     engine = runtime.current().engine
     transport = engine.transport
@@ -99,7 +99,7 @@ def test_steps_are_the_same_by_channels(kind: str, may_exit: bool) -> None:
 
 
 def pairs_made() -> list[tuple[int, int]]:
-    from modelparallel import runtime
+    from modelparallel.training import runtime
 
     engine = runtime.current().engine
     channels = PairChannels(engine.stage, runtime.current().session.groups.pp.ranks, "gloo", torch.device("cpu"), 20.0)

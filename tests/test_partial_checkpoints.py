@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader
 
 import modelparallel as smp
 from checkpoint_jobs import Dropping, make_job, train
-from modelparallel.checkpoints.dcp_storage import DraftWriter
-from modelparallel.checkpoints.storage import HashingFileSystem
+from modelparallel.checkpoints.partial.dcp_storage import DraftWriter
+from modelparallel.checkpoints.stores.local import HashingFileSystem
 from modelparallel.errors import (
     CheckpointCorruptError,
     CheckpointError,

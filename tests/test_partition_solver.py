@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from modelparallel.errors import PartitionError
 from modelparallel.partitioning import make_plan, microbatches_in_flight, solve
 from modelparallel.partitioning.costs import OPERATIONS_PER_SENT_BYTE
-from modelparallel.pipeline.scheduling import step_predictor
+from modelparallel.pipeline.schedule.making import step_predictor
 from partition_models import chain, layers
 
 SCHEDULES = ["simple", "interleaved", "zero_bubble"]

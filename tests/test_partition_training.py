@@ -111,7 +111,7 @@ def test_a_limit_that_cannot_be_kept_stops_every_rank_before_training() -> None:
 def sent_activations(names: list[str]) -> dict[str, Any]:
     """What the forwards of a step really send from this rank, by (from, to), and what the plan says."""
     import modelparallel as smp
-    from modelparallel.comm.transport import MessageKind, StageTransport
+    from modelparallel.comm.stages.transport import MessageKind, StageTransport
 
     sent: Counter[tuple[int, int]] = Counter()
     send: Any = StageTransport.send

@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from modelparallel.errors import PartitionError
+from modelparallel.job.registry import partition_context, partition_mark
 from modelparallel.partitioning import find_units, log_plan, make_plan, sizes_only, solve, trace_step
 from modelparallel.partitioning.costs import TensorCosts, Trace
 from modelparallel.partitioning.units import direct_tensors
 from modelparallel.plan.partition import PartitionPlan
-from modelparallel.registry import partition_context, partition_mark
 from partition_models import Attention, Block, Decoder, Eventful, Projections, chain, hugging_face_model, layers
 
 # Units

@@ -14,7 +14,7 @@ from torch import nn
 import modelparallel as smp
 from communication_bytes import CountSentBytes
 from modelparallel.errors import TensorParallelError
-from modelparallel.parameters import ParameterTable
+from modelparallel.parameters.table import ParameterTable
 from modelparallel.tensor_parallel.replace import replace_marked_modules
 from modelparallel.utils import get_distribution_axis
 from plan_models import (

@@ -10,7 +10,7 @@ from torch import nn
 
 import modelparallel as smp
 from modelparallel.errors import TensorParallelError
-from modelparallel.plan.parameters import SplitSpec
+from modelparallel.plan.rows import SplitSpec
 from modelparallel.tensor_parallel.plans import carried_plan, user_plan
 from modelparallel.tensor_parallel.replace import replace_marked_modules
 from plan_models import (

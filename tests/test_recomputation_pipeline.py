@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 import modelparallel as smp
 from engine_runs import compare, outcomes
-from modelparallel import runtime
 from modelparallel.errors import PartitionError, SMPConfigError, StepUsageError
+from modelparallel.training import runtime
 from parity import assert_parity
 from rank_tests import RankTests, on
 from recomputation_models import Block, CountProducts, num_runs, same_random_numbers, saved_bytes

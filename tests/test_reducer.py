@@ -9,10 +9,10 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from modelparallel.comm.groups import Group
+from modelparallel.config.topology import GroupKind
 from modelparallel.data_parallel import BroadcastTensor, GradientReducer, ReducedParameter, broadcast_parameters
 from modelparallel.data_parallel.launch_order import LaunchOrder
 from modelparallel.errors import DivergenceError, StepUsageError, WaitTimeoutError
-from modelparallel.topology import GroupKind
 from pool import RankError, run_ranks
 
 SMALL_CAP = 1e-4  # MiB: about 26 floats, so that a test model has many buckets

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from modelparallel import registry, session
 from modelparallel.errors import PartitionError, TensorParallelError
+from modelparallel.job import registry, session
 from modelparallel.nn import DistributedLinear, DistributedModule
 from modelparallel.tensor_parallel.contexts import (
     partition,

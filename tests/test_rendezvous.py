@@ -10,14 +10,14 @@ import torch
 import torch.distributed as dist
 
 import modelparallel as smp
-from modelparallel import rendezvous, session
 from modelparallel.comm import authentication, making
 from modelparallel.comm.authentication import gather_json
 from modelparallel.comm.making import gloo_group
 from modelparallel.config import load_config
 from modelparallel.errors import CommunicationError, DivergenceError, SMPConfigError
+from modelparallel.job import rendezvous, session
+from modelparallel.job.discovery import ProcessIdentity
 from modelparallel.launch import rendezvous_port, run_job
-from modelparallel.topology import ProcessIdentity
 from pool import RankFailure, run_ranks
 from test_launch import job_of, write_script
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from modelparallel.config import validate_parameters
+from modelparallel.config.reading import validate_parameters
 from modelparallel.errors import LaunchError
 from modelparallel.launch import JobFailedError, PyTorch, estimator, job, run_job
 from modelparallel.launch.attempts import Attempt, Start, next_start, read_attempts

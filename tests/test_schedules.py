@@ -18,11 +18,11 @@ from typer.testing import CliRunner
 
 from modelparallel.errors import ScheduleError
 from modelparallel.launch.command_line import app
-from modelparallel.pipeline import scheduling
-from modelparallel.pipeline.grids import grid_svg, grid_text
-from modelparallel.pipeline.schedule_checks import check_schedule
-from modelparallel.pipeline.scheduling import make_schedule
-from modelparallel.pipeline.timeline import simulate
+from modelparallel.launch.schedule_pictures import grid_svg, grid_text
+from modelparallel.pipeline.schedule import making as scheduling
+from modelparallel.pipeline.schedule.checks import check_schedule
+from modelparallel.pipeline.schedule.making import make_schedule
+from modelparallel.pipeline.schedule.timeline import simulate
 from modelparallel.plan.schedule import SCHEDULE_KINDS, Action, ActionKind, Chain, Schedule, Visit
 from schedule_rules import all_actions, has_to_wait, is_valid, known_interleaved_order
 

@@ -12,9 +12,9 @@ from torch.distributed.tensor import DTensor, Replicate
 
 import modelparallel as smp
 from distributed_run import own_share
-from modelparallel.config import validate_parameters
+from modelparallel.config.reading import validate_parameters
 from modelparallel.errors import CheckpointError, SMPConfigError, UnsupportedError
-from modelparallel.model_states import StateDictError
+from modelparallel.model.states import StateDictError
 from parity import assert_parity
 from rank_tests import RankTests, on
 from sharded_training import (

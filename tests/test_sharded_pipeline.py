@@ -10,7 +10,7 @@ from torch import nn
 import modelparallel as smp
 from distributed_run import own_share
 from modelparallel.errors import UnsupportedError
-from modelparallel.pipeline.splitting import SplitBackward
+from modelparallel.pipeline.program.splitting import SplitBackward
 from parity import assert_parity
 from rank_tests import RankTests, on
 from sharded_training import (

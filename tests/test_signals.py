@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from modelparallel.checkpoints.completion import problems_of
-from modelparallel.checkpoints.opening import open_store
+from modelparallel.checkpoints.stores.completion import problems_of
+from modelparallel.checkpoints.stores.opening import open_store
 from modelparallel.launch.folder import JobFolder
 from signal_job import SHAPES
 from test_launch import processes_with

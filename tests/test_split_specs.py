@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from modelparallel.plan.parameters import SplitSpec
+from modelparallel.plan.rows import SplitSpec
 
 
 @pytest.mark.parametrize("dim", [0, 1, 2])

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from modelparallel.pipeline.splitting import SplitBackward
+from modelparallel.pipeline.program.splitting import SplitBackward
 
 WIDTH = 8
 

@@ -7,9 +7,9 @@ import torch
 from typer.testing import CliRunner
 
 from modelparallel import __version__
+from modelparallel.job.discovery import LAUNCHER_VARIABLES, discover_process, master_host
 from modelparallel.launch.command_line import app
 from modelparallel.launch.surroundings import surroundings, without_secrets
-from modelparallel.topology import LAUNCHER_VARIABLES, discover_process, master_host
 
 TOKEN = "Zx9" * 14
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import modelparallel as smp
 from distributed_run import distributed_run
 from modelparallel.errors import SMPConfigError
-from modelparallel.sync_batch_norm import GroupBatchNorm
+from modelparallel.model.batch_norm import GroupBatchNorm
 from parity import ReferenceResult, assert_parity
 from rank_tests import RankTests, on
 

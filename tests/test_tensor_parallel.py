@@ -10,13 +10,13 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from modelparallel.comm import collectives
+from modelparallel.comm.collectives import split as collectives
 from modelparallel.comm.groups import Group
+from modelparallel.config.topology import GroupKind
 from modelparallel.errors import TensorParallelError, UnsupportedError
 from modelparallel.nn import DistributedEmbedding, DistributedLinear, FusedLayerNorm
-from modelparallel.plan.parameters import SplitSpec
+from modelparallel.plan.rows import SplitSpec
 from modelparallel.tensor_parallel.distributed_module import using_tp_group
-from modelparallel.topology import GroupKind
 from parity import assert_parity
 from pool import run_ranks
 

@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from modelparallel import registry
 from modelparallel.errors import DivergenceError, TensorParallelError
+from modelparallel.job import registry
 from modelparallel.nn import DistributedEmbedding, DistributedLinear, DistributedModule
-from modelparallel.plan.parameters import SplitSpec
+from modelparallel.plan.rows import SplitSpec
 from modelparallel.tensor_parallel.contexts import (
     partition,
     set_tensor_parallelism,
@@ -379,7 +379,7 @@ class SplitDoubled(DistributedModule):
         return {"weight": SplitSpec(0, (self.size, self.size))}
 
     def forward(self, x):
-        from modelparallel.comm.collectives import all_gather
+        from modelparallel.comm.collectives.split import all_gather
 
         return F.linear(self.first(x), all_gather(self.weight, self.tp_group)) * self.scale
 

@@ -62,7 +62,7 @@ def train(optimizer: str, size: int) -> Any:
     import modelparallel as smp
 
     result = distributed_run(make_tied, batches(4, size), loss_of, make_optimizer=OPTIMIZERS[optimizer])
-    from modelparallel import runtime
+    from modelparallel.training import runtime
 
     engine = runtime.current().engine
     (wrapped,) = runtime.current().models

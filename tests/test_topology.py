@@ -4,17 +4,9 @@ import itertools
 
 import pytest
 
+from modelparallel.config.topology import CommGroup, Coordinates, GroupKind, RankType, Topology, all_strategies
 from modelparallel.errors import GroupMembershipError, SMPConfigError
-from modelparallel.topology import (
-    CommGroup,
-    Coordinates,
-    GroupKind,
-    RankType,
-    Topology,
-    all_strategies,
-    discover_process,
-    master_host,
-)
+from modelparallel.job.discovery import discover_process, master_host
 
 # 8 processes, pp = tp = rdp = 2: for each strategy the coordinates rdp,pp,tp of global ranks 0..7, then the TP, PP,
 # RDP, DP and MP groups (smp-api section 2).

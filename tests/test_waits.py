@@ -20,8 +20,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import modelparallel as smp
-from modelparallel import session
 from modelparallel.comm import lookout
+from modelparallel.job import session
 from pool import run_ranks
 
 #: Long enough for what all ranks do together on a busy machine.
@@ -185,7 +185,7 @@ def messages(turn: Turn, folder: Path) -> None:
 def checkpoint_group(turn: Turn, folder: Path) -> None:
     model = wrapped(nn.Linear(8, 8), turn, "never")
     if smp.rank() == 1:
-        from modelparallel.checkpoints import writing
+        from modelparallel.checkpoints.partial import writing
 
         made = writing.checkpoint_group
 
@@ -198,7 +198,7 @@ def checkpoint_group(turn: Turn, folder: Path) -> None:
 
 
 def export(turn: Turn, folder: Path) -> None:
-    from modelparallel.checkpoints.whole_tensors import WholeTensors
+    from modelparallel.checkpoints.partial.whole_tensors import WholeTensors
 
     model = wrapped(nn.Linear(8, 8), turn, "never", is_split=True)
     if smp.rank() == 1:

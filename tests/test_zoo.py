@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from engine_runs import scatter
-from modelparallel.parameter_table import Config
+from modelparallel.config.table import Config
 from parity import ReferenceResult, assert_parity, reference_run
 from pool import preload, run_ranks
 from zoo_catalogue import NUM_STAGES, ZOO, split_document, table

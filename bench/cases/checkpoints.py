@@ -24,7 +24,7 @@ from bench.checkpoint_peers import load_gathered, plain_state, save_gathered
 from bench.harness import Result, paired_result, plain_result
 from bench.models import GPTSize
 from bench.ranks import run_on_ranks
-from modelparallel.memory.host_heap import trim_heap
+from modelparallel.deferred.host_heap import trim_heap
 
 NUM_RANKS = 4
 COMPARED = ("pp2_tp2", "sharded4")

@@ -16,9 +16,9 @@ from bench.cases.case import Case
 from bench.harness import Result, plain_result
 from bench.ranks import run_on_ranks
 from bench.sessions import last_step_plan, session_with
-from modelparallel import runtime
-from modelparallel.pipeline.timeline import simulate
+from modelparallel.pipeline.schedule.timeline import simulate
 from modelparallel.plan.schedule import Chain
+from modelparallel.training import runtime
 
 STAGES = (2, 4, 8)
 #: Microbatches, in multiples of the stages.

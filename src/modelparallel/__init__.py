@@ -8,32 +8,14 @@ from modelparallel import model as model
 from modelparallel import nn as nn
 from modelparallel import optimizers as optimizers
 from modelparallel import patches as patches
-from modelparallel.activation_checkpointing import (
-    checkpoint,
-    checkpoint_sequential,
-    checkpoint_wrapper,
-    set_activation_checkpointing,
-)
-from modelparallel.checkpoints.exporting import export_hf
-from modelparallel.checkpoints.importing import import_hf
-from modelparallel.checkpoints.objects import load, save
+from modelparallel.checkpoints.huggingface.exporting import export_hf
+from modelparallel.checkpoints.huggingface.importing import import_hf
 from modelparallel.checkpoints.resuming import resume_from_checkpoint
 from modelparallel.checkpoints.sampling import GlobalBatchSampler
 from modelparallel.checkpoints.saving import save_checkpoint
-from modelparallel.construction import (
-    delay_param_initialization,
-    delayed_parameter_initialization,
-    model_creation,
-)
-from modelparallel.data_of_ranks import data_sampler
-from modelparallel.gradient_norm import clip_grad_norm_
-from modelparallel.memory_use import memory_report
-from modelparallel.model import DistributedModel
-from modelparallel.model_partition import set_partition
-from modelparallel.optimizer import DistributedOptimizer
-from modelparallel.pipeline.batch_lists import SampleList
-from modelparallel.pipeline.calls import mark_dynamic as dynamic
-from modelparallel.ranks_and_messages import (
+from modelparallel.checkpoints.whole.objects import load, save
+from modelparallel.config.topology import CommGroup, RankType
+from modelparallel.job.messages import (
     allgather,
     barrier,
     broadcast,
@@ -67,10 +49,22 @@ from modelparallel.ranks_and_messages import (
     tp_rank,
     tp_size,
 )
-from modelparallel.runtime import init, is_initialized
+from modelparallel.model import DistributedModel
+from modelparallel.model.creation import delay_param_initialization, delayed_parameter_initialization, model_creation
+from modelparallel.model.placing import set_partition
+from modelparallel.model.weight_copies import average_weights, copy_weights
+from modelparallel.optimizer.wrapper import DistributedOptimizer
+from modelparallel.pipeline.batch_lists import SampleList
+from modelparallel.pipeline.operations.calls import mark_dynamic as dynamic
 from modelparallel.state_mod import state
-from modelparallel.step_output import StepOutput
-from modelparallel.stepping import is_tracing, num_microbatches, step
+from modelparallel.stepping.function import is_tracing, num_microbatches, step
+from modelparallel.stepping.output import StepOutput
+from modelparallel.stepping.recomputed import (
+    checkpoint,
+    checkpoint_sequential,
+    checkpoint_wrapper,
+    set_activation_checkpointing,
+)
 from modelparallel.tensor_parallel.contexts import (
     partition,
     set_tensor_parallelism,
@@ -78,9 +72,11 @@ from modelparallel.tensor_parallel.contexts import (
     tp_register,
     tp_register_with_module,
 )
-from modelparallel.topology import CommGroup, RankType
+from modelparallel.training.data_of_ranks import data_sampler
+from modelparallel.training.gradient_norm import clip_grad_norm_
+from modelparallel.training.memory_report import memory_report
+from modelparallel.training.runtime import init, is_initialized
 from modelparallel.version import __version__
-from modelparallel.weight_copies import average_weights, copy_weights
 
 WORLD = CommGroup.WORLD
 MP_GROUP = CommGroup.MP_GROUP

@@ -11,18 +11,25 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from modelparallel import runtime as runtime_module
-from modelparallel.checkpoints import completion, job_state
-from modelparallel.checkpoints.agreement import agreed
-from modelparallel.checkpoints.completion import PARTIAL_ENDING
-from modelparallel.checkpoints.contents import numbered
-from modelparallel.checkpoints.full import load_full
-from modelparallel.checkpoints.opening import open_store
-from modelparallel.checkpoints.original import find_original, load_original
-from modelparallel.checkpoints.reading import OptimizerLoad, StoredCheckpoint, check_model, check_optimizer, load_model
-from modelparallel.checkpoints.storage import Store
-from modelparallel.checkpoints.user_content import Allowed, named_types, read_user_content
-from modelparallel.checkpoints.writing import PLAN_NAME, USER_CONTENT_NAME
+from modelparallel.checkpoints.partial import job_state
+from modelparallel.checkpoints.partial.agreement import agreed
+from modelparallel.checkpoints.partial.contents import numbered
+from modelparallel.checkpoints.partial.reading import (
+    OptimizerLoad,
+    StoredCheckpoint,
+    check_model,
+    check_optimizer,
+    load_model,
+)
+from modelparallel.checkpoints.partial.user_content import Allowed, named_types, read_user_content
+from modelparallel.checkpoints.partial.writing import PLAN_NAME, USER_CONTENT_NAME
+from modelparallel.checkpoints.stores import completion
+from modelparallel.checkpoints.stores.completion import PARTIAL_ENDING
+from modelparallel.checkpoints.stores.local import Store
+from modelparallel.checkpoints.stores.opening import open_store
+from modelparallel.checkpoints.tools.original import find_original, load_original
+from modelparallel.checkpoints.whole.full import load_full
+from modelparallel.config.topology import CommGroup
 from modelparallel.errors import (
     CheckpointCorruptError,
     CheckpointError,
@@ -30,17 +37,17 @@ from modelparallel.errors import (
     PartitionError,
     StepUsageError,
 )
-from modelparallel.foreign_text import parse_json
-from modelparallel.model import wrapped_models
-from modelparallel.optimizer import wrapped_optimizers
+from modelparallel.errors.foreign_text import parse_json
+from modelparallel.job.messages import allgather
+from modelparallel.model.wrapper import wrapped_models
+from modelparallel.optimizer.wrapper import wrapped_optimizers
 from modelparallel.plan.partition import PartitionPlan
-from modelparallel.ranks_and_messages import allgather
-from modelparallel.topology import CommGroup
+from modelparallel.training import runtime as runtime_module
 
 if TYPE_CHECKING:
-    from modelparallel.model import DistributedModel
-    from modelparallel.optimizer import DistributedOptimizer
-    from modelparallel.runtime import Runtime
+    from modelparallel.model.wrapper import DistributedModel
+    from modelparallel.optimizer.wrapper import DistributedOptimizer
+    from modelparallel.training.runtime import Runtime
 
 logger = logging.getLogger("modelparallel")
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch.utils.data import Sampler
 
-from modelparallel import session
 from modelparallel.errors import CheckpointError, SMPConfigError
+from modelparallel.job import session
 
 
 class GlobalBatchSampler(Sampler[list[int]]):

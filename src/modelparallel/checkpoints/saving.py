@@ -6,21 +6,21 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from modelparallel import runtime as runtime_module
-from modelparallel.checkpoints.agreement import agreed, agreed_token
-from modelparallel.checkpoints.completion import PARTIAL_ENDING, Draft, prune, write_newest
-from modelparallel.checkpoints.full import check_tag, save_full
-from modelparallel.checkpoints.job_state import check_loader
-from modelparallel.checkpoints.opening import open_store
-from modelparallel.checkpoints.writing import PendingSave, take_snapshot, write_partial
+from modelparallel.checkpoints.partial.agreement import agreed, agreed_token
+from modelparallel.checkpoints.partial.job_state import check_loader
+from modelparallel.checkpoints.partial.writing import PendingSave, take_snapshot, write_partial
+from modelparallel.checkpoints.stores.completion import PARTIAL_ENDING, Draft, prune, write_newest
+from modelparallel.checkpoints.stores.opening import open_store
+from modelparallel.checkpoints.whole.full import check_tag, save_full
+from modelparallel.config.topology import CommGroup
 from modelparallel.errors import CheckpointError, SMPConfigError, StepUsageError
-from modelparallel.model import DistributedModel, wrapped_models
-from modelparallel.optimizer import DistributedOptimizer, wrapped_optimizers
-from modelparallel.ranks_and_messages import told_by_all
-from modelparallel.topology import CommGroup
+from modelparallel.job.messages import told_by_all
+from modelparallel.model.wrapper import DistributedModel, wrapped_models
+from modelparallel.optimizer.wrapper import DistributedOptimizer, wrapped_optimizers
+from modelparallel.training import runtime as runtime_module
 
 if TYPE_CHECKING:
-    from modelparallel.runtime import Runtime
+    from modelparallel.training.runtime import Runtime
 
 
 def save_checkpoint(

@@ -226,7 +226,7 @@ class EventLog:
         return self.num_events
 
     def _find_step(self, frame: FrameType) -> None:
-        """The step function is the user's frame that stepping.py has called."""
+        """The step function is the user's frame that stepping/function.py has called."""
         outer: FrameType | None = frame
         while outer is not None:
             if outer.f_back is not None and outer.f_back.f_code.co_filename == _STEP_FILE:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 import torch.distributed as dist
 
 from modelparallel.comm.lookout import Lookout
-from modelparallel.topology import GroupKind
+from modelparallel.config.topology import GroupKind
 
 
 @dataclass(frozen=True)

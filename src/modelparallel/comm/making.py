@@ -15,8 +15,8 @@ import torch.distributed as dist
 from modelparallel.comm.authentication import MadeGroups, gather_json
 from modelparallel.comm.groups import Group, Groups
 from modelparallel.comm.waits import Wait
+from modelparallel.config.topology import GroupKind, Topology
 from modelparallel.errors import DivergenceError
-from modelparallel.topology import GroupKind, Topology
 from modelparallel.torch_compat.process_groups import set_timeout
 
 

@@ -36,6 +36,7 @@ from torch import nn
 from modelparallel.comm.waits import Wait
 from modelparallel.data_parallel.progress import NUM_FLAGS
 from modelparallel.data_parallel.shard_gradient import ShardGradient
+from modelparallel.torch_compat.private_parts import foreach_copy_, foreach_mul_, version_of
 
 if TYPE_CHECKING:
     from modelparallel.comm.groups import Group
@@ -245,7 +246,7 @@ class Bucket:
                 present.append((slot, gradient.to_dense() if gradient.is_sparse else gradient))
         self._fill(present)
         self._launched_gradients = gradients
-        self._launched_versions = [-1 if gradient is None else gradient._version for gradient in gradients]
+        self._launched_versions = [-1 if gradient is None else version_of(gradient) for gradient in gradients]
         return gradients
 
     def _fill(self, present: Sequence[tuple[Slot, torch.Tensor]]) -> None:
@@ -255,10 +256,10 @@ class Bucket:
                 torch.mul(gradient, self.scale_of(slot), out=slot.view)
             return
         views = [slot.view for slot, _ in present if slot.view is not None]
-        torch._foreach_copy_(views, [gradient for _, gradient in present])
+        foreach_copy_(views, [gradient for _, gradient in present])
         scales = [self.scale_of(slot) for slot, _ in present]
         if any(scale != 1.0 for scale in scales):
-            torch._foreach_mul_(views, scales)
+            foreach_mul_(views, scales)
 
     def scale_of(self, slot: Slot) -> float:
         """By which the local gradient is multiplied."""
@@ -290,7 +291,7 @@ class Bucket:
             return False
         for slot, gradient, version in zip(self.slots, self._launched_gradients, self._launched_versions, strict=True):
             now = slot.gradient
-            if now is not gradient or (now is not None and now._version != version):
+            if now is not gradient or (now is not None and version_of(now) != version):
                 return True
         return False
 
@@ -334,7 +335,7 @@ class Bucket:
             if has_anywhere[position]:
                 slot.parameter.grad = torch.empty_like(slot.parameter.detach(), dtype=self.dtype).copy_(slot.view)
         if targets:
-            torch._foreach_copy_(targets, values)
+            foreach_copy_(targets, values)
 
     def unpack_silently(self) -> None:
         """What a rank does that took part without gradients: ``p.grad`` stays as it is."""

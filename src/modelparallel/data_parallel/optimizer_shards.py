@@ -19,7 +19,7 @@ from torch import nn
 from modelparallel.data_parallel.buckets import ReducedParameter, Slot, fill_buckets
 from modelparallel.data_parallel.shard_buckets import ShardBucket, equal_bounds, whole_bounds
 from modelparallel.errors import StepUsageError
-from modelparallel.shards import Shard
+from modelparallel.parameters.shards import Shard
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from modelparallel.comm.exchange import exchange_integers
+from modelparallel.comm.collectives.started import exchange_integers
 from modelparallel.errors import DivergenceError
 
 if TYPE_CHECKING:

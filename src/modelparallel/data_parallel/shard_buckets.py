@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from modelparallel.comm.exchange import Pending, start_from_owners, start_to_owners
+from modelparallel.comm.collectives.started import Pending, start_from_owners, start_to_owners
 from modelparallel.data_parallel.buckets import Bucket, Slot, gradient_dtype
 from modelparallel.data_parallel.shard_gradient import ShardGradient, part_of_whole
 from modelparallel.errors import StepUsageError
-from modelparallel.shards import Shard
+from modelparallel.parameters.shards import Shard
 
 if TYPE_CHECKING:
     from modelparallel.comm.groups import Group

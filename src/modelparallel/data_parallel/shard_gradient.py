@@ -17,6 +17,7 @@ import torch
 
 from modelparallel.errors import UnsupportedError
 from modelparallel.torch_compat import current_backward_id, no_torch_function
+from modelparallel.torch_compat.private_parts import make_wrapper, schema_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -55,7 +56,7 @@ class ShardGradient(torch.Tensor):
         shard: nn.Parameter | None = None,
         own: torch.Tensor | None = None,
     ) -> ShardGradient:
-        made: ShardGradient = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)  # type: ignore[attr-defined]
+        made: ShardGradient = make_wrapper(cls, shape, dtype=dtype, device=device)
         made.parameter_name, made.start, made.stop, made._shard, made._own = name, start, stop, shard, own
         return made
 
@@ -117,7 +118,7 @@ class ShardGradient(torch.Tensor):
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         kwargs = kwargs or {}
-        name = func._schema.name.partition("::")[2]
+        name = schema_of(func).name.partition("::")[2]
         faces = [value for value in _flat((args, kwargs)) if isinstance(value, ShardGradient)]
         face = faces[0]
         if current_backward_id() != -1:
@@ -160,14 +161,14 @@ def part_of_whole(tensor: torch.Tensor, start: int, stop: int) -> torch.Tensor:
 
 def _run(func: Any, name: str, args: Any, kwargs: Any, face: ShardGradient) -> Any:
     target = kwargs.get("out", args[0] if args else None)
-    if func._schema.is_mutable and not isinstance(target, ShardGradient):
+    if schema_of(func).is_mutable and not isinstance(target, ShardGradient):
         raise _refusal(face, f"{name} into a tensor that every rank has whole")
 
     def local(value: Any) -> Any:
         return face.part_of(value, name) if isinstance(value, torch.Tensor) else value
 
     result = func(*_mapped(local, args), **_mapped(local, kwargs))
-    if func._schema.is_mutable:
+    if schema_of(func).is_mutable:
         return target
     return face.of_same_range(result) if isinstance(result, torch.Tensor) else result
 
@@ -189,7 +190,7 @@ def _run_each(func: Any, name: str, args: Any, kwargs: Any) -> Any:
         for place in range(len(targets))
     ]
     for face, target in zip(face_at, targets, strict=True):
-        if face is not None and func._schema.is_mutable and not isinstance(target, ShardGradient):
+        if face is not None and schema_of(func).is_mutable and not isinstance(target, ShardGradient):
             raise _refusal(face, f"{name} into a tensor that every rank has whole")
 
     def local(value: Any) -> Any:

@@ -31,13 +31,13 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from modelparallel.comm.exchange import start_gather_rows
+from modelparallel.comm.collectives.started import start_gather_rows
 from modelparallel.comm.waits import Wait, all_reduce
 from modelparallel.data_parallel.agreement import check_agreement
 from modelparallel.data_parallel.named_collectives import NamedGather, NamedReduceScatter
 from modelparallel.data_parallel.progress import frozen_apart
 from modelparallel.errors import UnsupportedError
-from modelparallel.shards import Shard
+from modelparallel.parameters.shards import Shard
 from modelparallel.torch_compat import current_backward_id, queue_backward_callback
 from modelparallel.torch_compat.fsdp import FSDPGroup, FSDPParameter
 

@@ -21,8 +21,8 @@ import torch
 from torch import nn
 
 from modelparallel.data_parallel.sharding import ShardedParameter
-from modelparallel.parameters import ParameterTable
-from modelparallel.plan.parameters import ParameterRow
+from modelparallel.parameters.table import ParameterTable
+from modelparallel.plan.rows import ParameterRow
 
 # A unit with a smaller share of the sharded elements is no group of its own: each group costs collectives.
 _SMALLEST_SHARE = 1 / 2000

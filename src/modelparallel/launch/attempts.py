@@ -18,8 +18,8 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from modelparallel.errors import LaunchError
-from modelparallel.foreign_text import finite, natural, one_line, parse_json
-from modelparallel.private_files import write_private
+from modelparallel.errors.foreign_text import finite, natural, one_line, parse_json
+from modelparallel.job.private_files import write_private
 
 if TYPE_CHECKING:
     from modelparallel.launch.folder import JobFolder

@@ -8,14 +8,14 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from modelparallel.checkpoints.catalogue import Found, checkpoints_in, find
-from modelparallel.checkpoints.conversion import convert_to_full, convert_to_safetensors
-from modelparallel.checkpoints.file_streams import shown
-from modelparallel.checkpoints.inspection import Description, describe
-from modelparallel.checkpoints.safetensors_files import MAX_SHARD_SIZE
-from modelparallel.checkpoints.verification import verify as verify_checkpoint
+from modelparallel.checkpoints.huggingface.safetensors_files import MAX_SHARD_SIZE
+from modelparallel.checkpoints.stores.file_streams import shown
+from modelparallel.checkpoints.tools.catalogue import Found, checkpoints_in, find
+from modelparallel.checkpoints.tools.conversion import convert_to_full, convert_to_safetensors
+from modelparallel.checkpoints.tools.inspection import Description, describe
+from modelparallel.checkpoints.tools.verification import verify as verify_checkpoint
 from modelparallel.errors import CheckpointNotFoundError, SMPConfigError, SMPError
-from modelparallel.foreign_text import one_line, printable
+from modelparallel.errors.foreign_text import one_line, printable
 from modelparallel.launch.stopping import stop
 from modelparallel.plan.partition import readable_bytes
 

@@ -23,7 +23,7 @@ from typing import Annotated, Any, cast
 
 import typer
 
-from modelparallel.config import parse_parameters, validate_parameters
+from modelparallel.config.reading import parse_parameters, validate_parameters
 from modelparallel.errors import LaunchError, ScheduleError, SMPError
 from modelparallel.launch.channels import channel_options, input_channels
 from modelparallel.launch.checkpoint_commands import checkpoint_app
@@ -33,13 +33,13 @@ from modelparallel.launch.folder import JobFolder, default_folder, new_job_name
 from modelparallel.launch.job import run_job
 from modelparallel.launch.output import open_missing_descriptors
 from modelparallel.launch.process_counts import fitting_counts, parse_process_counts
+from modelparallel.launch.schedule_pictures import figures_text, grid_svg, grid_text
 from modelparallel.launch.spec import Backend, JobSpec, check_script
 from modelparallel.launch.stopping import stop
 from modelparallel.launch.surroundings import surroundings
-from modelparallel.pipeline.grids import figures_text, grid_svg, grid_text
-from modelparallel.pipeline.schedule_checks import check_schedule
-from modelparallel.pipeline.scheduling import make_schedule
-from modelparallel.pipeline.timeline import simulate
+from modelparallel.pipeline.schedule.checks import check_schedule
+from modelparallel.pipeline.schedule.making import make_schedule
+from modelparallel.pipeline.schedule.timeline import simulate
 from modelparallel.plan.schedule import SCHEDULE_KINDS, Chain
 from modelparallel.version import __version__
 

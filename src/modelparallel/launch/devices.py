@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Literal
 
 from modelparallel.errors import LaunchError
-from modelparallel.session import DEVICE_VARIABLE
+from modelparallel.job.session import DEVICE_VARIABLE
 
 Device = Literal["cpu", "cuda"]
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from modelparallel.config import Config, nearest, parse_parameters, short, validate_parameters
+from modelparallel.config.reading import Config, nearest, parse_parameters, short, validate_parameters
 from modelparallel.errors import SMPConfigError
 
 

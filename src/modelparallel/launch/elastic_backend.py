@@ -13,6 +13,7 @@ from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs, Signa
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from modelparallel.job.private_files import open_private
 from modelparallel.launch import loopback_meeting
 from modelparallel.launch.attempts import MAX_RESTARTS_VARIABLE, RESTART_COUNT_VARIABLE
 from modelparallel.launch.environment import HOST_ADDRESS, interpreter, worker_command
@@ -20,7 +21,6 @@ from modelparallel.launch.failures import JobInterrupted
 from modelparallel.launch.folder import JobFolder
 from modelparallel.launch.spec import JobSpec
 from modelparallel.launch.supervision import GRACE
-from modelparallel.private_files import open_private
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 _SIGNALS_VARIABLE = "TORCHELASTIC_SIGNALS_TO_HANDLE"

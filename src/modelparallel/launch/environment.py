@@ -12,11 +12,11 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from modelparallel.event_files import DIRECTORY_VARIABLE
+from modelparallel.job.session import DEVICE_VARIABLE
 from modelparallel.launch.attempts import MAX_RESTARTS_VARIABLE, RESTART_COUNT_VARIABLE
 from modelparallel.launch.processes import JOB_VARIABLE
 from modelparallel.launch.spec import JobSpec
-from modelparallel.session import DEVICE_VARIABLE
+from modelparallel.training.event_files import DIRECTORY_VARIABLE
 
 #: The only host of a local job, by the name that scripts know.
 HOST = "algo-1"

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO, cast
 
-from modelparallel.config import nearest
+from modelparallel.config.reading import nearest
 from modelparallel.errors import LaunchError, NotBuiltError, SMPConfigError
 from modelparallel.launch.channels import input_channels, local_path
 from modelparallel.launch.devices import check_devices, resolve_device

@@ -1,8 +1,8 @@
 """`modelparallel explain <job folder>`: one story of what the ranks of a failed job wrote down.
 
-It reads `events/rank<rank>.jsonl` (what each rank did last and waited for; see event_files.py) and `status/` (who
-started, ended or failed, also outside the steps). A rank may have left nothing: a killed one cannot write. What cannot
-be read (files that are cut off or changed) is left out and counted, and nothing that stands in a file reaches a
+It reads `events/rank<rank>.jsonl` (what each rank did last and waited for; see training/event_files.py) and `status/`
+(who started, ended or failed, also outside the steps). A rank may have left nothing: a killed one cannot write. What
+cannot be read (files that are cut off or changed) is left out and counted, and nothing that stands in a file reaches a
 terminal as a command.
 """
 
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from modelparallel.errors import LaunchError
-from modelparallel.foreign_text import one_line, parse_json, printable
+from modelparallel.errors.foreign_text import one_line, parse_json, printable
 from modelparallel.launch.attempts import read_attempts
 from modelparallel.launch.folder import JobFolder
 

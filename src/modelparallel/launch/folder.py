@@ -27,9 +27,9 @@ from pathlib import Path
 from typing import Any
 
 from modelparallel.errors import LaunchError
+from modelparallel.job.private_files import write_private
 from modelparallel.launch import folder_mark
 from modelparallel.launch.channels import check_channel_names
-from modelparallel.private_files import write_private
 
 #: Where jobs go that were not told where, below the current directory.
 DEFAULT_PARENT = "modelparallel-jobs"

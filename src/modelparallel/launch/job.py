@@ -12,6 +12,8 @@ from dataclasses import replace
 from typing import TextIO
 
 from modelparallel.errors import LaunchError
+from modelparallel.job.private_files import write_private
+from modelparallel.job.rendezvous import STORE_VARIABLE
 from modelparallel.launch.attempts import Attempt, history, next_start, write_attempts
 from modelparallel.launch.devices import device_names, working_devices
 from modelparallel.launch.environment import job_environment, resource_config
@@ -22,8 +24,6 @@ from modelparallel.launch.processes import end_leftovers, guarded
 from modelparallel.launch.rendezvous_port import reserved_port, store_file
 from modelparallel.launch.spec import JobResult, JobSpec, check_script
 from modelparallel.launch.supervision import RankMonitor
-from modelparallel.private_files import write_private
-from modelparallel.rendezvous import STORE_VARIABLE
 
 logger = logging.getLogger("modelparallel.launch")
 

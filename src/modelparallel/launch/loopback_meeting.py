@@ -1,7 +1,8 @@
 """The rendezvous of the one agent of a local job: a store that only processes of this machine can reach.
 
-torch's own "static" rendezvous listens at all addresses. `smp.init` does not need the store (rendezvous.py); a script
-that calls `torch.distributed.init_process_group` itself finds it at MASTER_ADDR and MASTER_PORT, as under torchrun.
+torch's own "static" rendezvous listens at all addresses. `smp.init` does not need the store (job/rendezvous.py); a
+script that calls `torch.distributed.init_process_group` itself finds it at MASTER_ADDR and MASTER_PORT, as under
+torchrun.
 """
 
 import datetime
@@ -16,7 +17,7 @@ from torch.distributed.elastic.rendezvous import (
 )
 
 from modelparallel.errors import LaunchError
-from modelparallel.rendezvous import loopback_listener
+from modelparallel.job.rendezvous import loopback_listener
 
 NAME = "modelparallel-local"
 _SECONDS = 60

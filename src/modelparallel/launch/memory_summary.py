@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from modelparallel.foreign_text import natural, parse_json
+from modelparallel.errors.foreign_text import natural, parse_json
 from modelparallel.launch.folder import JobFolder
 from modelparallel.plan.partition import readable_bytes
 

@@ -16,12 +16,12 @@ from pathlib import Path
 from types import FrameType
 
 from modelparallel.errors import LaunchError
+from modelparallel.job.private_files import open_private
 from modelparallel.launch.environment import OUTER_RANK_VARIABLES, interpreter, worker_command
 from modelparallel.launch.failures import JobInterrupted
 from modelparallel.launch.mpi_options import mpirun_arguments, parse_mpi_options
 from modelparallel.launch.spec import JobSpec
 from modelparallel.launch.supervision import GRACE, RankMonitor
-from modelparallel.private_files import open_private
 
 _ALSO_EXPORTED = ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH")
 _KILLED = re.compile(r"process rank (\d+)\b.*?exited on\s+signal (\d+)", re.DOTALL)

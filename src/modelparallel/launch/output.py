@@ -15,8 +15,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import TextIO
 
+from modelparallel.job.private_files import open_private
 from modelparallel.launch.folder import JobFolder
-from modelparallel.private_files import open_private
 
 _CHUNK = 1 << 16
 

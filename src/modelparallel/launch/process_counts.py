@@ -5,8 +5,8 @@ Pure functions; the numbers are decided before a process starts, and a restart o
 
 import re
 
+from modelparallel.config.table import Config
 from modelparallel.errors import LaunchError, SMPConfigError
-from modelparallel.parameter_table import Config
 
 
 def parse_process_counts(text: str, where: str = "--nproc") -> tuple[int, int]:

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from modelparallel.private_files import is_own, open_private
+from modelparallel.job.private_files import is_own, open_private
 
 _IN_MEMORY = "/dev/shm"
 

@@ -11,14 +11,14 @@ from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from modelparallel.config import ENVIRONMENT_KEY, ENVIRONMENT_WITHOUT_EFFECT, Config, load_config
+from modelparallel.config.reading import ENVIRONMENT_KEY, ENVIRONMENT_WITHOUT_EFFECT, Config, load_config
 from modelparallel.errors import LaunchError, SMPError
-from modelparallel.foreign_text import one_line
+from modelparallel.errors.foreign_text import one_line
+from modelparallel.job.discovery import LAUNCHER_VARIABLES, discover_process
 from modelparallel.launch.devices import VISIBLE_VARIABLE, num_gpus, resolve_device
 from modelparallel.launch.environment import OUTER_RANK_VARIABLES
 from modelparallel.launch.mpi_backend import find_mpirun
 from modelparallel.plan.partition import readable_bytes
-from modelparallel.topology import LAUNCHER_VARIABLES, discover_process
 from modelparallel.version import __version__
 
 #: Packages that have a say in how a job runs.

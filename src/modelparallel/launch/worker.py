@@ -161,7 +161,7 @@ def _code_of(error: BaseException) -> int:
 
 def _tell_session() -> None:
     """The process ends by an error: nothing is waited for."""
-    session: Any = sys.modules.get("modelparallel.session")
+    session: Any = sys.modules.get("modelparallel.job.session")
     if session is not None and session.is_initialized():
         session.current().ends_by_error = True
 
@@ -172,9 +172,9 @@ def _leave(exit_codes: list[int]) -> None:
     """
     distributed = sys.modules.get("torch.distributed")
     has_groups = distributed is not None and distributed.is_available() and distributed.is_initialized()
-    if not has_groups and "modelparallel.ending" not in sys.modules:
+    if not has_groups and "modelparallel.comm.ending" not in sys.modules:
         return
-    from modelparallel.ending import leave_at_once, let_threads_finish
+    from modelparallel.comm.ending import leave_at_once, let_threads_finish
 
     if distributed is not None and has_groups:
         distributed.destroy_process_group()

@@ -2,7 +2,7 @@
 
 from torch import nn as _torch_nn
 
-from modelparallel import registry as _registry
+from modelparallel.job import registry as _registry
 from modelparallel.nn import huggingface as huggingface
 from modelparallel.nn.attention import DistributedAttentionLayer as DistributedAttentionLayer
 from modelparallel.nn.attention import FlashAttentionLayer as FlashAttentionLayer

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from modelparallel.comm.agreed_random import agreed_seed, default_generator_at, derived_seed
+from modelparallel.comm.collectives.agreed_random import agreed_seed, default_generator_at, derived_seed
 from modelparallel.errors import TensorParallelError
 from modelparallel.nn.dropout import hidden_dropout, keep_mask
 from modelparallel.nn.family import FamilyModule, SplitLinear, as_tuple

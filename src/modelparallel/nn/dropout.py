@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from modelparallel.comm.agreed_random import generator_of
+from modelparallel.comm.collectives.agreed_random import generator_of
 from modelparallel.nn.layouts import Layout
 
 

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from modelparallel.comm.collectives import all_gather, gather_counts, merge_features
+from modelparallel.comm.collectives.split import all_gather, gather_counts, merge_features
 from modelparallel.errors import TensorParallelError, UnsupportedError
-from modelparallel.plan.parameters import SplitSpec
+from modelparallel.plan.rows import SplitSpec
 from modelparallel.tensor_parallel.distributed_module import DistributedModule
 from modelparallel.tensor_parallel.placements import (
     NotSplittableError,

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from modelparallel.comm.linears import column_linear, row_linear
 from modelparallel.nn.layouts import Layout
-from modelparallel.plan.parameters import SplitSpec
+from modelparallel.nn.linear_maps import column_linear, row_linear
+from modelparallel.plan.rows import SplitSpec
 from modelparallel.tensor_parallel.distributed_module import DistributedModule, current_settings
 from modelparallel.tensor_parallel.placements import slice_of
 
@@ -113,7 +113,7 @@ class SplitLinear(FamilyModule):
         return specs if self.bias is not None else {"weight": specs["weight"]}
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """In the layout inside: see comm/linears.py. Several maps give [..., num_maps * local out]."""
+        """In the layout inside: see nn/linear_maps.py. Several maps give [..., num_maps * local out]."""
         linear = column_linear if self.is_column else row_linear
         return linear(input, self.weight, self.bias, self.tp_group, is_memory=self.is_memory)
 

@@ -24,15 +24,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from modelparallel.comm.collectives import all_gather, merge_features, split_features
-from modelparallel.comm.exchange import exchange_integers
-from modelparallel.comm.replicated import (
+from modelparallel.comm.collectives.replicated import (
     gather_whole_features,
     gather_whole_rows,
     scale_gradient,
     take_features,
     take_rows,
 )
+from modelparallel.comm.collectives.split import all_gather, merge_features, split_features
+from modelparallel.comm.collectives.started import exchange_integers
 from modelparallel.errors import DivergenceError, TensorParallelError
 
 if TYPE_CHECKING:

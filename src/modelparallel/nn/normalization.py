@@ -11,9 +11,9 @@ from torch import nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from modelparallel.comm.exchange import start_all_reduce, start_gather_rows
+from modelparallel.comm.collectives.started import start_all_reduce, start_gather_rows
 from modelparallel.nn.family import FamilyModule
-from modelparallel.plan.parameters import SplitSpec
+from modelparallel.plan.rows import SplitSpec
 
 if TYPE_CHECKING:
     from modelparallel.comm.groups import Group

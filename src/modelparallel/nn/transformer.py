@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from modelparallel.comm.agreed_random import agreed_seed
+from modelparallel.comm.collectives.agreed_random import agreed_seed
 from modelparallel.errors import TensorParallelError
 from modelparallel.nn.attention import DistributedAttentionLayer, add_residual, whole_mask
 from modelparallel.nn.dropout import hidden_dropout

@@ -17,23 +17,23 @@ from torch import nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from modelparallel.comm.collectives import merge_features
-from modelparallel.comm.exchange import (
-    start_all_reduce,
-    start_gather_blocks,
-    start_gather_rows,
-    start_reduce_blocks,
-)
-from modelparallel.comm.linears import column_linear
-from modelparallel.comm.replicated import (
+from modelparallel.comm.collectives.replicated import (
     gather_whole_features,
     scale_gradient,
     sum_parts,
     take_features,
     take_rows,
 )
+from modelparallel.comm.collectives.split import merge_features
+from modelparallel.comm.collectives.started import (
+    start_all_reduce,
+    start_gather_blocks,
+    start_gather_rows,
+    start_reduce_blocks,
+)
 from modelparallel.nn.family import FamilyModule
-from modelparallel.plan.parameters import SplitSpec
+from modelparallel.nn.linear_maps import column_linear
+from modelparallel.plan.rows import SplitSpec
 
 if TYPE_CHECKING:
     from modelparallel.comm.groups import Group

@@ -15,6 +15,7 @@ import torch
 from modelparallel import trees
 from modelparallel.partitioning.costs import OPERATIONS_PER_CALL, UnitCosts, tensor_bytes
 from modelparallel.torch_compat import TorchDispatchMode, flop_registry
+from modelparallel.torch_compat.private_parts import CPU_FLASH_ATTENTION, UNSAFE_VIEWS, is_operation
 
 LOGGER = logging.getLogger("modelparallel.partitioning")
 
@@ -40,7 +41,7 @@ class OperationCounter(TorchDispatchMode):
         packet = getattr(func, "_overloadpacket", func)
         formula = _OWN_FORMULAS.get(packet) or flop_registry.get(packet)
         if formula is None:
-            if isinstance(func, torch._ops.OpOverload) and func is not torch.ops.prim.device.default:
+            if is_operation(func) and func is not torch.ops.prim.device.default:
                 # Under inference mode an operation such as `linear` arrives whole: look at what it is made of.
                 with self:
                     parts = func.decompose(*args, **kwargs)
@@ -101,7 +102,7 @@ def _moved_bytes(func: Any, arguments: Any, result: Any) -> int:
     returns = getattr(getattr(func, "_schema", None), "returns", ())
     packet = getattr(func, "_overloadpacket", func)
     is_view = any(value.alias_info is not None and not value.alias_info.is_write for value in returns)
-    if is_view or packet in _UNSAFE_VIEWS:
+    if is_view or packet in UNSAFE_VIEWS:
         return 0
     written = sum(_num_bytes(leaf) for leaf in trees.leaves(result))
     if packet in _ROW_READERS:
@@ -231,11 +232,9 @@ def _recurrent_flops(
 
 # They read as much as they write, however large the tensor is that they read from.
 _ROW_READERS = {aten.embedding, aten.index, aten.index_select, aten.gather}
-# Their schemas do not say that they only look at their input in another way.
-_UNSAFE_VIEWS = {aten._unsafe_view, aten._reshape_alias}
 
 # Kernels of CPU builds for which torch has no formula.
 _OWN_FORMULAS: dict[Any, Callable[..., int]] = {
-    aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    CPU_FLASH_ATTENTION: _attention_flops,
     aten.mkldnn_rnn_layer: _recurrent_flops,
 }

@@ -21,10 +21,15 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 
 from modelparallel import trees
-from modelparallel.parameters import waits_for_storage
+from modelparallel.parameters.table import waits_for_storage
 from modelparallel.partitioning.costs import Flow, Trace, sizes_only, tensor_bytes
 from modelparallel.partitioning.operations import OperationCounter, StorageSet, Traffic, storage_of
 from modelparallel.partitioning.units import direct_tensors, has_weights
+from modelparallel.torch_compat.private_parts import (
+    names_of_temporary_buffers,
+    set_names_of_temporary_buffers,
+    version_of,
+)
 
 LOGGER = logging.getLogger("modelparallel.partitioning")
 
@@ -153,7 +158,7 @@ class _Buffers:
         self._values: dict[int, tuple[torch.Tensor, torch.Tensor, int]] = {}
         for name, module in root.named_modules():
             own = dict(module._buffers)
-            self._modules.append((f"{name}." if name else "", module, own, set(module._non_persistent_buffers_set)))
+            self._modules.append((f"{name}." if name else "", module, own, names_of_temporary_buffers(module)))
             for buffer in own.values():
                 if buffer is not None and id(buffer) not in self._values:
                     self._values[id(buffer)] = (buffer, buffer.detach().clone(), _version(buffer))
@@ -181,7 +186,7 @@ class _Buffers:
         for _, module, own, non_persistent in self._modules:
             module._buffers.clear()
             module._buffers.update(own)
-            module._non_persistent_buffers_set = non_persistent
+            set_names_of_temporary_buffers(module, non_persistent)
         with torch.no_grad():
             for buffer, values, _ in self._values.values():
                 if buffer.shape != values.shape:
@@ -192,7 +197,7 @@ class _Buffers:
 
 def _version(tensor: torch.Tensor) -> int:
     return (
-        -1 if tensor.is_inference() else tensor._version
+        -1 if tensor.is_inference() else version_of(tensor)
     )  # inference tensors keep no version; their values are compared
 
 
@@ -229,7 +234,7 @@ class _Recorder:
         self._near: dict[str, str | None] = {}
         self._waiting: list[str] = []  # tensors above the units used before any unit ran
         self._guests: dict[str, dict[str, None]] = {}  # of units and tensors, the units inside which they are used
-        self._stack: list[
+        self._open_units: list[
             tuple[str, int, float, int]
         ] = []  # active unit, its nested calls, start time, allocated bytes
         self._glue_unit: str | None = None  # where the glue operation that is running runs
@@ -292,11 +297,11 @@ class _Recorder:
 
     def _enter(self, unit: str) -> Callable[..., None]:
         def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if self._stack and self._stack[-1][0] == unit:
-                self._stack[-1] = (unit, self._stack[-1][1] + 1, *self._stack[-1][2:])
+            if self._open_units and self._open_units[-1][0] == unit:
+                self._open_units[-1] = (unit, self._open_units[-1][1] + 1, *self._open_units[-1][2:])
                 return
-            if self._stack:  # its work is that of the module that calls it
-                self._guests.setdefault(unit, {})[self._stack[-1][0]] = None
+            if self._open_units:  # its work is that of the module that calls it
+                self._guests.setdefault(unit, {})[self._open_units[-1][0]] = None
                 return
             if not self._calls[unit]:
                 self._first_call(unit)
@@ -305,7 +310,7 @@ class _Recorder:
                 self._input_gradient[unit] |= tensor.requires_grad
                 if not self._traffic.used(tensor, self._position[unit]):
                     self._from_outside.add(tensor)
-            self._stack.append((unit, 1, self._now(), self._allocated()))
+            self._open_units.append((unit, 1, self._now(), self._allocated()))
 
         return enter
 
@@ -320,13 +325,13 @@ class _Recorder:
 
     def _leave(self, unit: str) -> Callable[..., None]:
         def leave(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object) -> None:
-            if not self._stack or self._stack[-1][0] != unit:
+            if not self._open_units or self._open_units[-1][0] != unit:
                 return  # a guest; or an error unwinds the calls
-            _, nested, start, allocated = self._stack[-1]
+            _, nested, start, allocated = self._open_units[-1]
             if nested > 1:
-                self._stack[-1] = (unit, nested - 1, start, allocated)
+                self._open_units[-1] = (unit, nested - 1, start, allocated)
                 return
-            self._stack.pop()
+            self._open_units.pop()
             self._last = unit
             self.seconds[unit] += self._now() - start
             self._memory_bytes[unit] += max(0, self._allocated() - allocated)
@@ -349,8 +354,8 @@ class _Recorder:
     @property
     def _current(self) -> str | None:
         """The unit that a running operation counts for."""
-        if self._stack:
-            return self._stack[-1][0]
+        if self._open_units:
+            return self._open_units[-1][0]
         return self._glue_unit or self._last
 
     def _add_operation(self, flops: int, moved_bytes: int) -> None:
@@ -371,7 +376,7 @@ class _Recorder:
 
     def inside(self, inputs: Iterator[torch.Tensor]) -> None:
         """An operation of the unit that runs: it may read a weight of another one."""
-        host = self._stack[-1][0]
+        host = self._open_units[-1][0]
         for tensor in inputs:
             holders = self._holders.get(id(tensor), ())
             if holders and host not in holders:
@@ -455,7 +460,7 @@ class _GlueWatch(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         recorder = self._recorder
-        if recorder._stack:
+        if recorder._open_units:
             recorder.inside(_tensors((args, kwargs)))
             return func(*args, **kwargs)
         inputs = [tensor for tensor in _tensors((args, kwargs)) if storage_of(tensor) is not None]

@@ -28,6 +28,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from modelparallel.torch_compat.private_parts import BATCH_AND_INSTANCE_NORMS
+
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _TENSOR_LISTS = (nn.ParameterList, nn.ParameterDict)
 _STACKS = (nn.Transformer, nn.TransformerEncoder, nn.TransformerDecoder)
@@ -177,8 +179,8 @@ def _is_distributed(module: nn.Module) -> bool:
 
 def has_running_statistics(module: nn.Module) -> bool:
     """Whether it is a norm that changes its buffers in training."""
-    norms = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
-    return isinstance(module, norms) and module.track_running_stats and module.running_mean is not None
+    is_norm = isinstance(module, BATCH_AND_INSTANCE_NORMS)
+    return is_norm and bool(module.track_running_stats) and module.running_mean is not None
 
 
 def _is_composite(module: nn.Module) -> bool:

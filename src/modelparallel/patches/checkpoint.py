@@ -1,5 +1,5 @@
 """``smp.patches.checkpoint``: the same functions as ``smp.checkpoint`` and ``smp.checkpoint_sequential``."""
 
-from modelparallel.activation_checkpointing import checkpoint, checkpoint_sequential
+from modelparallel.stepping.recomputed import checkpoint, checkpoint_sequential
 
 __all__ = ["checkpoint", "checkpoint_sequential"]

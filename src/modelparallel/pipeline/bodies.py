@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from modelparallel.pipeline.program import Program, Wait
+from modelparallel.pipeline.program.program import Program, Wait
 from modelparallel.torch_compat import ThreadState
 
 

@@ -13,26 +13,26 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from modelparallel.comm.transport import StageTransport
+from modelparallel.comm.stages.transport import StageTransport
 from modelparallel.errors import DivergenceError, StepUsageError, UnsupportedError
-from modelparallel.pipeline import calls, conversions, doors, glue, transforms
+from modelparallel.parameters.retired import RetiredParameter, in_their_place
 from modelparallel.pipeline.bodies import WorkerPool
-from modelparallel.pipeline.buffers import BufferHabits
-from modelparallel.pipeline.chains import Work
-from modelparallel.pipeline.functions import traits_of
-from modelparallel.pipeline.kept_values import refuse_graph
-from modelparallel.pipeline.placed_modules import PlacedModule
-from modelparallel.pipeline.program import CountWork, Program
-from modelparallel.pipeline.randomness import RandomFrames, may_draw, unit_number
-from modelparallel.pipeline.reachable import MISSING
-from modelparallel.pipeline.reached import Captured
-from modelparallel.pipeline.records import ActivationStore
-from modelparallel.pipeline.regions import Region
-from modelparallel.pipeline.stage_tensor import StageTensor
-from modelparallel.pipeline.stage_view import PlacedTensor
+from modelparallel.pipeline.operations import calls, conversions, doors, glue, transforms
+from modelparallel.pipeline.operations.captured_values import Captured
+from modelparallel.pipeline.operations.placed_modules import PlacedModule
+from modelparallel.pipeline.program.first_run import ActivationStore
+from modelparallel.pipeline.program.program import CountWork, Program
+from modelparallel.pipeline.program.randomness import RandomFrames, may_draw, unit_number
+from modelparallel.pipeline.recompute.region import Region
+from modelparallel.pipeline.schedule.chains import Work
+from modelparallel.pipeline.side_doors.kept_state import MISSING
+from modelparallel.pipeline.side_doors.kept_values import refuse_graph
 from modelparallel.pipeline.step_plans import StepPlans
-from modelparallel.pipeline.structures import Structure
-from modelparallel.retired_parameters import RetiredParameter, in_their_place
+from modelparallel.pipeline.values.buffers import BufferHabits
+from modelparallel.pipeline.values.functions import traits_of
+from modelparallel.pipeline.values.stage_tensor import StageTensor
+from modelparallel.pipeline.values.stage_view import PlacedTensor
+from modelparallel.pipeline.values.structures import Structure
 from modelparallel.torch_compat import (
     DELETED,
     FORWARD_HOOKS,
@@ -48,6 +48,7 @@ from modelparallel.torch_compat import (
     suspend_function_mode,
 )
 from modelparallel.torch_compat.conversions import intercepted_conversions
+from modelparallel.torch_compat.private_parts import has_compiled_call
 from modelparallel.torch_compat.transforms import intercepted_transforms, module_of_backward_hook
 
 #: Operations on a tensor that show its gradient.
@@ -261,7 +262,7 @@ class PipelineEngine:
         self._homes.clear()
         if copies:
             self.copied.extend(entry.parameters)
-        is_compiled = module._compiled_call_impl is not None
+        is_compiled = has_compiled_call(module)
 
         def call(*args: Any, **kwargs: Any) -> Any:
             if self.is_native:

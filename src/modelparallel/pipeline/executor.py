@@ -15,20 +15,20 @@ from typing import Any
 import torch
 
 from modelparallel import trees
-from modelparallel.comm.transport import MessageKind, MessageName
+from modelparallel.comm.stages.transport import MessageKind, MessageName
 from modelparallel.pipeline.bodies import Body, ThreadBody
-from modelparallel.pipeline.chains import Follower, Recorder, StepPlan
 from modelparallel.pipeline.engine import PipelineEngine
 from modelparallel.pipeline.interpreter import Interpreter, discovery_actions
-from modelparallel.pipeline.ledger import Ledger
 from modelparallel.pipeline.left_behind import leave_behind
 from modelparallel.pipeline.loss_weights import checked_weight
-from modelparallel.pipeline.program import Program
-from modelparallel.pipeline.randomness import RandomFrames
-from modelparallel.pipeline.reachable import KeptState
-from modelparallel.pipeline.sightings import Sightings
-from modelparallel.pipeline.stage_tensor import StageTensor
-from modelparallel.pipeline.wire import TENSORS_PER_MESSAGE, pack, receive_tensors
+from modelparallel.pipeline.program.program import Program
+from modelparallel.pipeline.program.randomness import RandomFrames
+from modelparallel.pipeline.program.turns import Sightings
+from modelparallel.pipeline.schedule.chains import Follower, Recorder, StepPlan
+from modelparallel.pipeline.side_doors.kept_state import KeptState
+from modelparallel.pipeline.side_doors.ledger import Ledger
+from modelparallel.pipeline.values.stage_tensor import StageTensor
+from modelparallel.pipeline.values.wire import TENSORS_PER_MESSAGE, pack, receive_tensors
 from modelparallel.plan.schedule import Action, ActionKind
 from modelparallel.torch_compat import ThreadState
 

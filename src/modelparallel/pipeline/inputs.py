@@ -15,11 +15,12 @@ from typing import Any
 import torch
 
 from modelparallel import trees
-from modelparallel.comm.transport import MessageKind, MessageName, StageTransport
+from modelparallel.comm.stages.transport import MessageKind, MessageName, StageTransport
 from modelparallel.errors import StepUsageError
 from modelparallel.pipeline.batch_lists import SlicedObject
-from modelparallel.pipeline.stage_tensor import TensorSpec, is_dense
-from modelparallel.pipeline.wire import TENSORS_PER_MESSAGE, pack, receive_tensors
+from modelparallel.pipeline.values.stage_tensor import TensorSpec, is_dense
+from modelparallel.pipeline.values.wire import TENSORS_PER_MESSAGE, pack, receive_tensors
+from modelparallel.torch_compat.private_parts import sparse_indices, sparse_values
 
 _TRAVELLING = (int, float, complex, str, bytes, bool, type(None), torch.dtype, SlicedObject)
 
@@ -76,7 +77,7 @@ class _TensorPickler(pickle.Pickler):
 
 
 _SPARSE_PARTS: dict[torch.layout, tuple[Callable[..., torch.Tensor], ...]] = {
-    torch.sparse_coo: (torch.Tensor._indices, torch.Tensor._values),
+    torch.sparse_coo: (sparse_indices, sparse_values),
     torch.sparse_csr: (torch.Tensor.crow_indices, torch.Tensor.col_indices, torch.Tensor.values),
     torch.sparse_csc: (torch.Tensor.ccol_indices, torch.Tensor.row_indices, torch.Tensor.values),
 }

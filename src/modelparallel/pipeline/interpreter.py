@@ -19,9 +19,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 
-from modelparallel.comm.transport import Awaited, StageTransport
+from modelparallel.comm.stages.transport import Awaited, StageTransport
 from modelparallel.pipeline.bodies import Body
-from modelparallel.pipeline.program import Wait
+from modelparallel.pipeline.program.program import Wait
 from modelparallel.plan.schedule import Action, ActionKind
 from modelparallel.torch_compat import ThreadState
 

@@ -15,9 +15,9 @@ from torch import nn
 
 from modelparallel import trees
 from modelparallel.errors import UnsupportedError
-from modelparallel.pipeline.holders import is_object
-from modelparallel.pipeline.program import Program
-from modelparallel.pipeline.stage_tensor import StageTensor
+from modelparallel.pipeline.program.program import Program
+from modelparallel.pipeline.values.holders import is_object
+from modelparallel.pipeline.values.stage_tensor import StageTensor
 
 
 class LeftBehind(torch.Tensor):

@@ -22,7 +22,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 
-from modelparallel.comm.exchange import exchange_integers
+from modelparallel.comm.collectives.started import exchange_integers
 from modelparallel.comm.groups import Group
 from modelparallel.errors import StepUsageError
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from modelparallel.comm.exchange import exchange_integers
+from modelparallel.comm.collectives.started import exchange_integers
 from modelparallel.errors import StepUsageError
 
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ import torch
 
 from modelparallel.errors import StepUsageError
 from modelparallel.pipeline.loss_weights import check_same, checked_weight
-from modelparallel.pipeline.program import Program
-from modelparallel.pipeline.stage_tensor import StageTensor
+from modelparallel.pipeline.program.program import Program
+from modelparallel.pipeline.values.stage_tensor import StageTensor
 from modelparallel.torch_compat import keep_nan_out
 
 

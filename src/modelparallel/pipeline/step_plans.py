@@ -8,13 +8,13 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from modelparallel.comm.groups import Group
-from modelparallel.comm.transport import MessageKind, MessageName, StageTransport
-from modelparallel.pipeline.chains import Recorder, StepPlan, Work, build_chain, with_local_waits
-from modelparallel.pipeline.ledger import Entry, compare
+from modelparallel.comm.stages.transport import MessageKind, MessageName, StageTransport
 from modelparallel.pipeline.lockstep import IN_TURN, is_same_on_all
-from modelparallel.pipeline.program import Program
-from modelparallel.pipeline.schedule_checks import check_schedule
-from modelparallel.pipeline.scheduling import make_schedule
+from modelparallel.pipeline.program.program import Program
+from modelparallel.pipeline.schedule.chains import Recorder, StepPlan, Work, build_chain, with_local_waits
+from modelparallel.pipeline.schedule.checks import check_schedule
+from modelparallel.pipeline.schedule.making import make_schedule
+from modelparallel.pipeline.side_doors.ledger import Entry, compare
 
 _PLAN = MessageName(MessageKind.PLAN, 0, 0)
 _END = MessageName(MessageKind.PLAN, 0, 1)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from modelparallel.errors import PartitionError
-from modelparallel.foreign_text import parse_json
+from modelparallel.errors.foreign_text import parse_json
 
 FORMAT_VERSION = 1
 _MAX_NAMED = 8

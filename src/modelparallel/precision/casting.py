@@ -10,7 +10,7 @@ from torch import nn
 from modelparallel import trees
 
 if TYPE_CHECKING:
-    from modelparallel.parameter_table import Config
+    from modelparallel.config.table import Config
 
 
 def half_dtype(config: Config) -> torch.dtype | None:

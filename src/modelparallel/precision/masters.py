@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from modelparallel.torch_compat.private_parts import foreach_check_finite_and_unscale_, foreach_copy_
+
 
 def make_master(source: nn.Parameter) -> nn.Parameter:
     """The fp32 master of a parameter in half precision, with its values."""
@@ -28,7 +30,7 @@ def update_masters(sources: Sequence[nn.Parameter], masters: Sequence[nn.Paramet
 def write_back(sources: Sequence[nn.Parameter], masters: Sequence[nn.Parameter]) -> None:
     """Round the masters to the precision of the model."""
     if sources:
-        torch._foreach_copy_([source.detach() for source in sources], [master.detach() for master in masters])
+        foreach_copy_([source.detach() for source in sources], [master.detach() for master in masters])
 
 
 @torch.no_grad()
@@ -40,6 +42,6 @@ def unscale(gradients: Sequence[torch.Tensor], scale: float, found: torch.Tensor
         by_kind.setdefault((gradient.device, gradient.dtype), []).append(gradient)
     for (device, _), members in by_kind.items():
         own = found.to(device)
-        torch._amp_foreach_non_finite_check_and_unscale_(members, own, inverse.to(device))
+        foreach_check_finite_and_unscale_(members, own, inverse.to(device))
         if own is not found:
             found.copy_(torch.maximum(found, own.to(found.device)))

@@ -8,9 +8,9 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from modelparallel import registry, session
 from modelparallel.errors import PartitionError, TensorParallelError
-from modelparallel.registry import Hook, Registration, StampingContext
+from modelparallel.job import registry, session
+from modelparallel.job.registry import Hook, Registration, StampingContext
 from modelparallel.tensor_parallel.distributed_module import DistributedModule
 from modelparallel.tensor_parallel.plans import user_plan
 

@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from modelparallel import session
 from modelparallel.errors import TensorParallelError
-from modelparallel.plan.parameters import SplitSpec
+from modelparallel.job import session
+from modelparallel.plan.rows import SplitSpec
 from modelparallel.tensor_parallel.placements import slice_of
 
 if TYPE_CHECKING:
     from modelparallel.comm.groups import Group
-    from modelparallel.registry import Hook
+    from modelparallel.job.registry import Hook
 
 
 @dataclass(frozen=True)

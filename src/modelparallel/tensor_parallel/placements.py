@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from modelparallel.errors import TensorParallelError
-from modelparallel.parameters import waits_for_storage
-from modelparallel.plan.parameters import SplitSpec
+from modelparallel.parameters.table import waits_for_storage
+from modelparallel.plan.rows import SplitSpec
 
 
 class NotSplittableError(TensorParallelError):

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from modelparallel import session
-from modelparallel.comm.collectives import (
+from modelparallel.comm.collectives.replicated import gather_whole_features, scale_gradient
+from modelparallel.comm.collectives.split import (
     all_gather,
     all_reduce,
     average_gradient,
@@ -25,9 +25,9 @@ from modelparallel.comm.collectives import (
     reduce_scatter,
     split_features,
 )
-from modelparallel.comm.replicated import gather_whole_features, scale_gradient
 from modelparallel.errors import TensorParallelError
-from modelparallel.plan.parameters import SplitSpec
+from modelparallel.job import session
+from modelparallel.plan.rows import SplitSpec
 from modelparallel.tensor_parallel.distributed_module import DistributedModule
 from modelparallel.tensor_parallel.region_arguments import GatherMemo
 from modelparallel.tensor_parallel.regions import active_call, run_region
@@ -98,7 +98,7 @@ class PlannedModule(DistributedModule):
 
 
 class Region(PlannedModule):
-    """Runs the module's own forward for the rows of all ranks; see regions.py."""
+    """Runs the module's own forward for the rows of all ranks; see region.py."""
 
     _returns_partial_sum = False
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from modelparallel.plan.parameters import SplitSpec
+from modelparallel.plan.rows import SplitSpec
 from modelparallel.tensor_parallel.placements import (
     NotSplittableError,
     is_plain_parameter,

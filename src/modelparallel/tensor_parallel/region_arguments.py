@@ -22,9 +22,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from modelparallel import trees
-from modelparallel.comm.collectives import all_gather
-from modelparallel.comm.exchange import exchange_integers
+from modelparallel.comm.collectives.split import all_gather
+from modelparallel.comm.collectives.started import exchange_integers
 from modelparallel.errors import TensorParallelError
+from modelparallel.torch_compat.private_parts import version_of
 
 if TYPE_CHECKING:
     from modelparallel.comm.groups import Group
@@ -54,7 +55,7 @@ class GatherMemo:
     def serial_of(self, tensor: torch.Tensor) -> int:
         """The call that gathered this tensor as it is now; 0 if none."""
         entry = self._entries.get(id(tensor))
-        if entry is None or entry[0]() is not tensor or tensor.is_inference() or entry[1] != tensor._version:
+        if entry is None or entry[0]() is not tensor or tensor.is_inference() or entry[1] != version_of(tensor):
             return 0
         return entry[2]
 
@@ -69,7 +70,7 @@ class GatherMemo:
             return
         identity, entries = id(tensor), self._entries
         reference = weakref.ref(tensor, lambda _: entries.pop(identity, None))
-        entries[identity] = (reference, tensor._version, self.serial, counts, None if result is tensor else result)
+        entries[identity] = (reference, version_of(tensor), self.serial, counts, None if result is tensor else result)
 
 
 @dataclass

@@ -37,9 +37,9 @@ import torch
 from torch.autograd import Function
 
 from modelparallel import trees
-from modelparallel.comm.agreed_random import default_generator, default_generator_at, derived_seed
-from modelparallel.comm.collectives import all_gather, all_reduce, average_gradient, reduce_scatter
-from modelparallel.comm.exchange import exchange_integers
+from modelparallel.comm.collectives.agreed_random import default_generator, default_generator_at, derived_seed
+from modelparallel.comm.collectives.split import all_gather, all_reduce, average_gradient, reduce_scatter
+from modelparallel.comm.collectives.started import exchange_integers
 from modelparallel.errors import TensorParallelError
 from modelparallel.tensor_parallel.region_arguments import (
     SEPARATE,

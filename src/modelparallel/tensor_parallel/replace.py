@@ -26,9 +26,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from modelparallel import registry
 from modelparallel.errors import TensorParallelError
-from modelparallel.registry import Registration, TensorParallelMark
+from modelparallel.job import registry
+from modelparallel.job.registry import Registration, TensorParallelMark
 from modelparallel.tensor_parallel.distributed_module import (
     DistributedModule,
     call_hook,

@@ -16,12 +16,12 @@ from typing import Any
 from packaging.version import Version
 from torch import nn
 
-from modelparallel import registry
+from modelparallel.job import registry
+from modelparallel.job.registry import ConstructorArguments, Family, Registration
 from modelparallel.nn.huggingface import answers, bert, gpt2, gptj, gptneo, gptneox, options, roberta, translation
 from modelparallel.nn.huggingface.translation import Layout, Place, StateDict, Translate
 from modelparallel.nn.lm_head import DistributedTransformerLMHead
 from modelparallel.nn.transformer import DistributedTransformer
-from modelparallel.registry import ConstructorArguments, Family, Registration
 
 _OLDEST, _TOO_NEW = Version("4.57"), Version("6.dev0")
 

@@ -12,8 +12,8 @@ from typing import Any, NoReturn
 from torch import nn
 
 from modelparallel.errors import TensorParallelError
+from modelparallel.job.registry import ConstructorArguments
 from modelparallel.nn.huggingface.translation import Place, unknown_names
-from modelparallel.registry import ConstructorArguments
 
 _ACTIVATIONS = {
     "gelu": "gelu",

@@ -1,0 +1,1 @@
+"""Weights in the names and files of Hugging Face."""

@@ -1,0 +1,1 @@
+"""Partial checkpoints: each rank writes its part, and a job of another shape reads what it needs."""

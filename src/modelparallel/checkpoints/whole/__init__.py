@@ -1,0 +1,1 @@
+"""Checkpoints in one piece, and the files of `smp.save`."""

@@ -1,0 +1,197 @@
+"""Explicit collectives of the tensor-parallel layers, on local tensors, exact in backward (and in double backward).
+
+[Note: rows and features] A layer sees its input as a matrix: *rows* (all leading dims flattened, the batch first) by
+*features* (the last dim). Each rank of the group starts with all features of its own rows. Two layouts are used inside
+the layers:
+
+    split_features    [own rows, all features]  ->  [rows of all ranks, own features]     merge_features is the way back
+    all_gather        [own rows, ...]           ->  [rows of all ranks, ...]              reduce_scatter is its gradient
+
+The rows of all ranks stand in the order of rank_in_group. ``counts`` says how many rows each rank has; ranks may have
+different numbers (`gather_counts` finds them out). None means equal numbers everywhere, which the caller must know:
+ranks that disagree crash in gloo and hang in NCCL.
+
+Every function here is collective over ``group``; ranks must call them in the same order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.autograd import Function
+
+from modelparallel.comm.collectives.replicated import scale_gradient, share, sum_parts
+from modelparallel.comm.collectives.started import (
+    exchange_integers,
+    start_gather_blocks,
+    start_gather_rows,
+    start_merge_features,
+    start_reduce_blocks,
+    start_reduce_rows,
+    start_split_features,
+)
+from modelparallel.errors import TensorParallelError
+
+if TYPE_CHECKING:
+    from modelparallel.comm.groups import Group
+
+
+def gather_counts(count: int, group: Group, like: torch.Tensor | None = None, who: str = "") -> tuple[int, ...]:
+    """The ``count`` of every rank of the group, in the order of rank_in_group. ``who``: see `exchange_integers`.
+
+    One tiny message per call, deliberately: no cache on one rank can know that another rank's batch changed.
+    If ``like`` is a meta tensor, shapes are being propagated: nobody communicates, and equal batches are assumed.
+    """
+    if group.size == 1 or (like is not None and like.is_meta):
+        return (count,) * group.size
+    return tuple(values[0] for values in exchange_integers((count,), group, who))
+
+
+def all_gather(tensor: torch.Tensor, group: Group, dim: int = 0, counts: Sequence[int] | None = None) -> torch.Tensor:
+    """``tensor`` of all ranks, concatenated along ``dim``. Backward: each rank gets the sum of all ranks' gradients of
+    its part.
+    """
+    if group.size == 1:
+        return tensor
+    rows = tensor.movedim(dim, 0)
+    return _GatherRows.apply(rows, group, _checked_counts("all_gather", rows, counts, group)).movedim(0, dim)
+
+
+def gather_features(tensor: torch.Tensor, group: Group) -> torch.Tensor:
+    """[.., F/t] of all ranks side by side, [.., F]. Backward: the sum of all ranks' gradients of the own slice."""
+    return tensor if group.size == 1 else _GatherFeatures.apply(tensor, group)
+
+
+def reduce_scatter(
+    tensor: torch.Tensor, group: Group, dim: int = 0, counts: Sequence[int] | None = None
+) -> torch.Tensor:
+    """This rank's part along ``dim`` of the sum of ``tensor`` over all ranks. Backward: all_gather.
+
+    Without ``counts``, ``dim`` is cut into equal parts.
+    """
+    if group.size == 1:
+        return tensor
+    rows = tensor.movedim(dim, 0)
+    return _ReduceRows.apply(rows, group, _checked_parts("reduce_scatter", rows, counts, group)).movedim(0, dim)
+
+
+def split_features(matrix: torch.Tensor, group: Group, counts: Sequence[int] | None = None) -> torch.Tensor:
+    """[own rows, F] -> [rows of all ranks, F/t]: this rank's slice of the features, for everybody's rows. Backward:
+    merge_features.
+    """
+    if group.size == 1:
+        return matrix
+    if matrix.dim() != 2 or matrix.shape[1] % group.size:
+        raise TensorParallelError(
+            f"split_features: a tensor of shape {tuple(matrix.shape)} cannot be cut into {group.size} equal slices of "
+            f"features: "
+            "it needs 2 dims, the second divisible by the tensor parallel degree"
+        )
+    return _SplitFeatures.apply(matrix, group, _checked_counts("split_features", matrix, counts, group))
+
+
+def merge_features(matrix: torch.Tensor, group: Group, counts: Sequence[int] | None = None) -> torch.Tensor:
+    """[rows of all ranks, F/t] -> [own rows, F]: all features of this rank's rows. Backward: split_features."""
+    if group.size == 1:
+        return matrix
+    if matrix.dim() != 2:
+        raise TensorParallelError(f"merge_features: a tensor of shape {tuple(matrix.shape)} does not have 2 dims")
+    return _MergeFeatures.apply(matrix, group, _checked_parts("merge_features", matrix, counts, group))
+
+
+def all_reduce(tensor: torch.Tensor, group: Group, *, has_equal_gradients: bool = False) -> torch.Tensor:
+    """The sum of ``tensor`` over all ranks, on each of them. Backward: the sum of all ranks' gradients.
+
+    That is right where each rank's gradient is that of its own share of the loss, so that the true one is their sum.
+    ``has_equal_gradients``: the ranks' gradients are known to be equal, so that the sum needs no message.
+    """
+    total = sum_parts(tensor, group)
+    return scale_gradient(total, float(group.size)) if has_equal_gradients else share(total, group)
+
+
+def average_gradient(tensor: torch.Tensor, group: Group) -> torch.Tensor:
+    """``tensor`` itself, equal on all ranks. Backward: the mean of all ranks' gradients."""
+    return share(scale_gradient(tensor, 1.0 / group.size), group)
+
+
+class _GatherRows(Function):
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, group: Group, counts: tuple[int, ...]) -> torch.Tensor:
+        ctx.group, ctx.counts = group, counts
+        return start_gather_rows(rows, group, counts).wait()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return _ReduceRows.apply(grads[0], ctx.group, ctx.counts), None, None
+
+
+class _GatherFeatures(Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor, group: Group) -> torch.Tensor:
+        ctx.group = group
+        return start_gather_blocks(tensor, group).wait()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return start_reduce_blocks(grads[0].chunk(ctx.group.size, -1), ctx.group).wait(), None
+
+
+class _ReduceRows(Function):
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, group: Group, counts: tuple[int, ...]) -> torch.Tensor:
+        ctx.group, ctx.counts = group, counts
+        return start_reduce_rows(rows, group, counts).wait()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return _GatherRows.apply(grads[0], ctx.group, ctx.counts), None, None
+
+
+class _SplitFeatures(Function):
+    @staticmethod
+    def forward(ctx: Any, matrix: torch.Tensor, group: Group, counts: tuple[int, ...]) -> torch.Tensor:
+        ctx.group, ctx.counts = group, counts
+        return start_split_features(matrix, group, counts).wait()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return _MergeFeatures.apply(grads[0], ctx.group, ctx.counts), None, None
+
+
+class _MergeFeatures(Function):
+    @staticmethod
+    def forward(ctx: Any, matrix: torch.Tensor, group: Group, counts: tuple[int, ...]) -> torch.Tensor:
+        ctx.group, ctx.counts = group, counts
+        return start_merge_features(matrix, group, counts).wait()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return _SplitFeatures.apply(grads[0], ctx.group, ctx.counts), None, None
+
+
+def _checked_counts(what: str, rows: torch.Tensor, counts: Sequence[int] | None, group: Group) -> tuple[int, ...]:
+    if counts is None:
+        return (rows.shape[0],) * group.size
+    if len(counts) != group.size or counts[group.rank_in_group] != rows.shape[0]:
+        raise TensorParallelError(
+            f"{what}: counts {tuple(counts)} do not describe {group.size} ranks, of which rank {group.rank_in_group} "
+            f"has a tensor of shape "
+            f"{tuple(rows.shape)}"
+        )
+    return tuple(counts)
+
+
+def _checked_parts(what: str, rows: torch.Tensor, counts: Sequence[int] | None, group: Group) -> tuple[int, ...]:
+    if counts is None:
+        if rows.shape[0] % group.size:
+            raise TensorParallelError(
+                f"{what}: a tensor of shape {tuple(rows.shape)} has no {group.size} equal parts; give counts"
+            )
+        return (rows.shape[0] // group.size,) * group.size
+    if len(counts) != group.size or sum(counts) != rows.shape[0]:
+        raise TensorParallelError(
+            f"{what}: counts {tuple(counts)} do not cut a tensor of shape {tuple(rows.shape)} into {group.size} parts"
+        )
+    return tuple(counts)

@@ -1,0 +1,5 @@
+"""The configuration: how it is read and checked, the table of its parameters, and the arithmetic of ranks."""
+
+from modelparallel.config.reading import Config, load_config
+
+__all__ = ["Config", "load_config"]

@@ -1,0 +1,5 @@
+"""``smp.DistributedModel`` and its parts."""
+
+from modelparallel.model.wrapper import DistributedModel
+
+__all__ = ["DistributedModel"]

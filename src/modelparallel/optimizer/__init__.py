@@ -1,0 +1,1 @@
+"""``smp.DistributedOptimizer``, its parts, and the optimizers of the original API."""

@@ -1,0 +1,1 @@
+"""What a program is made of: calls of modules at their homes, glue between them, pushes, doors and transforms."""

@@ -1,0 +1,1 @@
+"""Regions of a program that run a second time in the backward."""

@@ -1,0 +1,1 @@
+"""When each stage does what: making, timing and checking schedules."""
