@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from modelparallel import config as config_module
+from modelparallel.config import reading as config_module
 from modelparallel.config.reading import (
     NOT_BUILT,
     load_config,
