@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-from modelparallel.memory import HostStore
 from torch import Tensor, nn
 
 import modelparallel as smp
+from modelparallel.recomputation.offload import HostStore
 from modelparallel.training import runtime
 from parity import assert_parity
 from rank_tests import RankTests, on

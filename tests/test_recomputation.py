@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import modelparallel as smp
 from modelparallel.errors import RecomputationError, SMPConfigError, StepUsageError
-from modelparallel.memory import groups_of
+from modelparallel.recomputation.strategies import groups_of
 from parity import assert_parity
 from rank_tests import RankTests, on
 from recomputation_models import Block, CountProducts, Runs, num_runs, same_random_numbers, saved_bytes

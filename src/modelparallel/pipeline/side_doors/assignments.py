@@ -8,6 +8,7 @@ of a kind lets the microbatches run one after another; where it begins later it 
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -34,6 +35,8 @@ class Assignments:
         """
         if isinstance(value, (torch.Tensor, nn.Module)) or is_same(vars(module).get(name, MISSING), value):
             return False  # tensors are looked at where they are read
+        if _is_being_made(module):
+            return False  # ``nn.CrossEntropyLoss()`` in the step function: no other microbatch has it
         is_again = (id(module), name) in self._first
         if name not in FORWARD_HOOKS and not self._microbatch and not is_again:
             self._first.add((id(module), name))
@@ -47,3 +50,14 @@ class Assignments:
                 "outside the step function"
             )
         return True
+
+
+def _is_being_made(module: nn.Module) -> bool:
+    """Whether an ``__init__`` of the module is under way, which sets the attribute."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None:
+        frame = frame.f_back
+        code = frame.f_code
+        if code.co_name == "__init__" and code.co_argcount and frame.f_locals.get(code.co_varnames[0]) is module:
+            return True
+    return False
