@@ -1,4 +1,4 @@
-"""The exceptions under the module path of the original API (smp-api section 1); they are defined in ``errors.py``."""
+"""``smp.exceptions``, a module path of the original API (smp-api section 1): what is in ``modelparallel.errors``."""
 
 from modelparallel.errors import (
     AbsentTensorError,

@@ -152,12 +152,14 @@ class ModelGradients:
 
     def _place_late(self, part: nn.Module, others: set[int]) -> None:
         """Before parameters are sharded: those of ``part`` that wait for storage get it, but for ``others``."""
-        inside = {id(tensor) for tensor in (*part.parameters(), *part.buffers())} - others
-        waiting = {id(tensor) for _, tensor in self._everything() if id(tensor) in inside and is_deferred(tensor)}
+        inside = [tensor for tensor in (*part.parameters(), *part.buffers()) if is_deferred(tensor)]
+        rows = [(self._table.row_of(tensor), tensor) for tensor in inside if id(tensor) not in others]
+        waiting = list(self._local((row, tensor) for row, tensor in rows if row is not None))
         if waiting:
             trim_heap()  # of the whole parameters of the part before this one
-            place_deferred(part, self._runtime.session.device, lambda tensor: id(tensor) in waiting)
-        self._make_equal(lambda tensor: id(tensor) in waiting)
+            ids = {id(tensor) for _, tensor in waiting}
+            place_deferred(part, self._runtime.session.device, lambda tensor: id(tensor) in ids)
+            self._broadcast(waiting, is_checked=True)
 
     def register_comm_hook(self, state: object, function: Callable[..., Any]) -> None:
         """Reduce gradients by a communication hook; before or after the partition. See `DistributedModel`."""

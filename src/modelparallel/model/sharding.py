@@ -74,10 +74,7 @@ def shard_parameters(
             table.replace_tensor(name, sharded, (whole,))
             runtime.engine.replace_tensor(old, (sharded, whole))
             runtime.note_replacement(name, old, sharded)
-        for optimizer in optimizers:
-            optimizer.replace_parameters()
 
-    optimizers = runtime.live_optimizers()
     result = ShardedParameters(
         None if runtime.is_pipelined else module,
         plan.groups,
@@ -91,6 +88,8 @@ def shard_parameters(
         place=lambda part: place(part, set()),
         replace=replace,
     )
+    for optimizer in runtime.live_optimizers():
+        optimizer.replace_parameters()
     if session.groups.world.rank_in_group == 0:
         _log(result, table, by_visit, config)
     return result

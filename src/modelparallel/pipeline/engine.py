@@ -182,7 +182,9 @@ class PipelineEngine:
         self._assigned_buffers: list[tuple[nn.Module, str, torch.Tensor | None]] = []
         self._loose_buffers: list[tuple[nn.Module, str]] = []  # without a home
         self._loose_values: dict[tuple[nn.Module, str], torch.Tensor | None] = {}
-        self._kept: list[torch.Tensor] = []  # keeps the ids in `placed` from being given to other tensors
+        # By id: keeps the ids in `placed` from being given to other tensors.
+        self._kept: dict[int, torch.Tensor] = {}
+        self._entries_of: dict[int, list[PlacedModule]] = {}  # by the id of a parameter
 
     @property
     def transport(self) -> StageTransport:
@@ -196,22 +198,25 @@ class PipelineEngine:
         """Note the home of a parameter or stateful buffer. Call it before the other stages drop the storage."""
         self._homes.clear()
         self.placed[id(tensor)] = PlacedTensor(name, home, tuple(tensor.shape), tensor.stride())
-        self._kept.append(tensor)
+        self._kept[id(tensor)] = tensor
 
     def replace_tensor(self, old: nn.Parameter, new: Sequence[nn.Parameter]) -> None:
         """Others have taken the place of ``old``, at its home; nothing here keeps it alive. No effect if it has none.
 
         ``new``: all that stand for it, the one that is asked whether it is trained first.
         """
-        for entry in self._entries:
+        entries = self._entries_of.pop(id(old), [])
+        for entry in entries:
             entry.parameters = tuple(new[0] if known is old else known for known in entry.parameters)
+        if entries:
+            self._entries_of[id(new[0])] = entries
         placed = self.placed.pop(id(old), None)
         if placed is None:
             return
-        self._kept = [tensor for tensor in self._kept if tensor is not old]
+        self._kept.pop(id(old), None)
         for tensor in new:
             self.placed[id(tensor)] = placed
-            self._kept.append(tensor)
+            self._kept[id(tensor)] = tensor
 
     def place_buffer(self, owner: nn.Module, name: str) -> None:
         """Note that glue may assign a new value to this placed buffer (``self.average = 0.9 * self.average + ...``)."""
@@ -286,6 +291,8 @@ class PipelineEngine:
         if not is_compiled and not entry.watch.has_replaced_forward():
             doors.Door(self, entry)
         self._entries.append(entry)
+        for parameter in entry.parameters:
+            self._entries_of.setdefault(id(parameter), []).append(entry)
         self._entry_of[id(module)] = entry
 
     def place_inside(self, module: nn.Module, name: str, around: PlacedModule) -> None:

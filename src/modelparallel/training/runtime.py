@@ -84,6 +84,7 @@ class Runtime:
         # one).
         # An optimizer that was built before wrapping holds the old ones; nothing else may keep them alive.
         self._replaced: dict[int, tuple[str, weakref.ref[nn.Parameter], nn.Parameter | None]] = {}
+        self._replaced_by: dict[int, list[int]] = {}  # the keys of those whose place a parameter has taken, by its id
 
     @staticmethod
     def _pair_channels(of: session.Session) -> PairChannels | None:
@@ -125,14 +126,18 @@ class Runtime:
             if id(parameter) not in kept:
                 new = after.get(renamed.get(name, name))
                 self._replaced[id(parameter)] = (name, weakref.ref(parameter), new)
+                if new is not None:
+                    self._replaced_by.setdefault(id(new), []).append(id(parameter))
                 retire(parameter, name, new)
 
     def note_replacement(self, name: str, old: nn.Parameter, new: nn.Parameter) -> None:
         """``new`` has taken the place of ``old``, and of what that has replaced before."""
-        for identity, (earlier, reference, replacement) in list(self._replaced.items()):
-            if replacement is old:
-                self._replaced[identity] = (earlier, reference, new)
+        identities = self._replaced_by.pop(id(old), [])
+        for identity in identities:
+            earlier, reference, _ = self._replaced[identity]
+            self._replaced[identity] = (earlier, reference, new)
         self._replaced[id(old)] = (name, weakref.ref(old), new)
+        self._replaced_by[id(new)] = [*identities, id(old)]
         retire(old, name, new)
 
     def name_before(self, parameter: nn.Parameter) -> str:
