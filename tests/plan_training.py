@@ -67,7 +67,7 @@ def train(name: str, kind: str):
         return loss_of(model, *batch)
 
     losses, gradients = [], {}
-    is_prescaled = smp.session.current().config.prescaled_batch
+    is_prescaled = smp.job.session.current().config.prescaled_batch
     replica, num_replicas = (smp.rdp_rank(), smp.rdp_size()) if is_prescaled else (smp.dp_rank(), smp.dp_size())
     own = slice(replica * NUM_SAMPLES, (replica + 1) * NUM_SAMPLES)
     for step in range(3):

@@ -185,7 +185,7 @@ def clip_after_the_session():
     before = [inside(function) for function in functions]
     trained()
     during = [inside(function) for function in functions]
-    smp.session.shutdown()
+    smp.job.session.shutdown()
     return [now != one for now, one in zip(during, before, strict=True)], before == list(map(inside, functions))
 
 

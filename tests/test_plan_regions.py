@@ -133,7 +133,7 @@ def test_a_region_sends_the_bytes_that_the_documents_say():
 
     x = torch.randn(8, 5, 32, dtype=F64, requires_grad=True)
     plan = {"up": "colwise", "down": "rowwise"}
-    group = smp.session.current().groups.tp
+    group = smp.job.session.current().groups.tp
 
     def split(module, plan, prescaled_batch=False):
         smp.set_tensor_parallelism(module, plan=plan)
@@ -229,7 +229,7 @@ def test_prescaled_batches_are_neither_gathered_nor_sliced():
     for name in ("separate", "fused", "mixture", "tied", "vocabulary"):
         model, plain = make_tower(name), make_tower(name)
         smp.set_tensor_parallelism(model, plan=TOWERS[name][1])
-        group = smp.session.current().groups.tp
+        group = smp.job.session.current().groups.tp
         replace_marked_modules(model, group, prescaled_batch=True)
         splits = ParameterTable(model)
         for step in range(2):
@@ -255,7 +255,7 @@ def test_prescaled_batches_are_neither_gathered_nor_sliced():
 def test_prescaled_batches_of_different_length_are_an_error():
     model = nn.Sequential(Pair(False)).double()
     smp.set_tensor_parallelism(model, plan={"*.up": "colwise", "*.down": "rowwise"})
-    replace_marked_modules(model, smp.session.current().groups.tp, prescaled_batch=True)
+    replace_marked_modules(model, smp.job.session.current().groups.tp, prescaled_batch=True)
     with pytest.raises(TensorParallelError, match=r"have batches of \[1, 2\] rows"):
         model(torch.randn(1 + smp.tp_rank(), 32, dtype=F64))
 
