@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import logging
 import types
@@ -15,13 +16,14 @@ from torch import Tensor, nn
 
 import modelparallel as smp
 from modelparallel import trees
-from modelparallel.errors import StepUsageError
+from modelparallel.errors import CommunicationError, StepUsageError
 from modelparallel.pipeline.batch_lists import ListReader
 from modelparallel.pipeline.microbatches import Microbatches, split
 from rank_tests import RankTests, on
 
 LOCAL = RankTests(1, {"microbatches": 2})
 PP2 = RankTests(2, {"pipeline_parallel_degree": 2, "microbatches": 2})
+FAILS = RankTests(2, {"pipeline_parallel_degree": 2, "microbatches": 2})
 
 X, Y = torch.randn(8, 6), torch.arange(8)
 NAMES = [f"n{index}" for index in range(8)]
@@ -204,3 +206,18 @@ def test_an_unclear_list_is_an_error_on_all_stages():
     with pytest.raises(StepUsageError, match="'names' is a list of 8 elements of type str"):
         step(model, x, NAMES if smp.pp_rank() == 0 else None)
     step(model, x, smp.SampleList(NAMES) if smp.pp_rank() == 0 else None)
+
+
+@on(FAILS)
+def test_an_argument_that_cannot_travel_is_named():
+    model = smp.DistributedModel(make_net())
+
+    @smp.step
+    def step(model, x, options):
+        loss = model(x).pow(2).mean()
+        model.backward(loss)
+        return loss
+
+    text = "argument 'options' .defaultdict. cannot travel" if smp.pp_rank() == 0 else "argument 'options'"
+    with pytest.raises(StepUsageError if smp.pp_rank() == 0 else CommunicationError, match=text):
+        step(model, X.double(), collections.defaultdict(lambda: None, size=2))

@@ -189,8 +189,9 @@ def share_inputs(
     try:
         pickler.dump((travelling, extra))
     except (pickle.PicklingError, AttributeError, TypeError) as error:
+        which = next((f"{name!r} ({type(value).__name__})" for name, value in arguments.items() if _stays(value)), "")
         raise StepUsageError(
-            f"smp.step: an argument cannot travel from pp_rank 0 to the other stages ({error}): pass tensors, "
+            f"smp.step: argument {which} cannot travel from pp_rank 0 to the other stages ({error}): pass tensors, "
             "numbers, strings and containers of them"
         ) from error
     travelling_tensors, specs, parts = _in_parts(pickler.tensors)
@@ -239,3 +240,12 @@ def _own(placeholder: _OwnObject, arguments: dict[str, Any]) -> Any:
                 "without one there: pass the same modules, optimizers and other objects on every rank"
             ) from None
     return value
+
+
+def _stays(value: Any) -> bool:
+    """Whether an argument cannot be pickled."""
+    try:
+        _TensorPickler(io.BytesIO()).dump(trees.map_leaves(lambda leaf: leaf if _travels(leaf) else None, value))
+    except (pickle.PicklingError, AttributeError, TypeError):
+        return True
+    return False
