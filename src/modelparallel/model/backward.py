@@ -48,15 +48,19 @@ class ModelBackward:
         step.has_backward = True
         engine = self._runtime.engine
         program = engine.program
-        with engine.native_region():
+        if program is None:
             self._note_weight(step, weight)
+        else:
+            with engine.native_region():
+                self._note_weight(step, weight)
         share = step.weight if program is None else program.weight
         scale = self._model.loss_scale
         if weight is not None:
             scale /= step.loss_weights.unit
         elif self._is_averaged:
             scale *= share
-        note_root = self._look_for_sum if weight is None and grad_tensors is None else None
+        looks = weight is None and grad_tensors is None and not self._has_looked_for_sum
+        note_root = self._look_for_sum if looks else None
         if program is not None:
             with engine.native_region():
                 backward_root(program, roots, seeds, scale, weight, note_root)
