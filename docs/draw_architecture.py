@@ -45,8 +45,8 @@ def purpose_of(path: Path) -> str:
     return re.sub(r" \((?:smp-|docs/)[^)]*\)", "", first).split(". ")[0].rstrip(".")
 
 
-def imported(path: Path) -> Iterator[str]:
-    """The modules of the package that a file imports, by their dotted names below it ("" is the package)."""
+def imported_at(path: Path) -> Iterator[tuple[str, int]]:
+    """What a file imports of the package, by the dotted names below it ("" is the package), and in which line."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -58,7 +58,12 @@ def imported(path: Path) -> Iterator[str]:
         for name in names:
             first, _, rest = name.partition(".")
             if first == PACKAGE.name:
-                yield rest
+                yield rest, node.lineno
+
+
+def imported(path: Path) -> Iterator[str]:
+    """As `imported_at`, without the lines."""
+    return (name for name, _ in imported_at(path))
 
 
 def room_of(module: str) -> str:

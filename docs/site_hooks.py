@@ -13,22 +13,14 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import griffe
+from citations import CITATION, NUMBER, PAGES
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parent.parent
 #: Pages of the site that lie outside of docs/: their place in the site, and in the repository.
 ROOT_PAGES = {"index.md": "README.md", **{name: name for name in ("CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")}}
-#: The pages of the specification by the names that docstrings use, and the form of their anchors.
-CITED = {
-    "smp-api": ("specification/api/", "section-{}"),
-    "smp-config": ("specification/configuration/", "section-{}"),
-    "smp-semantics-checks": ("specification/checks/", "check-{}"),
-    "clients": ("specification/clients/", "section-{}"),
-}
 _LINK = re.compile(r"(?<!!)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s]+)\)")
-_NUMBER = r"\d+(?:\.\d+)*"
-_CITATION = re.compile(rf"\b({'|'.join(CITED)}) (?:sections? )?{_NUMBER}(?:(?:, and |, | and ){_NUMBER})*")
 
 
 def on_files(files: Files, config: Any) -> Files:
@@ -72,20 +64,20 @@ def on_page_content(html: str, page: Any, config: Any, files: Files) -> str:
     up = posixpath.relpath(".", page.url.rstrip("/") or ".")
 
     def link(match: re.Match[str]) -> str:
-        where, form = CITED[match[1]]
+        where, form = PAGES[match[1]]
         first, *rest = re.split(r"(?<=\d)(?=, | and )", match[0])
         parts = []
         for part in (first, *rest):
-            number = re.search(rf"{_NUMBER}$", part)
+            number = re.search(rf"{NUMBER}$", part)
             assert number is not None, part
             anchor = form.format(number[0].replace(".", "-"))
             before = re.match(r"(?:, and |, | and )?", part)
             assert before is not None
-            parts.append(f'{before[0]}<a href="{up}/{where}#{anchor}">{part[before.end() :]}</a>')
+            parts.append(f'{before[0]}<a href="{up}/specification/{where}/#{anchor}">{part[before.end() :]}</a>')
         return "".join(parts)
 
     html = re.sub(r"\bdocs/(\w+)\.md\b", rf'<a href="{up}/\1/">docs/\1.md</a>', html)
-    return _CITATION.sub(link, html)
+    return CITATION.sub(link, html)
 
 
 class PlainDocstrings(griffe.Extension):

@@ -1,11 +1,12 @@
 """docs/architecture.md is true: its paths exist, its picture is that of the imports, and a reader finds the way."""
 
 import functools
-import importlib.util
 import re
 from pathlib import Path
 
 import pytest
+
+from documents import script
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "architecture.md"
@@ -20,14 +21,7 @@ ANSWERS = {
 }
 
 
-def load_drawing():
-    spec = importlib.util.spec_from_file_location("draw_architecture", ROOT / "docs" / "draw_architecture.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-drawing = load_drawing()
+drawing = script("draw_architecture")
 read_graph = functools.cache(drawing.read_graph)
 
 

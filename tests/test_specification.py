@@ -9,17 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from documents import script
+
 ROOT = Path(__file__).resolve().parent.parent
 SPECIFICATION = ROOT / "docs" / "specification"
-# How a docstring names a page, and the page with the form of its anchors.
-PAGES = {
-    "smp-api": ("api.md", "section-{}"),
-    "smp-config": ("configuration.md", "section-{}"),
-    "smp-semantics-checks": ("checks.md", "check-{}"),
-    "clients": ("clients.md", "section-{}"),
-}
-NUMBER = r"\d+(?:\.\d+)*"
-CITATION = re.compile(rf"\b({'|'.join(PAGES)})(?: sections?)? ({NUMBER}(?:(?:, and |, | and ){NUMBER})*)")
+citations_script = script("citations")
+PAGES = {name: (f"{page}.md", form) for name, (page, form) in citations_script.PAGES.items()}
+NUMBER, CITATION = citations_script.NUMBER, citations_script.CITATION
 # A source is said in these ways; no other sentence of ours begins with them.
 ANNOUNCED = re.compile(r"\b(?:Source|Spec): *")
 SOURCES = sorted(path for folder in ("src", "tests") for path in (ROOT / folder).rglob("*.py"))

@@ -8,8 +8,11 @@ import pytest
 import torch
 from torch import nn
 
+from documents import script
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "src" / "modelparallel"
+drawing = script("draw_architecture")
 SOURCES = sorted((ROOT / "src").rglob("*.py"))
 MAX_FILE_LINES = 600
 MAX_FUNCTION_LINES = 80
@@ -92,37 +95,17 @@ def room_of(place):
 
 def known_to(name):
     """The modules of the package that a module imports, in whatever way, with the line."""
-    path = FILES[name]
-    for node in ast.walk(ast.parse(path.read_text())):
-        asked = []
-        if isinstance(node, ast.Import):
-            asked = [(alias.name, "") for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            assert not node.level, f"{relative(path)}:{node.lineno}: imports are absolute here"
-            asked = [(node.module, alias.name) for alias in node.names]
-        for base, attribute in asked:
-            if base.split(".")[0] == "modelparallel":
-                found = f"{base}.{attribute}" if f"{base}.{attribute}" in FILES else base
-                if found != name:
-                    yield found, node.lineno
+    for below, line in drawing.imported_at(FILES[name]):
+        full = f"{PACKAGE.name}.{below}".rstrip(".")
+        found = full if full in FILES else full.rpartition(".")[0]
+        if found != name:
+            yield found, line
 
 
 def circles(graph):
     """The sets of nodes that know each other."""
-    reached = {}
-
-    def from_(start):
-        seen, waiting = set(), [start]
-        while waiting:
-            for other in graph[waiting.pop()]:
-                if other not in seen:
-                    seen.add(other)
-                    waiting.append(other)
-        return seen
-
-    for node in graph:
-        reached[node] = from_(node)
-    return {frozenset(other for other in reached[node] if node in reached[other]) for node in graph} - {frozenset()}
+    below = drawing.reached(graph)
+    return {frozenset(other for other in below[node] if node in below[other]) for node in graph} - {frozenset()}
 
 
 def test_every_file_has_a_room():
