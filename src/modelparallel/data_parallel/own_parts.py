@@ -1,6 +1,6 @@
 """What of each parameter this rank keeps under sharded data parallelism, under the names that scripts of the original
-read: ``ds_tensor``, ``ds_numel``, ``ds_shape`` of a parameter, and
-``fp32_partitioned_groups_flat`` of the optimizer (optimizer/flat_groups.py).
+read: ``ds_tensor``, ``ds_numel``, ``ds_shape`` of a parameter, and ``fp32_partitioned_groups_flat`` of the optimizer
+(optimizer/flat_groups.py).
 
 [Note: own parts] Scripts sum up ``p.ds_tensor.ds_numel`` over a group to find where each parameter begins in the flat
 tensor of the group, keep slices of it, and add up squares over ``ds_param_shard_group`` when they log norms. So every

@@ -408,10 +408,8 @@ class GradientReducer:
         if self._mode is not _Mode.ARMED:
             return
         with self._lock:
-            self._skip_launched()
             for bucket in self._launch_order[self._num_launched : self._num_early]:
                 self._launch(bucket)
-            self._skip_launched()
 
     def _launch(self, bucket: Bucket) -> None:
         if bucket.is_carrier:

@@ -12,12 +12,17 @@ import logging
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from modelparallel.comm import ending
+from modelparallel.comm.authentication import MadeGroups
+from modelparallel.comm.groups import Groups
+from modelparallel.comm.lookout import Lookout
+from modelparallel.comm.making import build_groups
+from modelparallel.comm.waits import meet
 from modelparallel.config.reading import Config, load_config, merge_second_init
 from modelparallel.config.topology import Topology
 from modelparallel.errors import CommunicationError, NotInitializedError, SMPConfigError, SMPError
@@ -25,11 +30,6 @@ from modelparallel.job import rendezvous
 from modelparallel.job.discovery import ProcessIdentity, discover_process
 from modelparallel.torch_compat import default_store
 from modelparallel.torch_compat.process_groups import set_timeout
-
-if TYPE_CHECKING:
-    from modelparallel.comm.authentication import MadeGroups
-    from modelparallel.comm.groups import Groups
-    from modelparallel.comm.lookout import Lookout
 
 logger = logging.getLogger("modelparallel")
 
@@ -107,10 +107,6 @@ def initialize(parameters: Mapping[str, Any] | str | None = None, environ: Mappi
     identity = _identify(environ)
     config.check_world(identity.world_size)
     device = _choose_device(identity, environ, may_share=config.shares_devices)
-    # Imported here because comm is a layer above.
-    from modelparallel.comm.authentication import MadeGroups
-    from modelparallel.comm.lookout import Lookout
-
     backend = backend_for(config, device)
     has_default_group = not dist.is_initialized()
     lookout = Lookout(identity.global_rank, config.timeout_seconds)
@@ -183,9 +179,6 @@ def _assemble(
     has_default_group: bool,
     made: MadeGroups,
 ) -> Session:
-    # Imported here because comm is a layer above: this function is the one place where the session makes its parts.
-    from modelparallel.comm.making import build_groups
-
     topology = _topology(config, identity.world_size)
     backend = backend_for(config, device)
     world = dist.group.WORLD
@@ -277,8 +270,6 @@ def _meet_all(
     """All processes meet, and the default process group is made unless the script has: through a store on the host of
     global rank 0; a single process uses no network.
     """
-    from modelparallel.comm.waits import meet
-
     seconds = rendezvous.most_seconds(config)
     if dist.is_initialized():
         meet(default_store(), identity.global_rank, identity.world_size, seconds, lookout)

@@ -209,7 +209,7 @@ class PipelineEngine:
         for entry in entries:
             entry.parameters = tuple(new[0] if known is old else known for known in entry.parameters)
         if entries:
-            self._entries_of[id(new[0])] = entries
+            self._entries_of.setdefault(id(new[0]), []).extend(entries)
         placed = self.placed.pop(id(old), None)
         if placed is None:
             return

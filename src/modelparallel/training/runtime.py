@@ -137,7 +137,7 @@ class Runtime:
             earlier, reference, _ = self._replaced[identity]
             self._replaced[identity] = (earlier, reference, new)
         self._replaced[id(old)] = (name, weakref.ref(old), new)
-        self._replaced_by[id(new)] = [*identities, id(old)]
+        self._replaced_by.setdefault(id(new), []).extend([*identities, id(old)])
         retire(old, name, new)
 
     def name_before(self, parameter: nn.Parameter) -> str:

@@ -302,10 +302,7 @@ def _start_blocks(
             if peer == own or not block.numel():
                 continue
             wait = Wait(group, peer=group.ranks[peer], is_send=is_send)
-            try:
-                transfers.append((start([_real(block)], peer, tag), wait))
-            except RuntimeError as error:
-                raise wait.failure(error) from error
+            transfers.append((wait.started(partial(start, [_real(block)], peer, tag)), wait))
     if received[own].data_ptr() != sent[own].data_ptr():
         received[own].copy_(sent[own])
     return transfers
