@@ -52,7 +52,7 @@ class Waiting:
         self.say_at = now + SAY_AFTER_SECONDS
         self._pause = min(_ASK_AFTER_SECONDS, seconds / 4)
         self.ask_at = now + self._pause
-        self.last_at = now + seconds - min(_ASK_AFTER_SECONDS, seconds / 4)  # the time is nearly up
+        self.last_at = now + seconds - self._pause  # the time is nearly up
 
     def note_asked(self, now: float) -> None:
         """The next question comes after twice the time, and once more shortly before the end."""

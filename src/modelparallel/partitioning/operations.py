@@ -15,7 +15,13 @@ import torch
 from modelparallel import trees
 from modelparallel.partitioning.costs import OPERATIONS_PER_CALL, UnitCosts, tensor_bytes
 from modelparallel.torch_compat import TorchDispatchMode, flop_registry
-from modelparallel.torch_compat.private_parts import CPU_FLASH_ATTENTION, UNSAFE_VIEWS, is_operation
+from modelparallel.torch_compat.private_parts import (
+    CPU_FLASH_ATTENTION,
+    UNSAFE_VIEWS,
+    is_operation,
+    packet_of,
+    schema_of,
+)
 
 LOGGER = logging.getLogger("modelparallel.partitioning")
 
@@ -38,7 +44,7 @@ class OperationCounter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        packet = getattr(func, "_overloadpacket", func)
+        packet = packet_of(func)
         formula = _OWN_FORMULAS.get(packet) or flop_registry.get(packet)
         if formula is None:
             if is_operation(func) and func is not torch.ops.prim.device.default:
@@ -99,8 +105,8 @@ def work_of_call(
 
 def _moved_bytes(func: Any, arguments: Any, result: Any) -> int:
     """What an operation reads and writes; nothing for one that only looks at a tensor in another way."""
-    returns = getattr(getattr(func, "_schema", None), "returns", ())
-    packet = getattr(func, "_overloadpacket", func)
+    returns = getattr(schema_of(func), "returns", ())
+    packet = packet_of(func)
     is_view = any(value.alias_info is not None and not value.alias_info.is_write for value in returns)
     if is_view or packet in UNSAFE_VIEWS:
         return 0

@@ -51,13 +51,13 @@ def is_view(tensor: torch.Tensor) -> bool:
 
 
 def schema_of(operation: Any) -> Any:
-    """The schema of an operation that a dispatch mode or a tensor subclass is given."""
-    return operation._schema
+    """The schema of an operation that a dispatch mode or a tensor subclass is given; None for one without."""
+    return getattr(operation, "_schema", None)
 
 
 def packet_of(operation: Any) -> Any:
-    """All overloads of an operation together."""
-    return operation._overloadpacket
+    """All overloads of an operation together; what is no overload stands for itself."""
+    return getattr(operation, "_overloadpacket", operation)
 
 
 def is_operation(function: Any) -> bool:
