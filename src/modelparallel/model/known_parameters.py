@@ -7,7 +7,8 @@ next step, which names it. Each step asks, so the usual answer must be quick: ar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import operator
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -21,27 +22,34 @@ class KnownParameters:
     def __init__(self, module: nn.Module, table: ParameterTable) -> None:
         self._module = module
         self._table = table
-        self._parameters: list[tuple[Mapping[str, Any], str, str | None]] = []
-        self._children: list[tuple[Mapping[str, Any], str, nn.Module | None]] = []
-        self._sizes: list[tuple[Mapping[str, Any], int]] = []
         self.note()
 
     def note(self) -> None:
         """Take what is there now as known."""
-        self._parameters, self._children, self._sizes = [], [], []
+        # Columns of a table: places as the dictionary of a module and the key in it, and what was found there.
+        self._dictionaries: list[dict[str, Any]] = []
+        self._sizes: list[int] = []
+        self._parameter_places: tuple[list[dict[str, Any]], list[str]] = ([], [])
+        self._child_places: tuple[list[dict[str, Any]], list[str]] = ([], [])
+        self._children: list[nn.Module | None] = []
         for part in self._module.modules():
-            known = part._parameters
-            self._parameters += [(known, key, self._table.name_of(value)) for key, value in known.items()]
-            self._children += [(part._modules, key, child) for key, child in part._modules.items()]
-            self._sizes += [(known, len(known)), (part._modules, len(part._modules))]
+            for known, places in ((part._parameters, self._parameter_places), (part._modules, self._child_places)):
+                self._dictionaries.append(known)
+                self._sizes.append(len(known))
+                places[0].extend([known] * len(known))
+                places[1].extend(known)
+            self._children += part._modules.values()
+        self._names = self._names_now()
+
+    def _names_now(self) -> list[str | None]:
+        return [*map(self._table.name_of, map(dict.get, *self._parameter_places))]
 
     def is_changed(self) -> bool:
-        """Whether another parameter or module is in some place. Local, and quick."""
-        name_of = self._table.name_of
-        return (
-            any(len(mapping) != size for mapping, size in self._sizes)
-            or any(mapping.get(key) is not child for mapping, key, child in self._children)
-            or any(name_of(mapping.get(key)) != name for mapping, key, name in self._parameters)
+        """Whether another parameter or module is in some place. Local, and quick: each step asks, of all places."""
+        return not (
+            all(map(operator.eq, map(len, self._dictionaries), self._sizes))
+            and all(map(operator.is_, map(dict.get, *self._child_places), self._children))
+            and self._names_now() == self._names
         )
 
     def unknown(self) -> list[str]:
@@ -50,7 +58,7 @@ class KnownParameters:
 
     def changed(self) -> list[tuple[str, object]]:
         """(name of the parameter that was there, what is there now) of the places that have changed."""
-        now = [(name, mapping.get(key)) for mapping, key, name in self._parameters]
+        now = zip(self._names, map(dict.get, *self._parameter_places), strict=True)
         return [(name, value) for name, value in now if name is not None and self._table.name_of(value) != name]
 
     def out_of_place(self, home_of: Callable[[str], int | None]) -> list[tuple[str, str]]:

@@ -242,7 +242,8 @@ class DistributedOptimizer(torch.optim.Optimizer):
         The inner optimizer gets the arguments as they are, and its defaults count. ``set_grads_to_None`` is another
         name for ``set_to_none`` where it does not know that one.
         """
-        known = inspect.signature(self.optimizer.zero_grad).parameters
+        is_usual = not kwargs and self.targets.are_trivial  # reading a signature takes 25 us
+        known = {} if is_usual else inspect.signature(self.optimizer.zero_grad).parameters
         has_any = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in known.values())
         if "set_grads_to_None" in kwargs and "set_grads_to_None" not in known and not has_any:
             kwargs["set_to_none"] = kwargs.pop("set_grads_to_None")

@@ -272,6 +272,7 @@ class StepFunction:
         """The outputs of the microbatches, and the weights of their losses: 0 where there was none."""
         engine = runtime.engine
         device = runtime.session.device
+        is_on_cpu = device.type == "cpu"
         dp_rank = runtime.session.groups.dp.rank_in_group
         runtime.step = running
         num_microbatches = len(microbatches.arguments)
@@ -282,7 +283,8 @@ class StepFunction:
             running.weight = microbatches.weights[index]  # without a pipeline; its programs keep their own
             running.microbatch = index
             running.is_last_microbatch = index == num_microbatches - 1
-            return self._call(_on_device(microbatches.arguments[index], device))
+            arguments = microbatches.arguments[index]
+            return self._call(arguments if is_on_cpu else _on_device(arguments, device))
 
         runs = [
             MicrobatchRun(self._function, functools.partial(call, index), frames[index], microbatches.weights[index])
@@ -357,8 +359,6 @@ def _detached(leaf: Any) -> Any:
 
 
 def _on_device(arguments: Mapping[str, Any], device: torch.device) -> Mapping[str, Any]:
-    if device.type == "cpu":
-        return arguments
     return trees.map_leaves(lambda leaf: leaf.to(device) if isinstance(leaf, torch.Tensor) else leaf, dict(arguments))
 
 
