@@ -7,10 +7,11 @@ from collections.abc import Sequence
 import torch
 
 from modelparallel.errors import StepUsageError
+from modelparallel.pipeline.local_program import LocalProgram
 from modelparallel.pipeline.loss_weights import checked_weight, total_of, unit_for
 from modelparallel.pipeline.roots import backward_root
 from modelparallel.pipeline.values.stage_tensor import StageTensor
-from modelparallel.torch_compat import keep_nan_out, summed_loss
+from modelparallel.torch_compat import summed_loss
 from modelparallel.training.participants import Participant, RunningStep
 from modelparallel.training.runtime import Runtime, logger
 
@@ -47,37 +48,23 @@ class ModelBackward:
         self._model.enter_step(step)
         step.has_backward = True
         engine = self._runtime.engine
-        program = engine.program
-        if program is None:
-            self._note_weight(step, weight)
-        else:
+        program = engine.program or engine.local_program
+        assert program is not None
+        if step.loss_weights.note(weight is not None) and weight is not None:
             with engine.native_region():
-                self._note_weight(step, weight)
-        share = step.weight if program is None else program.weight
+                self._begin_weights(step, weight)
         scale = self._model.loss_scale
         if weight is not None:
             scale /= step.loss_weights.unit
         elif self._is_averaged:
-            scale *= share
+            scale *= program.weight
         looks = weight is None and grad_tensors is None and not self._has_looked_for_sum
         note_root = self._look_for_sum if looks else None
-        if program is not None:
-            with engine.native_region():
-                backward_root(program, roots, seeds, scale, weight, note_root)
+        if isinstance(program, LocalProgram):
+            program.start_backward(roots, seeds, scale, weight, note_root)
             return
-        if step.is_last_microbatch:
-            step.arm()
-        if note_root is not None:
-            note_root(roots[0])
-        if weight is not None:
-            number = checked_weight(weight)
-            step.loss_weights.keep(step.microbatch, number)
-            scale *= number
-            if number == 0:
-                keep_nan_out(roots)
-        if scale != 1.0:
-            seeds = [_scaled_seed(root, seed, scale) for root, seed in zip(roots, seeds, strict=True)]
-        torch.autograd.backward(roots, seeds)
+        with engine.native_region():
+            backward_root(program, roots, seeds, scale, weight, note_root)
 
     def _run_outside(
         self,
@@ -94,11 +81,9 @@ class ModelBackward:
             )
         torch.autograd.backward(roots, seeds)
 
-    def _note_weight(self, step: RunningStep, weight: float | torch.Tensor | None) -> None:
-        """A backward of the step, with a weight or without."""
+    def _begin_weights(self, step: RunningStep, weight: float | torch.Tensor) -> None:
+        """The first backward of a step whose losses have weights."""
         weights, runtime = step.loss_weights, self._runtime
-        if not weights.note(weight is not None) or weight is None:
-            return
         if any(model.gradients.joining.is_joining for model in runtime.models):
             raise StepUsageError(
                 "model.backward with a weight inside model.join(): ranks that ran out of batches do not take part in "
@@ -146,14 +131,3 @@ def scale_by_weights(runtime: Runtime, step: RunningStep, weights: Sequence[floa
         if model.partitioned:
             model.gradients.put_back(factor, done)
     runtime.weight_unit = unit_for(total / group.size)
-
-
-def _scaled_seed(root: torch.Tensor, seed: torch.Tensor | None, scale: float) -> torch.Tensor:
-    if seed is not None:
-        return seed * scale
-    if root.numel() != 1:
-        raise StepUsageError(
-            f"model.backward without grad_tensors needs a scalar, got a tensor of shape {tuple(root.shape)}: reduce "
-            "it, or pass gradients"
-        )
-    return torch.full_like(root, scale)

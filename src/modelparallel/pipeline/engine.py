@@ -17,6 +17,7 @@ from modelparallel.comm.stages.transport import StageTransport
 from modelparallel.errors import DivergenceError, StepUsageError, UnsupportedError
 from modelparallel.parameters.retired import RetiredParameter, in_their_place
 from modelparallel.pipeline.bodies import WorkerPool
+from modelparallel.pipeline.local_program import LocalProgram
 from modelparallel.pipeline.operations import calls, conversions, doors, glue, transforms
 from modelparallel.pipeline.operations.captured_values import Captured
 from modelparallel.pipeline.operations.placed_modules import PlacedModule
@@ -158,6 +159,7 @@ class PipelineEngine:
         self.last_peak_active = 0
         self.structures_of_known: dict[Hashable, Structure] = {}  # of operations on values that all stages can read
         self.program: Program | None = None
+        self.local_program: LocalProgram | None = None
         self.frames: RandomFrames | None = None
         self.kinds_without_random_glue: set[Hashable] = set()
         self.is_native = False
@@ -516,16 +518,16 @@ class PipelineEngine:
                 "probably since one failed on some ranks only: begin again from a checkpoint on all ranks"
             )
 
-    def run_locally(self, frames: RandomFrames, call: Callable[[], Any], *, is_watched: bool) -> Any:
+    def run_locally(self, program: LocalProgram, call: Callable[[], Any], *, is_watched: bool) -> Any:
         """Run the user's code without a pipeline; only a watched run sees the operations between the modules."""
-        self.frames = frames
+        self.local_program, self.frames = program, program.frames
         try:
             if is_watched:
                 with self.mode:
                     return call()
             return call()
         finally:
-            self.frames = None
+            self.local_program = self.frames = None
 
     def run_glue(self, program: Program, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         if self.program is not program and self.program is not None:

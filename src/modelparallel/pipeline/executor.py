@@ -20,6 +20,7 @@ from modelparallel.pipeline.bodies import Body, ThreadBody
 from modelparallel.pipeline.engine import PipelineEngine
 from modelparallel.pipeline.interpreter import Interpreter, discovery_actions
 from modelparallel.pipeline.left_behind import leave_behind
+from modelparallel.pipeline.local_program import LocalProgram
 from modelparallel.pipeline.loss_weights import checked_weight
 from modelparallel.pipeline.program.program import Program
 from modelparallel.pipeline.program.randomness import RandomFrames
@@ -43,8 +44,17 @@ class MicrobatchRun:
     weight: float = 1.0
 
 
-def run_locally(engine: PipelineEngine, runs: Sequence[MicrobatchRun], kind: Hashable) -> list[Any]:
-    """Run each microbatch, in order, without a pipeline; ``kind`` says what is run (which function, in which mode).
+def run_locally(
+    engine: PipelineEngine,
+    runs: Sequence[MicrobatchRun],
+    kind: Hashable,
+    *,
+    before_last_backward: Callable[[], None],
+    detach_outputs: bool,
+) -> tuple[list[Any], list[float | None]]:
+    """Run each microbatch, in order, without a pipeline; returns the outputs and the weights of the losses.
+
+    ``kind`` says what is run (which function, in which mode).
 
     [Note: watching] Seeding random operations in glue needs a look at every operation between the modules, about a
     microsecond each. So only the first step of a kind is watched; if no random operation was seen there, later ones are
@@ -52,13 +62,16 @@ def run_locally(engine: PipelineEngine, runs: Sequence[MicrobatchRun], kind: Has
     unit has left it: random and reproducible, but then not equal to the same run under a pipeline.
     """
     is_watched = kind not in engine.kinds_without_random_glue
-    outputs = []
+    outputs: list[Any] = []
+    weights: list[float | None] = []
     for run in runs:
         run.frames.enter_microbatch(seeds_numpy=False)
-        outputs.append(engine.run_locally(run.frames, run.call, is_watched=is_watched))
+        program = LocalProgram(run.frames, run.weight, before_last_backward if run is runs[-1] else None)
+        outputs.append(engine.run_locally(program, run.call, is_watched=is_watched))
+        weights.append(program.loss_weight)
     if is_watched and all(run.frames.num_glue_operations == 0 for run in runs):
         engine.kinds_without_random_glue.add(kind)
-    return outputs
+    return trees.map_leaves(_detached, outputs) if detach_outputs else outputs, weights
 
 
 def run_step(
@@ -96,6 +109,10 @@ def run_step(
     if not is_first:
         engine.plans.note_run(kind, has_left=any(program.tracker.has_left for program in step.programs))
     return [output for output, _ in results], [_weight_of(weight) for _, weight in results]
+
+
+def _detached(leaf: Any) -> Any:
+    return leaf.detach() if isinstance(leaf, torch.Tensor) else leaf
 
 
 def _weight_of(weight: Any) -> float | None:

@@ -62,8 +62,6 @@ class LossWeights:
         #: Whether losses have weights; None until the first backward.
         self.are_given: bool | None = None
         self.unit = 1.0
-        #: Without a pipeline: by microbatch. The programs of a pipeline keep their own.
-        self.values: dict[int, float] = {}
 
     def note(self, is_given: bool) -> bool:
         """A backward, with a weight or without; returns whether it is the first of the step.
@@ -77,10 +75,6 @@ class LossWeights:
             )
         is_first, self.are_given = self.are_given is None, is_given
         return is_first
-
-    def keep(self, microbatch: int, weight: float) -> None:
-        """The weight of a microbatch, without a pipeline."""
-        check_same(self.values.setdefault(microbatch, weight), weight)
 
 
 def check_same(first: object, weight: object) -> None:

@@ -280,9 +280,6 @@ class StepFunction:
         saved = SavedGenerators(device, has_numpy=runtime.is_pipelined)
 
         def call(index: int) -> Any:
-            running.weight = microbatches.weights[index]  # without a pipeline; its programs keep their own
-            running.microbatch = index
-            running.is_last_microbatch = index == num_microbatches - 1
             arguments = microbatches.arguments[index]
             return self._call(arguments if is_on_cpu else _on_device(arguments, device))
 
@@ -290,20 +287,13 @@ class StepFunction:
             MicrobatchRun(self._function, functools.partial(call, index), frames[index], microbatches.weights[index])
             for index in range(num_microbatches)
         ]
-        kind: Hashable = (self, torch.is_grad_enabled(), *(model.training for model in runtime.models))
+        modes = (torch.is_grad_enabled(), *(model.training for model in runtime.models))
+        kind: Hashable = (self, num_microbatches, *modes)
         try:
             _check_microbatches(runtime, microbatches)
-            if not runtime.is_pipelined:
-                outputs = run_locally(engine, runs, kind)
-                if self._detach_outputs:
-                    outputs = trees.map_leaves(_detached, outputs)
-                return outputs, [running.loss_weights.values.get(index, 0.0) for index in range(num_microbatches)]
-            outputs, given = run_step(
-                engine,
-                runs,
-                (kind, num_microbatches),
-                before_last_backward=running.arm,
-                detach_outputs=self._detach_outputs,
+            run = run_step if runtime.is_pipelined else run_locally
+            outputs, given = run(
+                engine, runs, kind, before_last_backward=running.arm, detach_outputs=self._detach_outputs
             )
             return outputs, [weight or 0.0 for weight in given]
         finally:
@@ -352,10 +342,6 @@ def _normal(leaf: Any) -> Any:
         return leaf
     with torch.inference_mode(False):
         return leaf.clone()
-
-
-def _detached(leaf: Any) -> Any:
-    return leaf.detach() if isinstance(leaf, torch.Tensor) else leaf
 
 
 def _on_device(arguments: Mapping[str, Any], device: torch.device) -> Mapping[str, Any]:

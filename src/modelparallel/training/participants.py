@@ -215,9 +215,6 @@ class ParameterHolder(Protocol):
 class RunningStep:
     """The step function call that is under way, seen from the models."""
 
-    weight: float = 1.0
-    microbatch: int = 0
-    is_last_microbatch: bool = False
     is_tracing: bool = False
     has_backward: bool = False
     models: list[Participant] = field(default_factory=list)
