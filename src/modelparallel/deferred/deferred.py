@@ -29,10 +29,10 @@ from modelparallel import trees
 from modelparallel.deferred.tape import (
     Constant,
     Handle,
-    Layout,
     Operation,
     RandomState,
     Reference,
+    StorageLayout,
     TapeStorage,
     default_generator,
     needed_for,
@@ -444,7 +444,7 @@ def _wrapped(
                 storage.writers.append(operation)
                 storage.last = operation.number
                 if output.nbytes == output.untyped_storage().nbytes():
-                    operation.made[index] = Layout(output.size(), output.stride(), output.dtype, device)
+                    operation.made[index] = StorageLayout(output.size(), output.stride(), output.dtype, device)
             outputs.append(DeferredTensor.of(output, device, Handle(operation, index, storage)))
     return type(result)(outputs) if is_many else outputs[0]
 

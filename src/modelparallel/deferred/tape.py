@@ -84,7 +84,7 @@ class RandomState:
 
 
 @dataclass(frozen=True)
-class Layout:
+class StorageLayout:
     """What memory an output with a storage of its own takes."""
 
     size: torch.Size
@@ -110,7 +110,7 @@ class Operation:
     random: RandomState | None = None
     overwritten: TapeStorage | None = None
     is_uninitialised: bool = False
-    made: dict[int, Layout] = field(default_factory=dict)
+    made: dict[int, StorageLayout] = field(default_factory=dict)
     references: list[Reference] = field(default_factory=list)
 
     def __post_init__(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from modelparallel.comm.collectives.agreed_random import generator_of
-from modelparallel.nn.layouts import Layout
+from modelparallel.nn.layouts import HiddenLayout
 
 
 def keep_mask(shape: tuple[int, ...], probability: float, like: torch.Tensor, seed: int) -> torch.Tensor:
@@ -17,7 +17,7 @@ def keep_mask(shape: tuple[int, ...], probability: float, like: torch.Tensor, se
     return mask.div_(1.0 - probability) if probability < 1.0 else mask
 
 
-def hidden_dropout(hidden: torch.Tensor, probability: float, seed: int | None, layout: Layout) -> torch.Tensor:
+def hidden_dropout(hidden: torch.Tensor, probability: float, seed: int | None, layout: HiddenLayout) -> torch.Tensor:
     """Dropout on a hidden state in the layout inside. ``seed``: agreed over the group; None: there is no dropout.
 
     The mask is drawn for the whole hidden state, so that it does not depend on the tensor parallel degree.

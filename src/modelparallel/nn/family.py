@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from modelparallel.nn.layouts import Layout
+from modelparallel.nn.layouts import HiddenLayout
 from modelparallel.nn.linear_maps import column_linear, row_linear
 from modelparallel.plan.rows import SplitSpec
 from modelparallel.tensor_parallel.distributed_module import DistributedModule, current_settings
@@ -32,9 +32,9 @@ class FamilyModule(DistributedModule):
         self.is_inner = False
 
     @property
-    def layout(self) -> Layout:
+    def layout(self) -> HiddenLayout:
         """The layout of the hidden state inside."""
-        return Layout(self.tp_group, self.is_memory, self.is_prescaled, self.is_debug)
+        return HiddenLayout(self.tp_group, self.is_memory, self.is_prescaled, self.is_debug)
 
     def scaled_batch_tensors(self) -> set[str]:
         """All parameters owned directly."""

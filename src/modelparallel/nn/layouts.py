@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Layout:
+class HiddenLayout:
     """Which layout a module works in, and over whom."""
 
     group: Group

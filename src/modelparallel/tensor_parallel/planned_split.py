@@ -32,8 +32,8 @@ from modelparallel.tensor_parallel.plan_layers import (
 )
 from modelparallel.tensor_parallel.plans import (
     Entry,
-    Layout,
     SplitPlan,
+    SplitStyle,
     blocks,
     head_size,
     is_plain_linear,
@@ -46,14 +46,14 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("modelparallel.tensor_parallel")
 
-_CLASSES: Mapping[Layout, type[PlannedModule]] = {
-    Layout.COLUMNS: ColumnLinear,
-    Layout.ROWS: RowLinear,
-    Layout.GATHERED: GatheredColumnLinear,
-    Layout.SCATTERED: ScatteredRowLinear,
-    Layout.VOCABULARY: VocabularyEmbedding,
-    Layout.PARTIAL: PartialSum,
-    Layout.DIVIDED: DividedShare,
+_CLASSES: Mapping[SplitStyle, type[PlannedModule]] = {
+    SplitStyle.COLUMNS: ColumnLinear,
+    SplitStyle.ROWS: RowLinear,
+    SplitStyle.GATHERED: GatheredColumnLinear,
+    SplitStyle.SCATTERED: ScatteredRowLinear,
+    SplitStyle.VOCABULARY: VocabularyEmbedding,
+    SplitStyle.PARTIAL: PartialSum,
+    SplitStyle.DIVIDED: DividedShare,
 }
 Specs = dict[str, SplitSpec]  # by the name of a parameter, from the module that the plan is for
 
@@ -104,7 +104,7 @@ def split_by_plan(
 
 def _key(entry: Entry) -> tuple[str, str]:
     """What stays whole together: the region, or a layer that takes and gives all features."""
-    is_by_itself = entry.layout in (Layout.GATHERED, Layout.SCATTERED, Layout.VOCABULARY)
+    is_by_itself = entry.style in (SplitStyle.GATHERED, SplitStyle.SCATTERED, SplitStyle.VOCABULARY)
     return ("layer", entry.module) if entry.region is None or is_by_itself else ("region", entry.region)
 
 
@@ -127,14 +127,14 @@ def _possible_cuts(
 def _specs_of(root: nn.Module, prefix: str, entry: Entry, tp_size: int) -> Specs:
     module = root.get_submodule(entry.module)
     what = f"module '{prefix}{entry.module}' ({type(module).__name__})"
-    layout = entry.layout
-    if layout is Layout.NUMBER:
+    style = entry.style
+    if style is SplitStyle.NUMBER:
         slice_length(module.__dict__[entry.parameter], tp_size, f"{entry.parameter} of {what}")
-    if layout in (Layout.NUMBER, Layout.REGION, Layout.WHOLE, Layout.DIVIDED, Layout.PARTIAL):
+    if style in (SplitStyle.NUMBER, SplitStyle.REGION, SplitStyle.WHOLE, SplitStyle.DIVIDED, SplitStyle.PARTIAL):
         return {}
     if entry.parameter:
         return _parameter_spec(module, what, entry, tp_size)
-    if layout is Layout.VOCABULARY:
+    if style is SplitStyle.VOCABULARY:
         reason = reason_against_table(module)
         if reason is not None or not isinstance(module, nn.Embedding):
             raise NotSplittableError(f"{what}: {reason}")
@@ -144,11 +144,11 @@ def _specs_of(root: nn.Module, prefix: str, entry: Entry, tp_size: int) -> Specs
     if not is_plain_linear(module) or not isinstance(module, nn.Linear):
         raise NotSplittableError(f"{what} is not a plain nn.Linear (its forward is another, or its weight is wrapped)")
     shape = tuple(module.weight.shape)
-    if layout in (Layout.ROWS, Layout.SCATTERED):
+    if style in (SplitStyle.ROWS, SplitStyle.SCATTERED):
         _check_lengths(root, entry, (shape[1],), tp_size, f"in_features of {what}")
         return {f"{entry.module}.weight": SplitSpec(1, shape)}
     parts = blocks(entry, shape[0])
-    if layout is Layout.GATHERED:
+    if style is SplitStyle.GATHERED:
         _needs_no_empty_slice(SplitSpec(0, shape), tp_size, f"out_features of {what}")
     else:
         _check_lengths(root, entry, parts or (shape[0],), tp_size, f"out_features of {what}")
@@ -164,7 +164,7 @@ def _parameter_spec(module: nn.Module, what: str, entry: Entry, tp_size: int) ->
         return {}
     if entry.region is None or not is_plain_parameter(parameter):
         raise NotSplittableError(f"parameter {entry.parameter} of {what} is in no region, or not a plain parameter")
-    is_columns = entry.layout is Layout.COLUMNS
+    is_columns = entry.style is SplitStyle.COLUMNS
     dim = max(parameter.ndim - (2 if is_columns else 1), 0)
     parts = blocks(entry, parameter.shape[dim])
     for length in parts or (parameter.shape[dim],):
@@ -226,7 +226,7 @@ def _apply(
 ) -> None:
     memo = GatherMemo()
     splits: dict[str, Specs] = {}
-    layouts: dict[str, type[PlannedModule]] = {}
+    classes: dict[str, type[PlannedModule]] = {}
     slices: dict[int, nn.Parameter] = {}
     numbers: set[tuple[int, str]] = set()
     for cut in cuts:
@@ -240,19 +240,19 @@ def _apply(
                 slices[id(before)] = shrink_to_slice(before, spec, tp_group.rank_in_group, tp_group.size)
             module._parameters[own_name] = slices[id(parameter)]
             splits.setdefault(owner, {})[own_name] = spec
-        if entry.layout is Layout.NUMBER:
+        if entry.style is SplitStyle.NUMBER:
             if (id(module), entry.parameter) not in numbers:
                 module.__dict__[entry.parameter] //= tp_group.size
                 numbers.add((id(module), entry.parameter))
-        elif not entry.parameter and entry.layout in _CLASSES:
-            layouts[entry.module] = _CLASSES[entry.layout]
+        elif not entry.parameter and entry.style in _CLASSES:
+            classes[entry.module] = _CLASSES[entry.style]
         elif entry.parameter:
-            layouts.setdefault(entry.module, PlannedModule)
+            classes.setdefault(entry.module, PlannedModule)
     regions = {entry.region for cut in cuts if (entry := cut.entry).region in plan.regions}
     for region in plan.regions:
-        if region in regions and layouts.get(region) in (None, PlannedModule):
-            layouts[region] = Region
-    for name, layer_class in layouts.items():
+        if region in regions and classes.get(region) in (None, PlannedModule):
+            classes[region] = Region
+    for name, layer_class in classes.items():
         module = root.get_submodule(name)
         if isinstance(module, PlannedModule):
             continue  # one module with two names

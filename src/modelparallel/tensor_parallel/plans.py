@@ -32,7 +32,7 @@ from modelparallel.errors import TensorParallelError
 from modelparallel.tensor_parallel.placements import is_plain_parameter
 
 
-class Layout(enum.Enum):
+class SplitStyle(enum.Enum):
     """What becomes of a module or parameter."""
 
     COLUMNS = "columns"  # output features are cut, and stay so
@@ -47,36 +47,36 @@ class Layout(enum.Enum):
     WHOLE = "whole"
 
 
-_CUT_LINEAR = (Layout.COLUMNS, Layout.ROWS, Layout.GATHERED, Layout.SCATTERED)
+_CUT_LINEAR = (SplitStyle.COLUMNS, SplitStyle.ROWS, SplitStyle.GATHERED, SplitStyle.SCATTERED)
 _USER_STYLES = {
-    "colwise": Layout.COLUMNS,
-    "rowwise": Layout.ROWS,
-    "vocab": Layout.GATHERED,
-    "sequence": Layout.WHOLE,
-    "replicate": Layout.WHOLE,
-    "region": Layout.REGION,
-    "divide": Layout.NUMBER,
+    "colwise": SplitStyle.COLUMNS,
+    "rowwise": SplitStyle.ROWS,
+    "vocab": SplitStyle.GATHERED,
+    "sequence": SplitStyle.WHOLE,
+    "replicate": SplitStyle.WHOLE,
+    "region": SplitStyle.REGION,
+    "divide": SplitStyle.NUMBER,
 }
 # The names that transformers has used, in 4.5x and 5.x.
 _CARRIED_STYLES = {
-    "colwise": Layout.COLUMNS,
-    "local_colwise": Layout.COLUMNS,
-    "packed_colwise": Layout.COLUMNS,
-    "local_packed_colwise": Layout.COLUMNS,
-    "rowwise": Layout.ROWS,
-    "local_rowwise": Layout.ROWS,
-    "packed_rowwise": Layout.ROWS,
-    "local_packed_rowwise": Layout.ROWS,
-    "colwise_rep": Layout.GATHERED,
-    "colwise_gather_output": Layout.GATHERED,
-    "rowwise_rep": Layout.SCATTERED,
-    "rowwise_split_input": Layout.SCATTERED,
-    "embedding_rowwise": Layout.VOCABULARY,
-    "vocab_parallel_rowwise": Layout.VOCABULARY,
-    "moe_tp_experts": Layout.PARTIAL,
-    "all_reduce": Layout.PARTIAL,
-    "moe_identity_expert": Layout.DIVIDED,
-    "gather": Layout.REGION,
+    "colwise": SplitStyle.COLUMNS,
+    "local_colwise": SplitStyle.COLUMNS,
+    "packed_colwise": SplitStyle.COLUMNS,
+    "local_packed_colwise": SplitStyle.COLUMNS,
+    "rowwise": SplitStyle.ROWS,
+    "local_rowwise": SplitStyle.ROWS,
+    "packed_rowwise": SplitStyle.ROWS,
+    "local_packed_rowwise": SplitStyle.ROWS,
+    "colwise_rep": SplitStyle.GATHERED,
+    "colwise_gather_output": SplitStyle.GATHERED,
+    "rowwise_rep": SplitStyle.SCATTERED,
+    "rowwise_split_input": SplitStyle.SCATTERED,
+    "embedding_rowwise": SplitStyle.VOCABULARY,
+    "vocab_parallel_rowwise": SplitStyle.VOCABULARY,
+    "moe_tp_experts": SplitStyle.PARTIAL,
+    "all_reduce": SplitStyle.PARTIAL,
+    "moe_identity_expert": SplitStyle.DIVIDED,
+    "gather": SplitStyle.REGION,
 }
 # These need nothing: parameters stay whole, and gradients that are partial inside a region are summed by the reducer.
 # The last four are expert parallelism and a cut along the embedding dim: such modules stay whole.
@@ -107,7 +107,7 @@ class Entry:
 
     module: str
     parameter: str
-    layout: Layout
+    style: SplitStyle
     pattern: str
     parts: int | tuple[int, ...] = 1
     head_dim: int | None = None
@@ -138,7 +138,7 @@ def user_plan(module: nn.Module, table: Any) -> SplitPlan:
             )
         for entry in found:
             other = entries.get((entry.module, entry.parameter))
-            if other is not None and other.layout is not entry.layout:
+            if other is not None and other.style is not entry.style:
                 raise TensorParallelError(
                     f"plan: {entry.module!r} is matched by {other.pattern!r} and by {pattern!r}, with different styles"
                 )
@@ -160,24 +160,24 @@ def carried_plan(module: nn.Module) -> SplitPlan | None:
     entries: dict[tuple[str, str], Entry] = {}
     parameters = dict(module.named_parameters(remove_duplicate=False))
     modules = dict(module.named_modules(remove_duplicate=False))
-    for pattern, style in table.items():
-        if style in _CARRIED_WHOLE:
+    for pattern, word in table.items():
+        if word in _CARRIED_WHOLE:
             continue
-        if style not in _CARRIED_STYLES:
+        if word not in _CARRIED_STYLES:
             raise TensorParallelError(
-                f"{type(module).__name__} carries a tensor-parallel plan with the style {style!r} for {pattern!r}, "
+                f"{type(module).__name__} carries a tensor-parallel plan with the style {word!r} for {pattern!r}, "
                 "which is not known here: give a plan of your own with smp.set_tensor_parallelism(model, plan={...})"
             )
-        layout, parts = _CARRIED_STYLES[style], 2 if "packed" in style else 1
+        style, parts = _CARRIED_STYLES[word], 2 if "packed" in word else 1
         match = _matcher(pattern)
         for name in filter(match, modules):
-            made = Entry(name, "", layout, pattern, parts)
-            if isinstance(modules[name], nn.Embedding) and layout in (Layout.ROWS, Layout.SCATTERED):
-                made = replace(made, layout=Layout.VOCABULARY)
+            made = Entry(name, "", style, pattern, parts)
+            if isinstance(modules[name], nn.Embedding) and style in (SplitStyle.ROWS, SplitStyle.SCATTERED):
+                made = replace(made, style=SplitStyle.VOCABULARY)
             entries[name, ""] = made
         for name in filter(match, parameters):
             owner, _, own_name = name.rpartition(".")
-            entries[owner, own_name] = Entry(owner, own_name, layout, pattern, parts)
+            entries[owner, own_name] = Entry(owner, own_name, style, pattern, parts)
     return _with_regions(module, _with_partial_owners(module, list(entries.values())))
 
 
@@ -224,13 +224,13 @@ def is_plain_linear(module: nn.Module) -> bool:
 
 def _user_entries(module: nn.Module, pattern: Any, value: Any) -> Iterator[Entry]:
     options: Any = {}
-    style = value
+    word = value
     if isinstance(value, tuple) and len(value) == 2:
-        style, options = value
+        word, options = value
     known = ", ".join(_USER_STYLES)
-    if not isinstance(pattern, str) or not isinstance(style, str) or style not in _USER_STYLES:
+    if not isinstance(pattern, str) or not isinstance(word, str) or word not in _USER_STYLES:
         raise TensorParallelError(f"plan: {pattern!r}: {value!r} is not a style; the styles are {known}")
-    if not isinstance(options, Mapping) or set(options) - {"parts", "head_dim"} or (options and style != "colwise"):
+    if not isinstance(options, Mapping) or set(options) - {"parts", "head_dim"} or (options and word != "colwise"):
         raise TensorParallelError(
             f"plan: {pattern!r}: {value!r}: only colwise takes options, ('colwise', {{'parts': 3}}) or "
             "{'parts': (q_size, k_size, v_size)}, and {'head_dim': size}"
@@ -243,19 +243,19 @@ def _user_entries(module: nn.Module, pattern: Any, value: Any) -> Iterator[Entry
     head_dim = options.get("head_dim")
     if not sizes or not all(_is_size(size) for size in sizes) or not (head_dim is None or _is_size(head_dim)):
         raise TensorParallelError(f"plan: {pattern!r}: parts and head_dim must be positive ints, got {dict(options)}")
-    layout = _USER_STYLES[style]
+    style = _USER_STYLES[word]
     match = _matcher(pattern)
-    if layout is Layout.NUMBER:
+    if style is SplitStyle.NUMBER:
         path, _, attribute = pattern.rpartition(".")
         match = _matcher(path)
         for name, part in module.named_modules(remove_duplicate=False):
             if match(name) and attribute in part.__dict__:
-                yield Entry(name, attribute, layout, pattern)
+                yield Entry(name, attribute, style, pattern)
         return
     for name, part in module.named_modules(remove_duplicate=False):
         if match(name):
-            is_table = style == "vocab" and isinstance(part, nn.Embedding)
-            yield Entry(name, "", Layout.VOCABULARY if is_table else layout, pattern, parts, head_dim)
+            is_table = word == "vocab" and isinstance(part, nn.Embedding)
+            yield Entry(name, "", SplitStyle.VOCABULARY if is_table else style, pattern, parts, head_dim)
 
 
 def _is_size(value: Any) -> bool:
@@ -265,22 +265,22 @@ def _is_size(value: Any) -> bool:
 def _checked(root: nn.Module, entry: Entry) -> Entry:
     module = root.get_submodule(entry.module)
     what = f"plan: {entry.module or 'the module itself'!r}, matched by {entry.pattern!r}, is a {type(module).__name__}"
-    if entry.layout in _CUT_LINEAR and not is_plain_linear(module):
+    if entry.style in _CUT_LINEAR and not is_plain_linear(module):
         raise TensorParallelError(
             f"{what}: this style is for an nn.Linear with its own forward and plain weights; norms are 'sequence' or "
             "'replicate', or not named at all"
         )
-    if entry.layout is Layout.VOCABULARY:
+    if entry.style is SplitStyle.VOCABULARY:
         reason = reason_against_table(module)
         if reason is not None:
             raise TensorParallelError(f"{what}: {reason}")
-    if entry.layout is Layout.NUMBER:
+    if entry.style is SplitStyle.NUMBER:
         value = module.__dict__[entry.parameter]
         if not _is_size(value):
             raise TensorParallelError(
                 f"plan: {entry.module}.{entry.parameter} is {value!r}, and only an int is divided"
             )
-    if entry.layout in _CUT_LINEAR and isinstance(module, nn.Linear):
+    if entry.style in _CUT_LINEAR and isinstance(module, nn.Linear):
         blocks(entry, module.out_features)  # raises if the parts do not fit
     return entry
 
@@ -332,24 +332,24 @@ def _with_partial_owners(root: nn.Module, entries: list[Entry]) -> list[Entry]:
     """Owners of two or more cut weights (not biases) return a partial sum, also where the plan does not say so."""
     owned: dict[str, int] = {}
     for entry in entries:
-        if not entry.parameter or entry.layout not in (Layout.COLUMNS, Layout.ROWS):
+        if not entry.parameter or entry.style not in (SplitStyle.COLUMNS, SplitStyle.ROWS):
             continue
         if getattr(root.get_submodule(entry.module), entry.parameter).ndim >= 3:
             owned[entry.module] = owned.get(entry.module, 0) + 1
-    said = {entry.module for entry in entries if entry.layout is Layout.PARTIAL}
-    more = [Entry(name, "", Layout.PARTIAL, "") for name, count in owned.items() if count >= 2 and name not in said]
+    said = {entry.module for entry in entries if entry.style is SplitStyle.PARTIAL}
+    more = [Entry(name, "", SplitStyle.PARTIAL, "") for name, count in owned.items() if count >= 2 and name not in said]
     return entries + more
 
 
 def _with_regions(root: nn.Module, entries: list[Entry]) -> SplitPlan:
-    partial = {entry.module for entry in entries if entry.layout is Layout.PARTIAL}
+    partial = {entry.module for entry in entries if entry.style is SplitStyle.PARTIAL}
     opening: set[str] = set()  # modules that own, or are the parents of, what opens a stretch of cut features
     closing: set[str] = set()
     for entry in entries:
-        if entry.layout in (Layout.COLUMNS, Layout.ROWS) and not entry.parameter:
-            (opening if entry.layout is Layout.COLUMNS else closing).add(_parent(entry.module))
+        if entry.style in (SplitStyle.COLUMNS, SplitStyle.ROWS) and not entry.parameter:
+            (opening if entry.style is SplitStyle.COLUMNS else closing).add(_parent(entry.module))
     open_above, closed_above = _with_ancestors(opening), _with_ancestors(closing)
-    explicit = {entry.module for entry in entries if entry.layout is Layout.REGION}
+    explicit = {entry.module for entry in entries if entry.style is SplitStyle.REGION}
     candidates: set[str] = set()
     unbalanced: list[str] = []
     for start in sorted(opening | closing):
@@ -366,11 +366,11 @@ def _with_regions(root: nn.Module, entries: list[Entry]) -> SplitPlan:
     lost = set(unbalanced)
     placed = []
     for entry in entries:
-        is_cut = entry.layout in (Layout.COLUMNS, Layout.ROWS)
+        is_cut = entry.style in (SplitStyle.COLUMNS, SplitStyle.ROWS)
         if is_cut and not entry.parameter and _parent(entry.module) in lost:
             continue
         around = next((name for name in _upwards(entry.module) if name in region_set), None)
-        if around is None and entry.layout is Layout.REGION:
+        if around is None and entry.style is SplitStyle.REGION:
             continue  # holds nothing that is cut
         if around is None and entry.parameter and is_cut:
             around = next((name for name in _upwards(entry.module) if name in partial), None)
@@ -385,7 +385,7 @@ def _above_experts(root: nn.Module, name: str, entries: list[Entry]) -> str:
     container = root.get_submodule(_parent(name))
     if not isinstance(container, (nn.ModuleList, nn.ModuleDict)):
         return name
-    cut = {entry.module for entry in entries if entry.layout in (Layout.COLUMNS, Layout.ROWS)}
+    cut = {entry.module for entry in entries if entry.style in (SplitStyle.COLUMNS, SplitStyle.ROWS)}
     module = root.get_submodule(name)
     if any(f"{name}.{inner.rpartition('.')[0]}" not in cut for inner, _ in module.named_parameters()):
         return name

@@ -19,7 +19,7 @@ from torch import nn
 from modelparallel.job import registry
 from modelparallel.job.registry import ConstructorArguments, Family, Registration
 from modelparallel.nn.huggingface import answers, bert, gpt2, gptj, gptneo, gptneox, options, roberta, translation
-from modelparallel.nn.huggingface.translation import Layout, Place, StateDict, Translate
+from modelparallel.nn.huggingface.translation import NameLayout, Place, StateDict, Translate
 from modelparallel.nn.lm_head import DistributedTransformerLMHead
 from modelparallel.nn.transformer import DistributedTransformer
 
@@ -32,7 +32,7 @@ InitHook = Callable[..., Any]
 class LanguageModel:
     """A causal language model (``has_head``), or its body, that a DistributedTransformerLMHead replaces."""
 
-    layout: Layout
+    layout: NameLayout
     init_hook: InitHook
     has_head: bool
     result: str
@@ -72,7 +72,7 @@ class LanguageModel:
 class Encoder:
     """An encoder that a DistributedTransformer replaces."""
 
-    layout: Layout
+    layout: NameLayout
     init_hook: InitHook = bert.encoder_arguments
     result: str = "BaseModelOutputWithPastAndCrossAttentions"
 

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from modelparallel.nn.huggingface import options, translation
-from modelparallel.nn.huggingface.translation import Layout, StateDict, apart, linear
+from modelparallel.nn.huggingface.translation import NameLayout, StateDict, apart, linear
 
 # RobertaEncoder has the same names.
-LAYOUT = Layout(
+LAYOUT = NameLayout(
     hf_layers="layer",
     smp_layers="seq_layers",
     layer=(

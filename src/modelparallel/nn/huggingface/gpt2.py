@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from modelparallel.nn.huggingface import answers, options, translation
-from modelparallel.nn.huggingface.translation import Layout, StateDict, conv1d, linear
+from modelparallel.nn.huggingface.translation import NameLayout, StateDict, conv1d, linear
 
 
 def _causal_masks(index: int, max_seq_len: int) -> list[tuple[str, torch.Tensor]]:
@@ -16,7 +16,7 @@ def _causal_masks(index: int, max_seq_len: int) -> list[tuple[str, torch.Tensor]
     return [("attn.bias", mask), ("attn.masked_bias", torch.tensor(-1e4))]
 
 
-LAYOUT = Layout(
+LAYOUT = NameLayout(
     hf_layers="h",
     smp_layers="transformer.seq_layers",
     before=(

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from modelparallel.nn.huggingface import options, translation
-from modelparallel.nn.huggingface.translation import Layout, StateDict, apart, linear
+from modelparallel.nn.huggingface.translation import NameLayout, StateDict, apart, linear
 
 
 def _causal_masks(index: int, max_seq_len: int) -> list[tuple[str, torch.Tensor]]:
@@ -16,7 +16,7 @@ def _causal_masks(index: int, max_seq_len: int) -> list[tuple[str, torch.Tensor]
     return [("attn.bias", mask), ("attn.masked_bias", torch.tensor(-1e9))]
 
 
-LAYOUT = Layout(
+LAYOUT = NameLayout(
     hf_layers="h",
     smp_layers="transformer.seq_layers",
     before=(linear("wte", "embedding.word_embedding"),),

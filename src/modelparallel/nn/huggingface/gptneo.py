@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from modelparallel.nn.huggingface import options, translation
-from modelparallel.nn.huggingface.translation import Layout, StateDict, apart, linear
+from modelparallel.nn.huggingface.translation import NameLayout, StateDict, apart, linear
 
-LAYOUT = Layout(
+LAYOUT = NameLayout(
     hf_layers="h",
     smp_layers="transformer.seq_layers",
     before=(

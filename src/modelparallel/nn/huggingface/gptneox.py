@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from modelparallel.nn.huggingface import options, translation
-from modelparallel.nn.huggingface.translation import Layout, StateDict, linear
+from modelparallel.nn.huggingface.translation import NameLayout, StateDict, linear
 
-LAYOUT = Layout(
+LAYOUT = NameLayout(
     hf_body="gpt_neox",
     hf_layers="layers",
     smp_layers="transformer.seq_layers",

@@ -1,8 +1,8 @@
 """State dicts under the names of transformers and under those of ``smp.nn``, both ways (smp-api section 10).
 
-A `Layout` is a table of what one family calls its parameters; all translators are made from such tables. They are pure
-functions of dicts: whatever is not in the table stays where it is, under its name; what is, comes out in one block, in
-the order of the other side, at the place of its first entry.
+A `NameLayout` is a table of what one family calls its parameters; all translators are made from such tables. They are
+pure functions of dicts: an entry that is not in the table stays where it is, under its name; the others come out in one
+block, in the order of the other side, at the place of the first of them.
 
 [Note: one copy of the weights] Renamed, reshaped and transposed tensors are views of those given, so nothing is copied
 on the way back to transformers, nor for GPT-2 in either direction. Where a family keeps query, key and value apart,
@@ -120,7 +120,7 @@ Buffers = Callable[[int, int], Sequence[tuple[str, torch.Tensor]]]
 
 
 @dataclass(frozen=True)
-class Layout:
+class NameLayout:
     """What a family calls its parameters.
 
     ``before``, ``layer``, ``after``: what comes before, in and after each layer of ``hf_layers``. ``hf_order``: the
@@ -161,7 +161,7 @@ class Place:
     is a single layer.
     """
 
-    layout: Layout
+    layout: NameLayout
     prefix: str = ""
     has_head: bool = False
     is_layer: bool = False
@@ -242,7 +242,7 @@ def to_hf(state: Mapping[str, Any], places: Sequence[Place], max_seq_len: int | 
     return result
 
 
-def model_to_smp(state: Mapping[str, Any], layout: Layout) -> StateDict:
+def model_to_smp(state: Mapping[str, Any], layout: NameLayout) -> StateDict:
     """`to_smp` for a whole language model: with a head if its body has a name in it, the body alone if not."""
     has_head = any(name.startswith(f"{layout.hf_body}.{layout.hf_layers}.") for name in state)
     place = Place(layout, has_head=has_head)
@@ -255,13 +255,13 @@ def model_to_smp(state: Mapping[str, Any], layout: Layout) -> StateDict:
     return translated
 
 
-def model_to_hf(state: Mapping[str, Any], layout: Layout, max_seq_len: int | None) -> StateDict:
+def model_to_hf(state: Mapping[str, Any], layout: NameLayout, max_seq_len: int | None) -> StateDict:
     """`to_hf` for a whole language model, with a head if there is one in it."""
     has_head = layout.head is not None and f"{layout.head.smp}.weight" in state
     return to_hf(state, [Place(layout, has_head=has_head)], max_seq_len)
 
 
-def places_found(state: Mapping[str, Any], layout: Layout, *markers: str, is_layer: bool = False) -> list[Place]:
+def places_found(state: Mapping[str, Any], layout: NameLayout, *markers: str, is_layer: bool = False) -> list[Place]:
     """The places of a layout anywhere in ``state``: wherever a name ends in one of ``markers`` (regular
     expressions).
     """
@@ -307,7 +307,7 @@ def _smp_position(name: str, prefix: str) -> int:
     return next(i for i, start in enumerate(_SMP_ORDER) if name.startswith(prefix + start))
 
 
-def _hf_position(name: str, layout: Layout) -> int:
+def _hf_position(name: str, layout: NameLayout) -> int:
     return next(i for i, start in enumerate(layout.hf_order) if name == start or name.startswith(start + "."))
 
 
