@@ -51,7 +51,7 @@ class ModelBackward:
         program = engine.program or engine.local_program
         assert program is not None
         if step.loss_weights.note(weight is not None) and weight is not None:
-            with engine.native_region():
+            with engine.natively():
                 self._begin_weights(step, weight)
         scale = self._model.loss_scale
         if weight is not None:
@@ -63,7 +63,7 @@ class ModelBackward:
         if isinstance(program, LocalProgram):
             program.start_backward(roots, seeds, scale, weight, note_root)
             return
-        with engine.native_region():
+        with engine.natively():
             backward_root(program, roots, seeds, scale, weight, note_root)
 
     def _run_outside(

@@ -254,7 +254,7 @@ class ModelGradients:
         self.has_begun = False
         if self.sharding is not None:
             self._check_raised()
-            with self._runtime.engine.native_region():
+            with self._runtime.engine.natively():
                 self.sharding.enter_step()
 
     def begin_step(self, *, is_training: bool) -> None:
@@ -263,7 +263,7 @@ class ModelGradients:
             return
         self.has_begun = True
         # These look at the parameters themselves; the engine would take that for glue of the program.
-        with self._runtime.engine.native_region():
+        with self._runtime.engine.natively():
             if self._replicas is not None:
                 self._replicas.begin_step()
             if self.reducer is not None:

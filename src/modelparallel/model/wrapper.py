@@ -253,7 +253,7 @@ class DistributedModel(PlannedModel):
 
     def _push_small_outputs(self, program: Program, output: Any) -> None:
         limit = self._runtime.engine.push_limit_bytes
-        with self._runtime.engine.native_region():
+        with self._runtime.engine.natively():
             for leaf in trees.leaves(output):
                 if isinstance(leaf, StageTensor) and leaf.spec.num_bytes <= limit and leaf.replica is None:
                     push(program, leaf)

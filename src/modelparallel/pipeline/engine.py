@@ -24,7 +24,7 @@ from modelparallel.pipeline.operations.placed_modules import PlacedModule
 from modelparallel.pipeline.program.first_run import ActivationStore
 from modelparallel.pipeline.program.program import CountWork, Program
 from modelparallel.pipeline.program.randomness import RandomFrames, may_draw, unit_number
-from modelparallel.pipeline.recompute.region import Region
+from modelparallel.pipeline.recompute.region import RecomputedRegion
 from modelparallel.pipeline.schedule.chains import Work
 from modelparallel.pipeline.side_doors.kept_state import MISSING
 from modelparallel.pipeline.side_doors.kept_values import refuse_graph
@@ -103,7 +103,7 @@ class _GlueMode(TorchFunctionMode):
         return result
 
 
-class _NativeRegion:
+class _Natively:
     """While a module or an operation runs at its home nothing of the engine is in between."""
 
     __slots__ = ("_engine", "_is_suspended", "_was_native")
@@ -405,7 +405,7 @@ class PipelineEngine:
                 return inner(*args, **kwargs)
             if number is not None:
                 self.frames.enter_unit(number, self.frames.note_model(model))
-            with _NativeRegion(self):
+            with _Natively(self):
                 return inner(*args, **kwargs)
 
         inner = install_call(module, call)
@@ -424,9 +424,9 @@ class PipelineEngine:
 
     # Running
 
-    def native_region(self) -> _NativeRegion:
+    def natively(self) -> _Natively:
         """A context in which torch runs untouched."""
-        return _NativeRegion(self)
+        return _Natively(self)
 
     @contextmanager
     def running(self, program: Program) -> Iterator[None]:
@@ -456,7 +456,7 @@ class PipelineEngine:
         place = self._module_places.get(id(module))
         if self.program is None or self.is_native or place is None:
             return False
-        with self.native_region():
+        with self.natively():
             conversions.check_same(module, place[1], convert)
         return True
 
@@ -539,10 +539,10 @@ class PipelineEngine:
     def recomputed(
         self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], **options: Any
     ) -> Any:
-        """``function(*args, **kwargs)`` as a region of its own, with the ``options`` of :class:`Region`."""
+        """``function(*args, **kwargs)`` as a region of its own, with the ``options`` of :class:`RecomputedRegion`."""
         if self.is_in_region or not torch.is_grad_enabled():
             return function(*args, **kwargs)
-        with Region(self, function, args, kwargs, **options):
+        with RecomputedRegion(self, function, args, kwargs, **options):
             return function(*args, **kwargs)
 
     def _checkpoint(
@@ -559,7 +559,7 @@ class PipelineEngine:
             if self.program is not None:
                 self.program.is_whole_backward = True
             return None
-        return Region(self, function, args, kwargs, what=_CHECKPOINT, contexts=context_fn())
+        return RecomputedRegion(self, function, args, kwargs, what=_CHECKPOINT, contexts=context_fn())
 
     def _reentrant_checkpoint(self, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         # Like the original: without an input that requires grad the region is no part of any graph.
@@ -589,6 +589,6 @@ class PipelineEngine:
         if any(isinstance(value, StageTensor) for value in args) or self.has_placed(program, args, kwargs):
             if (hooked := module_of_backward_hook(function_class)) is not None:
                 self._refuse_backward_hooks(hooked)
-            with _NativeRegion(self):
+            with _Natively(self):
                 return glue.run(self, program, apply, args, kwargs)
         return apply(*args, **kwargs)

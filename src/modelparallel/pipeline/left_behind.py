@@ -43,7 +43,7 @@ class LeftBehind(torch.Tensor):
 def leave_behind(program: Program) -> None:
     """The model has returned: let go of what its layers keep in caches."""
     if program.filled:
-        with program.engine.native_region():
+        with program.engine.natively():
             for cache, layer, home in program.filled.values():
                 _leave(cache, layer, home)
         program.filled.clear()

@@ -97,8 +97,9 @@ class PlannedModule(DistributedModule):
         return type(self)._smp_own_class.forward(self, *args, **kwargs)
 
 
-class Region(PlannedModule):
-    """Runs the module's own forward for the rows of all ranks; see region.py."""
+class JointRun(PlannedModule):
+    """A region of a plan: the ranks run the module's own forward together, each with its slices,
+    for the rows of all. See regions.py.."""
 
     _returns_partial_sum = False
 
@@ -117,7 +118,7 @@ class Region(PlannedModule):
         )  # fmt: skip
 
 
-class PartialSum(Region):
+class PartialSum(JointRun):
     """A region whose own forward returns a partial sum, with no row-wise layer inside: fused experts."""
 
     _returns_partial_sum = True

@@ -21,10 +21,10 @@ from modelparallel.tensor_parallel.plan_layers import (
     ColumnLinear,
     DividedShare,
     GatheredColumnLinear,
+    JointRun,
     PartialSum,
     Planned,
     PlannedModule,
-    Region,
     RowLinear,
     ScatteredRowLinear,
     VocabularyEmbedding,
@@ -251,7 +251,7 @@ def _apply(
     regions = {entry.region for cut in cuts if (entry := cut.entry).region in plan.regions}
     for region in plan.regions:
         if region in regions and classes.get(region) in (None, PlannedModule):
-            classes[region] = Region
+            classes[region] = JointRun
     for name, layer_class in classes.items():
         module = root.get_submodule(name)
         if isinstance(module, PlannedModule):

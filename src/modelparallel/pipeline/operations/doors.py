@@ -85,7 +85,7 @@ class Door(Doorway):
 
 def run(engine: PlacingStage, program: Program, entry: PlacedModule, args: Any, kwargs: Any) -> Any:
     """Call a module that code of the script sits on; every stage of the pipeline does, in the same order."""
-    with engine.native_region():  # what is done to local tensors on the way is not the script's
+    with engine.natively():  # what is done to local tensors on the way is not the script's
         program.fetch(Arguments(program, args, kwargs).inputs, entry.home, entry.input_description)
     if any(origin_of(hook).startswith("torch.distributed.") for hooks in entry.watch.own for hook in hooks.values()):
         raise UnsupportedError(

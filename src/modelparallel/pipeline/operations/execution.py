@@ -205,7 +205,7 @@ def _structure_of_known(program: Program, arguments: Arguments, compute: Callabl
         program.is_finding_out = False
     tensors = [local for local in locals_ if isinstance(local, torch.Tensor)]
     versions = _versions(tensors)
-    with program.engine.native_region():
+    with program.engine.natively():
         output = arguments.call(compute, locals_)
     mutated = [
         (index, tensor.requires_grad)

@@ -50,7 +50,7 @@ def run(engine: StageView, program: Program, func: Callable[..., Any], args: Any
         program.region.note_used(arguments)
     if traits.is_read and inputs and all(value.replica is not None for value in inputs):
         # Known everywhere: no message, so that a read under `if smp.rank() == 0` cannot hang.
-        with engine.native_region():
+        with engine.natively():
             return arguments.call(
                 func,
                 [
@@ -277,7 +277,7 @@ def _computed(
 ) -> Callable[[], torch.Tensor]:
     def read() -> torch.Tensor:
         if not kept:
-            with torch.no_grad(), engine.native_region():
+            with torch.no_grad(), engine.natively():
                 known = [
                     value.replica() if isinstance(value, StageTensor) and value.replica else value
                     for value in arguments.values

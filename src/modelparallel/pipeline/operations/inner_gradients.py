@@ -112,7 +112,7 @@ class _Walk:
 
     def _operation(self, compute: Callable[..., Any], args: tuple[Any, ...], home: int) -> None:
         program = self._program
-        with program.engine.native_region():
+        with program.engine.natively():
             arguments = Arguments(program, args, {})
             program.fetch(arguments.inputs, home, f"gradient in {self._what}")
             program.tracker.note_work(home, "")

@@ -100,7 +100,7 @@ def _run(
                 reached.visit(leaf)
     captured = tuple(reached.tensors)
     mode = Captured(program, what)
-    with engine.native_region():
+    with engine.natively():
         arguments = Arguments(program, (captured, args, kwargs), {})
     if not arguments.inputs:
         return original(*args, **kwargs)
@@ -119,7 +119,7 @@ def _run(
         drawn = program.frames.counted_since(before)
         return Drawing(result, drawn) if drawn else result
 
-    with engine.native_region():
+    with engine.natively():
         home = choose_home(program.inside, traits_of(original), arguments.values, arguments.inputs, None)
         program.fetch(arguments.inputs, home, f"input of {what}")
         key: Hashable | None = None

@@ -49,8 +49,8 @@ class _Holder:
 
     __slots__ = ("__weakref__", "region", "value")
 
-    def __init__(self, region: Region) -> None:
-        self.region: Region | None = region
+    def __init__(self, region: RecomputedRegion) -> None:
+        self.region: RecomputedRegion | None = region
         self.value: torch.Tensor | None = None
 
 
@@ -65,7 +65,7 @@ def _open_holder(saved: Any) -> torch.Tensor:
     return saved.value
 
 
-class Region:
+class RecomputedRegion:
     """One run of a function whose saved tensors are made again. A context around the first run.
 
     what: for messages. preserves_random: the second run draws the random numbers of the first. contexts: for selective
@@ -146,7 +146,7 @@ class Region:
 
     def __enter__(self) -> None:
         engine = self._engine
-        with engine.native_region():
+        with engine.natively():
             self._keep_all()
         self._is_open = True
         self._was_in_region, engine.is_in_region = engine.is_in_region, True
@@ -172,7 +172,7 @@ class Region:
         if not self._holders or error is not None:
             self._let_go()
             return
-        with self._engine.native_region():
+        with self._engine.natively():
             if self._record is not None:
                 self._record.close()
             for kept in self._buffers:

@@ -53,7 +53,7 @@ class StageView(Protocol):
         """Whether a module runs at its home now."""
         ...
 
-    def native_region(self) -> AbstractContextManager[None]:
+    def natively(self) -> AbstractContextManager[None]:
         """A context in which torch runs untouched."""
         ...
 
