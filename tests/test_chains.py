@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from modelparallel.pipeline.schedule.chains import Follower, Recorder, StepPlan, build_chain, with_local_waits
+from modelparallel.pipeline.schedule.chains import Follower, StepPlan, WayRecorder, build_chain, with_local_waits
 from modelparallel.pipeline.schedule.checks import check_schedule
 from modelparallel.pipeline.schedule.making import make_schedule
 
@@ -110,7 +110,7 @@ def test_another_way_a_shorter_and_a_longer_one_leave_the_plan():
 
 
 def test_reads_of_pushed_values_are_told_and_belong_to_one_stage():
-    recorder = Recorder()
+    recorder = WayRecorder()
     recorder.note_work(0, "a")
     recorder.note_move(0, 1)
     recorder.note_local_wait(0, 1)

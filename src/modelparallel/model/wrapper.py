@@ -255,7 +255,7 @@ class DistributedModel(PlannedModel):
         limit = self._runtime.engine.push_limit_bytes
         with self._runtime.engine.natively():
             for leaf in trees.leaves(output):
-                if isinstance(leaf, StageTensor) and leaf.spec.num_bytes <= limit and leaf.replica is None:
+                if isinstance(leaf, StageTensor) and leaf.spec.num_bytes <= limit and leaf.known_value is None:
                     push(program, leaf)
 
     # Steps

@@ -68,7 +68,7 @@ def trace_step(
         recorder, stateful = _record(root, units, run, measure_memory, counts_saved=False)
     seconds: dict[str, float] = {}
     if measure_times:
-        clock = _Recorder(root, units, measure_memory=False)
+        clock = _CostRecorder(root, units, measure_memory=False)
         with untouched(root), clock.listening(), _GlueWatch(clock):
             run()
         seconds = clock.seconds
@@ -77,8 +77,8 @@ def trace_step(
 
 def _record(
     root: nn.Module, units: Sequence[str], run: Callable[[], object], measure_memory: bool, counts_saved: bool
-) -> tuple[_Recorder, tuple[str, ...]]:
-    recorder = _Recorder(root, units, measure_memory)
+) -> tuple[_CostRecorder, tuple[str, ...]]:
+    recorder = _CostRecorder(root, units, measure_memory)
     with untouched(root) as changed, torch_fast_path_off():
         with recorder.listening(), recorder.counting(counts_saved):
             run()
@@ -213,7 +213,7 @@ def _same_values(first: torch.Tensor, second: torch.Tensor) -> bool:
     return torch.equal(first, second)
 
 
-class _Recorder:
+class _CostRecorder:
     """Notes, through module hooks and operation modes, what happens in which unit during one run of the body."""
 
     def __init__(self, root: nn.Module, units: Sequence[str], measure_memory: bool) -> None:
@@ -453,7 +453,7 @@ class _Recorder:
 class _GlueWatch(TorchFunctionMode):
     """Tells the recorder, operation by operation, whose weights the code outside the units reads."""
 
-    def __init__(self, recorder: _Recorder) -> None:
+    def __init__(self, recorder: _CostRecorder) -> None:
         super().__init__()
         self._recorder = recorder
 

@@ -25,7 +25,7 @@ from modelparallel.pipeline.loss_weights import checked_weight
 from modelparallel.pipeline.program.program import Program
 from modelparallel.pipeline.program.randomness import RandomFrames
 from modelparallel.pipeline.program.turns import Sightings
-from modelparallel.pipeline.schedule.chains import Follower, Recorder, StepPlan
+from modelparallel.pipeline.schedule.chains import Follower, StepPlan, WayRecorder
 from modelparallel.pipeline.side_doors.kept_state import KeptState
 from modelparallel.pipeline.side_doors.ledger import Ledger
 from modelparallel.pipeline.values.stage_tensor import StageTensor
@@ -155,7 +155,7 @@ class _StepRun:
 
     def _make_program(self, index: int, run: MicrobatchRun) -> Program:
         engine, plan = self._engine, self._plan
-        tracker = Recorder() if plan is None else Follower(plan, engine.stage)
+        tracker = WayRecorder() if plan is None else Follower(plan, engine.stage)
         # [Note: structures in a step] An announcement is made by the first program that needs it. Bodies that run one
         # after another know what the earlier ones have heard. Of bodies that take turns nobody can say on all stages
         # alike which was first, so each hears for itself, and they put together what they know when the step is over.
@@ -194,7 +194,7 @@ class _StepRun:
             program.carries_state = True
         if self._kept is None and self._num_microbatches > 1:
             self._kept = KeptState(self._engine.roots, [self._function])
-        if isinstance(program.tracker, Recorder):
+        if isinstance(program.tracker, WayRecorder):
             # Running statistics depend on the order of the calls, which differs if a module is called in two visits.
             repeated = program.tracker.repeated_modules(self._engine.stage)
             statistics: list[Hashable] = [*sorted(self._engine.buffer_states(repeated).items())]

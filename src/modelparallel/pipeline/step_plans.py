@@ -11,7 +11,7 @@ from modelparallel.comm.groups import Group
 from modelparallel.comm.stages.transport import MessageKind, MessageName, StageTransport
 from modelparallel.pipeline.lockstep import IN_TURN, is_same_on_all
 from modelparallel.pipeline.program.program import Program
-from modelparallel.pipeline.schedule.chains import Recorder, StepPlan, Work, build_chain, with_local_waits
+from modelparallel.pipeline.schedule.chains import StepPlan, WayRecorder, Work, build_chain, with_local_waits
 from modelparallel.pipeline.schedule.checks import check_schedule
 from modelparallel.pipeline.schedule.making import make_schedule
 from modelparallel.pipeline.side_doors.ledger import Entry, compare
@@ -47,7 +47,7 @@ class StepCounts:
 
 @dataclass(frozen=True)
 class _Findings:
-    """What one stage tells the others of a discovery step: see :class:`Recorder`."""
+    """What one stage tells the others of a discovery step: see :class:`WayRecorder`."""
 
     waits: tuple[tuple[int, int], ...]
     carries_state: bool
@@ -139,7 +139,7 @@ class StepPlans:
     ) -> StepPlan | None:
         """The forwards of the first step of this kind have run: make its plan. Collective over the pipeline."""
         self.counts = replace(self.counts, discovered=self.counts.discovered + 1)
-        recorders = [program.tracker for program in programs if isinstance(program.tracker, Recorder)]
+        recorders = [program.tracker for program in programs if isinstance(program.tracker, WayRecorder)]
         carries_state = any(program.carries_state for program in programs)
         # The last one is like those of later steps: the first also reads what it finds the structure of results with.
         ledger = programs[-1].ledger
@@ -175,7 +175,7 @@ class StepPlans:
     def _made(
         self,
         programs: Sequence[Program],
-        recorders: Sequence[Recorder],
+        recorders: Sequence[WayRecorder],
         told: Mapping[int, _Findings],
         costs: Mapping[str, Work],
         counted: Mapping[int, Work],

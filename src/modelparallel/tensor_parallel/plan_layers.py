@@ -98,8 +98,9 @@ class PlannedModule(DistributedModule):
 
 
 class JointRun(PlannedModule):
-    """A region of a plan: the ranks run the module's own forward together, each with its slices,
-    for the rows of all. See regions.py.."""
+    """A region of a plan: the ranks run the module's own forward together, each with its slices, for the rows of all.
+    See regions.py.
+    """
 
     _returns_partial_sum = False
 

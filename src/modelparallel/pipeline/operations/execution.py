@@ -195,10 +195,10 @@ def _structure_of_known(program: Program, arguments: Arguments, compute: Callabl
     program.is_finding_out = True
     try:
         for value in arguments.values:
-            if isinstance(value, StageTensor) and value.replica is not None:
+            if isinstance(value, StageTensor) and value.known_value is not None:
                 copied = torch.empty_strided(value.spec.shape, value.spec.stride, dtype=value.spec.dtype)
                 copied = copied.to(program.device if value.spec.device_type != "cpu" else "cpu")
-                locals_.append(copied.copy_(value.replica()).requires_grad_(value.spec.requires_grad))
+                locals_.append(copied.copy_(value.known_value()).requires_grad_(value.spec.requires_grad))
             else:
                 locals_.append(value)
     finally:
@@ -249,6 +249,6 @@ def _note_written(tensor: StageTensor, home: int, requires_grad: bool, what: str
         tensor.home = home
     for member in (tensor, *tensor.sharing()):
         member.places = {member.home}
-        member.replica = None
+        member.known_value = None
         if requires_grad:
             member.mark_requires_grad()

@@ -48,13 +48,13 @@ def run(engine: StageView, program: Program, func: Callable[..., Any], args: Any
         return func(*args, **kwargs)
     if program.region is not None:
         program.region.note_used(arguments)
-    if traits.is_read and inputs and all(value.replica is not None for value in inputs):
+    if traits.is_read and inputs and all(value.known_value is not None for value in inputs):
         # Known everywhere: no message, so that a read under `if smp.rank() == 0` cannot hang.
         with engine.natively():
             return arguments.call(
                 func,
                 [
-                    value.replica() if isinstance(value, StageTensor) and value.replica else value
+                    value.known_value() if isinstance(value, StageTensor) and value.known_value else value
                     for value in arguments.values
                 ],
             )
@@ -69,7 +69,7 @@ def run(engine: StageView, program: Program, func: Callable[..., Any], args: Any
     is_known = (
         written is None
         and bool(inputs)
-        and inputs[0].replica is not None
+        and inputs[0].known_value is not None
         and not traits.is_random
         and all(_is_known_everywhere(value) for value in inputs)
     )
@@ -105,7 +105,7 @@ def _with_plain_bounds(index: Any) -> Any:
 
 
 def _is_known_everywhere(value: StageTensor) -> bool:
-    return value.replica is not None and is_dense(value.spec.shape, value.spec.stride)
+    return value.known_value is not None and is_dense(value.spec.shape, value.spec.stride)
 
 
 def choose_home(
@@ -253,11 +253,13 @@ def _derive_replicas(engine: StageView, arguments: Arguments, result: Any, compu
     """
     kept: list[Any] = []
     for index, leaf in enumerate(trees.leaves(result)):
-        if not isinstance(leaf, StageTensor) or leaf.replica is not None:
+        if not isinstance(leaf, StageTensor) or leaf.known_value is not None:
             continue
         if leaf.spec.num_bytes > engine.push_limit_bytes:
             continue
-        leaf.replica = _own(leaf) if leaf.home == engine.stage else _computed(engine, arguments, compute, kept, index)
+        leaf.known_value = (
+            _own(leaf) if leaf.home == engine.stage else _computed(engine, arguments, compute, kept, index)
+        )
 
 
 def _own(result: StageTensor) -> Callable[[], torch.Tensor]:
@@ -279,7 +281,7 @@ def _computed(
         if not kept:
             with torch.no_grad(), engine.natively():
                 known = [
-                    value.replica() if isinstance(value, StageTensor) and value.replica else value
+                    value.known_value() if isinstance(value, StageTensor) and value.known_value else value
                     for value in arguments.values
                 ]
                 kept.extend(trees.leaves(arguments.call(compute, known)))
@@ -293,7 +295,7 @@ def _push_if_reduced(engine: StageView, program: Program, inputs: Sequence[Stage
     """A single number made of many is a loss or a metric, which scripts like to print on one rank alone: let every
     stage know it.
     """
-    if not isinstance(result, StageTensor) or result.replica is not None or result.is_pinned_home:
+    if not isinstance(result, StageTensor) or result.known_value is not None or result.is_pinned_home:
         return
     if result.spec.num_elements != 1 or result.spec.num_bytes > engine.push_limit_bytes:
         return

@@ -21,15 +21,15 @@ def push(program: Program, tensor: StageTensor) -> None:
         return
     name = MessageName(MessageKind.PUSH, program.microbatch, program.next_push())
     if tensor.home != program.stage:
-        tensor.replica = _Pushed(program, tensor.home, name, tensor.spec).value
+        tensor.known_value = _Pushed(program, tensor.home, name, tensor.spec).value
     else:
         transport = program.engine.transport
         detached = program.local(tensor).detach()
         for peer in transport.peers():
             send_tensors(transport, peer, name, [detached], [tensor.spec], _WHAT)
-        tensor.replica = lambda: detached
+        tensor.known_value = lambda: detached
     if program.region is not None:
-        program.region.replicas.append(tensor.replica)
+        program.region.known_values.append(tensor.known_value)
 
 
 class _Pushed:

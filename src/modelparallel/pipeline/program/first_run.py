@@ -86,7 +86,7 @@ class KeptValue:
         self.places = set(value.places)
         self.stale_reason = value.stale_reason
         self.local = None if value.local is None else KeptTensor(value.local)
-        self.replica = value.replica
+        self.known_value = value.known_value
         self.aliases: AliasGroup | None = value._aliases
 
 
@@ -103,7 +103,7 @@ class Record:
         self.announced: dict[int, bytes] = {}  # by the number of the operation
         self.num_operations = 0
         #: How this stage reads the values that were pushed.
-        self.replicas: list[Callable[[], torch.Tensor] | None] = []
+        self.known_values: list[Callable[[], torch.Tensor] | None] = []
         #: Of the modules that ran here, call by call.
         self.buffers: list[KeptBuffers] = []
         self.glue_buffers: dict[int, torch.Tensor] = {}

@@ -38,7 +38,7 @@ class ReplayProgram(Program):
         self._what = what
         self._shadows: dict[int, StageTensor] = {}
         self._groups: dict[int, AliasGroup] = {}
-        self._num_received = self._num_replicas = self._num_buffers = 0
+        self._num_received = self._num_known_values = self._num_buffers = 0
         self._num_operations = 0
 
     def _other_way(self) -> RecomputationError:
@@ -61,9 +61,9 @@ class ReplayProgram(Program):
         value = self._shadows[id(kept)] = self.new(kept.spec, kept.home, local, group)
         value.places = set(kept.places)
         value.stale_reason = kept.stale_reason
-        value.replica = kept.replica
-        if kept.replica is not None and local is not None:
-            value.replica = local.detach
+        value.known_value = kept.known_value
+        if kept.known_value is not None and local is not None:
+            value.known_value = local.detach
         return value
 
     def resolve(self, leaf: Any) -> Any:
@@ -137,10 +137,10 @@ class ReplayProgram(Program):
         self._num_operations += 1
 
     def replays_push(self, tensor: StageTensor) -> bool:
-        if self._num_replicas >= len(self._first_run.replicas):
+        if self._num_known_values >= len(self._first_run.known_values):
             raise self._other_way()
-        tensor.replica = self._first_run.replicas[self._num_replicas]
-        self._num_replicas += 1
+        tensor.known_value = self._first_run.known_values[self._num_known_values]
+        self._num_known_values += 1
         return True
 
     def around_call(self, module: nn.Module) -> AbstractContextManager[None]:

@@ -69,8 +69,8 @@ class ChainTracker:
         """What was noted last runs on this stage, and costs so much."""
 
 
-class Recorder(ChainTracker):
-    """Writes down a program of the discovery step.
+class WayRecorder(ChainTracker):
+    """Writes down which way a program of the discovery step goes.
 
     ``visit`` is the number of common points so far, since nobody knows the visits yet.
     """

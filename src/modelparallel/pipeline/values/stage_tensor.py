@@ -178,7 +178,7 @@ class StageTensor(torch.Tensor):
     places: set[int]
     local: torch.Tensor | None
     is_pinned_home: bool = False  # a parameter or stateful buffer: operations go to it
-    replica: Callable[[], torch.Tensor] | None = None  # a detached value that this stage may read without a message
+    known_value: Callable[[], torch.Tensor] | None = None  # a detached value that this stage may read without a message
     stale_reason: str | None = None
     made_with: int = 0  # see Ledger.note_known
     born: int = 0  # how many events there were before
