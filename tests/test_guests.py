@@ -156,7 +156,7 @@ def train() -> Any:
     result = distributed_run(make_net, batches(), squares, make_optimizer=adam)
     (wrapped,) = runtime.current().models
     result.weights.update(own_names(smp.allgather(list(wrapped.local_state_dict()), smp.PP_GROUP)))
-    return result, {row.name: row.holders for row in wrapped.table.rows() if row.replicas}
+    return result, {row.name: row.holders for row in wrapped.table.rows() if row.tied_copies}
 
 
 def own_names(parts: list[list[str]]) -> dict[str, Tensor]:

@@ -69,7 +69,7 @@ def train(optimizer: str, size: int) -> Any:
     local = {name: value.detach().clone() for name, value in wrapped.local_named_parameters()}
     shared = {name: local[name] for name in local if name in ("embedding.weight", "blocks.0.0.bias")}
     assert_equal_over(smp.RDP_GROUP, shared)
-    holders = {row.name: row.holders for row in wrapped.table.rows() if row.replicas}
+    holders = {row.name: row.holders for row in wrapped.table.rows() if row.tied_copies}
     (plan,) = [engine.plans.get(kind) for kind in engine.plans.kinds()]
     return result, holders, shared, None if plan is None else plan.is_sequential
 

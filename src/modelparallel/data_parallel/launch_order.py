@@ -2,7 +2,7 @@
 
 [Note: one order] A reducer launches its full buckets in a fixed order during the last backward. With two models in a
 step the buckets of both would be launched as the gradients come, and these need not come in one order on all ranks: a
-stage of a pipeline runs the backwards whose messages are there, and the last microbatch of one replica is not that of
+stage of a pipeline runs the backwards whose messages are there, and the last microbatch of one copy is not that of
 another. Messages of one group are told apart by their order alone, so that one model would get the gradients of the
 other: in silence, if they are as long. So a reducer waits here until those before it have launched all that they launch
 early, and at the end of the step what is left of that comes before everything else.

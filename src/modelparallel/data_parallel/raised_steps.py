@@ -27,7 +27,7 @@ class RaisedSteps:
 
     def __init__(self, group: Group, timeout_seconds: float, *, is_pipelined: bool) -> None:
         self._group = group
-        # A stage of a pipeline learns of another one's exception by a CommunicationError, and so do its replicas.
+        # A stage of a pipeline learns of another one's exception by a CommunicationError, and so do its copies.
         self._follows = WaitTimeoutError if is_pipelined else CommunicationError
         self._timeout = datetime.timedelta(seconds=timeout_seconds)
         name = f"modelparallel/raised steps/{'-'.join(map(str, group.ranks))}"

@@ -1,4 +1,4 @@
-"""The gradient reducer: one for replicated and tensor-parallel parameters, for plain ``loss.backward()`` and steps.
+"""The gradient reducer: one for whole and for sliced parameters, for plain ``loss.backward()`` and steps.
 
 Note: Why not DDP's reducer
     It knows one process group, and it counts one gradient per parameter and backward pass. Here the last microbatch's

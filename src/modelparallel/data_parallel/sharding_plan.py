@@ -117,7 +117,7 @@ def _candidates(table: ParameterTable, stage: int, tp_size: int, threshold: int)
         size = _smallest_slice(row, parameter, tp_size)
         if (
             size >= max(threshold, 1)
-            and not row.replicas
+            and not row.tied_copies
             and (type(parameter) is nn.Parameter or hasattr(parameter, "waits_for_storage"))
             and parameter.ndim > 0
             and parameter.dtype == main_dtype

@@ -3,7 +3,7 @@
 [Note: synchronised statistics] torch's layer takes the statistics of the whole world unless it is given a group: with
 pipelining it would wait for stages that never call it. So layers over the world get the DP_GROUP, whose ranks see
 different samples (the RDP_GROUP where the ranks of a TP_GROUP feed the same batch), and each microbatch is normalised
-over the microbatches of the same number of all these ranks. While the first step is traced, on one replica, nobody
+over the microbatches of the same number of all these ranks. While the first step is traced, on one copy, nobody
 synchronises. torch has no kernel for the CPU: there the means and variances of all ranks are gathered and combined by
 differentiable operations.
 """

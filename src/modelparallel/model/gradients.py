@@ -1,7 +1,7 @@
 """What happens to the gradients and buffers of one wrapped model over the ranks that hold the same part of it.
 
 Made with the model and told of each step by it: before a forward, before the backward of the last microbatch, at the
-end. It puts the parts of ``data_parallel`` and the replicas of the pipeline in order; it reads the parameter table.
+end. It puts the parts of ``data_parallel`` and the tied copies of the pipeline in order; it reads the parameter table.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from modelparallel.deferred.deferred import is_deferred
 from modelparallel.deferred.host_heap import trim_heap
 from modelparallel.errors import SMPConfigError
 from modelparallel.model.creation import place_deferred
-from modelparallel.model.initial_weights import agree_between_replicas
+from modelparallel.model.initial_weights import agree_between_copies
 from modelparallel.model.joining import ModelJoin
 from modelparallel.model.sharding import shard_parameters
-from modelparallel.pipeline.tied_copies import ReplicatedParameters
+from modelparallel.pipeline.tied_copies import TiedCopies
 
 if TYPE_CHECKING:
     import torch
@@ -72,7 +72,7 @@ class ModelGradients:
         self._finds_unused_parameters = finds_unused_parameters
         #: None while there is nothing to reduce: before the partition, or with one data-parallel rank.
         self.reducer: GradientReducer | None = None
-        self._replicas: ReplicatedParameters | None = None
+        self._tied_copies: TiedCopies | None = None
         self._comm_hook: CommHook | None = None
         #: The parameters that are shared out among ranks; None if all are whole.
         self.shards: ParameterShards | None = None
@@ -85,7 +85,7 @@ class ModelGradients:
         # Steps that were left by an exception, where parameters are sharded.
         self._raised: RaisedSteps | None = None
         self._num_backward_steps = 0
-        # Whether the weights of the replicas were compared.
+        # Whether the weights of the data-parallel copies were compared.
         self._has_agreed = False
         # Counted here as well as in the reducer: before the partition there is none.
         self._num_no_sync = 0
@@ -101,9 +101,9 @@ class ModelGradients:
         """
         session, groups = self._runtime.session, self._runtime.session.groups
         if self._runtime.is_pipelined:
-            self._replicas = ReplicatedParameters.of(self._table, self._runtime.engine.transport)
-            if self._replicas is not None:
-                self._replicas.make_equal()
+            self._tied_copies = TiedCopies.of(self._table, self._runtime.engine.transport)
+            if self._tied_copies is not None:
+                self._tied_copies.make_equal()
         self._make_equal(lambda tensor: not is_deferred(tensor))
         if groups.dp.size == 1:
             return
@@ -207,7 +207,7 @@ class ModelGradients:
                 is_counted=row.split is not None or row.reducer_axis == "dp" or groups.tp.rank_in_group == 0,
             )
             for row, parameter in local
-            if id(parameter) in possible and not row.replicas and self._group_of(row).size > 1
+            if id(parameter) in possible and not row.tied_copies and self._group_of(row).size > 1
         ]
         if not shared:
             return None
@@ -264,8 +264,8 @@ class ModelGradients:
         self.has_begun = True
         # These look at the parameters themselves; the engine would take that for glue of the program.
         with self._runtime.engine.natively():
-            if self._replicas is not None:
-                self._replicas.begin_step()
+            if self._tied_copies is not None:
+                self._tied_copies.begin_step()
             if self.reducer is not None:
                 if is_training:
                     self._agree_once()
@@ -290,7 +290,7 @@ class ModelGradients:
             for row, parameter in self._local(self._table.parameters())
             if self.sharding is None or not self.sharding.has(parameter)
         ]
-        agree_between_replicas(entries, self._runtime.session.config.timeout_seconds)
+        agree_between_copies(entries, self._runtime.session.config.timeout_seconds)
 
     def _will_synchronize(self) -> bool:
         """Whether the gradients of this step are made final at its end."""
@@ -367,8 +367,8 @@ class ModelGradients:
             self.reducer.finish_step()
         if self.sharding is not None:
             self.sharding.finish_step()
-        if self._replicas is not None and will_synchronize:
-            self._replicas.add_up()
+        if self._tied_copies is not None and will_synchronize:
+            self._tied_copies.add_up()
         return will_synchronize and self.reducer is not None
 
     def abort_step(self, error: BaseException | None = None) -> Exception | None:

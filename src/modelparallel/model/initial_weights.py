@@ -56,7 +56,7 @@ def agree_before_partition(module: nn.Module, title: str, active: Session, *, ha
     _agree(entries, active, "pp", title)
 
 
-def agree_between_replicas(entries: Sequence[BroadcastTensor], timeout_seconds: float) -> None:
+def agree_between_copies(entries: Sequence[BroadcastTensor], timeout_seconds: float) -> None:
     """The first step that trains begins: each tensor must be equal on its group. Collective over the groups."""
     by_group: dict[int, list[BroadcastTensor]] = {}
     for entry in entries:

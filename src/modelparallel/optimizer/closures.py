@@ -34,7 +34,9 @@ def evaluated(result: Any, optimizer_name: str) -> Callable[[], Any]:
 
 
 def with_mean_loss(closure: Callable[[], Any], optimizer: torch.optim.Optimizer, runtime: Runtime) -> Callable[[], Any]:
-    """For an optimizer that may decide by the loss (a line search), which must be one number on all replicas."""
+    """For an optimizer that may decide by the loss (a line search), which must be one number on all copies of the
+    model.
+    """
     group = runtime.session.groups.dp
     if group.size == 1 or updates_each_element_alone(optimizer):
         return closure

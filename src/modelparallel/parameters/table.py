@@ -105,15 +105,15 @@ class ParameterTable:
         """Complete the table: ``home_of`` gives the stage of a name, None for a constant that every stage holds,
         ``copies_of`` further stages that hold a copy.
 
-        A tensor of several names has its home where the first of them is, and replicas where the others are.
+        A tensor of several names has its home where the first of them is, and tied copies where the others are.
         """
         for name, row in self._rows.items():
             home = home_of(name)
             others = {home_of(alias) for alias in row.aliases}
             others.update(stage for alias in (name, *row.aliases) for stage in copies_of(alias))
             others -= {home, None}
-            replicas = tuple(sorted(stage for stage in others if stage is not None)) if home is not None else ()
-            self._rows[name] = replace(row, home=home, replicas=replicas)
+            tied_copies = tuple(sorted(stage for stage in others if stage is not None)) if home is not None else ()
+            self._rows[name] = replace(row, home=home, tied_copies=tied_copies)
 
     def is_local(self, row: ParameterRow, stage: int) -> bool:
         """Whether ``stage`` holds the tensor."""

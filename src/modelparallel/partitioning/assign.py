@@ -128,26 +128,26 @@ def _with_ties(
 ) -> PartitionPlan:
     if tied_weights == "colocate":
         return find(trace)
-    replicated = find(settled(root, untied(root, trace)))
+    copied = find(settled(root, untied(root, trace)))
     if tied_weights == "replicate":
-        return replicated
+        return copied
     try:
         colocated = find(trace)
     except PartitionError:  # too few items, or more than a stage may hold
-        return replicated
-    return _cheaper(colocated, replicated)
+        return copied
+    return _cheaper(colocated, copied)
 
 
-def _cheaper(colocated: PartitionPlan, replicated: PartitionPlan) -> PartitionPlan:
+def _cheaper(colocated: PartitionPlan, copied: PartitionPlan) -> PartitionPlan:
     """Copies, if the dearest stage then has less to compute and the fullest stage does not hold more than a tenth more.
 
     A microbatch that does not come back to a stage also waits less, which is not counted.
     """
-    if not colocated.figures or not replicated.figures:
+    if not colocated.figures or not copied.figures:
         return colocated
-    work = [max(figures.compute_share or 0.0 for figures in plan.figures) for plan in (colocated, replicated)]
-    held = [max(figures.memory_share for figures in plan.figures) for plan in (colocated, replicated)]
-    return replicated if work[1] <= work[0] and held[1] <= 1.1 * held[0] else colocated
+    work = [max(figures.compute_share or 0.0 for figures in plan.figures) for plan in (colocated, copied)]
+    held = [max(figures.memory_share for figures in plan.figures) for plan in (colocated, copied)]
+    return copied if work[1] <= work[0] and held[1] <= 1.1 * held[0] else colocated
 
 
 def log_plan(plan: PartitionPlan, logger: logging.Logger = LOGGER, *, predicted_bubble: float | None = None) -> None:

@@ -1,6 +1,6 @@
-"""Copies of one parameter on several stages, kept equal: the sum of their gradients is the gradient of each.
+"""Tied copies, of one parameter on several stages, kept equal: the sum of their gradients is the gradient of each.
 
-[Note: replicas] Modules that share a parameter and lie far apart may each have a copy at home (``tied_weights``), so
+[Note: tied copies] Modules that share a parameter and lie far apart may each have a copy at home (``tied_weights``), so
 that no microbatch has to come back to one stage. In the backward every copy gets the gradient of its own uses. When
 the step is over, after the reduction over the data-parallel ranks, the holders exchange what was added since the last
 exchange, and all add it up in the same order: to the bit the same gradient everywhere, so the same weights for ever.
@@ -23,7 +23,7 @@ _GRADIENTS = -2
 
 
 @dataclass(frozen=True)
-class Replica:
+class TiedCopy:
     """This stage's copy of a parameter; ``holders`` are all stages that have one, the home first."""
 
     name: str
@@ -31,45 +31,45 @@ class Replica:
     holders: tuple[int, ...]
 
 
-class ReplicatedParameters:
-    """The copies that this stage holds, in an order that is the same on all stages."""
+class TiedCopies:
+    """The tied copies that this stage holds, in an order that is the same on all stages."""
 
-    def __init__(self, transport: StageTransport, replicas: Sequence[tuple[int, Replica]]) -> None:
-        """``replicas`` come with a number that is the same on all holders."""
+    def __init__(self, transport: StageTransport, copies: Sequence[tuple[int, TiedCopy]]) -> None:
+        """``copies`` come with a number that is the same on all holders."""
         self._transport = transport
-        self._replicas = tuple(replicas)
+        self._copies = tuple(copies)
         self._before: dict[int, torch.Tensor | None] = {}  # gradients that were exchanged already
 
     @classmethod
-    def of(cls, table: ParameterTable, transport: StageTransport) -> ReplicatedParameters | None:
-        """Those of a model; None if this stage holds none."""
+    def of(cls, table: ParameterTable, transport: StageTransport) -> TiedCopies | None:
+        """The tied copies of a model; None if this stage holds none."""
         numbered = [
-            (number, Replica(row.name, parameter, row.holders))
+            (number, TiedCopy(row.name, parameter, row.holders))
             for number, (row, parameter) in enumerate(table.parameters())
-            if row.replicas and transport.stage in row.holders
+            if row.tied_copies and transport.stage in row.holders
         ]
         return cls(transport, numbered) if numbered else None
 
     def make_equal(self) -> None:
         """Take over the home's values; collective over the holders."""
-        for number, replica in self._replicas:
+        for number, copy in self._copies:
             name = MessageName(MessageKind.VALUE, _START, number)
-            spec = TensorSpec.of_gradient(replica.parameter)
-            what = f"the value of '{replica.name}'"
-            home = replica.holders[0]
+            spec = TensorSpec.of_gradient(copy.parameter)
+            what = f"the value of '{copy.name}'"
+            home = copy.holders[0]
             if home == self._transport.stage:
-                for peer in replica.holders[1:]:
-                    send_tensors(self._transport, peer, name, [replica.parameter.detach()], [spec], what)
+                for peer in copy.holders[1:]:
+                    send_tensors(self._transport, peer, name, [copy.parameter.detach()], [spec], what)
                 continue
             value = receive_tensors(self._transport, home, name, [spec], what)[0]
             if value is not None:
                 with torch.no_grad():
-                    replica.parameter.copy_(value)
+                    copy.parameter.copy_(value)
 
     def begin_step(self) -> None:
-        """A step with gradients begins: remember those that are exchanged already."""
-        for number, replica in self._replicas:
-            gradient = replica.parameter.grad
+        """A step with gradients begins: remember the gradients that are exchanged already."""
+        for number, copy in self._copies:
+            gradient = copy.parameter.grad
             if gradient is None or (number in self._before and not bool(gradient.any())):
                 self._before[number] = None  # taken away (zero_grad) since the last step
             elif number not in self._before:
@@ -78,27 +78,27 @@ class ReplicatedParameters:
     def add_up(self) -> None:
         """Give every copy the sum of the gradients; collective over the holders, after the last backward."""
         own: dict[int, torch.Tensor | None] = {}
-        for number, replica in self._replicas:
-            gradient, before = replica.parameter.grad, self._before.get(number)
+        for number, copy in self._copies:
+            gradient, before = copy.parameter.grad, self._before.get(number)
             own[number] = gradient if gradient is None or before is None else gradient - before
-            spec = TensorSpec.of_gradient(replica.parameter)
-            for peer in replica.holders:
+            spec = TensorSpec.of_gradient(copy.parameter)
+            for peer in copy.holders:
                 if peer != self._transport.stage:
                     name = MessageName(MessageKind.VALUE, _GRADIENTS, number)
-                    send_tensors(self._transport, peer, name, [own[number]], [spec], _what(replica))
-        for number, replica in self._replicas:
-            self._sum(number, replica, own[number])
+                    send_tensors(self._transport, peer, name, [own[number]], [spec], _what(copy))
+        for number, copy in self._copies:
+            self._sum(number, copy, own[number])
         self._before.clear()
         self._transport.drain()
 
-    def _sum(self, number: int, replica: Replica, own: torch.Tensor | None) -> None:
-        parameter, total = replica.parameter, self._before.get(number)
+    def _sum(self, number: int, copy: TiedCopy, own: torch.Tensor | None) -> None:
+        parameter, total = copy.parameter, self._before.get(number)
         spec = TensorSpec.of_gradient(parameter)
         name = MessageName(MessageKind.VALUE, _GRADIENTS, number)
-        for stage in sorted(replica.holders):
+        for stage in sorted(copy.holders):
             part = own
             if stage != self._transport.stage:
-                part = receive_tensors(self._transport, stage, name, [spec], _what(replica))[0]
+                part = receive_tensors(self._transport, stage, name, [spec], _what(copy))[0]
             if part is not None:
                 part = part.to(parameter.device)
                 total = part if total is None else total + part
@@ -111,5 +111,5 @@ class ReplicatedParameters:
                 parameter.grad.copy_(total)
 
 
-def _what(replica: Replica) -> str:
-    return f"the gradient of '{replica.name}'"
+def _what(copy: TiedCopy) -> str:
+    return f"the gradient of '{copy.name}'"

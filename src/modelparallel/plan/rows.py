@@ -70,7 +70,7 @@ class ParameterRow:
 
     ``name`` is its name in the user's model (the key of every state dict), ``aliases`` the other names of the same
     tensor. ``home`` is the pp_rank that holds it, None as long as the model is not partitioned and for constant
-    buffers, which every stage holds. ``replicas`` are the other pp_ranks that hold a copy of a shared parameter
+    buffers, which every stage holds. ``tied_copies`` are the other pp_ranks that hold a copy of a shared parameter
     (``tied_weights``), with which modules of theirs compute.
     """
 
@@ -83,12 +83,12 @@ class ParameterRow:
     split: SplitSpec | None = None
     is_scaled_batch: bool = False
     home: int | None = None
-    replicas: tuple[int, ...] = ()
+    tied_copies: tuple[int, ...] = ()
 
     @property
     def holders(self) -> tuple[int, ...]:
         """The pp_ranks that hold a parameter with a home, that one first."""
-        return () if self.home is None else (self.home, *self.replicas)
+        return () if self.home is None else (self.home, *self.tied_copies)
 
     @property
     def reducer_axis(self) -> str:

@@ -149,7 +149,7 @@ class StepFunction:
         if runtime.is_pipelined:
             runtime.engine.transport.end_step()
         if any(has_reduced):
-            self._compare_replicas(runtime)
+            self._compare_copies(runtime)
         if running.has_backward:
             runtime.check_offload()
         if running.loss_weights.are_given:
@@ -187,12 +187,12 @@ class StepFunction:
             raise
         return arguments, seed
 
-    def _compare_replicas(self, runtime: Runtime) -> None:
+    def _compare_copies(self, runtime: Runtime) -> None:
         """In the first steps, and on one stage: whether the data-parallel ranks feed samples of their own."""
         groups = runtime.session.groups
         if runtime.engine.stage or any(model.gradients.joining.is_joining for model in runtime.models):
             return
-        text = runtime.input_checks.compare_replicas(groups, is_prescaled=runtime.session.config.prescaled_batch)
+        text = runtime.input_checks.compare_copies(groups, is_prescaled=runtime.session.config.prescaled_batch)
         if text and groups.dp.rank_in_group == 0:
             runtime_module.logger.warning(text)
 

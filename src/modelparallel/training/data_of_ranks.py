@@ -3,8 +3,8 @@
 [Note: who is fed what] Data-parallel ranks feed samples of their own, also those of a TP_GROUP; with
 ``prescaled_batch`` the ranks of a TP_GROUP feed the same. All stages of a pipeline read the same data, of which that of
 pp_rank 0 counts; placeholders elsewhere are welcome: None, tensors of another shape, or of one value. A sampler by
-torch's own rank and world size gives each stage other samples, and one without ranks gives all replicas the same:
-nothing fails, and the model is trained on a part of the data. So the first steps compare, and say so once.
+torch's own rank and world size gives each stage other samples, and one without ranks gives all copies of the model the
+same: nothing fails, and the model is trained on a part of the data. So the first steps compare, and say so once.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def data_sampler(dataset: Dataset[Any], **options: Any) -> DistributedSampler[An
         options: ``shuffle``, ``seed``, ``drop_last`` of DistributedSampler; call ``set_epoch`` on it as usual.
 
     Raises:
-        SMPConfigError: a dataset without a length, or a number of replicas given.
+        SMPConfigError: a dataset without a length, or ``num_replicas`` or ``rank`` given.
     """
     active = session.current()
     given = sorted({"num_replicas", "rank"} & set(options))
@@ -58,7 +58,7 @@ class InputChecks:
 
     def __init__(self) -> None:
         self._num_left_of_stages = _NUM_STEPS
-        self._num_left_of_replicas = _NUM_STEPS
+        self._num_left_of_copies = _NUM_STEPS
         self._checksum: int | None = None
 
     def difference_of_stages(self, own: Mapping[str, Any], shared: Mapping[str, Any], stage: int) -> str:
@@ -81,7 +81,7 @@ class InputChecks:
     def note(self, arguments: Mapping[str, Any], whole: Iterable[str]) -> None:
         """The arguments of a step, before it runs."""
         self._checksum = None
-        if self._num_left_of_replicas:
+        if self._num_left_of_copies:
             chosen = {name: value for name, value in arguments.items() if name not in set(whole)}
             tensors = [tensor for _, tensor in _tensors_in(chosen) if tensor.ndim and tensor.numel()]
             checksum = 0
@@ -90,12 +90,12 @@ class InputChecks:
             # Distinct from no tensors at all.
             self._checksum = checksum + 1 if tensors else 0
 
-    def compare_replicas(self, groups: Any, *, is_prescaled: bool) -> str:
+    def compare_copies(self, groups: Any, *, is_prescaled: bool) -> str:
         """What to say about the noted arguments; after a reduction of gradients. Collective over DP_GROUP."""
         checksum, self._checksum = self._checksum, None
-        if checksum is None or not self._num_left_of_replicas:
+        if checksum is None or not self._num_left_of_copies:
             return ""
-        self._num_left_of_replicas -= 1
+        self._num_left_of_copies -= 1
         rows = exchange_integers((checksum, groups.rdp.rank_in_group), groups.dp, "the comparison of inputs")
         place_of: dict[int, list[tuple[int, int]]] = {}
         for dp_rank, (found, rdp_rank) in enumerate(rows):
@@ -110,7 +110,7 @@ class InputChecks:
         if is_prescaled and not text and len(place_of) > groups.rdp.size:
             text = "prescaled_batch: the ranks of a TP_GROUP were fed different batches, but they must feed the same"
         if text:
-            self._num_left_of_replicas = 0
+            self._num_left_of_copies = 0
             return f"smp.step: {text}. Give each its own: {_words(is_prescaled=is_prescaled)}"
         return ""
 

@@ -3,10 +3,10 @@
 [Note: one norm] A rank holds a part of the model, so a norm of what it holds is a number of its own, and clipping by it
 changes the direction of the update in silence. Here each element of the model is counted once: a parameter that several
 ranks hold is added up by one of them (tp_rank 0; the home of a copied parameter; the rank that a shard says), and the
-parts are summed in float64 over the MP_GROUP, over the world where parameters are shared out among replicas.
-``clip_grad_norm_``, ``get_total_norm`` and ``clip_grads_with_norm_`` of torch ask for it once a model is wrapped in a
-job where that matters (`torch_compat.intercept_clip_grad_norm`): so a plain script, and Hugging Face's Trainer, get
-this norm too.
+parts are summed in float64 over the MP_GROUP, over the world where parameters are shared out among the copies of the
+model. ``clip_grad_norm_``, ``get_total_norm`` and ``clip_grads_with_norm_`` of torch ask for it once a model is wrapped
+in a job where that matters (`torch_compat.intercept_clip_grad_norm`): so a plain script, and Hugging Face's Trainer,
+get this norm too.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class _Part:
     """
 
     gradient: torch.Tensor
-    is_counted_in_replica: bool
+    is_counted_in_copy: bool
     is_counted_in_world: bool
     scale: float = 1.0
 
@@ -127,7 +127,7 @@ def total_norm(runtime: Runtime, parts: Sequence[_Part], norm_type: float) -> to
             "without join(), or leave shard_optimizer_state out"
         )
     group = groups.world if is_shared_out else groups.mp
-    own = [part.exact for part in parts if (part.is_counted_in_world if is_shared_out else part.is_counted_in_replica)]
+    own = [part.exact for part in parts if (part.is_counted_in_world if is_shared_out else part.is_counted_in_copy)]
     total = torch.zeros((), dtype=torch.float64, device=device)
     with torch.no_grad():
         norms = [norm.double().to(device) for norm in _norms(own, order)]
@@ -198,15 +198,15 @@ def _part(
     runtime: Runtime, gradient: torch.Tensor, row: ParameterRow | None, shard: Shard | None, scale: float
 ) -> _Part:
     groups = runtime.session.groups
-    is_first_replica = groups.rdp.rank_in_group == 0
+    is_first_copy = groups.rdp.rank_in_group == 0
     if row is None:  # of no model of ours: equal on all ranks, as far as we can know
         is_first = groups.mp.rank_in_group == 0
-        return _Part(gradient, is_first, is_first and is_first_replica, scale)
+        return _Part(gradient, is_first, is_first and is_first_copy, scale)
     is_home = row.home is None or row.home == runtime.engine.stage
     if shard is not None:
         return _Part(gradient, is_home and shard.is_counted, is_home and shard.is_counted, scale)
     is_counted = is_home and (row.split is not None or groups.tp.rank_in_group == 0)
-    return _Part(gradient, is_counted, is_counted and is_first_replica, scale)
+    return _Part(gradient, is_counted, is_counted and is_first_copy, scale)
 
 
 @torch.no_grad()

@@ -59,7 +59,7 @@ class Runtime:
             self.engine.plans.lockstep_group = of.groups.dp  # each visit of a module gathers its parameters
         elif of.groups.tp.size > 1:
             self.engine.plans.lockstep_group = of.groups.tp
-        self.engine.plans.are_logged = of.groups.world.rank_in_group == 0  # not by every replica of the first stage
+        self.engine.plans.are_logged = of.groups.world.rank_in_group == 0  # not by every copy of the first stage
         self._transport = transport
         if self._event_file is not None and self._event_file.is_written_at_exit:
             of.closers.append(self._write_at_exit)
@@ -171,8 +171,8 @@ class Runtime:
     def shares_out_parameters(self) -> bool:
         """Whether parameters may be shared out among ranks; by the configuration, so that all ranks say the same."""
         config = self.session.config
-        has_replicas = self.session.groups.dp.size > 1
-        return has_replicas and (config.shard_optimizer_state or config.sharded_data_parallel_degree > 1)
+        has_copies = self.session.groups.dp.size > 1
+        return has_copies and (config.shard_optimizer_state or config.sharded_data_parallel_degree > 1)
 
     def live_optimizers(self) -> list[ParameterHolder]:
         """The wrapped optimizers that still exist."""

@@ -45,7 +45,7 @@ def save(
     """Write an object with ``torch.save``: this rank's part, or with ``partial=False`` a whole object. Local.
 
     A part is called ``<f>_<mp_rank>``, with tensor parallelism ``<f>_<pp_rank>_<tp_rank>``, with ``v3=True``
-    ``<f>_<pp_rank>_<tp_rank>_<rdp_rank>``; a whole object is called ``f``. Ranks of other replicas hold the same parts
+    ``<f>_<pp_rank>_<tp_rank>_<rdp_rank>``; a whole object is called ``f``. Ranks of other copies hold the same parts
     and must not write them too: guard the call by ``smp.dp_rank() == 0``, with tensor parallelism by ``smp.rdp_rank()
     == 0``; not with ``v3``. A file that is there already is replaced at once when the new one is complete.
 

@@ -85,7 +85,7 @@ def run(engine: StageView, program: Program, func: Callable[..., Any], args: Any
         # x += y must leave the user's own object (a buffer, a plain tensor) in x
         return arguments.given[written] if result is arguments.values[written] else result
     if is_known:
-        _derive_replicas(engine, arguments, result, func)
+        _derive_known_values(engine, arguments, result, func)
         if program.ledger is not None:
             program.ledger.note_known(traits.description, arguments.values, result)
     else:
@@ -247,7 +247,7 @@ def _register_hook(program: Program, tensor: StageTensor, hook: Callable[[torch.
     return torch.utils.hooks.RemovableHandle(OrderedDict())
 
 
-def _derive_replicas(engine: StageView, arguments: Arguments, result: Any, compute: Callable[..., Any]) -> None:
+def _derive_known_values(engine: StageView, arguments: Arguments, result: Any, compute: Callable[..., Any]) -> None:
     """The results of an operation on values that every stage may read can be read by every stage, too: computed when
     they are.
     """
