@@ -21,7 +21,7 @@ from modelparallel.comm.stages.transport import Awaited, LocalTransport, Message
 from modelparallel.errors import WaitTimeoutError
 from modelparallel.pipeline.bodies import Body, ThreadBody, WorkerPool
 from modelparallel.pipeline.interpreter import Interpreter
-from modelparallel.pipeline.program.program import Wait
+from modelparallel.pipeline.program.program import NeededMessage
 from modelparallel.pipeline.schedule.chains import Follower, StepPlan, build_chain
 from modelparallel.pipeline.schedule.making import make_schedule
 from modelparallel.plan.schedule import ActionKind
@@ -80,7 +80,7 @@ class FakeProgram:
 
     def take(self, source: int, name: MessageName, is_planned: bool) -> None:
         if not self.transport.has(source, name) or self.tracker.begins_visit:
-            self.on_wait(Wait(Awaited(source, name, "a value", "line"), is_planned))
+            self.on_wait(NeededMessage(Awaited(source, name, "a value", "line"), is_planned))
         assert self.transport.has(source, name), "resumed without its message"
         self.transport.receive(source, name)
 
@@ -260,7 +260,7 @@ def test_bodies_keep_their_own_grad_mode_random_numbers_and_context() -> None:
             random.seed(index)
             first = random.random()
             with torch.no_grad() if index else torch.enable_grad():
-                body_of.suspend(Wait(Awaited(0, MessageName(MessageKind.VALUE, 0, 0), ""), True))
+                body_of.suspend(NeededMessage(Awaited(0, MessageName(MessageKind.VALUE, 0, 0), ""), True))
                 seen.append((index, torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")))
             return first + random.random()
 
@@ -290,7 +290,7 @@ def test_a_body_that_is_abandoned_runs_its_finally_clauses() -> None:
 
     def body() -> None:
         try:
-            one.suspend(Wait(Awaited(0, MessageName(MessageKind.VALUE, 0, 0), ""), True))
+            one.suspend(NeededMessage(Awaited(0, MessageName(MessageKind.VALUE, 0, 0), ""), True))
         finally:
             left.append("finally")
 

@@ -150,7 +150,7 @@ class Wait:
         )
 
 
-def all_reduce(
+def reduce_in_place(
     value: torch.Tensor, group: Group, purpose: str, operation: Any = dist.ReduceOp.SUM, seconds: float = 0.0
 ) -> None:
     """Reduce ``value`` over the group, in place. Collective over it. Errors are those of `Wait.end`."""

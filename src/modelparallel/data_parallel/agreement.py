@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
-from modelparallel.comm.waits import all_reduce
+from modelparallel.comm.waits import reduce_in_place
 from modelparallel.errors import DivergenceError
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def check_agreement(
     digest = hashlib.sha256("\n".join(description).encode()).digest()
     number = int.from_bytes(digest[:7], "big")
     values = torch.tensor([number, -number, len(description), -len(description)], dtype=torch.int64, device=device)
-    all_reduce(values, group, f"the comparison of {subject}", dist.ReduceOp.MAX, timeout_seconds)
+    reduce_in_place(values, group, f"the comparison of {subject}", dist.ReduceOp.MAX, timeout_seconds)
     largest, smallest, most, fewest = values.tolist()
     if largest != -smallest or most != -fewest:
         listing = "\n  ".join(description[:20]) + ("\n  ..." if len(description) > 20 else "")

@@ -23,18 +23,20 @@ if TYPE_CHECKING:
     from modelparallel.data_parallel.sharding import ShardedParameters
 
 
-def describe_own_parts(parameters: Sequence[nn.Parameter], sharded: ShardedParameters) -> None:
-    """Give each parameter of a model the attributes. Local."""
+def mark_own_parts(parameters: Sequence[nn.Parameter], sharded: ShardedParameters) -> None:
+    """Give each parameter of a model the attributes that say what this rank keeps of it. Local."""
     group = sharded.shard_group
     for parameter in parameters:
         if sharded.has(parameter):
-            describe(parameter, parameter, local_part(parameter.detach()).reshape(-1))
+            mark_own_part(parameter, parameter, local_part(parameter.detach()).reshape(-1))
         else:
-            describe(parameter, parameter, own_part_of(parameter.detach(), group))
+            mark_own_part(parameter, parameter, own_part_of(parameter.detach(), group))
 
 
-def describe(tensor: Any, parameter: nn.Parameter, part: Any) -> None:
-    """Give ``tensor``, which stands for ``parameter``, the attributes; ``part``: what this rank keeps of it. Local."""
+def mark_own_part(tensor: Any, parameter: nn.Parameter, part: Any) -> None:
+    """Give ``tensor``, which stands for ``parameter``, these attributes. ``part``: the elements that this rank keeps.
+    Local.
+    """
     part.ds_numel = part.numel()
     tensor.ds_tensor, tensor.ds_numel, tensor.ds_shape = part, parameter.numel(), parameter.shape
 

@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from modelparallel.comm.groups import Group
 
 
-class _Mode(Enum):
+class _Phase(Enum):
     # No step is under way: each backward pass ends with final gradients.
     AUTOMATIC = "automatic"
     # In a step, before its last microbatch: gradients only accumulate.
@@ -118,7 +118,7 @@ class GradientReducer:
         self._entries = tuple(
             entry for entry in parameters if entry.group.size > 1 or self._divisor_of(entry) > 1
         )  # one process has no work here
-        self._mode = _Mode.AUTOMATIC
+        self._phase = _Phase.AUTOMATIC
         self._launches = LaunchOrder()  # of the step that is under way
         self._num_no_sync = 0
         self._will_synchronize = False
@@ -261,9 +261,9 @@ class GradientReducer:
 
     def _make_hook(self, slot: Slot, bucket: Bucket | None) -> Callable[[torch.Tensor], None]:
         def hook(parameter: torch.Tensor) -> None:
-            if self._mode is _Mode.QUIET:
+            if self._phase is _Phase.QUIET:
                 return
-            if self._mode is _Mode.AUTOMATIC:
+            if self._phase is _Phase.AUTOMATIC:
                 if self._num_no_sync:
                     return
                 if self._backward_id != current_backward_id():
@@ -274,7 +274,7 @@ class GradientReducer:
                 slot.is_fired = True
                 bucket.num_waiting -= 1
                 is_full = bucket.num_waiting == 0
-            if is_full and self._mode is _Mode.ARMED:
+            if is_full and self._phase is _Phase.ARMED:
                 self._launches.launch()
             elif is_full:
                 self.launch_full_buckets()
@@ -305,24 +305,24 @@ class GradientReducer:
 
         Raises StepUsageError when a step is under way.
         """
-        if self._mode is not _Mode.AUTOMATIC:
+        if self._phase is not _Phase.AUTOMATIC:
             raise StepUsageError(
                 "a step begins while the gradients of another one are accumulated: steps of one model cannot be "
                 "nested; an engine that ends a step by an exception calls abort_step()"
             )
         self.prepare()
         self._will_synchronize = will_synchronize and self._num_no_sync == 0
-        self._mode = _Mode.QUIET
+        self._phase = _Phase.QUIET
 
     def arm(self, launches: LaunchOrder) -> None:
         """The backward of the last microbatch begins: from now on full buckets are launched, when ``launches`` says
         that it is this reducer's turn. No effect in a step without reduction.
         """
-        if self._mode is _Mode.QUIET and self._will_synchronize:
+        if self._phase is _Phase.QUIET and self._will_synchronize:
             self._start_reduction()
             self._launches = launches
             launches.add(self)
-            self._mode = _Mode.ARMED
+            self._phase = _Phase.ARMED
 
     def make_local(self) -> None:
         """Gradients that are final are ordinary local ones from now on, of which the sum, divided, is the same."""
@@ -335,15 +335,15 @@ class GradientReducer:
         Collective over all groups of the parameters. Raises WaitTimeoutError or CommunicationError, naming bucket and
         group.
         """
-        if self._mode is _Mode.AUTOMATIC:
+        if self._phase is _Phase.AUTOMATIC:
             raise StepUsageError("finish_step() without begin_step()")
-        self._mode = _Mode.AUTOMATIC
+        self._phase = _Phase.AUTOMATIC
         if self._will_synchronize:
             self._finish_reduction()
 
     def abort_step(self) -> None:
         """The step ended by an exception: gradients stay local. Legal at any time."""
-        self._mode = _Mode.AUTOMATIC
+        self._phase = _Phase.AUTOMATIC
         self._will_synchronize = False
         self._is_open = False
         self._backward_id = None
@@ -405,7 +405,7 @@ class GradientReducer:
 
     def launch_early_buckets(self) -> None:
         """The step ends: launch the early buckets that are left. Collective over all groups of the parameters."""
-        if self._mode is not _Mode.ARMED:
+        if self._phase is not _Phase.ARMED:
             return
         with self._lock:
             for bucket in self._launch_order[self._num_launched : self._num_early]:

@@ -32,7 +32,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from modelparallel.comm.collectives.started import start_gather_rows
-from modelparallel.comm.waits import Wait, all_reduce
+from modelparallel.comm.waits import Wait, reduce_in_place
 from modelparallel.data_parallel.agreement import check_agreement
 from modelparallel.data_parallel.named_collectives import NamedGather, NamedReduceScatter
 from modelparallel.data_parallel.progress import frozen_apart
@@ -483,7 +483,7 @@ class ShardedParameters:
             for kind in (self._groups.shard, self._groups.replicate, self._groups.tp):
                 if kind.size > 1:
                     purpose = "the exchange of which parameters have a gradient"
-                    all_reduce(flags, kind, purpose, dist.ReduceOp.MAX, self._timeout_seconds)
+                    reduce_in_place(flags, kind, purpose, dist.ReduceOp.MAX, self._timeout_seconds)
         found = [flag > 0 for flag in flags.tolist()]
         rows = [found[start : start + 4] for start in range(0, len(found), 4)]
         for entry, row, is_trained in zip(self._entries, rows, own, strict=True):
@@ -513,7 +513,7 @@ class ShardedParameters:
             return
         packed = flat if len(chosen) == len(parts) else torch.cat(chosen)
         purpose = f"the reduction of the gradients of {group.title} over the TP_GROUP"
-        all_reduce(packed, self._groups.tp, purpose, seconds=self._timeout_seconds)
+        reduce_in_place(packed, self._groups.tp, purpose, seconds=self._timeout_seconds)
         if packed is not flat:
             for part, total in zip(chosen, packed.split([part.numel() for part in chosen]), strict=True):
                 part.copy_(total)

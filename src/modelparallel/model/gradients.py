@@ -24,7 +24,7 @@ from modelparallel.data_parallel import (
     shareable,
 )
 from modelparallel.data_parallel.launch_order import LaunchOrder
-from modelparallel.data_parallel.own_parts import describe_own_parts
+from modelparallel.data_parallel.own_parts import mark_own_parts
 from modelparallel.data_parallel.raised_steps import RaisedSteps
 from modelparallel.deferred.deferred import is_deferred
 from modelparallel.deferred.host_heap import trim_heap
@@ -123,7 +123,7 @@ class ModelGradients:
             )
         local = list(self._local(self._table.parameters()))
         if self.sharding is not None:
-            describe_own_parts([parameter for _, parameter in local], self.sharding)
+            mark_own_parts([parameter for _, parameter in local], self.sharding)
         own_shards = self._share_out(local) if session.config.shard_optimizer_state else None
         if own_shards is not None:
             self.shards = own_shards

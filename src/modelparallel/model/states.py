@@ -124,7 +124,7 @@ def load_state_dict(
             f"{sorted(unexpected) or 'none'}: load a state dict of the same model, or pass strict=False"
         )
     _check_shapes(model, entries)
-    sliced = {name: local_part(model, name, entries[name]) for name in entries if name in local_names}
+    sliced = {name: local_entry(model, name, entries[name]) for name in entries if name in local_names}
     # strict=False: what lives on other stages is missing here by design; names were checked above.
     model.module.load_state_dict(sliced, strict=False)
     model.has_own_part = model.has_own_part or (is_early and is_partial)
@@ -193,7 +193,7 @@ def _are_shards_alike(value: DTensor, own: Any) -> bool:
     return isinstance(own, DTensor) and value.placements == own.placements and value.device_mesh == own.device_mesh
 
 
-def local_part(model: StatefulModel, name: str, value: Any) -> Any:
+def local_entry(model: StatefulModel, name: str, value: Any) -> Any:
     """What this rank's module takes: the tensor-parallel slice, and of a sharded parameter this rank's shard."""
     value = _local_slice(model, name, value)
     row, sharding = model.table.row_named(name), model.gradients.sharding

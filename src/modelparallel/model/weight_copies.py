@@ -139,7 +139,7 @@ def _update_whole(target: nn.Module, source: nn.Module, write: _Write, what: str
         if isinstance(target, DistributedModel):
             if not target.is_local(tensor):
                 continue
-            value = model_states.local_part(target, name, value)
+            value = model_states.local_entry(target, name, value)
         own = tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
         value = value.to_local() if isinstance(value, DTensor) else value
         if own.shape != value.shape:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from modelparallel.comm.waits import all_reduce
+from modelparallel.comm.waits import reduce_in_place
 from modelparallel.errors import UnsupportedError
 from modelparallel.optimizer.targets import updates_each_element_alone
 
@@ -47,7 +47,7 @@ def with_mean_loss(closure: Callable[[], Any], optimizer: torch.optim.Optimizer,
             return loss
         mean = loss.detach().clone()
         seconds = runtime.session.config.timeout_seconds
-        all_reduce(mean, group, "the mean of the losses that a closure has returned", seconds=seconds)
+        reduce_in_place(mean, group, "the mean of the losses that a closure has returned", seconds=seconds)
         return mean / group.size
 
     return mean_loss

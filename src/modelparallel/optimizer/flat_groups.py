@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import nn
 
-from modelparallel.data_parallel.own_parts import describe, own_part_of
+from modelparallel.data_parallel.own_parts import mark_own_part, own_part_of
 from modelparallel.parameters.shards import local_part
 from modelparallel.training.participants import ParameterHolder
 
@@ -43,15 +43,15 @@ class FlatGroups:
                 return model.gradients.sharding.shard_group
         return None
 
-    def describe_targets(self) -> None:
-        """Give the attributes to what stands in the groups, too, for scripts that look there. Local."""
+    def mark_targets(self) -> None:
+        """Give these attributes to the tensors in the groups of the optimizer, too, for scripts that look there. Local."""
         group = self.shard_group
         if group is None:
             return
         for target in self._optimizer.targets.all():
             value = local_part(target.tensor.detach())
             part = value.reshape(-1) if target.shard is not None else own_part_of(value, group)
-            describe(target.tensor, target.parameter, part)
+            mark_own_part(target.tensor, target.parameter, part)
 
     def parameters(self) -> list[list[nn.Parameter]]:
         """Those of the models that are on this rank, by group."""

@@ -521,7 +521,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
 
     def _settle_targets(self) -> None:
         self.targets.settle(self.all_parameters())
-        self.own_parts.describe_targets()
+        self.own_parts.mark_targets()
 
     def _keep_local_parameters_of_all(self) -> None:
         for model in self._runtime.models:

@@ -121,7 +121,7 @@ class ListReader:
 
         Raises StepUsageError for a list of which it is unclear how it is split.
         """
-        walk = _Walk(axes, num_microbatches)
+        walk = _CallContents(axes, num_microbatches)
         for name, value in arguments.items():
             if name in whole:
                 continue
@@ -137,7 +137,7 @@ class ListReader:
             walk.take_all()
         return Reading(walk.lengths, frozenset(walk.cut), walk.notices)
 
-    def _read_lists(self, walk: _Walk, num_microbatches: int) -> None:
+    def _read_lists(self, walk: _CallContents, num_microbatches: int) -> None:
         known_lengths = {length for _, length in walk.lengths}
         are_members_split = False
         if len(known_lengths) > 1:
@@ -200,7 +200,7 @@ class ListReader:
             _refuse(entry, f"with {sizes}: an earlier call had {was} there, which does not fit these lengths")
         return found
 
-    def _length_of_lists(self, walk: _Walk, num_microbatches: int) -> set[int]:
+    def _length_of_lists(self, walk: _CallContents, num_microbatches: int) -> set[int]:
         """The length of the batch where all tensors lie in lists; empty where nothing tells."""
         tensors = [entry for entry in walk.lists if entry.lengths]
         for entry in tensors:
@@ -228,7 +228,7 @@ class ListReader:
         _refuse(entry, "and no tensor outside of lists tells the length of the batch")
 
     def _length_of_members(
-        self, walk: _Walk, tensors: Sequence[_List], lengths: set[int], num_microbatches: int
+        self, walk: _CallContents, tensors: Sequence[_List], lengths: set[int], num_microbatches: int
     ) -> set[int]:
         """All tensors have one length."""
         (length,) = lengths
@@ -244,7 +244,7 @@ class ListReader:
                     )
         return lengths
 
-    def _look_into_objects(self, walk: _Walk) -> None:
+    def _look_into_objects(self, walk: _CallContents) -> None:
         """Objects that hold tensors and cannot be split: the first of each kind."""
         batch = {length for _, length in walk.lengths}
         for path, value in walk.objects:
@@ -264,7 +264,7 @@ class ListReader:
                 )
 
 
-class _Walk:
+class _CallContents:
     """What lies in the arguments of one call."""
 
     def __init__(self, axes: Mapping[str, int], num_microbatches: int) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from modelparallel.pipeline.program.program import Program, Wait
+from modelparallel.pipeline.program.program import NeededMessage, Program
 from modelparallel.torch_compat import ThreadState
 
 
@@ -38,7 +38,7 @@ class Body:
         self.is_started = False
         self.is_done = False
         self.output: Any = None
-        self.wait: Wait | None = None
+        self.wait: NeededMessage | None = None
 
     @property
     def visit(self) -> int:
@@ -109,7 +109,7 @@ class ThreadBody(Body):
         except BaseException as error:
             self._error = error
 
-    def suspend(self, wait: Wait) -> None:
+    def suspend(self, wait: NeededMessage) -> None:
         """In the worker's thread: give the turn back until the message is there."""
         self.wait = wait
         self._saved = _process_state(self.program)

@@ -457,7 +457,7 @@ class PipelineEngine:
         if self.program is None or self.is_native or place is None:
             return False
         with self.natively():
-            conversions.check_same(module, place[1], convert)
+            conversions.check_keeps_kind(module, place[1], convert)
         return True
 
     def _notice_hook(self) -> None:

@@ -38,11 +38,11 @@ class _OwnObject:
 class _Envelope:
     payload: bytes
     specs: tuple[TensorSpec, ...]
-    parts: tuple[_Part, ...]
+    parts: tuple[_PackedTensor, ...]
 
 
 @dataclass(frozen=True)
-class _Part:
+class _PackedTensor:
     """A tensor as a view of the flat tensor ``index`` of the message, in elements."""
 
     index: int
@@ -102,7 +102,7 @@ class _TensorUnpickler(pickle.Unpickler):
         return self._tensors[pid]
 
 
-def _in_parts(tensors: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[TensorSpec], list[_Part]]:
+def _in_parts(tensors: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[TensorSpec], list[_PackedTensor]]:
     """(what travels, its specs, per tensor how it is cut from what travels): tensors that share memory travel as one,
     so that they share it on every stage.
     """
@@ -110,7 +110,7 @@ def _in_parts(tensors: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[Ten
     for index, tensor in enumerate(tensors):
         if tensor.layout is torch.strided and tensor.numel():
             sharing.setdefault((tensor.untyped_storage().data_ptr(), tensor.dtype), []).append(index)
-    parts: dict[int, _Part] = {}
+    parts: dict[int, _PackedTensor] = {}
     travelling: list[torch.Tensor] = []
     for members in sharing.values():
         if len(members) == 1:
@@ -119,11 +119,11 @@ def _in_parts(tensors: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[Ten
         last = max(_last_element(tensors[index]) for index in members)
         for index in members:
             tensor = tensors[index]
-            parts[index] = _Part(len(travelling), TensorSpec.of(tensor), int(tensor.storage_offset() - first))
+            parts[index] = _PackedTensor(len(travelling), TensorSpec.of(tensor), int(tensor.storage_offset() - first))
         travelling.append(tensors[members[0]].detach().as_strided((last + 1 - first,), (1,), first))
     for index, tensor in enumerate(tensors):
         if index not in parts:
-            parts[index] = _Part(len(travelling), TensorSpec.of(tensor), -1)
+            parts[index] = _PackedTensor(len(travelling), TensorSpec.of(tensor), -1)
             travelling.append(tensor.detach())
     specs = [TensorSpec.of(tensor) for tensor in travelling]
     return travelling, specs, [parts[index] for index in range(len(tensors))]
@@ -134,7 +134,7 @@ def _last_element(tensor: torch.Tensor) -> int:
     return int(tensor.storage_offset()) + steps
 
 
-def _from_parts(received: list[torch.Tensor], parts: Sequence[_Part]) -> list[torch.Tensor]:
+def _from_parts(received: list[torch.Tensor], parts: Sequence[_PackedTensor]) -> list[torch.Tensor]:
     return [
         received[part.index]
         if part.offset < 0

@@ -21,7 +21,7 @@ from contextlib import AbstractContextManager
 
 from modelparallel.comm.stages.transport import Awaited, StageTransport
 from modelparallel.pipeline.bodies import Body
-from modelparallel.pipeline.program.program import Wait
+from modelparallel.pipeline.program.program import NeededMessage
 from modelparallel.plan.schedule import Action, ActionKind
 from modelparallel.torch_compat import ThreadState
 
@@ -145,7 +145,7 @@ class Interpreter:
 
     # Whatever can run
 
-    def _wait_inside(self, wait: Wait) -> None:
+    def _wait_inside(self, wait: NeededMessage) -> None:
         """A body that runs in one go needs a message."""
         awaited = wait.awaited
         self.has_left |= any(body.program.tracker.has_left for body in self._bodies)

@@ -16,7 +16,7 @@ from torch import nn
 from modelparallel import trees
 from modelparallel.errors import UnsupportedError
 from modelparallel.pipeline.program.program import Program
-from modelparallel.pipeline.values.holders import is_object
+from modelparallel.pipeline.values.holders import is_looked_into
 from modelparallel.pipeline.values.stage_tensor import StageTensor
 
 
@@ -65,7 +65,7 @@ def _leave(cache: Any, layer: str, home: int) -> None:
             return part if isinstance(part, (StageTensor, nn.Parameter)) else left
         if isinstance(part, tuple):
             return trees.rebuild(part, {key: without(child) for key, child in trees.children(part)})
-        if id(part) not in seen and (isinstance(part, (list, dict)) or is_object(part)):
+        if id(part) not in seen and (isinstance(part, (list, dict)) or is_looked_into(part)):
             seen.add(id(part))
             content = part if isinstance(part, (list, dict)) else vars(part)
             pairs = enumerate(content) if isinstance(content, list) else content.items()

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from modelparallel.errors import StepUsageError
-from modelparallel.pipeline.loss_weights import check_same, checked_weight
+from modelparallel.pipeline.loss_weights import check_same_weight, checked_weight
 from modelparallel.pipeline.program.randomness import RandomFrames
 from modelparallel.torch_compat import keep_nan_out
 
@@ -42,7 +42,7 @@ class LocalProgram:
         if weight is not None:
             number = checked_weight(weight)
             if self.loss_weight is not None:
-                check_same(self.loss_weight, number)
+                check_same_weight(self.loss_weight, number)
             self.loss_weight = number
             scale *= number
             if number == 0:

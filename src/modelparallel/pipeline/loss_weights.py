@@ -77,7 +77,7 @@ class LossWeights:
         return is_first
 
 
-def check_same(first: object, weight: object) -> None:
+def check_same_weight(first: object, weight: object) -> None:
     """Raise StepUsageError if a microbatch has two weights."""
     is_same = first is weight or (isinstance(first, float) and isinstance(weight, float) and first == weight)
     if not is_same:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from modelparallel.errors import StepUsageError
-from modelparallel.pipeline.loss_weights import check_same, checked_weight
+from modelparallel.pipeline.loss_weights import check_same_weight, checked_weight
 from modelparallel.pipeline.program.program import Program
 from modelparallel.pipeline.values.stage_tensor import StageTensor
 from modelparallel.torch_compat import keep_nan_out
@@ -75,7 +75,7 @@ def _keep_weight(program: Program, weight: float | torch.Tensor) -> None:
             "(weight.detach())"
         )
     if program.loss_weight is not None:
-        check_same(program.loss_weight, value)
+        check_same_weight(program.loss_weight, value)
     program.loss_weight = value
 
 

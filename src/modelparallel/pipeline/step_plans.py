@@ -14,7 +14,7 @@ from modelparallel.pipeline.program.program import Program
 from modelparallel.pipeline.schedule.chains import StepPlan, WayRecorder, Work, build_chain, with_local_waits
 from modelparallel.pipeline.schedule.checks import check_schedule
 from modelparallel.pipeline.schedule.making import make_schedule
-from modelparallel.pipeline.side_doors.ledger import Entry, compare
+from modelparallel.pipeline.side_doors.ledger import LedgerEntry, compare
 
 _PLAN = MessageName(MessageKind.PLAN, 0, 0)
 _END = MessageName(MessageKind.PLAN, 0, 1)
@@ -52,7 +52,7 @@ class _Findings:
     waits: tuple[tuple[int, int], ...]
     carries_state: bool
     costs: Mapping[int, Work]
-    ledger: tuple[Entry, ...]
+    ledger: tuple[LedgerEntry, ...]
 
     def to_bytes(self) -> bytes:
         """For a message."""

@@ -212,7 +212,7 @@ class GatheredColumnLinear(PlannedModule):
         return F.pad(output, (0, width - output.shape[-1])) if output.shape[-1] != width else output
 
 
-class VocabularyEmbedding(PlannedModule):
+class RowEmbedding(PlannedModule):
     """``nn.Embedding`` with own rows of the table: each rank looks up what it has, and the partial results are summed.
 
     The ids of a call are checked on the CPU; on a GPU one outside the table gives zeros.

@@ -25,13 +25,13 @@ from modelparallel.tensor_parallel.plan_layers import (
     PartialSum,
     Planned,
     PlannedModule,
+    RowEmbedding,
     RowLinear,
     ScatteredRowLinear,
-    VocabularyEmbedding,
     adopt,
 )
 from modelparallel.tensor_parallel.plans import (
-    Entry,
+    PlanEntry,
     SplitPlan,
     SplitStyle,
     blocks,
@@ -51,7 +51,7 @@ _CLASSES: Mapping[SplitStyle, type[PlannedModule]] = {
     SplitStyle.ROWS: RowLinear,
     SplitStyle.GATHERED: GatheredColumnLinear,
     SplitStyle.SCATTERED: ScatteredRowLinear,
-    SplitStyle.VOCABULARY: VocabularyEmbedding,
+    SplitStyle.VOCABULARY: RowEmbedding,
     SplitStyle.PARTIAL: PartialSum,
     SplitStyle.DIVIDED: DividedShare,
 }
@@ -62,7 +62,7 @@ Specs = dict[str, SplitSpec]  # by the name of a parameter, from the module that
 class _Cut:
     """An entry whose weights can be cut: how."""
 
-    entry: Entry
+    entry: PlanEntry
     specs: Specs
 
 
@@ -102,7 +102,7 @@ def split_by_plan(
     _apply(root, prefix, plan, [cut for cut in cuts if _key(cut.entry) not in failed], tp_group, is_prescaled)
 
 
-def _key(entry: Entry) -> tuple[str, str]:
+def _key(entry: PlanEntry) -> tuple[str, str]:
     """What stays whole together: the region, or a layer that takes and gives all features."""
     is_by_itself = entry.style in (SplitStyle.GATHERED, SplitStyle.SCATTERED, SplitStyle.VOCABULARY)
     return ("layer", entry.module) if entry.region is None or is_by_itself else ("region", entry.region)
@@ -124,7 +124,7 @@ def _possible_cuts(
     return cuts, failed
 
 
-def _specs_of(root: nn.Module, prefix: str, entry: Entry, tp_size: int) -> Specs:
+def _specs_of(root: nn.Module, prefix: str, entry: PlanEntry, tp_size: int) -> Specs:
     module = root.get_submodule(entry.module)
     what = f"module '{prefix}{entry.module}' ({type(module).__name__})"
     style = entry.style
@@ -158,7 +158,7 @@ def _specs_of(root: nn.Module, prefix: str, entry: Entry, tp_size: int) -> Specs
     return specs
 
 
-def _parameter_spec(module: nn.Module, what: str, entry: Entry, tp_size: int) -> Specs:
+def _parameter_spec(module: nn.Module, what: str, entry: PlanEntry, tp_size: int) -> Specs:
     parameter = module._parameters[entry.parameter]
     if parameter is None:
         return {}
@@ -172,7 +172,7 @@ def _parameter_spec(module: nn.Module, what: str, entry: Entry, tp_size: int) ->
     return {f"{entry.module}.{entry.parameter}".lstrip("."): SplitSpec(dim, tuple(parameter.shape), parts)}
 
 
-def _check_lengths(root: nn.Module, entry: Entry, lengths: tuple[int, ...], tp_size: int, what: str) -> None:
+def _check_lengths(root: nn.Module, entry: PlanEntry, lengths: tuple[int, ...], tp_size: int, what: str) -> None:
     """Features are cut in whole heads, where it is known what a head is."""
     size = entry.head_dim or head_size(root.get_submodule(entry.module.rpartition(".")[0]))
     for length in lengths:
@@ -256,7 +256,7 @@ def _apply(
         module = root.get_submodule(name)
         if isinstance(module, PlannedModule):
             continue  # one module with two names
-        if layer_class is VocabularyEmbedding:
+        if layer_class is RowEmbedding:
             _localise_padding(module, splits[name]["weight"], tp_group)
         full_name = (prefix + name).rstrip(".") or "the root module"
         adopt(module, layer_class, Planned(full_name, splits.get(name, {}), memo, is_prescaled), tp_group)

@@ -2,7 +2,7 @@
 
 A plan is a table of name patterns (``*`` stands for one component of a name) to styles. It comes from the user
 (``smp.set_tensor_parallelism(module, plan=...)``) or is carried by the model, as Hugging Face's are (an attribute
-``_tp_plan``). Both become a `SplitPlan`: one `Entry` for each module or parameter that is cut, and the *regions*.
+``_tp_plan``). Both become a `SplitPlan`: one `PlanEntry` for each module or parameter that is cut, and the *regions*.
 
 [Note: Regions] Between a column-wise and a row-wise layer each rank has a slice of the features, and the code there is
 the model's own. So the module that holds such a group as a whole is run for the rows of all ranks: it is a region.
@@ -96,7 +96,7 @@ _HEAD_SIZES = ("head_dim", "head_size")
 
 
 @dataclass(frozen=True)
-class Entry:
+class PlanEntry:
     """One module, or one parameter or number of it, that a plan names.
 
     ``module`` and ``parameter`` are names relative to the module that the plan is for; ``parameter`` is empty where the
@@ -118,7 +118,7 @@ class Entry:
 class SplitPlan:
     """What is to be cut, by name, and the regions; ``unbalanced`` says which entries lack their counterpart."""
 
-    entries: tuple[Entry, ...]
+    entries: tuple[PlanEntry, ...]
     regions: tuple[str, ...]
     unbalanced: tuple[str, ...] = ()
 
@@ -129,7 +129,7 @@ def user_plan(module: nn.Module, table: Any) -> SplitPlan:
         raise TensorParallelError(
             f"smp.set_tensor_parallelism: plan must be a dict of name patterns to styles, got {table!r:.80}"
         )
-    entries: dict[tuple[str, str], Entry] = {}
+    entries: dict[tuple[str, str], PlanEntry] = {}
     for pattern, value in table.items():
         found = [_checked(module, entry) for entry in _user_entries(module, pattern, value)]
         if not found:
@@ -157,7 +157,7 @@ def carried_plan(module: nn.Module) -> SplitPlan | None:
     table = _carried_table(module)
     if not table:
         return None
-    entries: dict[tuple[str, str], Entry] = {}
+    entries: dict[tuple[str, str], PlanEntry] = {}
     parameters = dict(module.named_parameters(remove_duplicate=False))
     modules = dict(module.named_modules(remove_duplicate=False))
     for pattern, word in table.items():
@@ -171,13 +171,13 @@ def carried_plan(module: nn.Module) -> SplitPlan | None:
         style, parts = _CARRIED_STYLES[word], 2 if "packed" in word else 1
         match = _matcher(pattern)
         for name in filter(match, modules):
-            made = Entry(name, "", style, pattern, parts)
+            made = PlanEntry(name, "", style, pattern, parts)
             if isinstance(modules[name], nn.Embedding) and style in (SplitStyle.ROWS, SplitStyle.SCATTERED):
                 made = replace(made, style=SplitStyle.VOCABULARY)
             entries[name, ""] = made
         for name in filter(match, parameters):
             owner, _, own_name = name.rpartition(".")
-            entries[owner, own_name] = Entry(owner, own_name, style, pattern, parts)
+            entries[owner, own_name] = PlanEntry(owner, own_name, style, pattern, parts)
     return _with_regions(module, _with_partial_owners(module, list(entries.values())))
 
 
@@ -222,7 +222,7 @@ def is_plain_linear(module: nn.Module) -> bool:
     )
 
 
-def _user_entries(module: nn.Module, pattern: Any, value: Any) -> Iterator[Entry]:
+def _user_entries(module: nn.Module, pattern: Any, value: Any) -> Iterator[PlanEntry]:
     options: Any = {}
     word = value
     if isinstance(value, tuple) and len(value) == 2:
@@ -250,19 +250,19 @@ def _user_entries(module: nn.Module, pattern: Any, value: Any) -> Iterator[Entry
         match = _matcher(path)
         for name, part in module.named_modules(remove_duplicate=False):
             if match(name) and attribute in part.__dict__:
-                yield Entry(name, attribute, style, pattern)
+                yield PlanEntry(name, attribute, style, pattern)
         return
     for name, part in module.named_modules(remove_duplicate=False):
         if match(name):
             is_table = word == "vocab" and isinstance(part, nn.Embedding)
-            yield Entry(name, "", SplitStyle.VOCABULARY if is_table else style, pattern, parts, head_dim)
+            yield PlanEntry(name, "", SplitStyle.VOCABULARY if is_table else style, pattern, parts, head_dim)
 
 
 def _is_size(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
-def _checked(root: nn.Module, entry: Entry) -> Entry:
+def _checked(root: nn.Module, entry: PlanEntry) -> PlanEntry:
     module = root.get_submodule(entry.module)
     what = f"plan: {entry.module or 'the module itself'!r}, matched by {entry.pattern!r}, is a {type(module).__name__}"
     if entry.style in _CUT_LINEAR and not is_plain_linear(module):
@@ -285,7 +285,7 @@ def _checked(root: nn.Module, entry: Entry) -> Entry:
     return entry
 
 
-def blocks(entry: Entry, length: int) -> tuple[int, ...]:
+def blocks(entry: PlanEntry, length: int) -> tuple[int, ...]:
     """The lengths of the blocks of a packed layout of ``length`` features; empty if it is one block."""
     if entry.parts == 1:
         return ()
@@ -328,7 +328,7 @@ def _nearest(module: nn.Module, pattern: str) -> str:
     return "names are relative to the module that is given"
 
 
-def _with_partial_owners(root: nn.Module, entries: list[Entry]) -> list[Entry]:
+def _with_partial_owners(root: nn.Module, entries: list[PlanEntry]) -> list[PlanEntry]:
     """Owners of two or more cut weights (not biases) return a partial sum, also where the plan does not say so."""
     owned: dict[str, int] = {}
     for entry in entries:
@@ -337,11 +337,13 @@ def _with_partial_owners(root: nn.Module, entries: list[Entry]) -> list[Entry]:
         if getattr(root.get_submodule(entry.module), entry.parameter).ndim >= 3:
             owned[entry.module] = owned.get(entry.module, 0) + 1
     said = {entry.module for entry in entries if entry.style is SplitStyle.PARTIAL}
-    more = [Entry(name, "", SplitStyle.PARTIAL, "") for name, count in owned.items() if count >= 2 and name not in said]
+    more = [
+        PlanEntry(name, "", SplitStyle.PARTIAL, "") for name, count in owned.items() if count >= 2 and name not in said
+    ]
     return entries + more
 
 
-def _with_regions(root: nn.Module, entries: list[Entry]) -> SplitPlan:
+def _with_regions(root: nn.Module, entries: list[PlanEntry]) -> SplitPlan:
     partial = {entry.module for entry in entries if entry.style is SplitStyle.PARTIAL}
     opening: set[str] = set()  # modules that own, or are the parents of, what opens a stretch of cut features
     closing: set[str] = set()
@@ -378,7 +380,7 @@ def _with_regions(root: nn.Module, entries: list[Entry]) -> SplitPlan:
     return SplitPlan(tuple(placed), tuple(regions), tuple(unbalanced))
 
 
-def _above_experts(root: nn.Module, name: str, entries: list[Entry]) -> str:
+def _above_experts(root: nn.Module, name: str, entries: list[PlanEntry]) -> str:
     """``name``, or the owner of the list whose elements are experts, of which ``name`` is one; see the note above."""
     if not name:
         return name

@@ -74,7 +74,7 @@ class GatherMemo:
 
 
 @dataclass
-class Arguments:
+class RegionArguments:
     """The arguments of one pass: ``counts`` are the rows of each rank, 0 where it takes no part with rows.
 
     ``kind`` describes them as text, ``signature`` without what may change from call to call: sizes and numbers.
@@ -102,7 +102,7 @@ class Arguments:
         return next(iter(floating or [tensor for tensor in self.tensors if tensor.ndim]), None)
 
 
-def describe(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
+def read_arguments(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> RegionArguments:
     """What is to be known of the arguments of a call of the region ``name``."""
     tensors: list[torch.Tensor] = []
     names: list[str] = []
@@ -125,7 +125,7 @@ def describe(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Argume
         return leaf
 
     trees.map_leaves_with_path(look, (args, kwargs))
-    found = Arguments(args, kwargs, tensors, names, json.dumps(leaves), _signature(leaves))
+    found = RegionArguments(args, kwargs, tensors, names, json.dumps(leaves), _signature(leaves))
     if found.hidden is None:
         raise TensorParallelError(f"region '{name}': no argument is a tensor with a batch dim, its rows are not known")
     if len(tensors) > _MAX_TENSORS:
@@ -144,8 +144,8 @@ def _signature(leaves: list[list[Any]]) -> str:
 
 
 def agree(
-    name: str, group: Group, own: Arguments, *, seed: int, states: Any, memo: GatherMemo | None
-) -> tuple[int, list[Arguments]]:
+    name: str, group: Group, own: RegionArguments, *, seed: int, states: Any, memo: GatherMemo | None
+) -> tuple[int, list[RegionArguments]]:
     """(a common seed, the passes): one small message, and two more if the ranks' arguments are of different kinds.
 
     ``states``: what is known of a signature, a number; of each pass the least of the ranks' is taken. `SEPARATE` says
@@ -183,7 +183,7 @@ def agree(
     return rows[0][_SEED], passes
 
 
-def separately(own: Arguments, group: Group) -> list[Arguments]:
+def separately(own: RegionArguments, group: Group) -> list[RegionArguments]:
     """A pass for each rank, of arguments that are of one kind and go together by `agree`."""
     return [
         _part(own, own.kind, [[0, 0, 0, count, 0, *dims] for count, dims in zip(own.counts, own.dims, strict=True)],
@@ -193,15 +193,15 @@ def separately(own: Arguments, group: Group) -> list[Arguments]:
 
 
 def _part(
-    own: Arguments, kind: str, rows: Sequence[Sequence[int]], members: tuple[int, ...], group: Group, state: int
-) -> Arguments:
+    own: RegionArguments, kind: str, rows: Sequence[Sequence[int]], members: tuple[int, ...], group: Group, state: int
+) -> RegionArguments:
     is_own = group.rank_in_group in members
     part = _pass_of(copy.copy(own) if is_own else _stand_in(own, kind), rows, members)
     part.is_own, part.state = is_own, state
     return part
 
 
-def _pass_of(arguments: Arguments, rows: Sequence[Sequence[int]], members: tuple[int, ...]) -> Arguments:
+def _pass_of(arguments: RegionArguments, rows: Sequence[Sequence[int]], members: tuple[int, ...]) -> RegionArguments:
     number = len(arguments.tensors)
     arguments.members = members
     arguments.counts = tuple(row[_ROWS] if rank in members else 0 for rank, row in enumerate(rows))
@@ -239,7 +239,7 @@ def _check_kinds(name: str, kinds: list[str], is_prescaled: bool) -> None:
     )
 
 
-def _stand_in(own: Arguments, kind: str) -> Arguments:
+def _stand_in(own: RegionArguments, kind: str) -> RegionArguments:
     """Arguments of another kind, without rows, made from the own ones."""
     leaves = json.loads(kind)
     assert own.hidden is not None
@@ -258,17 +258,19 @@ def _stand_in(own: Arguments, kind: str) -> Arguments:
 
     args, kwargs = trees.map_leaves_with_path(make, (own.args, own.kwargs))
     names = [leaf[0] for leaf in leaves if len(leaf) == 5]
-    return Arguments(args, kwargs, tensors, names, kind, _signature(leaves))
+    return RegionArguments(args, kwargs, tensors, names, kind, _signature(leaves))
 
 
-def joined(name: str, group: Group, arguments: Arguments, memo: GatherMemo) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def joined(
+    name: str, group: Group, arguments: RegionArguments, memo: GatherMemo
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments of a pass for the rows of all its members."""
     return substituted(
         arguments, [_gathered(name, group, arguments, index, memo) for index in range(len(arguments.tensors))]
     )
 
 
-def substituted(arguments: Arguments, tensors: Sequence[torch.Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def substituted(arguments: RegionArguments, tensors: Sequence[torch.Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments with other tensors in the places of theirs."""
     remaining = iter(tensors)
     mapped: tuple[tuple[Any, ...], dict[str, Any]] = trees.map_leaves_with_path(
@@ -277,7 +279,7 @@ def substituted(arguments: Arguments, tensors: Sequence[torch.Tensor]) -> tuple[
     return mapped
 
 
-def _gathered(name: str, group: Group, arguments: Arguments, index: int, memo: GatherMemo) -> torch.Tensor:
+def _gathered(name: str, group: Group, arguments: RegionArguments, index: int, memo: GatherMemo) -> torch.Tensor:
     tensor = arguments.tensors[index]
     serials = {row[index] for row in arguments.serials}
     if len(serials) == 1 and 0 not in serials:
@@ -290,7 +292,7 @@ def _gathered(name: str, group: Group, arguments: Arguments, index: int, memo: G
     return result
 
 
-def _joined(name: str, group: Group, arguments: Arguments, index: int) -> torch.Tensor:
+def _joined(name: str, group: Group, arguments: RegionArguments, index: int) -> torch.Tensor:
     """A tensor for the rows of all members.
 
     Its first dim is that of the batch on all: it is joined. It is 1 on all, and the tensor is meant for each row: one
@@ -338,7 +340,7 @@ def _joined(name: str, group: Group, arguments: Arguments, index: int) -> torch.
     return common
 
 
-def _common(tensor: torch.Tensor, sizes: list[int], group: Group, arguments: Arguments) -> torch.Tensor | None:
+def _common(tensor: torch.Tensor, sizes: list[int], group: Group, arguments: RegionArguments) -> torch.Tensor | None:
     """The tensor that all members hold, None if theirs are not equal."""
     if tensor.is_meta:
         return tensor

@@ -43,11 +43,11 @@ from modelparallel.comm.collectives.started import exchange_integers
 from modelparallel.errors import TensorParallelError
 from modelparallel.tensor_parallel.region_arguments import (
     SEPARATE,
-    Arguments,
     GatherMemo,
+    RegionArguments,
     agree,
-    describe,
     joined,
+    read_arguments,
     separately,
     substituted,
 )
@@ -169,7 +169,7 @@ def run_region(
     is a partial sum, and is reduced here. ``is_pipelined``: an output that is a slice becomes None, since the pipeline
     would use it.
     """
-    own = describe(name, args, kwargs)
+    own = read_arguments(name, args, kwargs)
     is_meta = own.tensors[0].is_meta
     has_grad = torch.is_grad_enabled()
     seed = 1 + int(torch.empty((), dtype=torch.int64).random_(2**62)) if is_training and not is_meta else 0
@@ -180,7 +180,7 @@ def run_region(
             return _UNKNOWN
         return SEPARATE if outputs.is_separate else _GENERAL if outputs.tail is None else _CHEAP
 
-    def run(part: Arguments) -> Any:
+    def run(part: RegionArguments) -> Any:
         if is_prescaled:
             inputs = substituted(part, [average_gradient(t, group) if t.requires_grad else t for t in part.tensors])
         else:

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from modelparallel.comm.waits import all_reduce
+from modelparallel.comm.waits import reduce_in_place
 from modelparallel.errors import SMPConfigError, SMPError, StepUsageError
 from modelparallel.parameters.retired import without_retired
 from modelparallel.parameters.shards import local_part
@@ -41,7 +41,7 @@ class NonFiniteGradientError(SMPError, RuntimeError):
 
 
 @dataclass(frozen=True)
-class _Part:
+class _CountedGradient:
     """A gradient that is here, and whether this rank counts it: of the ranks of an MP_GROUP, and of the world.
 
     ``scale``: that of the loss, where the gradient still has it (fp16, a parameter that no optimizer updates).
@@ -113,7 +113,7 @@ def _check_partition(model: Participant) -> None:
         )
 
 
-def total_norm(runtime: Runtime, parts: Sequence[_Part], norm_type: float) -> torch.Tensor:
+def total_norm(runtime: Runtime, parts: Sequence[_CountedGradient], norm_type: float) -> torch.Tensor:
     """The norm of order ``norm_type`` over all ranks; collective, see :func:`clip_grad_norm_`."""
     order = float(norm_type)
     if not order > 0:
@@ -153,7 +153,7 @@ def _norms(gradients: Sequence[torch.Tensor], order: float) -> list[torch.Tensor
 def reduce(value: torch.Tensor, group: Group, operation: Any, runtime: Runtime, what: str = "norm") -> None:
     """All-reduce one number in place; collective over ``group``."""
     seconds = runtime.session.config.timeout_seconds
-    all_reduce(value, group, f"the {what} of the gradient over all ranks", operation, seconds)
+    reduce_in_place(value, group, f"the {what} of the gradient over all ranks", operation, seconds)
 
 
 def _is_double(runtime: Runtime) -> bool:
@@ -161,7 +161,7 @@ def _is_double(runtime: Runtime) -> bool:
     return any(row.dtype in (torch.float64, torch.complex128) for model in runtime.models for row in model.table.rows())
 
 
-def parts_of(runtime: Runtime, tensors: Iterable[torch.Tensor]) -> list[_Part]:
+def parts_of(runtime: Runtime, tensors: Iterable[torch.Tensor]) -> list[_CountedGradient]:
     """The gradients, here, of parameters of wrapped models, of their shards or masters, and of foreign ones; local.
 
     Where an optimizer updates masters or shards it is their gradients, without the scale of the loss.
@@ -173,7 +173,7 @@ def parts_of(runtime: Runtime, tensors: Iterable[torch.Tensor]) -> list[_Part]:
     for model in models:
         if model.gradients.shards is not None:
             model.gradients.shards.collect_gradients()
-    parts: list[_Part] = []
+    parts: list[_CountedGradient] = []
     for tensor in without_retired(tensors):
         found = next((target for other in optimizers if (target := other.targets.of_tensor(tensor)) is not None), None)
         parameter: Any = found.parameter if found is not None else tensor
@@ -196,21 +196,21 @@ def parts_of(runtime: Runtime, tensors: Iterable[torch.Tensor]) -> list[_Part]:
 
 def _part(
     runtime: Runtime, gradient: torch.Tensor, row: ParameterRow | None, shard: Shard | None, scale: float
-) -> _Part:
+) -> _CountedGradient:
     groups = runtime.session.groups
     is_first_copy = groups.rdp.rank_in_group == 0
     if row is None:  # of no model of ours: equal on all ranks, as far as we can know
         is_first = groups.mp.rank_in_group == 0
-        return _Part(gradient, is_first, is_first and is_first_copy, scale)
+        return _CountedGradient(gradient, is_first, is_first and is_first_copy, scale)
     is_home = row.home is None or row.home == runtime.engine.stage
     if shard is not None:
-        return _Part(gradient, is_home and shard.is_counted, is_home and shard.is_counted, scale)
+        return _CountedGradient(gradient, is_home and shard.is_counted, is_home and shard.is_counted, scale)
     is_counted = is_home and (row.split is not None or groups.tp.rank_in_group == 0)
-    return _Part(gradient, is_counted, is_counted and is_first_copy, scale)
+    return _CountedGradient(gradient, is_counted, is_counted and is_first_copy, scale)
 
 
 @torch.no_grad()
-def clip_parts(parts: Sequence[_Part], max_norm: float, norm: torch.Tensor) -> None:
+def clip_parts(parts: Sequence[_CountedGradient], max_norm: float, norm: torch.Tensor) -> None:
     """Multiply the gradients that are here by max_norm / (norm + 1e-6) if that is below 1."""
     coefficient = torch.clamp(float(max_norm) / (norm.double() + 1e-6), max=1.0)
     if bool(coefficient == 1.0):

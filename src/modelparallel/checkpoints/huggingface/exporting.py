@@ -22,7 +22,7 @@ from modelparallel.checkpoints.huggingface.safetensors_files import (
     DTYPE_NAMES,
     MAX_SHARD_SIZE,
     SafetensorsWriter,
-    TensorSpec,
+    TensorToWrite,
     check_free,
     folder_draft,
     order_in_file,
@@ -184,7 +184,7 @@ class _Export:
                 whole.check(result[tensor.row])
         return result
 
-    def _spec(self, tensor: FileTensor, whole: WholeTensors, keys: Mapping[str, str]) -> TensorSpec:
+    def _spec(self, tensor: FileTensor, whole: WholeTensors, keys: Mapping[str, str]) -> TensorToWrite:
         key = keys.get(tensor.row)
         parameter = self.model.table.tensor(tensor.row)
         dtype = parameter.dtype if key is None else whole.described[key].dtype
@@ -193,14 +193,14 @@ class _Export:
             wanted = half_dtype(self.runtime.session.config)  # shards are in full precision, the model computes in half
         if wanted is not None and dtype.is_floating_point:
             dtype = wanted
-        return TensorSpec(dtype, tensor.shape)
+        return TensorToWrite(dtype, tensor.shape)
 
     def _write_round(
         self,
         whole: WholeTensors,
         keys: Mapping[str, str],
         files: Sequence[str],
-        parts: Sequence[Mapping[str, TensorSpec]],
+        parts: Sequence[Mapping[str, TensorToWrite]],
         metadata: Mapping[str, str],
     ) -> dict[str, FileRecord]:
         """The i-th file by rank i. Returns the records of all. Collective over the world."""
@@ -225,7 +225,7 @@ class _Export:
         return dict(zip(files, allgather(record, CommGroup.WORLD), strict=False))
 
 
-def _dtype_of(specs: Iterable[TensorSpec]) -> torch.dtype:
+def _dtype_of(specs: Iterable[TensorToWrite]) -> torch.dtype:
     return next((spec.dtype for spec in specs if spec.dtype.is_floating_point), torch.get_default_dtype())
 
 
@@ -243,7 +243,9 @@ def _steps(tensors: Sequence[FileTensor]) -> list[list[FileTensor]]:
 class _OpenFile:
     """The file that this rank writes in a round. After a failure it takes no more, and says so when it is closed."""
 
-    def __init__(self, store: Store, name: str, specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> None:
+    def __init__(
+        self, store: Store, name: str, specs: Mapping[str, TensorToWrite], metadata: Mapping[str, str]
+    ) -> None:
         self._stack = ExitStack()
         self._specs = specs
         self._writer: SafetensorsWriter | None = None

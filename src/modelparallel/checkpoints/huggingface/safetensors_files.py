@@ -58,7 +58,7 @@ _CHUNK_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)
-class TensorSpec:
+class TensorToWrite:
     """A tensor that is going to be written."""
 
     dtype: torch.dtype
@@ -70,9 +70,9 @@ class TensorSpec:
         return prod(self.shape) * self.dtype.itemsize
 
     @staticmethod
-    def of(tensor: torch.Tensor) -> TensorSpec:
+    def of(tensor: torch.Tensor) -> TensorToWrite:
         """Of a tensor that is there (or on the meta device)."""
-        return TensorSpec(tensor.dtype, tuple(tensor.shape))
+        return TensorToWrite(tensor.dtype, tuple(tensor.shape))
 
 
 def parse_size(size: int | str) -> int:
@@ -87,7 +87,7 @@ def parse_size(size: int | str) -> int:
 
 
 def split_into_files(
-    tensors: Mapping[str, TensorSpec], max_shard_size: int | str = MAX_SHARD_SIZE
+    tensors: Mapping[str, TensorToWrite], max_shard_size: int | str = MAX_SHARD_SIZE
 ) -> dict[str, list[str]]:
     """Which file holds which tensors: by the name of the file, in the given order; as huggingface_hub divides them.
 
@@ -115,7 +115,7 @@ def split_into_files(
     return {f"{stem}-{n:05d}-of-{len(files):05d}.safetensors": names for n, names in enumerate(files, 1)}
 
 
-def index_of(files: Mapping[str, Sequence[str]], tensors: Mapping[str, TensorSpec]) -> bytes:
+def index_of(files: Mapping[str, Sequence[str]], tensors: Mapping[str, TensorToWrite]) -> bytes:
     """The text of ``model.safetensors.index.json``."""
     weight_map = {name: file for file, names in files.items() for name in names}
     values = {
@@ -137,7 +137,7 @@ class SafetensorsWriter:
         record: the size and the digest, when the file is complete.
     """
 
-    def __init__(self, stream: Any, tensors: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> None:
+    def __init__(self, stream: Any, tensors: Mapping[str, TensorToWrite], metadata: Mapping[str, str]) -> None:
         self._stream = stream
         self._tensors = tensors
         self.order = order_in_file(tensors)
@@ -157,9 +157,9 @@ class SafetensorsWriter:
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Append a tensor, of any device and strides. Raises CheckpointError for another than the next."""
         expected = self.order[self._next] if self._next < len(self.order) else None
-        if name != expected or TensorSpec.of(tensor) != self._tensors[name]:
+        if name != expected or TensorToWrite.of(tensor) != self._tensors[name]:
             raise CheckpointError(
-                f"'{name}' ({TensorSpec.of(tensor)}) was given to a file in which '{expected}' "
+                f"'{name}' ({TensorToWrite.of(tensor)}) was given to a file in which '{expected}' "
                 f"({self._tensors.get(expected or '')}) comes next: give each tensor once, in the order of the file"
             )
         self._next += 1
@@ -179,14 +179,14 @@ class SafetensorsWriter:
         return found
 
 
-def order_in_file(tensors: Mapping[str, TensorSpec]) -> list[str]:
+def order_in_file(tensors: Mapping[str, TensorToWrite]) -> list[str]:
     """The names as they lie in the file, see `SafetensorsWriter`."""
     return sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)
 
 
 @contextmanager
 def safetensors_file(
-    store: Store, name: str, tensors: Mapping[str, TensorSpec], metadata: Mapping[str, str] | None = None
+    store: Store, name: str, tensors: Mapping[str, TensorToWrite], metadata: Mapping[str, str] | None = None
 ) -> Iterator[SafetensorsWriter]:
     """Write a file; it appears under its name, whole, when the block ends without an error. Local.
 
@@ -247,7 +247,7 @@ def check_free(path: str | os.PathLike[str], overwrite: bool) -> None:
 
 def write_folder(
     path: str | os.PathLike[str],
-    tensors: Mapping[str, TensorSpec],
+    tensors: Mapping[str, TensorToWrite],
     read: Callable[[str], torch.Tensor],
     *,
     other_files: Mapping[str, bytes] | None = None,
@@ -295,7 +295,7 @@ def write_folder(
 def write_other_files(
     store: Store,
     files: Mapping[str, Sequence[str]],
-    tensors: Mapping[str, TensorSpec],
+    tensors: Mapping[str, TensorToWrite],
     other_files: Mapping[str, bytes],
 ) -> dict[str, FileRecord]:
     """The index, if there are several files of weights, and ``other_files``. Local."""
@@ -303,7 +303,7 @@ def write_other_files(
     return {name: store.write(name, text) for name, text in texts.items()}
 
 
-def _dtype_name(name: str, spec: TensorSpec) -> str:
+def _dtype_name(name: str, spec: TensorToWrite) -> str:
     if spec.dtype not in DTYPE_NAMES:
         raise CheckpointError(f"'{name}' is of {spec.dtype}, which safetensors do not have: convert it (dtype=...)")
     return DTYPE_NAMES[spec.dtype]

@@ -14,7 +14,7 @@ from modelparallel.checkpoints.huggingface.safetensors_files import (
     INDEX_NAME,
     MAX_SHARD_SIZE,
     WEIGHTS_NAME,
-    TensorSpec,
+    TensorToWrite,
     check_free,
     write_folder,
 )
@@ -155,7 +155,7 @@ def convert_to_safetensors(
     left_out = [name for name, value in state.items() if not isinstance(value, torch.Tensor)]
     written = {name: value for name, value in state.items() if name not in left_out}
     tensors, tied = (written, {}) if _unties(others) else _each_once(written)
-    specs = {name: TensorSpec(_dtype_of(tensor, dtype), tuple(tensor.shape)) for name, tensor in tensors.items()}
+    specs = {name: TensorToWrite(_dtype_of(tensor, dtype), tuple(tensor.shape)) for name, tensor in tensors.items()}
     write_folder(
         destination,
         specs,

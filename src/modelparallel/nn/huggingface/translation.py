@@ -57,15 +57,15 @@ class Rule:
     smp: str
     form: Form = Form.SAME
 
-    def entries(self, hf_prefix: str, smp_prefix: str) -> Iterator[Entry]:
+    def entries(self, hf_prefix: str, smp_prefix: str) -> Iterator[TensorNames]:
         """Its weight, and its bias."""
         for kind in ("weight", "bias"):
             names = tuple(f"{hf_prefix}{name}.{kind}" for name in self.hf)
-            yield Entry(names, f"{smp_prefix}{self.smp}.{kind}", self, kind)
+            yield TensorNames(names, f"{smp_prefix}{self.smp}.{kind}", self, kind)
 
 
 @dataclass(frozen=True)
-class Entry:
+class TensorNames:
     """One tensor of ``smp.nn`` and the tensors of transformers that it is made of."""
 
     hf: tuple[str, ...]
@@ -147,7 +147,7 @@ class NameLayout:
 class Part:
     """A stretch of the names: before the layers, one layer (then with its ``index``), or after them."""
 
-    entries: list[Entry]
+    entries: list[TensorNames]
     hf_prefix: str = ""
     smp_prefix: str = ""
     index: int | None = None

@@ -11,7 +11,7 @@ from torch import nn
 from modelparallel.errors import UnsupportedError
 
 
-def check_same(module: nn.Module, title: str, convert: Callable[[Any], Any]) -> None:
+def check_keeps_kind(module: nn.Module, title: str, convert: Callable[[Any], Any]) -> None:
     """Glue converts a module of a model, named ``title``, to what it is by now, as models do to be sure.
 
     Raises UnsupportedError if it would become something else: the optimizer and the other stages know its tensors.

@@ -40,7 +40,7 @@ def run(program: Program, args: Any, kwargs: Any) -> tuple[torch.Tensor | None, 
     create_graph = bool(given.get("create_graph"))
     allow_unused = given.get("allow_unused")
     is_zero_filled = bool(given.get("materialize_grads"))
-    walk = _Walk(program, [program.resolve(value) for value in inputs], create_graph, _named(program, inputs))
+    walk = _GradientCall(program, [program.resolve(value) for value in inputs], create_graph, _named(program, inputs))
     if create_graph:
         program.keeps_graphs = program.is_whole_backward = True
     for output, seed in zip(outputs, seeds, strict=True):
@@ -73,7 +73,7 @@ def _named(program: Program, inputs: Sequence[torch.Tensor]) -> str:
     return f"{_WHAT} for {', '.join(names[:3])}" + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-class _Walk:
+class _GradientCall:
     """One call; all stages do the same with it, and each walks the graphs that it has."""
 
     def __init__(self, program: Program, inputs: Sequence[torch.Tensor], create_graph: bool, what: str) -> None:

@@ -72,14 +72,14 @@ class _Event:
 
 
 @dataclass
-class Wait:
+class NeededMessage:
     """A message that the program needs; ``is_planned``: the plan of the step knows of it."""
 
     awaited: Awaited
     is_planned: bool
 
 
-def _go_on(wait: Wait) -> None:
+def _go_on(wait: NeededMessage) -> None:
     """The message is received right away, however long that takes."""
 
 
@@ -143,7 +143,7 @@ class Program:
         self._carried: dict[int, tuple[StageTensor, StageTensor]] = {}  # values of earlier programs
         self._without_graphs: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         #: Called before a message is taken; the interpreter sets it.
-        self.on_wait: Callable[[Wait], None] = _go_on
+        self.on_wait: Callable[[NeededMessage], None] = _go_on
         #: What happened so far, for the diagnosis of failures.
         self.log = EventLog(microbatch)
         self._num_pushes = 0
@@ -366,7 +366,7 @@ class Program:
         if self.engine.transport.has(awaited.source, awaited.name) and not self.tracker.begins_visit:
             return
         line = user_code_line()
-        self.on_wait(Wait(replace(awaited, line=line), is_planned))
+        self.on_wait(NeededMessage(replace(awaited, line=line), is_planned))
 
     def next_event(self, description: str, source: int = -1, destination: int = -1) -> int:
         """The number of the event that happens now; the description must be the same on every stage.

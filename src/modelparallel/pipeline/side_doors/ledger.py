@@ -20,7 +20,7 @@ from modelparallel.errors import DivergenceError
 from modelparallel.pipeline.values.stage_tensor import StageTensor
 
 #: (what was computed and where in the script, a digest of what it was given, whether other stages may not compute it).
-Entry = tuple[str, int, bool]
+LedgerEntry = tuple[str, int, bool]
 
 _MOST_ELEMENTS = 1 << 18  # of a larger tensor a part is looked at
 
@@ -29,7 +29,7 @@ class Ledger:
     """Of one program of the first step of a kind."""
 
     def __init__(self) -> None:
-        self.entries: list[Entry] = []
+        self.entries: list[LedgerEntry] = []
 
     def note(self, what: str, values: Iterable[Any], *, written: int | None = None, may_be_alone: bool = False) -> None:
         """``values``: the arguments of an operation; ``written``: which of them it fills: that may hold anything.
@@ -74,7 +74,7 @@ def _digest(value: Any, digest: int) -> int:
         return digest
 
 
-def compare(ledgers: Mapping[int, Sequence[Entry]]) -> None:
+def compare(ledgers: Mapping[int, Sequence[LedgerEntry]]) -> None:
     """Raises DivergenceError if an operation was given other numbers on one stage than on another."""
     first_stage = min(ledgers)
     for stage, entries in sorted(ledgers.items()):
@@ -89,7 +89,7 @@ def compare(ledgers: Mapping[int, Sequence[Entry]]) -> None:
             )
 
 
-def _pairs(first: Sequence[Entry], second: Sequence[Entry]) -> Iterator[tuple[Entry, Entry]]:
+def _pairs(first: Sequence[LedgerEntry], second: Sequence[LedgerEntry]) -> Iterator[tuple[LedgerEntry, LedgerEntry]]:
     """The entries of two stages for the same operations, those of which others speak first."""
     alone = [_by_place(side) for side in (first, second)]
     for what in [what for what in alone[0] if what in alone[1]]:
@@ -98,8 +98,8 @@ def _pairs(first: Sequence[Entry], second: Sequence[Entry]) -> Iterator[tuple[En
     yield from zip(*([entry for entry in side if not entry[2]] for side in (first, second)), strict=False)
 
 
-def _by_place(entries: Sequence[Entry]) -> dict[str, list[Entry]]:
-    found: dict[str, list[Entry]] = {}
+def _by_place(entries: Sequence[LedgerEntry]) -> dict[str, list[LedgerEntry]]:
+    found: dict[str, list[LedgerEntry]] = {}
     for entry in entries:
         if entry[2]:
             found.setdefault(entry[0], []).append(entry)

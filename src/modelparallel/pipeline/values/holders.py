@@ -27,7 +27,7 @@ def held_values(value: Any) -> list[StageTensor]:
             seen.add(id(part))
             if trees.is_container(part):
                 pending.extend(child for _, child in trees.children(part))
-            elif is_object(part):
+            elif is_looked_into(part):
                 pending.extend(vars(part).values())
     return list(found.values())
 
@@ -43,7 +43,7 @@ def with_values(value: Any, locals_: Mapping[int, torch.Tensor]) -> Any:
             pairs = trees.children(part)
             found = {key: copied(child) for key, child in pairs}
             return part if all(found[key] is child for key, child in pairs) else trees.rebuild(part, found)
-        if not is_object(part):
+        if not is_looked_into(part):
             return part
         if id(part) not in made:
             result = made[id(part)] = copy.copy(part)
@@ -53,7 +53,7 @@ def with_values(value: Any, locals_: Mapping[int, torch.Tensor]) -> Any:
     return copied(value)
 
 
-def is_object(value: Any) -> bool:
+def is_looked_into(value: Any) -> bool:
     """Whether attributes of ``value`` are looked into: not those of a tensor, a module or a function."""
     if isinstance(value, (torch.Tensor, nn.Module)) or callable(value):
         return False
