@@ -11,7 +11,7 @@ import pytest
 
 import modelparallel as smp
 from modelparallel.config.reading import ENVIRONMENT_KEY, ENVIRONMENT_WITHOUT_EFFECT, load_config
-from modelparallel.config.table import PARAMETER_KEYS
+from modelparallel.config.table import CONFIGURATION_KEYS
 from modelparallel.errors import NotBuiltError, SMPConfigError
 from modelparallel.launch.distribution import validate_distribution
 from pool import run_ranks
@@ -181,8 +181,8 @@ def test_every_configuration_parameter_is_in_the_table():
     ours = {"uneven_microbatches", "seed", "timeout_seconds", "message_timeout_seconds", "push_limit_bytes"}
     ours |= {"virtual_pipeline_degree", "memory_limit", "tied_weights", "debug", "sdp_gather"}
     ours |= {"trust_pickles", "allowed_types"}
-    assert listed - {"partitions"} <= set(PARAMETER_KEYS)
-    assert set(PARAMETER_KEYS) - listed <= ours, "missing in docs/compatibility.md"
+    assert listed - {"partitions"} <= set(CONFIGURATION_KEYS)
+    assert set(CONFIGURATION_KEYS) - listed <= ours, "missing in docs/compatibility.md"
 
 
 @pytest.mark.parametrize("key", [path for _, path, _, status in rows_of("config") if status == "not yet"])

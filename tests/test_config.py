@@ -14,7 +14,7 @@ from modelparallel.config.reading import (
     validate_parameters,
 )
 from modelparallel.config.reference import configuration_markdown
-from modelparallel.config.table import PARAMETER_KEYS, Config
+from modelparallel.config.table import CONFIGURATION_KEYS, Config
 from modelparallel.errors import NotBuiltError, SMPConfigError
 from modelparallel.launch.distribution import validate_distribution
 
@@ -435,7 +435,7 @@ def test_distribution_and_hosts() -> None:
 def test_reference_document_is_up_to_date() -> None:
     document = Path(__file__).parents[1] / "docs" / "configuration.md"
     assert document.read_text(encoding="utf-8") == configuration_markdown()
-    for key in PARAMETER_KEYS:
+    for key in CONFIGURATION_KEYS:
         assert f"`{key}`" in configuration_markdown()
 
 

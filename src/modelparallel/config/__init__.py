@@ -1,4 +1,4 @@
-"""The configuration: how it is read and checked, the table of its parameters, and the arithmetic of ranks."""
+"""The configuration: how it is read and checked, the configuration table, and the arithmetic of ranks."""
 
 from modelparallel.config.reading import Config, load_config
 

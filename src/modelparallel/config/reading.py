@@ -2,8 +2,8 @@
 
 Values come from the environment variable SM_HP_MP_PARAMETERS, then from the dict given to `smp.init`, then from the
 defaults; the first that has a key wins (smp-config sections 1, 2 and 5.7). All checks of them are here and run
-before any process is started (launcher) or any group is made (`smp.init`). The table of parameters is
-`config/table.py`.
+before any process is started (launcher) or any group is made (`smp.init`). The configuration
+table is `config/table.py`.
 """
 
 import difflib
@@ -16,7 +16,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from modelparallel.config.table import PARAMETER_KEYS, Config, public_key
+from modelparallel.config.table import CONFIGURATION_KEYS, Config, public_key
 from modelparallel.errors import NotBuiltError, SMPConfigError
 
 __all__ = [
@@ -61,7 +61,7 @@ ENVIRONMENT_WITHOUT_EFFECT: dict[str, str] = {
 _PIPELINE_KEYS = ("pipeline", "active_microbatches", "virtual_pipeline_degree", "memory_limit", "tied_weights")
 _AUTOMATIC_KEYS = ("memory_weight", "virtual_pipeline_degree", "memory_limit")
 _SDP_IDLE_KEYS = ("sdp_reduce_bucket_size", "sdp_hierarchical_allgather")
-_SDP_KEYS = tuple(key for key in PARAMETER_KEYS if key.startswith("sdp_"))
+_SDP_KEYS = tuple(key for key in CONFIGURATION_KEYS if key.startswith("sdp_"))
 
 # Read from the environment where they are not given.
 _DERIVED_KEYS = ("ddp_port", "timeout_seconds", "trust_pickles", "allowed_types")
@@ -227,7 +227,7 @@ def _read_keys(parameters: Mapping[str, Any], source: str, notices: list[str]) -
     where = _WHERE[source]
     given: dict[str, Any] = {}
     for key, value in parameters.items():
-        if key in PARAMETER_KEYS or key == "partitions":
+        if key in CONFIGURATION_KEYS or key == "partitions":
             given[key] = value
         elif key in FOREIGN_KEYS:
             notices.append(f"{key}={value!r} (from {where}) has no effect: {FOREIGN_KEYS[key]}")
@@ -236,7 +236,7 @@ def _read_keys(parameters: Mapping[str, Any], source: str, notices: list[str]) -
         else:
             raise SMPConfigError(
                 f"{key}: unknown parameter (from {where}): did you mean "
-                f"{nearest(key, [*PARAMETER_KEYS, 'partitions'])!r}? docs/configuration.md lists all"
+                f"{nearest(key, [*CONFIGURATION_KEYS, 'partitions'])!r}? docs/configuration.md lists all"
             )
     if "partitions" in given:
         alias = given.pop("partitions")

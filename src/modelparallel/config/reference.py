@@ -1,4 +1,4 @@
-"""Prints docs/configuration.md from the parameter table.
+"""Prints docs/configuration.md from the configuration table.
 
 Run `python -m modelparallel.config.reference > docs/configuration.md` after a change of the table.
 """

@@ -1,4 +1,4 @@
-"""Every configuration parameter: its type, default, range and meaning, and how a given value is read.
+"""The configuration table: the type, default, range and meaning of every key, and how a given value is read.
 
 This is the table only. Where values come from, and how they fit together, is in `config/reading.py`; the reference in
 docs/configuration.md is printed from here. Facts: smp-config section 1.
@@ -106,7 +106,7 @@ def _parameter(
     default_text: str = "",
     **constraints: Any,
 ) -> Any:
-    """A row of the table. `kind` and `valid` are what an error says was expected."""
+    """A row of the configuration table. `kind` and `valid` are what an error says was expected."""
     if kind == "float":
         constraints["allow_inf_nan"] = False
     extra: dict[str, Any] = {"kind": kind, "valid": valid, "choices": list(choices), "default_text": default_text}
@@ -391,7 +391,7 @@ class Config(BaseModel):
     @property
     def sources(self) -> dict[str, str]:
         """For every parameter, under its public key: "environment", "init" or "default"."""
-        return {key: self._given[key][1] if key in self._given else "default" for key in PARAMETER_KEYS}
+        return {key: self._given[key][1] if key in self._given else "default" for key in CONFIGURATION_KEYS}
 
     @property
     def notices(self) -> tuple[str, ...]:
@@ -409,5 +409,5 @@ def public_key(field_name: str) -> str:
     return Config.model_fields[field_name].alias or field_name
 
 
-#: Every key that a user may set, in the order of the table.
-PARAMETER_KEYS: tuple[str, ...] = tuple(public_key(name) for name in Config.model_fields)
+#: Every key that a user may set, in the order of the configuration table.
+CONFIGURATION_KEYS: tuple[str, ...] = tuple(public_key(name) for name in Config.model_fields)

@@ -75,7 +75,7 @@ def validate_distribution(
             f"{where}['processes_per_host']: {per_host} processes on {devices_per_host} devices: at most one process "
             "per device, unless they share them (parameters ddp: True and ddp_dist_backend: 'gloo')"
         )
-    # Keys that the table does not have (foreign ones, unknown ones with "_") go to the job as they are.
+    # Keys that the configuration table does not have (foreign ones, unknown ones with "_") go to the job as they are.
     published = {**parameters, **config.given}
     published["partitions"] = published["pipeline_parallel_degree"] = config.pipeline_parallel_degree
     return ValidatedDistribution(config, per_host, num_processes, options, published)

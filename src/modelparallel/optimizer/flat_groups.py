@@ -44,7 +44,9 @@ class FlatGroups:
         return None
 
     def mark_targets(self) -> None:
-        """Give these attributes to the tensors in the groups of the optimizer, too, for scripts that look there. Local."""
+        """Give these attributes to the tensors in the groups of the optimizer, too, for scripts that look there.
+        Local.
+        """
         group = self.shard_group
         if group is None:
             return

@@ -1,1 +1,1 @@
-"""Which parameter is whose: the table of a model, shards of parameters, and lists of old parameters."""
+"""Which parameter is whose: the parameter table of a model, shards of parameters, and lists of old parameters."""

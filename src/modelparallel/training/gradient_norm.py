@@ -157,7 +157,7 @@ def reduce(value: torch.Tensor, group: Group, operation: Any, runtime: Runtime, 
 
 
 def _is_double(runtime: Runtime) -> bool:
-    """Equal on all ranks: the tables hold all parameters, wherever they are."""
+    """Equal on all ranks: the parameter tables hold all parameters, wherever they are."""
     return any(row.dtype in (torch.float64, torch.complex128) for model in runtime.models for row in model.table.rows())
 
 

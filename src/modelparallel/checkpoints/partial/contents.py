@@ -100,7 +100,9 @@ def model_facts(model: DistributedModel) -> dict[str, Any]:
 
 
 def _other_entries(model: DistributedModel) -> Iterator[tuple[str, Any]]:
-    """(name, value) of what is in the module's state dict and no tensor of the table (``get_extra_state``)."""
+    """(name, value) of the entries of the module's state dict that are no tensors of the parameter table
+    (``get_extra_state``).
+    """
     stage, plan = model._runtime.engine.stage, model.partition_plan
     for name, value in model.module.state_dict(keep_vars=True).items():
         if isinstance(value, torch.Tensor) and model.table.row_named(name) is not None:
