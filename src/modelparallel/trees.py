@@ -45,8 +45,8 @@ def map_leaves(fn: Callable[[Any], Any], value: Any) -> Any:
     if not is_container(value):
         return fn(value)
     pairs = children(value)
-    found = {key: map_leaves(fn, child) for key, child in pairs}
-    return value if all(found[key] is child for key, child in pairs) else rebuild(value, found)
+    parts = {key: map_leaves(fn, child) for key, child in pairs}
+    return value if all(parts[key] is child for key, child in pairs) else rebuild(value, parts)
 
 
 def map_leaves_with_path(fn: Callable[[Path, Any], Any], value: Any, path: Path = ()) -> Any:

@@ -173,11 +173,11 @@ def _load_partial(
 
 def _agreed_tag(runtime: Runtime, store: Store) -> str:
     """The tag of the newest full checkpoint, the same on all ranks. Collective over the world."""
-    found: tuple[str | None, str] | None = None
+    newest: tuple[str | None, str] | None = None
     with agreed():
         if runtime.session.groups.world.rank_in_group == 0:
-            found = _newest_tag(store)
-    tag, problem = allgather(found, CommGroup.WORLD)[0]
+            newest = _newest_tag(store)
+    tag, problem = allgather(newest, CommGroup.WORLD)[0]
     if tag is None:
         raise CheckpointNotFoundError(problem)
     return str(tag)
@@ -194,11 +194,11 @@ def _newest_tag(store: Store) -> tuple[str | None, str]:
 def _find(runtime: Runtime, store: Store, tag: str | None, verifies: bool) -> str:
     """The name of a whole checkpoint, the same on all ranks. Collective over the world."""
     rank = runtime.session.groups.world.rank_in_group
-    found: tuple[list[str], str | None] = ([], None)
+    candidates: tuple[list[str], str | None] = ([], None)
     with agreed():
         if rank == 0:
-            found = _candidates(store, tag)
-    names, problem = allgather(found, CommGroup.WORLD)[0]
+            candidates = _candidates(store, tag)
+    names, problem = allgather(candidates, CommGroup.WORLD)[0]
     if problem is not None:
         raise CheckpointNotFoundError(problem)
     problems: list[str] = []
@@ -228,10 +228,10 @@ def _candidates(store: Store, tag: str | None) -> tuple[list[str], str | None]:
     except CheckpointError as error:  # a path that is only read from
         logger.info("%s", error)
     if tag == NEWEST_COMPLETE:
-        found = completion.survey(store, f"*{PARTIAL_ENDING}")[::-1]
-        for name, problems in itertools.takewhile(lambda entry: entry[1], found):
+        surveyed = completion.survey(store, f"*{PARTIAL_ENDING}")[::-1]
+        for name, problems in itertools.takewhile(lambda entry: entry[1], surveyed):
             _pass_over(store, name, problems)
-        names = [name for name, problems in found if not problems]
+        names = [name for name, problems in surveyed if not problems]
         return names, None if names else f"there is no complete partial checkpoint in {store.path_of()!r}"
     if tag is not None:
         return [tag + PARTIAL_ENDING], None
@@ -255,8 +255,8 @@ def _problems(runtime: Runtime, store: Store, name: str, verifies: bool) -> list
         own = completion.problems_of(store, name, (world.rank_in_group, world.size), checks_digests=verifies)
     except CheckpointError as error:
         own = [str(error)]
-    found = [problem for problems in allgather(own, CommGroup.WORLD) for problem in problems]
-    return list(dict.fromkeys(found))
+    problems_of_all = [problem for problems in allgather(own, CommGroup.WORLD) for problem in problems]
+    return list(dict.fromkeys(problems_of_all))
 
 
 # What
@@ -333,13 +333,13 @@ def _load_job_state(
     """
     prefixes = [numbered("optimizer", index) for index in range(len(optimizers))]
     keys = [*wanted.values(), *(f"{prefix}.param_groups" for prefix in prefixes)]
-    found = checkpoint.read([], keys, "loading the state of the job")
-    groups_of = [found[f"{prefix}.param_groups"] for prefix in prefixes]
+    objects = checkpoint.read([], keys, "loading the state of the job")
+    groups_of = [objects[f"{prefix}.param_groups"] for prefix in prefixes]
     with agreed():
         for prefix, optimizer, groups in zip(prefixes, optimizers, groups_of, strict=True):
             check_optimizer(optimizer, prefix, groups)
             # At once, also where the state waits for the partition: schedulers read the learning rate.
             for saved_group, group in zip(groups, optimizer.param_groups, strict=True):
                 group.update((key, value) for key, value in saved_group.items() if key != "params")
-        job_state.take_job_state(runtime, wanted, found.__getitem__, data_loader)
+        job_state.take_job_state(runtime, wanted, objects.__getitem__, data_loader)
     return groups_of

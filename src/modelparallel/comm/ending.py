@@ -208,10 +208,10 @@ def _is_thread_running(folder: Path) -> bool:
 
 def leave_at_once(exit_code: int) -> NoReturn:
     """End the process now; the interpreter does not come to its end. What the script wrote is not lost."""
-    for found in gc.get_objects():
-        if issubclass(type(found), io.IOBase):  # a file that the script has not closed
+    for kept in gc.get_objects():
+        if issubclass(type(kept), io.IOBase):  # a file that the script has not closed
             with contextlib.suppress(Exception):
-                found.flush()
+                kept.flush()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(Exception):
             stream.flush()

@@ -172,10 +172,10 @@ _checks: dict[str, int] = {}
 
 def check_of(text: str) -> int:
     """A number for the text of an event, equal in all processes."""
-    found = _checks.get(text)
-    if found is None:
-        found = _checks[text] = zlib.crc32(text.encode())
-    return found
+    check = _checks.get(text)
+    if check is None:
+        check = _checks[text] = zlib.crc32(text.encode())
+    return check
 
 
 class EventLog:

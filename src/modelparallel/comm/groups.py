@@ -38,10 +38,10 @@ class Group:
 
     def of_layer(self, layer: str) -> "Group":
         """The same group, for a layer of this full name."""
-        found = self._copies.get(layer)
-        if found is None:
-            found = self._copies[layer] = replace(self, layer=layer, _copies={})
-        return found
+        own = self._copies.get(layer)
+        if own is None:
+            own = self._copies[layer] = replace(self, layer=layer, _copies={})
+        return own
 
 
 @dataclass(frozen=True)

@@ -224,5 +224,5 @@ class _Unpickler(pickle.Unpickler):
         self.device = device
 
     def find_class(self, module: str, name: str) -> Any:
-        found = super().find_class(module, name)
-        return functools.partial(found, device=self.device) if found is _rebuild_tensor else found
+        named = super().find_class(module, name)
+        return functools.partial(named, device=self.device) if named is _rebuild_tensor else named

@@ -481,20 +481,20 @@ class GradientReducer:
 
         Raises DivergenceError, on all ranks, if they are not at the same step.
         """
-        found = []
+        flags_of_groups = []
         for bucket in self._launch_order:
             if bucket.is_launched and (self._is_early or bucket.is_carrier):
                 self._wait(bucket)
             if bucket.is_carrier:
-                found.append((bucket.group, bucket.rank_flags()))
+                flags_of_groups.append((bucket.group, bucket.rank_flags()))
         if self._before_reduction is None:
             try:
-                for group, flags in found:
+                for group, flags in flags_of_groups:
                     check_progress(flags, self._progress(), group)
             except DivergenceError:
                 self._let_go()
                 raise
-        return any(wants_plan(flags) for _, flags in found)
+        return any(wants_plan(flags) for _, flags in flags_of_groups)
 
     def _let_go(self) -> None:
         """What was launched is not used; the local gradients are as they were."""

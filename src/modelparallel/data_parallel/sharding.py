@@ -484,8 +484,8 @@ class ShardedParameters:
                 if kind.size > 1:
                     purpose = "the exchange of which parameters have a gradient"
                     reduce_in_place(flags, kind, purpose, dist.ReduceOp.MAX, self._timeout_seconds)
-        found = [flag > 0 for flag in flags.tolist()]
-        rows = [found[start : start + 4] for start in range(0, len(found), 4)]
+        is_true = [flag > 0 for flag in flags.tolist()]
+        rows = [is_true[start : start + 4] for start in range(0, len(is_true), 4)]
         for entry, row, is_trained in zip(self._entries, rows, own, strict=True):
             if row[2] and row[3]:
                 here = [] if is_trained else [self._groups.shard.ranks[self._groups.shard.rank_in_group]]

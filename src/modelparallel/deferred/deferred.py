@@ -263,13 +263,13 @@ def become(tensor: torch.Tensor, new: torch.Tensor) -> None:
     new.__dict__.update(_attributes(tensor))
     grad, tensor.grad = tensor.grad, None
     hooks = {
-        name: found
+        name: kept
         for name in ("_backward_hooks", "_post_accumulate_grad_hooks")
-        if (found := getattr(tensor, name, None))
+        if (kept := getattr(tensor, name, None))
     }
     swap_contents(tensor, new)
-    for name, found in hooks.items():
-        setattr(tensor, name, found)
+    for name, kept in hooks.items():
+        setattr(tensor, name, kept)
     if grad is not None:
         tensor.grad = _value(grad) if isinstance(grad, DeferredTensor) else grad
 
@@ -350,13 +350,13 @@ def _gives_tensors(func: Any) -> bool:
 
 
 def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
-    found: list[torch.Tensor] = []
+    tensors: list[torch.Tensor] = []
     for index, argument in enumerate(schema_of(func).arguments):
         if argument.alias_info is None or not argument.alias_info.is_write:
             continue
         value = kwargs.get(argument.name, args[index] if index < len(args) else None)
-        found.extend(leaf for leaf in trees.leaves([value]) if isinstance(leaf, torch.Tensor))
-    return found
+        tensors.extend(leaf for leaf in trees.leaves([value]) if isinstance(leaf, torch.Tensor))
+    return tensors
 
 
 def _is_view(func: Any) -> bool:

@@ -93,7 +93,7 @@ def _place(members: list[DeferredTensor], device: torch.device) -> None:
 
 def _reset(part: nn.Module, unfilled: list[str], filled: Iterable[torch.Tensor]) -> None:
     """Initialise the tensors of ``part`` that nothing was written to as the module itself does it."""
-    reset = next((found for name in _RESETS if callable(found := getattr(part, name, None))), None)
+    reset = next((method for name in _RESETS if callable(method := getattr(part, name, None))), None)
     if reset is None:
         raise DeferredTensorError(
             f"'{unfilled[0]}' was created on the meta device and has no values, and its module "

@@ -132,7 +132,7 @@ class Needed:
 
 def needed_for(handles: Sequence[Handle]) -> Needed:
     """What must run to make the tensors of ``handles`` with the values that they have now."""
-    found: dict[int, Operation] = {}
+    needed: dict[int, Operation] = {}
     memory_only: set[int] = set()
     is_unfilled = False
     waiting: list[tuple[Operation, bool]] = []  # and whether it must run: its memory may be enough
@@ -151,9 +151,9 @@ def needed_for(handles: Sequence[Handle]) -> Needed:
     while waiting:
         operation, must_run = waiting.pop()
         must_run = must_run or not operation.made
-        if id(operation) in found and not (must_run and id(operation) in memory_only):
+        if id(operation) in needed and not (must_run and id(operation) in memory_only):
             continue
-        found[id(operation)] = operation
+        needed[id(operation)] = operation
         memory_only.discard(id(operation))
         if not must_run:
             memory_only.add(id(operation))
@@ -162,7 +162,7 @@ def needed_for(handles: Sequence[Handle]) -> Needed:
             waiting.append((reference.handle.producer, False))
             if reference.is_read:
                 need_values(reference.handle.storage, operation.number)
-    return Needed(sorted(found.values(), key=lambda each: each.number), memory_only, is_unfilled)
+    return Needed(sorted(needed.values(), key=lambda each: each.number), memory_only, is_unfilled)
 
 
 # Of all replays, which are many and small: see [Note: holes in the heap].

@@ -31,10 +31,10 @@ class RaisedError:
 
     def rebuilt(self) -> BaseException:
         """The exception. Its constructor is not called, which may want other arguments than the exception keeps."""
-        found = pickle.loads(self.state)
-        if isinstance(found, BaseException):
-            return found
-        known, arguments, attributes = found
+        state = pickle.loads(self.state)
+        if isinstance(state, BaseException):
+            return state
+        known, arguments, attributes = state
         name, module = self.names
         cls: Any = known if known.__name__ == name else type(name, (known,), {"__module__": module})
         error: BaseException = cls.__new__(cls, *arguments)

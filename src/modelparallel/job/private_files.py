@@ -26,5 +26,5 @@ def write_private(path: Path, text: str) -> None:
 
 def is_own(descriptor: int) -> bool:
     """Whether an open file is a plain file of this user that nobody else can read or write."""
-    found = os.fstat(descriptor)
-    return stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & 0o077
+    status = os.fstat(descriptor)
+    return stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid() and not status.st_mode & 0o077

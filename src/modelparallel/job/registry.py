@@ -236,8 +236,10 @@ def family_of(module: nn.Module) -> Family | None:
 def class_replaced_by(module: nn.Module) -> type[nn.Module] | None:
     """The class that ``module``, which stands for one of a family, has taken the place of."""
     family = family_of(module)
-    found = _registry.registrations.values()
-    return None if family is None else next((each.module_class for each in found if each.family is family), None)
+    registrations = _registry.registrations.values()
+    return (
+        None if family is None else next((each.module_class for each in registrations if each.family is family), None)
+    )
 
 
 def constructor_arguments(module: nn.Module) -> ConstructorArguments | None:

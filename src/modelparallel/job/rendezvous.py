@@ -175,12 +175,12 @@ def shared_secret(store: dist.Store, identity: ProcessIdentity, environ: Mapping
             number = store.add(f"modelparallel/secret/asked by {identity.global_rank}", 1)
             key = f"modelparallel/secret/{number}"
             if identity.global_rank != 0:
-                found = _told_secret(os.fsdecode(bytes.fromhex(store.get(key).decode())), identity.global_rank)
+                secret = _told_secret(os.fsdecode(bytes.fromhex(store.get(key).decode())), identity.global_rank)
             else:
-                found, written = _new_secret()
+                secret, written = _new_secret()
                 store.set(key, os.fsencode(written).hex())
         try:
-            yield found
+            yield secret
         finally:
             if identity.global_rank == 0:
                 os.unlink(written)

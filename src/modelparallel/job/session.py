@@ -220,12 +220,12 @@ def _carries(backend: str) -> bool:
 
 def _identify(environ: Mapping[str, str]) -> ProcessIdentity:
     """Who this process is; a default group that a script made before smp.init has the last word."""
-    found = discover_process(environ)
+    identity = discover_process(environ)
     if not dist.is_initialized():
-        return found
+        return identity
     global_rank, world_size = dist.get_rank(), dist.get_world_size()
-    if (found.global_rank, found.world_size) == (global_rank, world_size):
-        return found
+    if (identity.global_rank, identity.world_size) == (global_rank, world_size):
+        return identity
     return ProcessIdentity(global_rank, world_size, global_rank, world_size, "torch.distributed")
 
 

@@ -32,15 +32,15 @@ def input_channels(inputs: Any) -> dict[str, Path]:
 
 def channel_options(texts: Sequence[str]) -> dict[str, str]:
     """Split each `NAME=PATH` of the command line."""
-    found: dict[str, str] = {}
+    locations: dict[str, str] = {}
     for text in texts:
         name, separator, location = text.partition("=")
         if not separator or not name or not location:
             raise LaunchError(f"--channel: expected NAME=PATH, got {text!r}: for example --channel train=data/train")
-        if name in found:
+        if name in locations:
             raise LaunchError(f"--channel: {name!r} is given twice: give each channel a name of its own")
-        found[name] = location
-    return found
+        locations[name] = location
+    return locations
 
 
 def local_path(location: Any, what: str, *, must_exist: bool = True) -> Path:

@@ -10,7 +10,7 @@ import typer
 
 from modelparallel.checkpoints.huggingface.safetensors_files import MAX_SHARD_SIZE
 from modelparallel.checkpoints.stores.file_streams import shown
-from modelparallel.checkpoints.tools.catalogue import Found, checkpoints_in, find
+from modelparallel.checkpoints.tools.catalogue import StoredCheckpoint, checkpoints_in, find
 from modelparallel.checkpoints.tools.conversion import convert_to_full, convert_to_safetensors
 from modelparallel.checkpoints.tools.inspection import Description, describe
 from modelparallel.checkpoints.tools.verification import verify as verify_checkpoint
@@ -56,22 +56,22 @@ def inspect(
     try:
         beside, unfinished = checkpoints_in(path) if tag is None else ([], [])
         try:
-            found = find(path, tag)
+            checkpoint = find(path, tag)
         except CheckpointNotFoundError:
             if not (beside or unfinished):
                 raise
-            found = None
+            checkpoint = None
     except SMPError as error:
         stop(printable(str(error)), USAGE)
     description, failure = None, ""
     try:
-        description = None if found is None else describe(found)
+        description = None if checkpoint is None else describe(checkpoint)
     except SMPError as error:  # what lies beside it is shown all the same
         failure = str(error)
     if as_json:
         typer.echo(json.dumps(_as_json(beside, unfinished, description), indent=1))
     else:
-        _show("\n".join(_listing(path, beside, unfinished, found)), nl=bool(beside or unfinished))
+        _show("\n".join(_listing(path, beside, unfinished, checkpoint)), nl=bool(beside or unfinished))
         if description is not None:
             _show("\n".join(_described(description, None if tensors else _NUM_SHOWN)))
     if failure:
@@ -85,8 +85,8 @@ def verify(path: PathArgument, tag: TagOption = None) -> None:
     Exit code 0 if it is whole, 1 if not (each file that is missing, cut off or changed is named), 2 if there is none.
     """
     try:
-        found = find(path, tag)
-        verdict = verify_checkpoint(found)
+        checkpoint = find(path, tag)
+        verdict = verify_checkpoint(checkpoint)
     except SMPError as error:
         stop(printable(str(error)), USAGE)
     _show(f"{verdict.place} ({verdict.kind}): {verdict.num_files} files, {readable_bytes(verdict.num_bytes)}")
@@ -159,7 +159,9 @@ def convert(
 # What `inspect` prints
 
 
-def _listing(path: str, beside: list[Found], unfinished: list[str], chosen: Found | None) -> list[str]:
+def _listing(
+    path: str, beside: list[StoredCheckpoint], unfinished: list[str], chosen: StoredCheckpoint | None
+) -> list[str]:
     if not beside and not unfinished:
         return []
     width = max((len(one.name) for one in beside), default=0)
@@ -230,7 +232,7 @@ def _limited(noun: str, rows: list[str], limit: int | None) -> list[str]:
     return [f"  {noun}:", *shown_rows, *([f"    and {rest} more (--tensors shows all)"] if rest else [])]
 
 
-def _as_json(beside: list[Found], unfinished: list[str], what: Description | None) -> dict[str, Any]:
+def _as_json(beside: list[StoredCheckpoint], unfinished: list[str], what: Description | None) -> dict[str, Any]:
     return {
         "checkpoints": [
             {

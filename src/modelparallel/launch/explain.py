@@ -117,12 +117,12 @@ def _read(folder: JobFolder) -> dict[int, RankStory]:
         raise LaunchError(
             f"{folder.root} holds no job: name the folder that `modelparallel run` printed as 'folder ...' (--job-dir)"
         )
-    found: dict[int, RankStory] = {}
-    while missing := ranks - found.keys():
+    stories: dict[int, RankStory] = {}
+    while missing := ranks - stories.keys():
         for rank in missing:
-            found[rank] = _read_rank(folder, rank)
-            ranks.update(found[rank].head.get("pipeline", ()))
-    return dict(sorted(found.items()))
+            stories[rank] = _read_rank(folder, rank)
+            ranks.update(stories[rank].head.get("pipeline", ()))
+    return dict(sorted(stories.items()))
 
 
 def _read_rank(folder: JobFolder, rank: int) -> RankStory:

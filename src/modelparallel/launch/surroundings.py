@@ -99,8 +99,9 @@ def _devices() -> Iterator[str]:
     yield f"cpu: {platform.machine()}, {usable} of {os.cpu_count()} cores usable{memory}"
     try:
         for index in range(num_gpus()):
-            found = torch.cuda.get_device_properties(index)
-            yield f"cuda:{index}: {found.name}, {readable_bytes(found.total_memory)}, sm_{found.major}{found.minor}"
+            properties = torch.cuda.get_device_properties(index)
+            memory, version = readable_bytes(properties.total_memory), f"sm_{properties.major}{properties.minor}"
+            yield f"cuda:{index}: {properties.name}, {memory}, {version}"
         yield f"device of a job: {resolve_device('auto')[0]}"
     except (SMPError, RuntimeError, AssertionError) as error:
         yield f"device of a job: {error}"
@@ -108,13 +109,13 @@ def _devices() -> Iterator[str]:
 
 def _launcher(environ: Mapping[str, str]) -> Iterator[str]:
     try:
-        found = discover_process(environ)
-        if found.world_size == 1:
+        identity = discover_process(environ)
+        if identity.world_size == 1:
             yield "this process is alone"
         else:
             yield (
-                f"this process is rank {found.global_rank} of {found.world_size}, local rank {found.local_rank} of "
-                f"{found.local_world_size} (from {found.source})"
+                f"this process is rank {identity.global_rank} of {identity.world_size}, local rank "
+                f"{identity.local_rank} of {identity.local_world_size} (from {identity.source})"
             )
     except SMPError as error:
         yield str(error)
@@ -129,9 +130,9 @@ def _launcher(environ: Mapping[str, str]) -> Iterator[str]:
 def _configuration(parameters: str | None, environ: Mapping[str, str]) -> Iterator[str]:
     try:
         config = load_config(parameters, environ)
-        found = discover_process(environ)
-        if found.world_size > 1:
-            config.check_world(found.world_size)
+        identity = discover_process(environ)
+        if identity.world_size > 1:
+            config.check_world(identity.world_size)
     except SMPError as error:
         yield from f"{type(error).__name__}: {error}".splitlines()
         return

@@ -112,17 +112,17 @@ def _agree(entries: Sequence[tuple[str, torch.Tensor]] | None, active: Session, 
         listing = "\n".join(f"{name} {tuple(tensor.shape)} {tensor.dtype}" for name, tensor in entries)
         own = zlib.crc32(listing.encode()), array.array("q", [_checksum(tensor) for _, tensor in entries]).tobytes()
     with recording(is_enabled=False):  # a message is no tensor of the model, where its construction is delayed
-        found = allgather(own, kind)
-    if entries is None or any(answer is None for answer in found):
+        answers = allgather(own, kind)
+    if entries is None or any(answer is None for answer in answers):
         return
-    names = {answer[0] for answer in found}
+    names = {answer[0] for answer in answers}
     if len(names) > 1:
-        rank = next(rank for rank, answer in enumerate(found) if answer[0] != found[0][0])
+        rank = next(rank for rank, answer in enumerate(answers) if answer[0] != answers[0][0])
         raise DivergenceError(
             f"{axis}_rank {rank} has built another model than {axis}_rank 0: the names, shapes or dtypes of their "
             "parameters and buffers differ. Build the model alike on all ranks"
         )
-    sums = [array.array("q", answer[1]) for answer in found]
+    sums = [array.array("q", answer[1]) for answer in answers]
     different = _first_different(sums)
     if not different:
         return

@@ -63,12 +63,12 @@ class KnownParameters:
 
     def out_of_place(self, home_of: Callable[[str], int | None]) -> list[tuple[str, str]]:
         """(place, name of the parameter that is there now) of those whose home is another stage than the place's."""
-        found = []
+        misplaced = []
         for place, value in self._module.named_parameters(remove_duplicate=False):
             name = self._table.name_of(value)
             if name is not None and home_of(place) not in (None, home_of(name), *self._holders(place, name)):
-                found.append((place, name))
-        return found
+                misplaced.append((place, name))
+        return misplaced
 
     def _holders(self, place: str, name: str) -> tuple[int, ...]:
         row = self._table.row_named(name)

@@ -71,8 +71,8 @@ def _plan_of_twin(
     known = [*((other, other.partition_plan) for other in wrapped_models(runtime) if other.partitioned), *plans]
     named = model.same_as
     if named is not None:
-        found = [(other, plan) for other, plan in known if other is named]
-        if not found:
+        twins = [(other, plan) for other, plan in known if other is named]
+        if not twins:
             raise PartitionError(
                 "the model that same_as names is not partitioned: give it to this step function, too, or to an "
                 "earlier one"
@@ -80,8 +80,8 @@ def _plan_of_twin(
     elif config.load_partition or model.stored_plan is not None or model.is_placed_by_hand():
         return None
     else:
-        found = [(other, plan) for other, plan in known if other.structure == model.structure]
-    for other, plan in found:
+        twins = [(other, plan) for other, plan in known if other.structure == model.structure]
+    for other, plan in twins:
         # Of a model that is not trained the limit has counted less.
         is_tight = config.memory_limit is not None and model.is_trained() and not other.is_trained()
         if plan is not None and (named is not None or not is_tight):
@@ -134,7 +134,7 @@ def _agreed_plan(
         raise failed[1].rebuilt() from PartitionError(
             f"global rank {failed[0]} could not trace and partition the model: {failed[1].text}"
         )
-    result, indices = next(found for found, _ in answers if found is not None)
+    result, indices = next(made_there for made_there, _ in answers if made_there is not None)
     if config.partition_file and not config.load_partition and groups.world.rank_in_group == 0:
         result.save(model.plan_file)
     return result, [models[index] for index in indices]
@@ -165,8 +165,8 @@ def _with_copies(model: DistributedModel, plan: PartitionPlan, trace_body: Trace
         logger.info("not traced for modules that are called inside others: %s", error)
         return plan
     model.check_made()
-    found = with_copies(replace(plan, origin="manual"), model.module, trace)
-    stages = {name: {*plan.copies_of(name), *found.copies_of(name)} for name, _ in (*plan.copies, *found.copies)}
+    by_trace = with_copies(replace(plan, origin="manual"), model.module, trace)
+    stages = {name: {*plan.copies_of(name), *by_trace.copies_of(name)} for name, _ in (*plan.copies, *by_trace.copies)}
     return replace(plan, copies=tuple((name, tuple(sorted(of))) for name, of in stages.items()))
 
 

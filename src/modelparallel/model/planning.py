@@ -113,12 +113,12 @@ class PlannedModel(ModelParameters):
             PartitionError: the plan is for another number of stages or another model, and is not taken.
         """
         config = self._runtime.session.config
-        wanted, found = (
+        wanted, given = (
             (config.pipeline_parallel_degree, config.virtual_pipeline_degree),
             (plan.num_stages, plan.virtual_degree),
         )
-        if wanted != found:
-            raise PartitionError(f"it is for (stages, virtual degree) = {found}, and this job has {wanted}")
+        if wanted != given:
+            raise PartitionError(f"it is for (stages, virtual degree) = {given}, and this job has {wanted}")
         check_plan(plan, self.module)
         self.stored_plan = plan
 

@@ -81,13 +81,13 @@ def full_state_dict(model: StatefulModel, gather_to_rank0: bool) -> dict[str, An
 
 def merge(model: StatefulModel, parts: Sequence[tuple[int, int, Mapping[str, Any]]]) -> dict[str, Any]:
     """One whole dict from the parts ``(pp_rank, tp_rank, entries)`` of an MP_GROUP."""
-    found: dict[str, dict[int, Any]] = {}
+    values: dict[str, dict[int, Any]] = {}
     for _, tp_rank, entries in sorted(parts, key=lambda part: part[:2]):
         for name, value in entries.items():
-            found.setdefault(name, {}).setdefault(tp_rank, value)
-    names = [name for name in model.module.state_dict(keep_vars=True) if name in found]
-    names.extend(name for name in found if name not in set(names))
-    return {name: _joined(model.table.row_named(name), found[name]) for name in names}
+            values.setdefault(name, {}).setdefault(tp_rank, value)
+    names = [name for name in model.module.state_dict(keep_vars=True) if name in values]
+    names.extend(name for name in values if name not in set(names))
+    return {name: _joined(model.table.row_named(name), values[name]) for name in names}
 
 
 def _joined(row: ParameterRow | None, by_tp_rank: Mapping[int, Any]) -> Any:
@@ -185,8 +185,8 @@ def _check_shapes(model: StatefulModel, entries: Mapping[str, Any]) -> None:
             )
         local_shape = model.table.tensor(row.name).shape
         if value.shape not in (torch.Size(row.full_shape), local_shape):
-            found, local = tuple(value.shape), f" (local slice {tuple(local_shape)})" if row.split is not None else ""
-            raise StateDictError(f"load_state_dict: '{name}' has shape {found}, the model has {row.full_shape}{local}")
+            shape, local = tuple(value.shape), f" (local slice {tuple(local_shape)})" if row.split is not None else ""
+            raise StateDictError(f"load_state_dict: '{name}' has shape {shape}, the model has {row.full_shape}{local}")
 
 
 def _are_shards_alike(value: DTensor, own: Any) -> bool:

@@ -68,16 +68,16 @@ class HiddenLayout:
         for tensor in tensors:
             dims = () if tensor is None else tuple(tensor.shape)
             described.append(hash((tensor is None, dims[1:])))
-        found = exchange_integers(described, self.group, who)
-        for rank, theirs in enumerate(found):
-            if theirs[1:] != found[0][1:]:
+        rows = exchange_integers(described, self.group, who)
+        for rank, theirs in enumerate(rows):
+            if theirs[1:] != rows[0][1:]:
                 shapes = ", ".join("None" if tensor is None else str(tuple(tensor.shape)) for tensor in tensors)
                 raise TensorParallelError(
                     f"{who}: the inputs of the tensor-parallel ranks must agree in number, and in all dims but the "
                     f"first. This rank has {shapes}; ranks 0 and {rank} of the group differ. Pad the batches of one "
                     "step to equal lengths"
                 )
-        return tuple(theirs[0] for theirs in found)
+        return tuple(theirs[0] for theirs in rows)
 
     def _check_equal(self, who: str, tensors: Sequence[torch.Tensor | None]) -> None:
         sums = [0 if tensor is None else _checksum(tensor) for tensor in tensors]

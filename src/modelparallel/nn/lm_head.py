@@ -218,9 +218,9 @@ class DistributedTransformerLMHead(FamilyModule):
 
     def _check_like_ids(self, name: str, entry: Any, ids: torch.Tensor) -> None:
         if ids.dim() != 2 or (entry is not None and tuple(entry.shape) not in (tuple(ids.shape), (1, ids.shape[1]))):
-            found = tuple(ids.shape) if entry is None else tuple(entry.shape)
+            shape = tuple(ids.shape) if entry is None else tuple(entry.shape)
             raise TensorParallelError(
-                f"{type(self).__name__}: {name} has shape {found}, input_ids {tuple(ids.shape)}; both must be [N, S]"
+                f"{type(self).__name__}: {name} has shape {shape}, input_ids {tuple(ids.shape)}; both must be [N, S]"
             )
 
     def _gathered(self, tensors: list[torch.Tensor | None], counts: Sequence[int]) -> list[torch.Tensor | None]:

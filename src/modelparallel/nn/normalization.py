@@ -106,8 +106,8 @@ class _SlicedLayerNorm(Function):
         # Not torch.var_mean, which takes many times as long on CPUs.
         variance = (exact - mean).square_().mean(-1)
         own = torch.stack([mean.squeeze(-1), variance]).unsqueeze(0)
-        found = start_gather_rows(own, group, (1,) * group.size).wait()
-        means, variances = found[:, 0], found[:, 1]
+        statistics = start_gather_rows(own, group, (1,) * group.size).wait()
+        means, variances = statistics[:, 0], statistics[:, 1]
         # All slices have equal widths, so the means and variances of the slices are averaged.
         whole_mean = means.mean(0)
         whole_variance = variances.mean(0) + (means - whole_mean).square().mean(0)

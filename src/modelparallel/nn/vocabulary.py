@@ -66,16 +66,16 @@ class VocabularyEmbedding(FamilyModule):
         if group.size == 1:
             return F.embedding(ids, self.weight)
         if not self.is_split:
-            found = F.embedding(ids, self.weight)
-            return take_features(found, group) if self.is_memory else found
+            embedded = F.embedding(ids, self.weight)
+            return take_features(embedded, group) if self.is_memory else embedded
         first = first_row(self.num_embeddings, group)
         is_own = (ids >= first) & (ids < first + self.weight.shape[0])
         if self.weight.shape[0] == 0:
-            found = self.weight.new_zeros((*ids.shape, self.embedding_dim)) + self.weight.sum()
+            embedded = self.weight.new_zeros((*ids.shape, self.embedding_dim)) + self.weight.sum()
         else:
-            found = F.embedding((ids - first).clamp(0, self.weight.shape[0] - 1), self.weight)
-            found = found * is_own.unsqueeze(-1).to(found.dtype)
-        return _SumIntoSlices.apply(found, group) if self.is_memory else sum_parts(found, group)
+            embedded = F.embedding((ids - first).clamp(0, self.weight.shape[0] - 1), self.weight)
+            embedded = embedded * is_own.unsqueeze(-1).to(embedded.dtype)
+        return _SumIntoSlices.apply(embedded, group) if self.is_memory else sum_parts(embedded, group)
 
     def extra_repr(self) -> str:
         """The global sizes and the local slice."""
@@ -261,10 +261,10 @@ class _LinearCrossEntropy(Function):
         greatest, total, chosen = _row_statistics(logits, own_labels)
         if group.size > 1:
             own = torch.stack([greatest, total, chosen]).unsqueeze(0)
-            found = start_gather_rows(own, group, (1,) * group.size).wait()
-            greatest = found[:, 0].amax(0)
-            total = (found[:, 1] * (found[:, 0] - greatest).exp()).sum(0)
-            chosen = found[:, 2].sum(0)
+            statistics = start_gather_rows(own, group, (1,) * group.size).wait()
+            greatest = statistics[:, 0].amax(0)
+            total = (statistics[:, 1] * (statistics[:, 0] - greatest).exp()).sum(0)
+            chosen = statistics[:, 2].sum(0)
         log_total = greatest + total.log()
         is_counted = labels.reshape(-1) != IGNORED
         ctx.save_for_backward(hidden, weight, bias, own_labels, log_total, is_counted)

@@ -68,13 +68,13 @@ class FlatGroups:
         group = self.shard_group
         if group is None:
             raise AttributeError("fp32_partitioned_groups_flat is there with sharded_data_parallel_degree > 1 alone")
-        found = [[self._values(parameter, group) for parameter in parameters] for parameters in self.parameters()]
-        lengths = [sum(part.numel() for part in parts) for parts in found]
+        values = [[self._values(parameter, group) for parameter in parameters] for parameters in self.parameters()]
+        lengths = [sum(part.numel() for part in parts) for parts in values]
         if self._flat is None or [flat.numel() for flat in self._flat] != lengths:
             device = self._optimizer._runtime.session.device
-            self._flat = [torch.cat(parts) if parts else torch.empty(0, device=device) for parts in found]
+            self._flat = [torch.cat(parts) if parts else torch.empty(0, device=device) for parts in values]
         else:
-            for flat, parts in zip(self._flat, found, strict=True):
+            for flat, parts in zip(self._flat, values, strict=True):
                 if parts:
                     torch.cat(parts, out=flat)
         return self._flat

@@ -318,8 +318,8 @@ class FusedLAMB(_FusedOptimizer):
         everything: list[torch.Tensor],
     ) -> list[torch.Tensor]:
         squares = torch.stack([_norms(values), _norms(update)], 1).square()
-        found = _whole(self.norms, parameters, squares, everything, is_maximum=False).sqrt()
-        ratios = torch.where((found > 0).all(1), found[:, 0] / found[:, 1], 1.0)
+        norms = _whole(self.norms, parameters, squares, everything, is_maximum=False).sqrt()
+        ratios = torch.where((norms > 0).all(1), norms[:, 0] / norms[:, 1], 1.0)
         return [part * ratio.to(part.device, part.dtype) for part, ratio in zip(update, ratios.unbind(), strict=True)]
 
 
@@ -386,16 +386,16 @@ class FusedNovoGrad(_FusedOptimizer):
         lr, decay, (beta1, beta2) = float(group["lr"]), group["weight_decay"], group["betas"]
         parameters = self._trained(group)
         gradients = _exact_gradients(parameters)
-        found = _norms(gradients, self.norm_type)
+        norms = _norms(gradients, self.norm_type)
         if self.norm_type == 2:
-            found = found.square()
-        found = _whole(self.norms, parameters, found, group["params"], is_maximum=self.norm_type == 0)
+            norms = norms.square()
+        norms = _whole(self.norms, parameters, norms, group["params"], is_maximum=self.norm_type == 0)
         if not parameters:
             return
         values = _exact_values(parameters)
         counts = [self._count(parameter) for parameter in parameters]
         denominators = []
-        for parameter, count, now in zip(parameters, counts, found.unbind(), strict=True):
+        for parameter, count, now in zip(parameters, counts, norms.unbind(), strict=True):
             state = self.state[parameter]
             now = now.to(parameter.device, _exact(parameter.dtype))
             if "exp_avg_sq" not in state:
@@ -490,9 +490,9 @@ def _norms(tensors: list[torch.Tensor], kind: int = 2) -> torch.Tensor:
     """[n]: the L2 norm of each tensor, or (``kind`` 0) its largest absolute value."""
     if not tensors:
         return torch.zeros(0)
-    found = foreach_norm(tensors, float("inf") if kind == 0 else 2)
-    device = found[0].device
-    return torch.stack([norm.to(device) for norm in found])
+    norms = foreach_norm(tensors, float("inf") if kind == 0 else 2)
+    device = norms[0].device
+    return torch.stack([norm.to(device) for norm in norms])
 
 
 def _whole(

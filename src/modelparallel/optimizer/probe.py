@@ -208,12 +208,12 @@ class OptimizerProbe:
             self.doubt = self.doubt or "it draws random numbers"
             return None
         own = stand_ins[-1]
-        found: dict[str, Any] = {"": own.detach(), "result": result}
-        found.update((f"state.{key}", value) for key, value in _leaves(copied.state.get(own, {})))
+        numbers: dict[str, Any] = {"": own.detach(), "result": result}
+        numbers.update((f"state.{key}", value) for key, value in _leaves(copied.state.get(own, {})))
         for index, group in enumerate(copied.param_groups):
-            found.update((f"group {index}.{key}", value) for key, value in group.items() if key != "params")
-        found.update((f"attribute {key}", value) for key, value in vars(copied).items())
-        return found
+            numbers.update((f"group {index}.{key}", value) for key, value in group.items() if key != "params")
+        numbers.update((f"attribute {key}", value) for key, value in vars(copied).items())
+        return numbers
 
 
 class _Copier:

@@ -206,8 +206,8 @@ def _put_together(
     own_tp_rank = optimizer._runtime.session.groups.tp.rank_in_group
     by_index: dict[int, dict[int, tuple[int, dict[str, Any]]]] = {}
     for index, tp_rank, start, stop, values in pieces:
-        found = row_of(optimizer, parameters[index])
-        is_split = found is not None and found.split is not None
+        row = row_of(optimizer, parameters[index])
+        is_split = row is not None and row.split is not None
         if not is_split or tp_rank == own_tp_rank:
             by_index.setdefault(index, {}).setdefault(start, (stop, values))
     state: dict[int, dict[str, Any]] = {}
@@ -256,8 +256,8 @@ def _values_of_same_shard(
     held = tuple(values[RANGE_KEY])
     own = None if target is None or target.shard is None else (target.shard.start, target.shard.stop)
     if own != held:
-        found = row_of(optimizer, parameter)
-        name = found.name if found is not None else "?"
+        row = row_of(optimizer, parameter)
+        name = row.name if row is not None else "?"
         raise SMPConfigError(
             f"optimizer.load_state_dict: the state holds shards (it was saved with gather_if_shard=False), elements "
             f"{held[0]} to {held[1]} of '{name}', and this rank updates {own}: load the shards on the ranks that saved "
@@ -301,8 +301,8 @@ def _merged(optimizer: StatefulOptimizer, local: Mapping[int, Mapping[str, Any]]
     result = {}
     for index in sorted(slices):
         by_rank = [slices[index][tp_rank] for tp_rank in sorted(slices[index])]
-        found = row_of(optimizer, parameters[index])
-        split = found.split if found is not None else None
+        row = row_of(optimizer, parameters[index])
+        split = row.split if row is not None else None
         merged = dict(by_rank[0])
         if split is not None:
             shape = torch.Size(split.local_shape(0, groups.tp.size))  # of rank 0, whose values these are
@@ -320,10 +320,10 @@ def names_of(optimizer: StatefulOptimizer, parameters: Iterable[torch.Tensor]) -
 
 
 def _local_part(optimizer: StatefulOptimizer, parameter: nn.Parameter, value: Any) -> Any:
-    found = row_of(optimizer, parameter)
-    if found is None or found.split is None or not isinstance(value, torch.Tensor):
+    row = row_of(optimizer, parameter)
+    if row is None or row.split is None or not isinstance(value, torch.Tensor):
         return value
-    split = found.split
+    split = row.split
     if value.shape != torch.Size(split.full_shape) or value.shape == parameter.shape:
         return value
     tp = optimizer._runtime.session.groups.tp

@@ -55,22 +55,22 @@ class Targets:
 
     def of_parameter(self, parameter: torch.Tensor) -> Sequence[Target]:
         """The targets of a parameter of a model, ascending."""
-        found = self._by_parameter.get(id(parameter))
-        if found is not None:
-            return found
+        targets = self._by_parameter.get(id(parameter))
+        if targets is not None:
+            return targets
         if not isinstance(parameter, nn.Parameter) or self._is_shared_out(parameter):
             return ()
         return (Target(parameter, parameter, parameter),)
 
     def has(self, parameter: torch.Tensor) -> bool:
         """Whether something else is updated in place of this parameter of a model."""
-        found = self._by_parameter.get(id(parameter))
-        return found is not None and (not found or found[0].parameter is parameter)
+        targets = self._by_parameter.get(id(parameter))
+        return targets is not None and (not targets or targets[0].parameter is parameter)
 
     def of_tensor(self, tensor: torch.Tensor) -> Target | None:
         """The target that stands in the groups as ``tensor``."""
-        found = self._by_tensor.get(id(tensor))
-        return found if found is not None and found.tensor is tensor else None
+        target = self._by_tensor.get(id(tensor))
+        return target if target is not None and target.tensor is tensor else None
 
     def masters(self) -> list[Target]:
         """Those that are masters."""
@@ -170,14 +170,14 @@ class Targets:
                 gradient = target.source.grad
                 master = None if gradient is None else local_part(gradient.to(target.tensor.dtype, copy=True))
                 target.tensor.grad = master
-        found = torch.zeros((), dtype=torch.float32, device=self._runtime.session.device)
+        overflow = torch.zeros((), dtype=torch.float32, device=self._runtime.session.device)
         if is_checked:
             gradients = [local_part(target.tensor.grad) for target in members if target.tensor.grad is not None]
-            unscale(gradients, scale, found)
+            unscale(gradients, scale, overflow)
         self._collected = _gradients_of(members)
         self._made = {id(target.tensor): (own, version_of(own)) for target in members
                       if target.has_own_gradient and (own := local_part(target.tensor.grad)) is not None}  # fmt: skip
-        return found
+        return overflow
 
     def _check_edits(self, members: Sequence[Target]) -> None:
         """The gradients of the model have changed. Those made from them are made anew, unless they were changed, too:

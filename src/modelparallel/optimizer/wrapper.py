@@ -97,7 +97,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
         self.overflow = False
         self._has_checked_parameters = False
         # Whether some gradient here is not finite, once the gradients are collected.
-        self._found: torch.Tensor | None = None
+        self._overflow: torch.Tensor | None = None
         self._probe = self._make_probe() if needs_probe(optimizer) else None
         if half_dtype(self._runtime.session.config) is not None and hasattr(type(optimizer), "zero_grad"):
             self._clear_by_inner()
@@ -138,8 +138,8 @@ class DistributedOptimizer(torch.optim.Optimizer):
                 parameters[:] = kept
 
     def _name_of(self, parameter: nn.Parameter) -> str:
-        found = optimizer_states.row_of(self, parameter)
-        return "" if found is None else found.name
+        row = optimizer_states.row_of(self, parameter)
+        return "" if row is None else row.name
 
     def _note_new_groups(self) -> None:
         """Remember the parameters of groups that were added since, perhaps to the inner optimizer."""
@@ -248,7 +248,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
         if "set_grads_to_None" in kwargs and "set_grads_to_None" not in known and not has_any:
             kwargs["set_to_none"] = kwargs.pop("set_grads_to_None")
         self.optimizer.zero_grad(*args, **kwargs)
-        self._found = None
+        self._overflow = None
         if not self.targets.are_trivial:
             said = [*args, *(kwargs[name] for name in ("set_to_none", "set_grads_to_None") if name in kwargs)]
             by_default = next((one.default for one in known.values() if isinstance(one.default, bool)), True)
@@ -368,19 +368,19 @@ class DistributedOptimizer(torch.optim.Optimizer):
         if they are.
         """
         config = self._runtime.session.config
-        found = self.targets.collect_gradients(self.loss_scaler.loss_scale, is_checked=config.fp16)
-        if found is not None:
-            self._found = found
+        overflow = self.targets.collect_gradients(self.loss_scaler.loss_scale, is_checked=config.fp16)
+        if overflow is not None:
+            self._overflow = overflow
 
     def _agreed_overflow(self) -> bool:
-        groups, found = self._runtime.session.groups, self._found
-        if found is None:
-            found = torch.zeros((), device=self._runtime.session.device)
+        groups, overflow = self._runtime.session.groups, self._overflow
+        if overflow is None:
+            overflow = torch.zeros((), device=self._runtime.session.device)
         group = groups.world if self._runtime.shares_out_parameters else groups.mp
-        self._found = None
+        self._overflow = None
         if group.size > 1:
-            gradient_norm.reduce(found, group, dist.ReduceOp.MAX, self._runtime, "overflow")
-        return bool(found)
+            gradient_norm.reduce(overflow, group, dist.ReduceOp.MAX, self._runtime, "overflow")
+        return bool(overflow)
 
     def clip_master_grads(self, max_norm: float) -> torch.Tensor:
         """Scale the gradients so that their norm over the whole model is at most ``max_norm``, in every precision,
@@ -444,7 +444,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
     def fp32_from_fp16_groups(self) -> list[list[nn.Parameter]]:
         """The masters, by group. Source: smp-api section 18."""
         return [
-            [tensor for tensor in group["params"] if (found := self.targets.of_tensor(tensor)) and found.has_master]
+            [tensor for tensor in group["params"] if (target := self.targets.of_tensor(tensor)) and target.has_master]
             for group in self.optimizer.param_groups
         ]
 

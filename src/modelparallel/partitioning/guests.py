@@ -85,7 +85,7 @@ def may_have_guests(root: nn.Module, units: Sequence[str]) -> bool:
         for part in unit.modules():
             if type(part).__module__.startswith("torch."):
                 continue
-            if any(id(found) not in own for found in _kept_modules(vars(part))):
+            if any(id(kept) not in own for kept in _kept_modules(vars(part))):
                 return True
             forward = inspect.unwrap(type(part).forward)
             if forward not in seen and _calls_what_it_is_given(forward):

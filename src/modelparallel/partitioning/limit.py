@@ -46,16 +46,16 @@ class LimitedSearch:
 
     def fits(self, activation_factor: float = 1.0) -> bool:
         """Whether there is a split within the limit."""
-        found = self.leanest(activation_factor)
-        return found is not None and found[0] <= self.memory_limit
+        leanest = self.leanest(activation_factor)
+        return leanest is not None and leanest[0] <= self.memory_limit
 
 
 def over_the_limit(search: LimitedSearch) -> PartitionError:
     """The error for a search that has found nothing."""
-    found = search.leanest()
-    if found is None:
+    leanest = search.leanest()
+    if leanest is None:
         raise AssertionError("the number of items is checked before the limit")
-    needed, bounds, items, costs = found
+    needed, bounds, items, costs = leanest
     lines = []
     for stage, memory in enumerate(stage_memory(costs, bounds)):
         pieces = range(stage, costs.num_pieces, costs.num_stages)

@@ -138,8 +138,8 @@ def best_split(costs: Costs) -> Bounds | None:
     leanest = leanest_split(costs)
     if leanest is not None:
         starts.append(leanest)
-    found = min((improved(start, costs.rate) for start in starts), key=costs.rate, default=None)
-    return _Branching(costs, found).best if found is not None else None
+    best_start = min((improved(start, costs.rate) for start in starts), key=costs.rate, default=None)
+    return _Branching(costs, best_start).best if best_start is not None else None
 
 
 def leanest_split(costs: Costs) -> Bounds | None:

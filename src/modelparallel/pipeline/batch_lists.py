@@ -154,7 +154,9 @@ class ListReader:
             if not known_lengths:
                 walk.take(entry)
                 continue
-            has_tensors_beside = any((entry.root, length) in walk.found for length in {entry.length} & known_lengths)
+            has_tensors_beside = any(
+                (entry.root, length) in walk.lengths_by_path for length in {entry.length} & known_lengths
+            )
             verdict = (
                 "whole"
                 if are_members_split and entry.lengths
@@ -177,28 +179,28 @@ class ListReader:
         if entry.lengths:
             are_members_as_long = entry.lengths <= batch
             if is_as_long and are_members_as_long and entry.length > 1:
-                found = before or _refuse(entry, f"with {sizes}: both it and its tensors are as long")
+                verdict = before or _refuse(entry, f"with {sizes}: both it and its tensors are as long")
             elif are_members_as_long:
-                found = "whole"
+                verdict = "whole"
             elif is_as_long:
-                found = "samples"
+                verdict = "samples"
             else:
-                found = "whole"
+                verdict = "whole"
                 are_even = not any(length % num_microbatches for length in entry.lengths)  # else an error of its own
                 if are_even and len(entry.lengths) > 1 and any(length % min(batch) for length in entry.lengths):
                     _refuse(entry, f"with {sizes}: neither it nor its tensors are as long")
         elif not is_as_long or entry.length == 1 or all(element is None for element in entry.value):
-            found = "whole"
+            verdict = "whole"
         elif before is not None:
-            found = before
+            verdict = before
         elif not is_in_batch or (entry.kind == "numbers" and isinstance(entry.value, tuple)):
             _refuse(entry, f"with {sizes}: as many as there are samples")
         else:
-            found = "samples"
-        if before is not None and found != before and entry.length > 1:
+            verdict = "samples"
+        if before is not None and verdict != before and entry.length > 1:
             was = "one element per sample" if before == "samples" else "the same for all microbatches"
             _refuse(entry, f"with {sizes}: an earlier call had {was} there, which does not fit these lengths")
-        return found
+        return verdict
 
     def _length_of_lists(self, walk: _CallContents, num_microbatches: int) -> set[int]:
         """The length of the batch where all tensors lie in lists; empty where nothing tells."""
@@ -271,7 +273,7 @@ class _CallContents:
         self._axes = axes
         self._is_split = num_microbatches > 1
         self.lengths: list[tuple[str, int]] = []
-        self.found: set[tuple[trees.Path, int]] = set()  # the same, by the path of the argument
+        self.lengths_by_path: set[tuple[trees.Path, int]] = set()  # the same, by the path of the argument
         self.lists: list[_List] = []
         self.objects: list[tuple[trees.Path, Any]] = []
         self.cut: set[trees.Path] = set()
@@ -280,7 +282,7 @@ class _CallContents:
     def note(self, root: trees.Path, length: int) -> None:
         """Something in the argument ``root`` has this many samples."""
         self.lengths.append((str(root[0]), length))
-        self.found.add((root, length))
+        self.lengths_by_path.add((root, length))
 
     def visit(self, path: trees.Path, value: Any, root: trees.Path) -> None:
         """Note what ``value``, a part of the argument ``root``, is, and what is in it."""

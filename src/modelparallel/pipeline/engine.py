@@ -383,8 +383,8 @@ class PipelineEngine:
             own = (*part._parameters.values(), *part._buffers.values())
             homes.update(self.placed[id(tensor)].home for tensor in own if id(tensor) in self.placed)
             pending.extend(part.children())
-        self._homes[module] = found = frozenset(homes)
-        return found
+        self._homes[module] = result = frozenset(homes)
+        return result
 
     def buffer_states(self, names: Iterable[str]) -> dict[str, Hashable]:
         """Of the placed modules of these names; see :func:`calls.buffer_state`."""

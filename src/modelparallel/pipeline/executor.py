@@ -297,11 +297,11 @@ def _shared_values(
     what = "the step's outputs"
     specs = [tensor.spec for tensor in tensors]
     if home == engine.stage:
-        found = [program.local(tensor) for tensor in tensors]
-        presence, payload = pack(found, specs, [True] * len(found))
+        values = [program.local(tensor) for tensor in tensors]
+        presence, payload = pack(values, specs, [True] * len(values))
         for peer in engine.transport.peers():
             engine.transport.send(peer, name, payload, what, presence=presence)
-        return found
+        return values
     received = receive_tensors(engine.transport, home, name, specs, what)
     return [
         value.to(engine.device) if spec.device_type != "cpu" else value

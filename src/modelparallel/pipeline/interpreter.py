@@ -172,13 +172,13 @@ class Interpreter:
 
     def _bodies_in_turn(self) -> list[Body]:
         """Those whose forward may go on without overtaking the microbatch before."""
-        found = []
+        ready = []
         before: Body | None = None
         for body in self._bodies:
             if not body.is_done and (before is None or before.is_done or before.visit > body.visit):
-                found.append(body)
+                ready.append(body)
             before = body
-        return found
+        return ready
 
     def _can_resume(self, body: Body) -> bool:
         if not body.is_started:
@@ -210,13 +210,13 @@ class Interpreter:
         return [*waits, *self._awaited_gradients()] if self._may_run_backward() else waits
 
     def _awaited_gradients(self) -> list[Awaited]:
-        found = []
+        waits = []
         for body in self._bodies:
             if body.is_done and body.program.has_backward_left:
                 awaited = body.program.next_gradient()
                 if awaited is not None:
-                    found.append(awaited)
-        return found
+                    waits.append(awaited)
+        return waits
 
     # Backwards
 

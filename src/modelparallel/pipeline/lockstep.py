@@ -35,9 +35,9 @@ IN_TURN = (
 
 def check_microbatches(group: Group, num_microbatches: int, num_samples: Sequence[int], wanted: int) -> None:
     """Raise StepUsageError on all ranks if a rank of the group has fewer microbatches than another."""
-    found = exchange_integers((num_microbatches, sum(num_samples)), group, "smp.step")
-    if len({row[0] for row in found}) > 1:
-        samples = ", ".join(f"{row[1]} on tp_rank {rank}" for rank, row in enumerate(found))
+    counts = exchange_integers((num_microbatches, sum(num_samples)), group, "smp.step")
+    if len({row[0] for row in counts}) > 1:
+        samples = ", ".join(f"{row[1]} on tp_rank {rank}" for rank, row in enumerate(counts))
         raise StepUsageError(
             f"smp.step: with microbatches={wanted} and split layers each rank of a tensor-parallel group needs equally "
             f"many microbatches that are not empty, but the ranks gave batches of different length ({samples} "

@@ -68,8 +68,8 @@ def split(
         if not trees.is_container(value):
             return _part(value, axes.get(path[0], 0), index, sizes, path)
         pairs = trees.children(value)
-        found = {key: cut((*path, key), child, index) for key, child in pairs}
-        return value if all(found[key] is child for key, child in pairs) else trees.rebuild(value, found)
+        parts = {key: cut((*path, key), child, index) for key, child in pairs}
+        return value if all(parts[key] is child for key, child in pairs) else trees.rebuild(value, parts)
 
     result = [
         {name: value if name in whole else cut((name,), value, index) for name, value in arguments.items()}

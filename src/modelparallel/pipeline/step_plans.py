@@ -153,8 +153,8 @@ class StepPlans:
             transport.send_object(peer, _PLAN, own.to_bytes(), _WHAT)
         told = {peer: _Findings.from_bytes(transport.receive_object(peer, _PLAN, _WHAT)) for peer in transport.peers()}
         told[transport.stage] = own
-        compare({stage: found.ledger for stage, found in told.items()})
-        counted = {position: work for found in told.values() for position, work in found.costs.items()}
+        compare({stage: findings.ledger for stage, findings in told.items()})
+        counted = {position: work for findings in told.values() for position, work in findings.costs.items()}
         plan = self._made(programs, recorders, told, costs, counted, transport.num_stages)
         if self.lockstep_group is not None and not is_same_on_all(self.lockstep_group, _described(plan)):
             plan = self._made(programs, recorders, told, {}, {}, transport.num_stages)
@@ -185,9 +185,9 @@ class StepPlans:
         ways = [tuple(entry for entry in recorder.common() if entry[0] != "C") for recorder in recorders]
         if any(way != ways[0] for way in ways):
             return None
-        recorded = with_local_waits(recorders[-1].common(), {stage: found.waits for stage, found in told.items()})
+        recorded = with_local_waits(recorders[-1].common(), {stage: findings.waits for stage, findings in told.items()})
         chain, starts, entries = build_chain(recorded, num_stages, costs, counted)
-        if any(found.carries_state for found in told.values()) and not chain.is_straight:
+        if any(findings.carries_state for findings in told.values()) and not chain.is_straight:
             # A microbatch leaves something behind that the next one finds, so they cannot take turns.
             return None
         schedule_kind = self._schedule_kind
@@ -224,15 +224,15 @@ class StepPlans:
         if transport.stage != 0:
             transport.send_object(0, _PLAN, json.dumps(waiting_share).encode(), _WHAT)
             return
-        found = [waiting_share]
-        found += [json.loads(transport.receive_object(peer, _PLAN, _WHAT)) for peer in transport.peers()]
+        shares = [waiting_share]
+        shares += [json.loads(transport.receive_object(peer, _PLAN, _WHAT)) for peer in transport.peers()]
         if not self.are_logged:
             return
         predicted = plan.idle_shares()
         logger.info(
             "Pipeline schedule, after %d steps: the stages wait %s of their time (predicted: %s)",
             runs,
-            ", ".join(f"{share:.0%}" for share in found),
+            ", ".join(f"{share:.0%}" for share in shares),
             ", ".join(f"{share:.0%}" for share in predicted),
         )
 

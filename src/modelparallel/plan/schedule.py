@@ -108,11 +108,11 @@ class Chain:
     @cached_property
     def receivers(self) -> tuple[tuple[int, ...], ...]:
         """For every visit the indices of the later visits that wait for it."""
-        found: list[list[int]] = [[] for _ in self.visits]
+        waiting: list[list[int]] = [[] for _ in self.visits]
         for index, visit in enumerate(self.visits):
             for sender in visit.waits_for:
-                found[sender].append(index)
-        return tuple(map(tuple, found))
+                waiting[sender].append(index)
+        return tuple(map(tuple, waiting))
 
     def visits_of(self, stage: int) -> tuple[int, ...]:
         """The indices in the chain of the visits on ``stage``, in order."""

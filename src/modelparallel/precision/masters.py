@@ -34,14 +34,14 @@ def write_back(sources: Sequence[nn.Parameter], masters: Sequence[nn.Parameter])
 
 
 @torch.no_grad()
-def unscale(gradients: Sequence[torch.Tensor], scale: float, found: torch.Tensor) -> None:
-    """Divide the gradients by ``scale``, in place; ``found`` becomes 1 if one of them is not finite."""
-    inverse = torch.full((), 1.0 / scale, dtype=torch.float32, device=found.device)
+def unscale(gradients: Sequence[torch.Tensor], scale: float, overflow: torch.Tensor) -> None:
+    """Divide the gradients by ``scale``, in place; ``overflow`` becomes 1 if one of them is not finite."""
+    inverse = torch.full((), 1.0 / scale, dtype=torch.float32, device=overflow.device)
     by_kind: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
     for gradient in gradients:
         by_kind.setdefault((gradient.device, gradient.dtype), []).append(gradient)
     for (device, _), members in by_kind.items():
-        own = found.to(device)
+        own = overflow.to(device)
         foreach_check_finite_and_unscale_(members, own, inverse.to(device))
-        if own is not found:
-            found.copy_(torch.maximum(found, own.to(found.device)))
+        if own is not overflow:
+            overflow.copy_(torch.maximum(overflow, own.to(overflow.device)))

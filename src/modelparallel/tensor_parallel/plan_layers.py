@@ -231,8 +231,8 @@ class RowEmbedding(PlannedModule):
             return all_reduce(self._look_up(input), group, has_equal_gradients=True)
         ids = input.reshape(-1)
         counts = gather_counts(ids.numel(), group, input, self.planned.name)
-        found = reduce_scatter(self._look_up(all_gather(ids, group, counts=counts)), group, counts=counts)
-        return found.view(*input.shape, found.shape[-1])
+        rows = reduce_scatter(self._look_up(all_gather(ids, group, counts=counts)), group, counts=counts)
+        return rows.view(*input.shape, rows.shape[-1])
 
     def _look_up(self, ids: torch.Tensor) -> torch.Tensor:
         group, spec = self.tp_group, self.planned.splits["weight"]
@@ -243,8 +243,8 @@ class RowEmbedding(PlannedModule):
             if low < 0 or high >= spec.full_shape[0]:
                 raise IndexError(f"'{self.planned.name}': ids {low} to {high}, the table has {spec.full_shape[0]} rows")
         is_elsewhere = (ids < own.start) | (ids >= own.stop)
-        found: torch.Tensor = self._own_forward((ids - own.start).masked_fill(is_elsewhere, 0))
-        return found.masked_fill(is_elsewhere.unsqueeze(-1), 0)
+        rows: torch.Tensor = self._own_forward((ids - own.start).masked_fill(is_elsewhere, 0))
+        return rows.masked_fill(is_elsewhere.unsqueeze(-1), 0)
 
 
 def _with_bias(output: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

@@ -198,18 +198,18 @@ def _failed_ties(
     names_of_parameter: Callable[[nn.Parameter], Iterable[str]],
 ) -> dict[tuple[str, str], str]:
     """Entries of which a parameter is shared with something that is not cut alike: then it stays whole."""
-    found: dict[tuple[str, str], str] = {}
+    more_failed: dict[tuple[str, str], str] = {}
     while True:
         wanted = {
             prefix + name: spec
             for cut in cuts
-            if _key(cut.entry) not in failed and _key(cut.entry) not in found
+            if _key(cut.entry) not in failed and _key(cut.entry) not in more_failed
             for name, spec in cut.specs.items()
         }
         more: dict[tuple[str, str], str] = {}
         for cut in cuts:
             for name, spec in cut.specs.items():
-                if prefix + name not in wanted or _key(cut.entry) in found:
+                if prefix + name not in wanted or _key(cut.entry) in more_failed:
                     continue
                 for other in names_of_parameter(root.get_parameter(name)):
                     if wanted.get(other) != spec:
@@ -217,8 +217,8 @@ def _failed_ties(
                             f"its parameter '{prefix}{name}' is shared with '{other}', which is whole"
                         )
         if not more:
-            return found
-        found |= more
+            return more_failed
+        more_failed |= more
 
 
 def _apply(

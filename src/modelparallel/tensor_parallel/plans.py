@@ -131,12 +131,12 @@ def user_plan(module: nn.Module, table: Any) -> SplitPlan:
         )
     entries: dict[tuple[str, str], PlanEntry] = {}
     for pattern, value in table.items():
-        found = [_checked(module, entry) for entry in _user_entries(module, pattern, value)]
-        if not found:
+        entries_of_pattern = [_checked(module, entry) for entry in _user_entries(module, pattern, value)]
+        if not entries_of_pattern:
             raise TensorParallelError(
                 f"plan: the pattern {pattern!r} matches nothing in {type(module).__name__}; {_nearest(module, pattern)}"
             )
-        for entry in found:
+        for entry in entries_of_pattern:
             other = entries.get((entry.module, entry.parameter))
             if other is not None and other.style is not entry.style:
                 raise TensorParallelError(
@@ -355,12 +355,12 @@ def _with_regions(root: nn.Module, entries: list[PlanEntry]) -> SplitPlan:
     candidates: set[str] = set()
     unbalanced: list[str] = []
     for start in sorted(opening | closing):
-        found = next((name for name in _upwards(start) if name in open_above and name in closed_above), None)
-        if found is None:
+        region = next((name for name in _upwards(start) if name in open_above and name in closed_above), None)
+        if region is None:
             unbalanced.append(start)
             continue
-        around = next((name for name in _upwards(found) if name in explicit), None)
-        candidates.add(around if around is not None else _above_experts(root, found, entries))
+        around = next((name for name in _upwards(region) if name in explicit), None)
+        candidates.add(around if around is not None else _above_experts(root, region, entries))
     regions = sorted(
         name for name in candidates if not any(above in candidates for above in _upwards(name) if above != name)
     )

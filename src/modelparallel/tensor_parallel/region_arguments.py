@@ -125,12 +125,12 @@ def read_arguments(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         return leaf
 
     trees.map_leaves_with_path(look, (args, kwargs))
-    found = RegionArguments(args, kwargs, tensors, names, json.dumps(leaves), _signature(leaves))
-    if found.hidden is None:
+    arguments = RegionArguments(args, kwargs, tensors, names, json.dumps(leaves), _signature(leaves))
+    if arguments.hidden is None:
         raise TensorParallelError(f"region '{name}': no argument is a tensor with a batch dim, its rows are not known")
     if len(tensors) > _MAX_TENSORS:
         raise TensorParallelError(f"region '{name}': {len(tensors)} tensors as arguments, at most {_MAX_TENSORS}")
-    return found
+    return arguments
 
 
 def _signature(leaves: list[list[Any]]) -> str:
@@ -226,8 +226,8 @@ def _check_kinds(name: str, kinds: list[str], is_prescaled: bool) -> None:
         not is_prescaled
         and len(names) == 1
         and all(
-            all(len(leaf) > 2 for leaf in found) or len({str(leaf) for leaf in found}) == 1
-            for found in zip(*described, strict=True)
+            all(len(leaf) > 2 for leaf in leaves_of_ranks) or len({str(leaf) for leaf in leaves_of_ranks}) == 1
+            for leaves_of_ranks in zip(*described, strict=True)
         )
     ):
         return

@@ -289,8 +289,8 @@ def _look_at(call: RegionCall, result: Any) -> Outputs:
         )
     tail = None
     if len(call.sums) == 1:
-        found = [index for index, tensor in enumerate(tensors) if tensor is call.sums[0]]
-        tail = found[0] if len(found) == 1 else None
+        places = [index for index, tensor in enumerate(tensors) if tensor is call.sums[0]]
+        tail = places[0] if len(places) == 1 else None
     return Outputs(tail, is_slice)
 
 

@@ -108,7 +108,7 @@ _Marked = tuple[str, nn.Module, TensorParallelMark, Registration | None]
 
 def _outermost_marked(root: nn.Module) -> list[_Marked]:
     """The modules to replace; without a registration: to split by a plan."""
-    found: list[_Marked] = []
+    outermost: list[_Marked] = []
     seen: set[int] = set()
 
     def visit(name: str, module: nn.Module, is_planned: bool) -> None:
@@ -118,19 +118,19 @@ def _outermost_marked(root: nn.Module) -> list[_Marked]:
         mark, registration = registry.tensor_parallel_mark(module), registry.registration_for(module)
         if mark is not None and mark.enabled:
             if mark.plan is not None:
-                found.append((name, module, mark, None))
+                outermost.append((name, module, mark, None))
                 is_planned = True
             elif registration is not None and not (is_planned and registration.is_builtin):
-                found.append((name, module, mark, registration))
+                outermost.append((name, module, mark, registration))
                 return
             elif not is_planned and carries_plan(module):
-                found.append((name, module, mark, None))
+                outermost.append((name, module, mark, None))
                 is_planned = True
         for child_name, child in module.named_children():
             visit(f"{name}.{child_name}" if name else child_name, child, is_planned)
 
     visit("", root, False)
-    return found
+    return outermost
 
 
 def _split_by_plan(

@@ -279,11 +279,11 @@ def intercepted_checkpoints(
         function: Any, preserve_rng_state: Any, context_fn: Any, check: Any, debug: Any, early_stop: Any,
         *args: Any, **kwargs: Any,
     ) -> Iterator[None]:  # fmt: skip
-        found = region(function, args, kwargs, context_fn) if torch.is_grad_enabled() else None
-        if found is None:
+        own_region = region(function, args, kwargs, context_fn) if torch.is_grad_enabled() else None
+        if own_region is None:
             yield from original(function, preserve_rng_state, context_fn, check, debug, early_stop, *args, **kwargs)
             return
-        with found:
+        with own_region:
             yield
 
     module._checkpoint_without_reentrant_generator = generator
@@ -411,9 +411,9 @@ def intercept_unscaling(
         if not is_ours(optimizer):
             return original(self, optimizer, *args, **kwargs)
         before(optimizer)
-        found = original(self, optimizer, *args, **kwargs)
-        after(found)
-        return found
+        overflow_by_device = original(self, optimizer, *args, **kwargs)
+        after(overflow_by_device)
+        return overflow_by_device
 
     scaler._unscale_grads_ = unscale
 

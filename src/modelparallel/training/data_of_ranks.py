@@ -98,9 +98,9 @@ class InputChecks:
         self._num_left_of_copies -= 1
         rows = exchange_integers((checksum, groups.rdp.rank_in_group), groups.dp, "the comparison of inputs")
         place_of: dict[int, list[tuple[int, int]]] = {}
-        for dp_rank, (found, rdp_rank) in enumerate(rows):
-            if found:
-                place_of.setdefault(found, []).append((dp_rank, rdp_rank))
+        for dp_rank, (fed, rdp_rank) in enumerate(rows):
+            if fed:
+                place_of.setdefault(fed, []).append((dp_rank, rdp_rank))
         text = ""
         for members in place_of.values():
             distinct = {rdp_rank: dp_rank for dp_rank, rdp_rank in members} if is_prescaled else dict(members)
@@ -123,15 +123,15 @@ def _words(*, is_prescaled: bool) -> str:
 
 
 def _tensors_in(arguments: Mapping[str, Any]) -> list[tuple[trees.Path, torch.Tensor]]:
-    found: list[tuple[trees.Path, torch.Tensor]] = []
+    tensors: list[tuple[trees.Path, torch.Tensor]] = []
 
     def note(path: trees.Path, leaf: Any) -> Any:
         if isinstance(leaf, torch.Tensor) and leaf.layout is torch.strided and not leaf.is_nested:
-            found.append((path, leaf))
+            tensors.append((path, leaf))
         return leaf
 
     trees.map_leaves_with_path(note, dict(arguments))
-    return found
+    return tensors
 
 
 def _at(arguments: Any, path: trees.Path) -> Any:

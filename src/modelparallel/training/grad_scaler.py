@@ -45,16 +45,16 @@ def agree_on_found_infs(runtime: Runtime) -> None:
     def is_ours(optimizer: Any) -> bool:
         return any(optimizer is other for other in runtime.live_optimizers())
 
-    def agree(found: dict[torch.device, torch.Tensor]) -> None:
+    def agree(overflow_by_device: dict[torch.device, torch.Tensor]) -> None:
         groups, device = runtime.session.groups, runtime.session.device
         group = groups.world if runtime.shares_out_parameters else groups.mp
         total = torch.zeros((), dtype=torch.float32, device=device)
-        for value in found.values():
+        for value in overflow_by_device.values():
             total = torch.maximum(total, value.to(device))
         if group.size > 1:
             reduce(total, group, dist.ReduceOp.MAX, runtime, "overflow")
-        for value in found.values():
+        for value in overflow_by_device.values():
             value.copy_(total)
-        found.setdefault(device, total)
+        overflow_by_device.setdefault(device, total)
 
     runtime.session.closers.append(intercept_unscaling(is_ours, lambda optimizer: optimizer.collect_gradients(), agree))

@@ -175,18 +175,19 @@ def parts_of(runtime: Runtime, tensors: Iterable[torch.Tensor]) -> list[_Counted
             model.gradients.shards.collect_gradients()
     parts: list[_CountedGradient] = []
     for tensor in without_retired(tensors):
-        found = next((target for other in optimizers if (target := other.targets.of_tensor(tensor)) is not None), None)
-        parameter: Any = found.parameter if found is not None else tensor
+        targets = (other.targets.of_tensor(tensor) for other in optimizers)
+        own_target = next((target for target in targets if target is not None), None)
+        parameter: Any = own_target.parameter if own_target is not None else tensor
         owner = next((model for model in models if model.table.row_of(parameter) is not None), None)
         members: Sequence[tuple[torch.Tensor, Shard | None]] = [(tensor, None)]
-        if found is not None:
-            members = [(tensor, found.shard)]
+        if own_target is not None:
+            members = [(tensor, own_target.shard)]
         elif (holder := next((other for other in optimizers if other.targets.has(parameter)), None)) is not None:
             members = [(target.tensor, target.shard) for target in holder.targets.of_parameter(parameter)]
         elif owner is not None and owner.gradients.shards is not None and owner.gradients.shards.has(parameter):
             members = [(shard.tensor, shard) for shard in owner.gradients.shards.shards_of(parameter)]
         row = owner.table.row_of(parameter) if owner is not None else None
-        is_updated = found is not None or any(other.targets.has(parameter) for other in optimizers)
+        is_updated = own_target is not None or any(other.targets.has(parameter) for other in optimizers)
         scale = 1.0 if owner is None or is_updated else owner.loss_scale
         parts.extend(
             _part(runtime, member.grad, row, shard, scale) for member, shard in members if member.grad is not None
@@ -243,11 +244,11 @@ def _parameters_of_gradients(runtime: Runtime, gradients: Sequence[torch.Tensor]
     own = {id(tensor) for tensor in tensors}
     tensors += [tensor for one in runtime.live_optimizers() for group in one.param_groups for tensor in group["params"]]
     known = {_memory_of(tensor.grad): tensor for tensor in reversed(tensors) if tensor.grad is not None}
-    found = [known.get(_memory_of(gradient)) for gradient in gradients]
+    parameters = [known.get(_memory_of(gradient)) for gradient in gradients]
     are_weights = [id(gradient) in own for gradient in gradients]
-    if all(parameter is None for parameter in found) and not any(are_weights):
+    if all(parameter is None for parameter in parameters) and not any(are_weights):
         return gradients
-    if any(parameter is None for parameter in found):
+    if any(parameter is None for parameter in parameters):
         if runtime.session.groups.mp.size == 1:
             return gradients  # of whole weights
         raise SMPConfigError(
@@ -255,7 +256,7 @@ def _parameters_of_gradients(runtime: Runtime, gradients: Sequence[torch.Tensor]
             "part of the model, so that their norm would be that of a part: pass the gradients as they are "
             "(p.grad for p in model.parameters()), or use smp.clip_grad_norm_(model, float('inf'))"
         )
-    return [parameter for parameter in found if parameter is not None]
+    return [parameter for parameter in parameters if parameter is not None]
 
 
 def _memory_of(tensor: torch.Tensor) -> object:

@@ -281,8 +281,8 @@ def _of_process(key: str) -> int | None:
         text = _STATUS.read_text()
     except OSError:
         return None
-    found = next((line for line in text.splitlines() if line.startswith(f"{key}:")), None)
-    return None if found is None else int(found.split()[1]) * 1024
+    own_line = next((line for line in text.splitlines() if line.startswith(f"{key}:")), None)
+    return None if own_line is None else int(own_line.split()[1]) * 1024
 
 
 # Running out

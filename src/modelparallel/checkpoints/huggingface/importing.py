@@ -100,17 +100,17 @@ class _Match:
 def _matched(model: DistributedModel, stored: Mapping[str, StoredTensor]) -> _Match:
     known = TransformersModel.of(model.module)
     expected = {tensor.name: tensor for tensor in file_tensors(model)}
-    found: dict[str, StoredTensor] = {}
+    matched: dict[str, StoredTensor] = {}
     unexpected = []
     for name, value in stored.items():
         if name in expected:
-            found[name] = value
+            matched[name] = value
         else:
             unexpected.append(name)
     for name in list(unexpected):
-        other = next((other for other in _other_names(name, known) if other in expected and other not in found), None)
+        other = next((other for other in _other_names(name, known) if other in expected and other not in matched), None)
         if other is not None:
-            found[other] = stored[name]
+            matched[other] = stored[name]
             unexpected.remove(name)
     by_place: dict[tuple[object, ...], list[FileTensor]] = {}
     for tensor in expected.values():
@@ -118,9 +118,9 @@ def _matched(model: DistributedModel, stored: Mapping[str, StoredTensor]) -> _Ma
     sources: list[tuple[FileTensor, StoredTensor]] = []
     missing: list[str] = []
     for tensors in by_place.values():
-        held = [tensor for tensor in tensors if tensor.name in found]
+        held = [tensor for tensor in tensors if tensor.name in matched]
         if held:
-            sources.extend((tensor, found[tensor.name]) for tensor in held[:1])
+            sources.extend((tensor, matched[tensor.name]) for tensor in held[:1])
         else:
             missing.append(tensors[0].name)
     if known is not None:

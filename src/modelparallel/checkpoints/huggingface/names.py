@@ -169,11 +169,11 @@ class TransformersModel:
             for part in (config, generation):
                 if part is not None:
                     part.save_pretrained(folder)
-            found = {}
+            contents = {}
             for name in sorted(os.listdir(folder)):
                 with open(os.path.join(folder, name), "rb") as file:
-                    found[name] = file.read()
-        return found
+                    contents[name] = file.read()
+        return contents
 
 
 def _tied_patterns(of: Any, prefix: str) -> Iterable[str]:

@@ -175,8 +175,8 @@ class SafetensorsWriter:
     @property
     def record(self) -> FileRecord:
         """Size and digest of what was written so far."""
-        found: FileRecord = self._stream.record
-        return found
+        written: FileRecord = self._stream.record
+        return written
 
 
 def order_in_file(tensors: Mapping[str, TensorToWrite]) -> list[str]:
@@ -229,19 +229,19 @@ def check_free(path: str | os.PathLike[str], overwrite: bool) -> None:
         return
     if not store.is_folder(name):
         raise CheckpointError(f"{where!r} is a file: give the path of a folder")
-    found = store.names(name)
-    is_left_over = store.is_remote and MARK_NAME in found and RECORD_NAME not in found
-    if not found or is_left_over:
+    present = store.names(name)
+    is_left_over = store.is_remote and MARK_NAME in present and RECORD_NAME not in present
+    if not present or is_left_over:
         return
     if not overwrite:
         raise CheckpointError(
-            f"{where!r} is there already and holds {', '.join(found[:5])}: give another path, or overwrite=True to "
+            f"{where!r} is there already and holds {', '.join(present[:5])}: give another path, or overwrite=True to "
             "replace the whole folder"
         )
-    if not {WEIGHTS_NAME, INDEX_NAME} & set(found):
+    if not {WEIGHTS_NAME, INDEX_NAME} & set(present):
         raise CheckpointError(
-            f"{where!r} holds {', '.join(found[:5])} and no weights ({WEIGHTS_NAME}): overwrite=True replaces a whole "
-            "folder, and only one of weights; give another path, or remove it yourself"
+            f"{where!r} holds {', '.join(present[:5])} and no weights ({WEIGHTS_NAME}): overwrite=True replaces a "
+            "whole folder, and only one of weights; give another path, or remove it yourself"
         )
 
 

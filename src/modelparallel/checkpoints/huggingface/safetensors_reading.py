@@ -54,14 +54,14 @@ def stored_tensors(path: str | os.PathLike[str]) -> dict[str, StoredTensor]:
     if MARK_NAME in names and RECORD_NAME not in names:
         raise CheckpointCorruptError(f"{shown(text)!r} is being written, or its writing was broken off: take another")
     if INDEX_NAME not in names and WEIGHTS_NAME not in names:
-        found = f"there are {', '.join(names[:8])}" if names else "there is nothing"
+        listing = f"there are {', '.join(names[:8])}" if names else "there is nothing"
         more = (
             "; a file of torch.save is read by smp.resume_from_checkpoint(path, tag='pytorch_model.bin', partial=False)"
             if any(name.startswith("pytorch_model") for name in names)
             else ""
         )
         raise CheckpointNotFoundError(
-            f"{shown(text)!r} holds neither {WEIGHTS_NAME} nor {INDEX_NAME}; {found}: check the path{more}"
+            f"{shown(text)!r} holds neither {WEIGHTS_NAME} nor {INDEX_NAME}; {listing}: check the path{more}"
         )
     if WEIGHTS_NAME in names:
         return _head(*store_of_file(f"{text}/{WEIGHTS_NAME}"))
@@ -70,14 +70,14 @@ def stored_tensors(path: str | os.PathLike[str]) -> dict[str, StoredTensor]:
         by_file.setdefault(checked_name(file, text), []).append(name)
     result: dict[str, StoredTensor] = {}
     for file, tensors in by_file.items():
-        found_there = _head(*store_of_file(f"{text}/{file}"))
-        missing = [name for name in tensors if name not in found_there]
+        stored = _head(*store_of_file(f"{text}/{file}"))
+        missing = [name for name in tensors if name not in stored]
         if missing:
             raise CheckpointCorruptError(
                 f"{INDEX_NAME} in {shown(text)!r} says that {file} holds {', '.join(missing[:5])}, and it does not: "
                 "the files are not of one model; take another copy"
             )
-        result.update((name, found_there[name]) for name in tensors)
+        result.update((name, stored[name]) for name in tensors)
     return result
 
 
@@ -165,8 +165,8 @@ class RectangleReader:
             if not tensor.shape:
                 return self._open[path].get_tensor(tensor.name)
             places = tuple(slice(start, start + length) for start, length in zip(starts, lengths, strict=True))
-            found: torch.Tensor = self._open[path].get_slice(tensor.name)[places]
-            return found
+            part: torch.Tensor = self._open[path].get_slice(tensor.name)[places]
+            return part
         except (SafetensorError, OSError, ValueError) as error:
             if isinstance(error, CheckpointError):
                 raise
@@ -190,7 +190,7 @@ class RectangleReader:
             raise ValueError("the file has changed")
         if not tensor.shape:
             return torch.frombuffer(data, dtype=tensor.dtype).reshape(())
-        found = torch.frombuffer(data, dtype=tensor.dtype).view(rows[1], *row_shape)
+        part = torch.frombuffer(data, dtype=tensor.dtype).view(rows[1], *row_shape)
         for dim in range(1, len(tensor.shape)):
-            found = found.narrow(dim, starts[dim], lengths[dim])
-        return found
+            part = part.narrow(dim, starts[dim], lengths[dim])
+        return part

@@ -60,9 +60,9 @@ def read_weights(path: str, name: str, trust_pickles: bool = False) -> dict[str,
         by_file.setdefault(file, []).append(tensor)
     state: dict[str, Any] = {}
     for file, tensors in by_file.items():
-        found = _read_file(path, checked_name(file, path), trust_pickles)
-        _check_names(path, name, file, tensors, found)
-        state.update((tensor, found[tensor]) for tensor in tensors)
+        stored = _read_file(path, checked_name(file, path), trust_pickles)
+        _check_names(path, name, file, tensors, stored)
+        state.update((tensor, stored[tensor]) for tensor in tensors)
     return state
 
 
@@ -104,19 +104,19 @@ def weight_map(path: str, name: str) -> dict[str, str]:
     """The file of each tensor, as an index says it. Local. Raises CheckpointCorruptError for what is no index."""
     store, file = _place(path, name)
     try:
-        found = parse_json(store.read(file))["weight_map"]
-        if not all(isinstance(value, str) for value in found.values()):
+        by_tensor = parse_json(store.read(file))["weight_map"]
+        if not all(isinstance(value, str) for value in by_tensor.values()):
             raise TypeError("its weight_map has something else than names of files")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointCorruptError(
             f"{shown(store.path_of(file))!r} is not an index of weights ({type(error).__name__}: {error}): take "
             "another copy"
         ) from error
-    return dict(found)
+    return dict(by_tensor)
 
 
-def _check_names(path: str, index: str, file: str, tensors: Iterable[str], found: Mapping[str, Any]) -> None:
-    missing = [tensor for tensor in tensors if tensor not in found]
+def _check_names(path: str, index: str, file: str, tensors: Iterable[str], stored: Mapping[str, Any]) -> None:
+    missing = [tensor for tensor in tensors if tensor not in stored]
     if missing:
         raise CheckpointCorruptError(
             f"{index} in {shown(path)!r} says that {file} holds {', '.join(missing[:5])}, and it does not: the files "

@@ -137,9 +137,9 @@ def optimizer_contents(optimizer: DistributedOptimizer, prefix: str) -> Contents
 def named_parameters(optimizer: DistributedOptimizer) -> Iterator[tuple[nn.Parameter, ParameterRow]]:
     """The parameters of the whole model's optimizer that belong to a wrapped model, each once. Local."""
     for parameter in optimizer.all_parameters():
-        found = optimizer_states.row_of(optimizer, parameter)
-        if found is not None:
-            yield parameter, found
+        row = optimizer_states.row_of(optimizer, parameter)
+        if row is not None:
+            yield parameter, row
 
 
 def group_settings(optimizer: DistributedOptimizer) -> list[dict[str, Any]]:

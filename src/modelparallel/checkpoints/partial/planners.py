@@ -108,9 +108,9 @@ class PieceLoadPlanner(DefaultLoadPlanner):
         for key, pieces in by_key.items():
             described = tensor_entry(key, stored[key], pieces[0].full_shape)
             chunks = [ChunkStorageMetadata(torch.Size(piece.offsets), torch.Size(piece.sizes)) for piece in pieces]
-            found = create_read_items_for_chunk_list(key, described, chunks)
-            _check_all_there(key, pieces, found)
-            items.extend(found)
+            items_of_key = create_read_items_for_chunk_list(key, described, chunks)
+            _check_all_there(key, pieces, items_of_key)
+            items.extend(items_of_key)
             self._by_place.update({(key, number): piece.tensor for number, piece in enumerate(pieces)})
         for key in self._object_keys:
             index = MetadataIndex(key)

@@ -74,10 +74,10 @@ class StoredCheckpoint:
 
     def read(self, pieces: Sequence[Piece], object_keys: Sequence[str], doing: str) -> dict[str, Any]:
         """Fill the pieces in place, and return the objects by key. Collective over the world."""
-        found: dict[str, Any] = {}
+        objects: dict[str, Any] = {}
 
         def take(key: str, data: io.BytesIO) -> None:
-            found[key] = open_object(data, f"the entry '{key}'", self._allowed, self._trusts_pickles)
+            objects[key] = open_object(data, f"the entry '{key}'", self._allowed, self._trusts_pickles)
 
         planner = PieceLoadPlanner(pieces, object_keys, take)
         reader = RecordedReader(self.store, self._metadata, self._expected)
@@ -91,7 +91,7 @@ class StoredCheckpoint:
             else:
                 failure = error
         self._agree(failure, doing)
-        return found
+        return objects
 
     def _agree(self, failure: CheckpointError | None, doing: str) -> None:
         """All ranks hear of each other's failures. Collective over the world."""
@@ -103,13 +103,13 @@ class StoredCheckpoint:
             if failure is None and isinstance(error, WaitTimeoutError):
                 raise
             raise explained(failure or error, doing, world.rank_in_group) from error
-        found: dict[int, tuple[BaseException, StackSummary]] = {
+        failures: dict[int, tuple[BaseException, StackSummary]] = {
             rank: (error_class(report[0])(report[1]), StackSummary())
             for rank, report in enumerate(reports)
             if report is not None
         }
-        if found:
-            raise explained(CheckpointException(doing, found), doing, world.rank_in_group) from failure
+        if failures:
+            raise explained(CheckpointException(doing, failures), doing, world.rank_in_group) from failure
 
 
 # Models
@@ -221,13 +221,13 @@ class OptimizerLoad:
                     self._make_room(row, target)
         scaler = f"{prefix}.{optimizer_states.SCALER_KEY}"
         scalers = [scaler] if scaler in self._checkpoint.entries else []
-        found = self._checkpoint.read(
+        entries = self._checkpoint.read(
             self._pieces, [*scalers, *sorted(self._object_keys)], "loading the state of the optimizer"
         )
         for identity, entry, key in self._objects_of:
-            self._values[identity][entry] = found[key]
-        if scaler in found and optimizer._runtime.session.config.fp16:
-            optimizer.loss_scaler.load_state_dict(found[scaler])
+            self._values[identity][entry] = entries[key]
+        if scaler in entries and optimizer._runtime.session.config.fp16:
+            optimizer.loss_scaler.load_state_dict(entries[scaler])
         if self._masters_only:
             self._give_masters()
         else:

@@ -50,10 +50,10 @@ class TensorArchives:
                 if beginning.startswith(head.beginning):
                     return head
         archive.seek(0)
-        found = tensor_in_archive(archive)
-        if found is None:
+        tensor_and_start = tensor_in_archive(archive)
+        if tensor_and_start is None:
             return None
-        tensor, start = found
+        tensor, start = tensor_and_start
         beginning = _beginning(archive, start)
         if beginning is None:
             return None

@@ -164,26 +164,26 @@ def configuration_class(name: str) -> type | None:
             module = importlib.import_module(module_name)
         except ImportError:
             return None
-    found = getattr(module, class_name, None)
-    if not isinstance(found, type):
+    member = getattr(module, class_name, None)
+    if not isinstance(member, type):
         return None
-    homes = {base.__module__ for base in found.__mro__ if base.__name__ in _CONFIGURATION_BASES}
-    return found if any(_CONFIGURATION_MODULE.fullmatch(home) for home in homes) else None
+    homes = {base.__module__ for base in member.__mro__ if base.__name__ in _CONFIGURATION_BASES}
+    return member if any(_CONFIGURATION_MODULE.fullmatch(home) for home in homes) else None
 
 
 def named_types(names: str) -> list[type]:
     """The classes of a parameter ``allowed_types``. Raises SMPConfigError for one that is not there."""
-    found = []
+    types = []
     for name in filter(None, (part.strip() for part in names.split(","))):
         module_name, _, class_name = name.rpartition(".")
         try:
-            found.append(getattr(importlib.import_module(module_name), class_name))
+            types.append(getattr(importlib.import_module(module_name), class_name))
         except (ImportError, AttributeError, ValueError) as error:
             raise SMPConfigError(
                 f"allowed_types: there is no class {name!r} ({error}): write module.Class, of a module that can be "
                 "imported here"
             ) from error
-    return found
+    return types
 
 
 def _usual_types() -> list[Any]:

@@ -59,15 +59,15 @@ class WholeTensors:
         own = [(piece.key, piece.tensor.dtype, piece.full_shape, piece.offsets, piece.sizes) for piece in pieces]
         self.described: dict[str, Whole] = {}
         self._offers: dict[str, dict[tuple[tuple[int, ...], tuple[int, ...]], list[_Offer]]] = {}
-        found = told_by_all(own, CommGroup.WORLD, "putting tensors of a checkpoint together")
-        for other, descriptions in enumerate(found):
+        pieces_of_ranks = told_by_all(own, CommGroup.WORLD, "putting tensors of a checkpoint together")
+        for other, descriptions in enumerate(pieces_of_ranks):
             for index, (key, dtype, full_shape, offsets, sizes) in enumerate(descriptions):
                 whole = self.described.setdefault(key, Whole(dtype, full_shape))
                 if whole != Whole(dtype, full_shape):
                     raise CheckpointError(f"'{key}' is {whole} on one rank and {Whole(dtype, full_shape)} on {other}")
                 copies = self._offers.setdefault(key, {}).setdefault((offsets, sizes), [])
                 copies.append(_Offer(other, index, offsets, sizes))
-        self._num_sent = [0] * len(found)
+        self._num_sent = [0] * len(pieces_of_ranks)
 
     def check(self, key: str) -> Whole:
         """What is known of a tensor of which the ranks hold all. Local."""

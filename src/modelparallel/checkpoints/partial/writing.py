@@ -133,11 +133,12 @@ class SaveProgress:
 
     def timed_out(self, seconds: float | None = None) -> WaitTimeoutError:
         """The error of a wait that was too long. ``seconds``: other than ``timeout_seconds``."""
-        found: list[str] = []
-        asking = threading.Thread(target=lambda: found.append(self.awaited()), daemon=True)
+        answers: list[str] = []
+        asking = threading.Thread(target=lambda: answers.append(self.awaited()), daemon=True)
         asking.start()
         asking.join(_STORE_SECONDS)
-        text = found[0] if found else f"the checkpoint {self._tag!r} is not complete, and the job's store says nothing"
+        silence = f"the checkpoint {self._tag!r} is not complete, and the job's store says nothing"
+        text = answers[0] if answers else silence
         if seconds is not None and seconds != self._timeout_seconds:
             return WaitTimeoutError(f"{text}: not complete after {seconds:g} s: wait longer")
         return WaitTimeoutError(

@@ -400,12 +400,12 @@ def recover(store: Store) -> list[str]:
     """
     if store.is_remote:
         return []
-    found = []
+    recovered = []
     for entry in store.names():
         match = re.fullmatch(r"\.(.+)\.(old|ready)", entry)
         if match and _recover_one(store, match.group(1)):
-            found.append(match.group(1))
-    return found
+            recovered.append(match.group(1))
+    return recovered
 
 
 def _recover_one(store: Store, name: str) -> bool:
@@ -454,13 +454,13 @@ def survey(store: Store, pattern: str = "*", is_full: bool = False) -> list[tupl
     else:
         names = {entry for entry in entries if not entry.startswith(".")}
         names |= {match.group(1) for entry in entries if (match := re.fullmatch(r"\.(.+)\.old", entry))}
-    found = []
+    dated = []
     for name in fnmatch.filter(names, pattern):
         moment = float("inf")
         with suppress(CheckpointNotFoundError, CheckpointCorruptError, UnknownFormatError):
             moment = read_record(store, name, is_full).time
-        found.append((moment, name, problems_of(store, name, checks_digests=False, is_full=is_full)))
-    return [(name, problems) for _, name, problems in sorted(found)]
+        dated.append((moment, name, problems_of(store, name, checks_digests=False, is_full=is_full)))
+    return [(name, problems) for _, name, problems in sorted(dated)]
 
 
 def read_newest(store: Store) -> str | None:

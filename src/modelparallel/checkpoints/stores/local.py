@@ -212,12 +212,12 @@ class LocalStore(Store):
 
     def size_of(self, name: str) -> int | None:
         try:
-            found = os.stat(self.path_of(name))
+            status = os.stat(self.path_of(name))
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:
             raise self._read_failure(name, error) from error
-        return found.st_size if stat.S_ISREG(found.st_mode) else None
+        return status.st_size if stat.S_ISREG(status.st_mode) else None
 
     def remove_parts(self, older_than_s: float) -> None:
         with suppress(FileNotFoundError):
@@ -228,24 +228,24 @@ class LocalStore(Store):
 
     def names(self, folder: str = "") -> list[str]:
         try:
-            found = os.listdir(self.path_of(folder))
+            entries = os.listdir(self.path_of(folder))
         except (FileNotFoundError, NotADirectoryError):
             return []
         except OSError as error:
             raise self._read_failure(folder, error) from error
-        return sorted(name for name in found if not name.endswith(PART_SUFFIX))
+        return sorted(name for name in entries if not name.endswith(PART_SUFFIX))
 
     def sizes(self, folder: str = "") -> dict[str, int]:
         root = self.path_of(folder)
-        found = {}
+        lengths = {}
         for base, _, files in os.walk(root):
             for file in files:
                 path = os.path.join(base, file)
                 if not file.endswith(PART_SUFFIX):
                     # A file may be renamed by another process between the two calls.
                     with suppress(FileNotFoundError):
-                        found[os.path.relpath(path, root).replace(os.sep, "/")] = os.stat(path).st_size
-        return found
+                        lengths[os.path.relpath(path, root).replace(os.sep, "/")] = os.stat(path).st_size
+        return lengths
 
     def modified(self, name: str) -> float:
         path = self.path_of(name)
@@ -397,8 +397,8 @@ class LocalStore(Store):
 def _remove_tree(path: str) -> None:
     """Remove a folder, its files first; links are removed and not followed."""
     with os.scandir(path) as entries:
-        found = list(entries)
-    for entry in found:
+        there = list(entries)
+    for entry in there:
         if entry.is_dir(follow_symlinks=False):
             _remove_tree(entry.path)
         else:

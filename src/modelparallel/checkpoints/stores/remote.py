@@ -66,11 +66,11 @@ class RemoteStore(Store):
         with self._explaining("looking up", name):
             self.fs.invalidate_cache()
             try:
-                found = self.fs.info(self._key(name))
+                information = self.fs.info(self._key(name))
             except FileNotFoundError:
                 return None
         # Some servers go on showing a folder whose last file was removed.
-        return None if found["type"] == "directory" and not self.sizes(name) else found
+        return None if information["type"] == "directory" and not self.sizes(name) else information
 
     def exists(self, name: str = "") -> bool:
         return self._information(name) is not None
@@ -88,11 +88,11 @@ class RemoteStore(Store):
             self.fs.invalidate_cache()
             key = self._key(folder)
             try:
-                found = self.fs.ls(key, detail=True)
+                entries = self.fs.ls(key, detail=True)
             except (FileNotFoundError, NotADirectoryError):
                 return []
         prefix = f"{key.strip('/')}/".lstrip("/")
-        paths = [entry["name"].strip("/") for entry in found]
+        paths = [entry["name"].strip("/") for entry in entries]
         return sorted({path[len(prefix) :] for path in paths if path.startswith(prefix) and path != prefix})
 
     def sizes(self, folder: str = "") -> dict[str, int]:
@@ -100,11 +100,11 @@ class RemoteStore(Store):
             self.fs.invalidate_cache()
             key = self._key(folder)
             try:
-                found = self.fs.find(key, detail=True)
+                details = self.fs.find(key, detail=True)
             except (FileNotFoundError, NotADirectoryError):
                 return {}
         prefix = f"{key.strip('/')}/".lstrip("/")
-        paths = {path.lstrip("/"): entry for path, entry in found.items()}
+        paths = {path.lstrip("/"): entry for path, entry in details.items()}
         return {path[len(prefix) :]: int(entry["size"]) for path, entry in paths.items() if path.startswith(prefix)}
 
     def modified(self, name: str) -> float:

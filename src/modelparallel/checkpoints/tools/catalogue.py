@@ -51,7 +51,7 @@ _RANK_FILE = re.compile(r"(model|optimizer|fp16_states)_(\d+(?:_\d+){0,2})\.pt")
 
 
 @dataclass(frozen=True)
-class Found:
+class StoredCheckpoint:
     """A checkpoint, or what looks like one.
 
     Attributes:
@@ -113,47 +113,47 @@ def kind_of_folder(store: Store) -> str | None:
         return "partial"
     if MARK_NAME in names:  # being written, or broken off
         return None
-    has_rank_files = any((found := rank_file(name)) is not None and found[0] == "model" for name in names)
+    has_rank_files = any(noun_and_ranks[0] == "model" for name in names if (noun_and_ranks := rank_file(name)))
     if METADATA_NAME in names:
         return "partial" if has_rank_files else "dcp"  # ours, which has lost its record
     return "original" if has_rank_files else None
 
 
-def checkpoints_in(path: str) -> tuple[list[Found], list[str]]:
+def checkpoints_in(path: str) -> tuple[list[StoredCheckpoint], list[str]]:
     """All checkpoints directly in a folder, those with a record first and oldest first; and the names of what is being
     written there, or was when its job died. Local.
     """
     store = open_store(path)
     entries = store.names()
-    found: list[Found] = []
+    checkpoints: list[StoredCheckpoint] = []
     taken: set[str] = set()
     for name in _tags(entries):
-        found.append(_described(path, store, name, "full"))
-        record = found[-1].record
+        checkpoints.append(_described(path, store, name, "full"))
+        record = checkpoints[-1].record
         taken.update({name, f"optimizer_{name}", f"user_content_{name}"} if record is None else record.files)
     unfinished = [entry for entry in entries if re.fullmatch(r"\..+\.draft(-\w+)?", entry)]
     moved_aside = {match[1] for entry in entries if (match := re.fullmatch(r"\.(.+)\.old", entry))}
     for name in sorted({entry for entry in entries if not entry.startswith(".")} | moved_aside):
         kind = None if name in taken else _folder_kind(store, name)
         if kind is not None:
-            found.append(_described(path, store, name, kind))
+            checkpoints.append(_described(path, store, name, kind))
         elif store.is_remote and store.exists(f"{name}/{MARK_NAME}"):
             unfinished.append(name)
     for name in HUGGINGFACE_NAMES:
         if name in entries and name not in taken:
-            found.append(Found(path, name, "huggingface"))
+            checkpoints.append(StoredCheckpoint(path, name, "huggingface"))
             taken.add(name)
             if name.endswith(INDEX_ENDING):
                 with suppress(CheckpointError):
                     taken.update(weight_map(path, name).values())
     for name in entries:
         if name not in taken and name.endswith(_FILE_ENDINGS) and not name.startswith("."):
-            found.append(Found(path, name, _kind_of_file(name)))
-    found.sort(key=lambda one: (one.record is None, one.record.time if one.record else 0.0, one.name))
-    return found, unfinished
+            checkpoints.append(StoredCheckpoint(path, name, _kind_of_file(name)))
+    checkpoints.sort(key=lambda one: (one.record is None, one.record.time if one.record else 0.0, one.name))
+    return checkpoints, unfinished
 
 
-def find(path: str | os.PathLike[str], tag: str | None = None) -> Found:
+def find(path: str | os.PathLike[str], tag: str | None = None) -> StoredCheckpoint:
     """The checkpoint that a caller means. Local.
 
     Args:
@@ -170,24 +170,24 @@ def find(path: str | os.PathLike[str], tag: str | None = None) -> Found:
     if itself is not None:
         return itself
     store = open_store(path)
-    found, _ = checkpoints_in(path)
+    checkpoints, _ = checkpoints_in(path)
     newest = read_newest(store)
     if newest is not None:
         return _tagged(path, newest)
-    weights = [one for one in found if one.kind == "huggingface"]
-    if len(found) == 1 or weights:
-        return (weights or found)[0]
-    if not found:
+    weights = [one for one in checkpoints if one.kind == "huggingface"]
+    if len(checkpoints) == 1 or weights:
+        return (weights or checkpoints)[0]
+    if not checkpoints:
         state = "is empty" if store.exists() else "does not exist"
         state = "holds none" if store.names() else state
         raise CheckpointNotFoundError(f"{shown(path)!r} is no checkpoint, and {state}: check the path")
     raise CheckpointNotFoundError(
-        f"{shown(path)!r} has no file 'newest' and holds {len(found)} checkpoints: say which by its tag: "
-        f"{_names(found)}"
+        f"{shown(path)!r} has no file 'newest' and holds {len(checkpoints)} checkpoints: say which by its tag: "
+        f"{_names(checkpoints)}"
     )
 
 
-def _tagged(path: str, tag: str) -> Found:
+def _tagged(path: str, tag: str) -> StoredCheckpoint:
     store = open_store(path)
     names = [tag] if tag.endswith(PARTIAL_ENDING) else [tag + PARTIAL_ENDING, tag]
     for name in names:
@@ -198,7 +198,7 @@ def _tagged(path: str, tag: str) -> Found:
     if tag in _tags(entries):
         return _described(path, store, tag, "full")
     if tag in entries:
-        return Found(path, tag, _kind_of_file(tag))
+        return StoredCheckpoint(path, tag, _kind_of_file(tag))
     there, unfinished = checkpoints_in(path)
     text = f"there is no checkpoint {tag!r} in {shown(path)!r}"
     if any(tag in name for name in unfinished):
@@ -208,7 +208,7 @@ def _tagged(path: str, tag: str) -> Found:
     )
 
 
-def _itself(path: str) -> Found | None:
+def _itself(path: str) -> StoredCheckpoint | None:
     """The checkpoint whose folder or file ``path`` is."""
     if path.count("/") < 3 and "://" in path:  # a bucket, which lies in nothing
         return None
@@ -222,7 +222,7 @@ def _itself(path: str) -> Found | None:
     if name in _tags(parent.names()):
         return _described(folder, parent, name, "full")
     folder, _, name = path.rpartition("/")  # under the name that a link has, not that of what it leads to
-    return Found(folder, name, _kind_of_file(name))
+    return StoredCheckpoint(folder, name, _kind_of_file(name))
 
 
 def _folder_kind(store: Store, name: str) -> str | None:
@@ -245,9 +245,9 @@ def _tags(entries: Sequence[str]) -> set[str]:
     return {match[1] for entry in entries for pattern in patterns if (match := re.fullmatch(pattern, entry))}
 
 
-def _described(path: str, store: Store, name: str, kind: str) -> Found:
+def _described(path: str, store: Store, name: str, kind: str) -> StoredCheckpoint:
     if kind not in RECORDED_KINDS:
-        return Found(path, name, kind)
+        return StoredCheckpoint(path, name, kind)
     is_full = kind == "full"
     record = None
     with suppress(CheckpointNotFoundError, CheckpointCorruptError, UnknownFormatError):
@@ -255,7 +255,7 @@ def _described(path: str, store: Store, name: str, kind: str) -> Found:
     problems = problems_of(store, name, checks_digests=False, is_full=is_full)
     if kind == "partial" and record is not None and record.facts.get("kind") == "safetensors":
         kind = "exported"
-    return Found(path, name, kind, record, "; ".join(problems))
+    return StoredCheckpoint(path, name, kind, record, "; ".join(problems))
 
 
 def normal_path(path: str | os.PathLike[str]) -> str:
@@ -264,5 +264,5 @@ def normal_path(path: str | os.PathLike[str]) -> str:
     return text.rstrip("/") if "://" in text else os.path.abspath(text)
 
 
-def _names(found: Sequence[Found]) -> str:
-    return ", ".join(one.name for one in found[:8]) + (", ..." if len(found) > 8 else "")
+def _names(checkpoints: Sequence[StoredCheckpoint]) -> str:
+    return ", ".join(one.name for one in checkpoints[:8]) + (", ..." if len(checkpoints) > 8 else "")

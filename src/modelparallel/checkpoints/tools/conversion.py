@@ -25,7 +25,7 @@ from modelparallel.checkpoints.partial.writing import USER_CONTENT_NAME
 from modelparallel.checkpoints.stores import completion
 from modelparallel.checkpoints.stores.file_streams import shown
 from modelparallel.checkpoints.stores.local import Store
-from modelparallel.checkpoints.tools.catalogue import RECORDED_KINDS, Found, find, normal_path
+from modelparallel.checkpoints.tools.catalogue import RECORDED_KINDS, StoredCheckpoint, find, normal_path
 from modelparallel.checkpoints.tools.offline import (
     Scratch,
     StoredPartial,
@@ -97,16 +97,16 @@ def convert_to_full(
     """
     target, new_tag = store_of_file(normal_path(destination))
     check_tag(new_tag)
-    found = checked(find(path, tag), "full", verify)
+    checkpoint = checked(find(path, tag), "full", verify)
     if not overwrite and (target.exists(new_tag) or target.exists(completion.record_name(new_tag, True))):
         raise exists_error(f"{target.path_of()}/{new_tag}")
-    stored = open_partial(found, target, allowed_types, trust_pickles)
+    stored = open_partial(checkpoint, target, allowed_types, trust_pickles)
     index = chosen_model(stored, model_index)
     state, names = named_state(stored, index, translate)
     optimizer = None if model_only else optimizer_state(stored, index)
     content = None
-    if found.folder.exists(USER_CONTENT_NAME):
-        content = found.folder.read(USER_CONTENT_NAME) or None
+    if checkpoint.folder.exists(USER_CONTENT_NAME):
+        content = checkpoint.folder.read(USER_CONTENT_NAME) or None
     write_full(target, new_tag, state, optimizer, content, {"world_size": 1, "converted_from": "partial"})
     if completion.read_newest(target) is None:
         completion.write_newest(target, new_tag)
@@ -145,12 +145,12 @@ def convert_to_safetensors(
     destination = os.fspath(destination)
     check_free(destination, overwrite)
     others = {} if config is None else _files_beside(os.fspath(config))
-    found = checked(find(path, tag), "safetensors", verify)
-    if found.kind in ("partial", "dcp"):
-        stored = open_partial(found, store_of_file(normal_path(destination))[0], (), trust_pickles)
+    checkpoint = checked(find(path, tag), "safetensors", verify)
+    if checkpoint.kind in ("partial", "dcp"):
+        stored = open_partial(checkpoint, store_of_file(normal_path(destination))[0], (), trust_pickles)
         state, names = named_state(stored, chosen_model(stored, model_index), translate, dtype)
     else:
-        state, names = _weights(found, trust_pickles), "those of the file"
+        state, names = _weights(checkpoint, trust_pickles), "those of the file"
     state.pop(PARTIAL_KEY, None)
     left_out = [name for name, value in state.items() if not isinstance(value, torch.Tensor)]
     written = {name: value for name, value in state.items() if name not in left_out}
@@ -164,7 +164,7 @@ def convert_to_safetensors(
         max_shard_size=max_shard_size,
         metadata=tied,
         overwrite=overwrite,
-        facts={"converted_from": found.kind},
+        facts={"converted_from": checkpoint.kind},
     )
     if tied:
         names += f"; {len(tied)} tied tensors are left out: {', '.join(sorted(tied)[:5])}"
@@ -173,14 +173,15 @@ def convert_to_safetensors(
     return Conversion(shown(destination), *size_of(tensors), False, names)
 
 
-def _weights(found: Found, trust_pickles: bool) -> dict[str, Any]:
+def _weights(checkpoint: StoredCheckpoint, trust_pickles: bool) -> dict[str, Any]:
     """The state dict of a checkpoint that has files of weights, mapped into memory where that can be."""
-    if found.kind == "full":
-        return read_weights(found.path, completion.file_of(found.store, found.name, found.name), trust_pickles)
-    if found.kind == "exported":
-        names = set(found.folder.names())
-        return read_weights(found.folder.path_of(), INDEX_NAME if INDEX_NAME in names else WEIGHTS_NAME)
-    return read_weights(found.path, found.name, trust_pickles)
+    if checkpoint.kind == "full":
+        file = completion.file_of(checkpoint.store, checkpoint.name, checkpoint.name)
+        return read_weights(checkpoint.path, file, trust_pickles)
+    if checkpoint.kind == "exported":
+        names = set(checkpoint.folder.names())
+        return read_weights(checkpoint.folder.path_of(), INDEX_NAME if INDEX_NAME in names else WEIGHTS_NAME)
+    return read_weights(checkpoint.path, checkpoint.name, trust_pickles)
 
 
 def _unties(others: Mapping[str, bytes]) -> bool:
@@ -221,19 +222,19 @@ def _files_beside(config: str) -> dict[str, bytes]:
     return files
 
 
-def checked(found: Found, form: str, verify: bool) -> Found:
+def checked(checkpoint: StoredCheckpoint, form: str, verify: bool) -> StoredCheckpoint:
     """The checkpoint, if it can be converted and is whole. Local."""
-    if found.kind == "original" or (found.kind not in ("partial", "dcp") and form == "full"):
+    if checkpoint.kind == "original" or (checkpoint.kind not in ("partial", "dcp") and form == "full"):
         raise CheckpointError(
-            f"{found.place!r} is of kind {found.kind!r}: a full checkpoint is made from a partial one of "
+            f"{checkpoint.place!r} is of kind {checkpoint.kind!r}: a full checkpoint is made from a partial one of "
             "smp.save_checkpoint, safetensors also from full ones and from other files of weights"
         )
-    if found.kind in RECORDED_KINDS:
-        is_full = found.kind == "full"
-        problems = completion.problems_of(found.store, found.name, checks_digests=verify, is_full=is_full)
+    if checkpoint.kind in RECORDED_KINDS:
+        is_full = checkpoint.kind == "full"
+        problems = completion.problems_of(checkpoint.store, checkpoint.name, checks_digests=verify, is_full=is_full)
         if problems:
-            raise CheckpointCorruptError(f"{found.place!r} is not what was written: {'; '.join(problems[:5])}")
-    return found
+            raise CheckpointCorruptError(f"{checkpoint.place!r} is not what was written: {'; '.join(problems[:5])}")
+    return checkpoint
 
 
 def exists_error(place: str) -> CheckpointError:
@@ -241,7 +242,9 @@ def exists_error(place: str) -> CheckpointError:
     return CheckpointError(f"{shown(place)!r} exists: give another destination, or --overwrite to replace it")
 
 
-def open_partial(found: Found, target: Store, allowed_types: Sequence[Allowed], trust_pickles: bool) -> StoredPartial:
+def open_partial(
+    checkpoint: StoredCheckpoint, target: Store, allowed_types: Sequence[Allowed], trust_pickles: bool
+) -> StoredPartial:
     """The checkpoint, to be read tensor by tensor; scratch lies where the result will be. Local."""
     folder = None
     if not target.is_remote:
@@ -249,7 +252,12 @@ def open_partial(found: Found, target: Store, allowed_types: Sequence[Allowed], 
         folder = target.path_of()
     scratch = Scratch(folder if folder is not None else tempfile.gettempdir())
     return StoredPartial(
-        found.folder, found.files, found.facts, scratch, allowed=allowed_types, trusts_pickles=trust_pickles
+        checkpoint.folder,
+        checkpoint.files,
+        checkpoint.facts,
+        scratch,
+        allowed=allowed_types,
+        trusts_pickles=trust_pickles,
     )
 
 

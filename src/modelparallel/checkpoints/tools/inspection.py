@@ -23,7 +23,7 @@ from modelparallel.checkpoints.partial.user_content import read_restricted, read
 from modelparallel.checkpoints.partial.writing import USER_CONTENT_NAME
 from modelparallel.checkpoints.stores import completion
 from modelparallel.checkpoints.stores.file_streams import checked_name
-from modelparallel.checkpoints.tools.catalogue import Found, rank_file
+from modelparallel.checkpoints.tools.catalogue import StoredCheckpoint, rank_file
 from modelparallel.errors import CheckpointCorruptError, CheckpointError
 from modelparallel.optimizer.states import MASTER_KEY
 
@@ -49,7 +49,7 @@ class Description:
     """What is in a checkpoint.
 
     Attributes:
-        place, name, kind: see `catalogue.Found`.
+        place, name, kind: see `catalogue.StoredCheckpoint`.
         is_complete, problem: whether all files are there with their sizes, by the record; None without a record.
         time: when it was completed, in seconds since 1970.
         facts: what the record says beside the files: versions, number of steps, shape of the job.
@@ -95,30 +95,32 @@ class _Entries:
     objects: list[str] = field(default_factory=list)
 
 
-def describe(found: Found) -> Description:
+def describe(checkpoint: StoredCheckpoint) -> Description:
     """What is in a checkpoint. Local; reads only.
 
     Raises CheckpointCorruptError for files that cannot be read as what they are, CheckpointError for a pickle that
     names what is not allowed.
     """
     try:
-        entries = _ENTRIES_OF[found.kind](found)
-        content = _content(found)
+        entries = _ENTRIES_OF[checkpoint.kind](checkpoint)
+        content = _content(checkpoint)
     except RecursionError as error:
-        raise CheckpointCorruptError(f"{found.place!r} holds values that are nested too deeply to be shown") from error
-    facts = found.facts
+        raise CheckpointCorruptError(
+            f"{checkpoint.place!r} holds values that are nested too deeply to be shown"
+        ) from error
+    facts = checkpoint.facts
     shape = facts.get("shape")
     num_processes = prod(shape.values()) if isinstance(shape, dict) else facts.get("world_size")
     return Description(
-        place=found.place,
-        name=found.name,
-        kind=found.kind,
-        is_complete=found.is_complete,
-        problem=found.problem,
-        time=None if found.record is None else found.record.time,
+        place=checkpoint.place,
+        name=checkpoint.name,
+        kind=checkpoint.kind,
+        is_complete=checkpoint.is_complete,
+        problem=checkpoint.problem,
+        time=None if checkpoint.record is None else checkpoint.record.time,
         facts=facts,
-        num_processes=num_processes if found.kind != "original" else _num_rank_files(found),
-        files=files_of(found),
+        num_processes=num_processes if checkpoint.kind != "original" else _num_rank_files(checkpoint),
+        files=files_of(checkpoint),
         tensors=entries.tensors,
         objects=entries.objects,
         num_random_states=_count(entries, job_state.RANDOM_KEY),
@@ -127,16 +129,16 @@ def describe(found: Found) -> Description:
     )
 
 
-def files_of(found: Found) -> dict[str, int]:
+def files_of(checkpoint: StoredCheckpoint) -> dict[str, int]:
     """The files of a checkpoint and their sizes in bytes: those of its record if it has one. Local."""
-    if found.files is not None:
-        return {name: file.size for name, file in found.files.items()}
-    if found.kind in ("partial", "dcp", "original"):
-        return found.folder.sizes()
-    names = [found.name]
-    if found.name.endswith(INDEX_ENDING):
-        names += sorted(set(weight_map(found.path, found.name).values()))
-    return {name: size for name in names if (size := _size(found.path, name)) is not None}
+    if checkpoint.files is not None:
+        return {name: file.size for name, file in checkpoint.files.items()}
+    if checkpoint.kind in ("partial", "dcp", "original"):
+        return checkpoint.folder.sizes()
+    names = [checkpoint.name]
+    if checkpoint.name.endswith(INDEX_ENDING):
+        names += sorted(set(weight_map(checkpoint.path, checkpoint.name).values()))
+    return {name: size for name in names if (size := _size(checkpoint.path, name)) is not None}
 
 
 def part_of(key: str) -> str:
@@ -147,9 +149,9 @@ def part_of(key: str) -> str:
 # The entries of each kind
 
 
-def _dcp_entries(found: Found) -> _Entries:
+def _dcp_entries(checkpoint: StoredCheckpoint) -> _Entries:
     result = _Entries()
-    for key, described in sorted(read_metadata(found.folder).state_dict_metadata.items()):
+    for key, described in sorted(read_metadata(checkpoint.folder).state_dict_metadata.items()):
         if isinstance(described, BytesStorageMetadata):
             result.objects.append(key)
             continue
@@ -159,8 +161,8 @@ def _dcp_entries(found: Found) -> _Entries:
     return result
 
 
-def _original_entries(found: Found) -> _Entries:
-    result, folder = _Entries(), found.folder
+def _original_entries(checkpoint: StoredCheckpoint) -> _Entries:
+    result, folder = _Entries(), checkpoint.folder
     for name in folder.names():
         file = rank_file(name)
         if file is not None:
@@ -169,24 +171,24 @@ def _original_entries(found: Found) -> _Entries:
     return result
 
 
-def _full_entries(found: Found) -> _Entries:
-    result, store = _Entries(), found.store
-    files = found.files or {}
-    for name, part in ((found.name, "model"), (f"optimizer_{found.name}", "optimizer")):
+def _full_entries(checkpoint: StoredCheckpoint) -> _Entries:
+    result, store = _Entries(), checkpoint.store
+    files = checkpoint.files or {}
+    for name, part in ((checkpoint.name, "model"), (f"optimizer_{checkpoint.name}", "optimizer")):
         if name in files:
-            place = completion.file_of(store, found.name, name)
+            place = completion.file_of(store, checkpoint.name, name)
             value = read_restricted(store, place, f"the entry {name!r}", mmap=True)
             _add_leaves(result, "" if part == "model" else "optimizer: ", value, part)
     return result
 
 
-def _file_entries(found: Found) -> _Entries:
+def _file_entries(checkpoint: StoredCheckpoint) -> _Entries:
     result = _Entries()
-    names = [found.name]
-    if found.name.endswith(INDEX_ENDING):
-        names = sorted(set(weight_map(found.path, found.name).values()))
+    names = [checkpoint.name]
+    if checkpoint.name.endswith(INDEX_ENDING):
+        names = sorted(set(weight_map(checkpoint.path, checkpoint.name).values()))
     for name in names:
-        path = f"{found.path.rstrip('/')}/{checked_name(name, found.path)}"
+        path = f"{checkpoint.path.rstrip('/')}/{checked_name(name, checkpoint.path)}"
         store, file = store_of_file(path)
         if name.endswith(".safetensors"):
             _add_stored(result, path)
@@ -195,9 +197,9 @@ def _file_entries(found: Found) -> _Entries:
     return result
 
 
-def _exported_entries(found: Found) -> _Entries:
+def _exported_entries(checkpoint: StoredCheckpoint) -> _Entries:
     result = _Entries()
-    _add_stored(result, found.folder.path_of())
+    _add_stored(result, checkpoint.folder.path_of())
     return result
 
 
@@ -257,18 +259,18 @@ def _count(entries: _Entries, key: str) -> int:
     return sum(name.startswith(f"{key}.") for name in entries.objects)
 
 
-def _num_rank_files(found: Found) -> int:
-    files = [rank_file(name) for name in found.folder.names()]
+def _num_rank_files(checkpoint: StoredCheckpoint) -> int:
+    files = [rank_file(name) for name in checkpoint.folder.names()]
     return len([file for file in files if file is not None and file[0] == "model"])
 
 
-def _content(found: Found) -> Any:
+def _content(checkpoint: StoredCheckpoint) -> Any:
     """Keys and types of the user content; a text that says so where it names what is not allowed."""
-    if found.kind in ("partial", "original"):
-        store, name = found.folder, USER_CONTENT_NAME
-    elif found.kind == "full":
-        store, name = found.store, f"user_content_{found.name}"
-        name = completion.file_of(store, found.name, name)
+    if checkpoint.kind in ("partial", "original"):
+        store, name = checkpoint.folder, USER_CONTENT_NAME
+    elif checkpoint.kind == "full":
+        store, name = checkpoint.store, f"user_content_{checkpoint.name}"
+        name = completion.file_of(store, checkpoint.name, name)
     else:
         return None
     try:

@@ -98,17 +98,17 @@ class StoredPartial:
         Raises CheckpointCorruptError where the files do not hold it.
         """
         described = self.entries[key]
-        found: list[Any] = []
+        values: list[Any] = []
 
         def take(key: str, data: io.BytesIO) -> None:
-            found.append(open_object(data, f"the entry '{key}'", self._allowed, self._trusts_pickles))
+            values.append(open_object(data, f"the entry '{key}'", self._allowed, self._trusts_pickles))
 
         if is_object(described):
             planner = PieceLoadPlanner([], [key], take)
         else:
             own = described.properties.dtype
             tensor = self._empty(described.size, dtype=dtype if dtype and own.is_floating_point else own)
-            found.append(tensor)
+            values.append(tensor)
             planner = PieceLoadPlanner([whole_piece(key, tensor)], [], take)
         try:
             self._reader.fill(planner)
@@ -119,7 +119,7 @@ class StoredPartial:
                 f"'{key}' cannot be read from {shown(self._store.path_of())!r} ({type(error).__name__}: {error}): take "
                 "another checkpoint"
             ) from error
-        return found[0]
+        return values[0]
 
 
 def model_state(

@@ -45,15 +45,15 @@ def find_original(runtime: Runtime, store: Store, tag: str | None) -> str | None
     """The folder of a checkpoint with this layout below the path; None if the tag is no such one. Collective over the
     world.
     """
-    found: str | None = None
+    folder: str | None = None
     with agreed():
         if runtime.session.groups.world.rank_in_group == 0:
             name = read_newest(store) if tag is None else tag + PARTIAL_ENDING
             if name is not None:
                 name = name if name.endswith(PARTIAL_ENDING) else name + PARTIAL_ENDING
                 is_one = store.is_folder(name) and kind_of_folder(store.child(name)) == "original"
-                found = name if is_one else None
-    answers: list[str | None] = allgather(found, CommGroup.WORLD)
+                folder = name if is_one else None
+    answers: list[str | None] = allgather(folder, CommGroup.WORLD)
     return answers[0]
 
 
@@ -111,9 +111,9 @@ def _files_of_job(runtime: Runtime, folder: Store) -> dict[str, set[tuple[int, .
     """The ranks by noun. Raises CheckpointError unless the models are those of a job of this shape."""
     files: dict[str, set[tuple[int, ...]]] = {}
     for name in folder.names():
-        found = rank_file(name)
-        if found is not None:
-            files.setdefault(found[0], set()).add(found[1])
+        noun_and_ranks = rank_file(name)
+        if noun_and_ranks is not None:
+            files.setdefault(noun_and_ranks[0], set()).add(noun_and_ranks[1])
     pp_size, tp_size, _ = sizes(runtime.session.groups)
     ranks = files["model"]
     pairs: set[tuple[int, ...]] = {rank[:2] for rank in ranks}

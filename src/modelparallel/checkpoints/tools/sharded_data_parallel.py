@@ -49,12 +49,12 @@ def get_full_state_dict_from_sharded_data_parallel_checkpoint(
     (see the note above), whose names lose ``module.`` if all have it. Raises CheckpointNotFoundError,
     CheckpointCorruptError for one that is not whole, CheckpointError for other layouts. Source: smp-api section 18.
     """
-    found = find(dir, tag)
-    if found.kind == "original":
-        state = _state_of_original(found.folder, trust_pickles)
+    checkpoint = find(dir, tag)
+    if checkpoint.kind == "original":
+        state = _state_of_original(checkpoint.folder, trust_pickles)
         return {name: _cast(value, dtype) for name, value in state.items()}
-    checked(found, "full", verify=True)
-    stored = StoredPartial(found.folder, found.files, found.facts, trusts_pickles=trust_pickles)
+    checked(checkpoint, "full", verify=True)
+    stored = StoredPartial(checkpoint.folder, checkpoint.files, checkpoint.facts, trusts_pickles=trust_pickles)
     state, _ = named_state(stored, chosen_model(stored, None), True, dtype, takes_masters=True)
     return {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
 
@@ -132,10 +132,10 @@ def _parameters(
 
 
 def _entry(value: Any, key: str, file: str, kind: type) -> Any:
-    found = value.get(key) if isinstance(value, Mapping) else None
-    if not isinstance(found, kind):
+    entry = value.get(key) if isinstance(value, Mapping) else None
+    if not isinstance(entry, kind):
         raise CheckpointCorruptError(
             f"{file!r} has no entry {key!r} of a checkpoint of sharded data parallelism: smp.resume_from_checkpoint "
             "reads other checkpoints"
         )
-    return found
+    return entry

@@ -18,7 +18,7 @@ from modelparallel.checkpoints.partial.user_content import read_restricted
 from modelparallel.checkpoints.stores import completion
 from modelparallel.checkpoints.stores.file_streams import checked_name
 from modelparallel.checkpoints.stores.local import Store
-from modelparallel.checkpoints.tools.catalogue import RECORDED_KINDS, Found, rank_file
+from modelparallel.checkpoints.tools.catalogue import RECORDED_KINDS, StoredCheckpoint, rank_file
 from modelparallel.checkpoints.tools.inspection import files_of
 from modelparallel.errors import CheckpointCorruptError, CheckpointError, CheckpointNotFoundError
 
@@ -35,7 +35,7 @@ class Verdict:
     limits: Sequence[str]
 
 
-def verify(found: Found) -> Verdict:
+def verify(checkpoint: StoredCheckpoint) -> Verdict:
     """Read every file of a checkpoint and compare it with what was written. Local; reads only.
 
     Files without a record are looked at as far as they can be: the checksums in files of ``torch.save``, the header of
@@ -44,18 +44,18 @@ def verify(found: Found) -> Verdict:
     Raises CheckpointError if the store cannot be asked.
     """
     limits: list[str] = []
-    if found.kind in RECORDED_KINDS:
-        problems = completion.problems_of(found.store, found.name, is_full=found.kind == "full")
-        if found.kind == "partial" and not any(repr(METADATA_NAME) in text for text in problems):
-            problems += _problems_of_index(found.folder, files_of(found))
+    if checkpoint.kind in RECORDED_KINDS:
+        problems = completion.problems_of(checkpoint.store, checkpoint.name, is_full=checkpoint.kind == "full")
+        if checkpoint.kind == "partial" and not any(repr(METADATA_NAME) in text for text in problems):
+            problems += _problems_of_index(checkpoint.folder, files_of(checkpoint))
     else:
         limits.append("it has no completion record: whether its files are those that were written cannot be told")
-        problems = list(_PROBLEMS_OF[found.kind](found))
+        problems = list(_PROBLEMS_OF[checkpoint.kind](checkpoint))
     try:
-        files = files_of(found)
+        files = files_of(checkpoint)
     except CheckpointCorruptError:  # an index that cannot be read, which is among the problems
         files = {}
-    return Verdict(found.place, found.kind, len(files), sum(files.values()), problems, limits)
+    return Verdict(checkpoint.place, checkpoint.kind, len(files), sum(files.values()), problems, limits)
 
 
 def _problems_of_index(folder: Store, sizes: Mapping[str, int]) -> list[str]:
@@ -90,28 +90,28 @@ def _problems_of_place(metadata: Metadata, index: MetadataIndex, what: str, size
 # Without a record
 
 
-def _problems_of_dcp(found: Found) -> list[str]:
-    return _problems_of_index(found.folder, found.folder.sizes())
+def _problems_of_dcp(checkpoint: StoredCheckpoint) -> list[str]:
+    return _problems_of_index(checkpoint.folder, checkpoint.folder.sizes())
 
 
-def _problems_of_original(found: Found) -> Iterator[str]:
-    for name in found.folder.names():
+def _problems_of_original(checkpoint: StoredCheckpoint) -> Iterator[str]:
+    for name in checkpoint.folder.names():
         if rank_file(name) is not None:
-            yield from _problems_of_torch_file(found.folder, name)
+            yield from _problems_of_torch_file(checkpoint.folder, name)
 
 
-def _problems_of_file(found: Found) -> Iterator[str]:
-    names: dict[str, list[str]] = {found.name: []}
-    if found.name.endswith(INDEX_ENDING):
+def _problems_of_file(checkpoint: StoredCheckpoint) -> Iterator[str]:
+    names: dict[str, list[str]] = {checkpoint.name: []}
+    if checkpoint.name.endswith(INDEX_ENDING):
         names = {}
         try:
-            for tensor, file in weight_map(found.path, found.name).items():
-                names.setdefault(checked_name(file, found.path), []).append(tensor)
+            for tensor, file in weight_map(checkpoint.path, checkpoint.name).items():
+                names.setdefault(checked_name(file, checkpoint.path), []).append(tensor)
         except CheckpointError as error:
             yield str(error)
             return
     for name, tensors in names.items():
-        path = f"{found.path.rstrip('/')}/{name}"
+        path = f"{checkpoint.path.rstrip('/')}/{name}"
         store, file = store_of_file(path)
         if store.size_of(file) is None:
             yield f"{name!r} is missing"

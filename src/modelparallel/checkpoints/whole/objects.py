@@ -103,10 +103,10 @@ def load(
         paths = [f + suffix for suffix in dict.fromkeys(_suffixes(is_v3=True))]
         paths = paths[::-1] if back_compat else paths
     places = [store_of_file(path) for path in paths]
-    found = [(store, name) for store, name in places if store.exists(name)]
-    if not found:
+    existing = [(store, name) for store, name in places if store.exists(name)]
+    if not existing:
         raise CheckpointNotFoundError(_not_found(f, paths, partial))
-    (store, name), *others = found
+    (store, name), *others = existing
     if others:
         logger.warning(
             "smp.load(%r): %s is read, and %s passed over: parts of several saves are mixed here; remove the older",

@@ -177,8 +177,8 @@ def start_from_owners(flat: torch.Tensor, bounds: Sequence[int], group: Group) -
     gathering = start_gather_rows(own, group, _lengths(bounds), _FROM_OWNERS, flat)
 
     def finish() -> torch.Tensor:
-        found = gathering.wait()
-        return flat if found is flat else flat.copy_(found)
+        gathered = gathering.wait()
+        return flat if gathered is flat else flat.copy_(gathered)
 
     return Pending((), finish, parts=[gathering])
 

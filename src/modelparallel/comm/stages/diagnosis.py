@@ -108,17 +108,17 @@ class Situation:
     @staticmethod
     def from_bytes(data: bytes) -> Situation:
         """What :meth:`to_bytes` gave."""
-        found: dict[str, Any] = json.loads(zlib.decompress(data))
+        fields: dict[str, Any] = json.loads(zlib.decompress(data))
         for name in ("num_sent", "num_received", "heard_waits"):  # by peer
-            found[name] = {int(peer): number for peer, number in found[name].items()}
-        found["waits"] = tuple(TellingWait(**wait) for wait in found["waits"])
-        call = found["group_call"]
-        found["group_call"] = call and GroupCall(**{**call, "stages": tuple(call["stages"])})
-        found["logs"] = tuple(
+            fields[name] = {int(peer): number for peer, number in fields[name].items()}
+        fields["waits"] = tuple(TellingWait(**wait) for wait in fields["waits"])
+        call = fields["group_call"]
+        fields["group_call"] = call and GroupCall(**{**call, "stages": tuple(call["stages"])})
+        fields["logs"] = tuple(
             LogReport(**{**log, "events": tuple(LoggedEvent(**event) for event in log["events"])})
-            for log in found["logs"]
+            for log in fields["logs"]
         )
-        return Situation(**found)
+        return Situation(**fields)
 
     @property
     def waiting(self) -> str:

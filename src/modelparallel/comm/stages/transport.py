@@ -500,12 +500,12 @@ class StageTransport(ABC):
                 if heard.is_answer:
                     self._asked.discard(peer)
             own = self.situation()
-            found = divergence(own, heard)
-            if found is None and own.wait_number:
-                found = circle({**known, self.stage: own})
-            if found is not None:
+            reason = divergence(own, heard)
+            if reason is None and own.wait_number:
+                reason = circle({**known, self.stage: own})
+            if reason is not None:
                 with self._arrived:
-                    self._divergence = (own.step, found)
+                    self._divergence = (own.step, reason)
                     self._arrived.notify_all()
             if heard.wants_answer:
                 self._tell([peer], replace(own, is_answer=True))

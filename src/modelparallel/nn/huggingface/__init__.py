@@ -173,13 +173,13 @@ def register_families() -> None:
     transformers = sys.modules.get("transformers")
     if transformers is None:
         return
-    found = [
+    imported = [
         (getattr(module, class_name), family)
         for path, classes in _FAMILIES
         if (module := sys.modules.get(f"transformers.models.{path}")) is not None
         for class_name, family in classes
     ]
-    new = [(module_class, family) for module_class, family in found if not registry.is_registered(module_class)]
+    new = [(module_class, family) for module_class, family in imported if not registry.is_registered(module_class)]
     if not new:
         return
     version = Version(transformers.__version__)
@@ -260,9 +260,9 @@ def translations_named(families: Sequence[tuple[str, str]]) -> list[tuple[Transl
 
 def new_names_of(model: nn.Module, names: Collection[str]) -> dict[str, str]:
     """What the parameters of the model as it was built, by name, have become where families were replaced in it."""
-    found: dict[str, str] = {}
+    new_names: dict[str, str] = {}
     for name, module in model.named_modules():
         family = registry.family_of(module)
         if family is not None:
-            found.update(family.new_names_at(f"{name}." if name else "", names))
-    return found
+            new_names.update(family.new_names_at(f"{name}." if name else "", names))
+    return new_names

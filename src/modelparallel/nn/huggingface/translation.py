@@ -226,18 +226,18 @@ def to_hf(state: Mapping[str, Any], places: Sequence[Place], max_seq_len: int | 
         block: StateDict = {}
         used: set[str] = set()
         for part in place.parts(state):
-            found: StateDict = {}
+            named: StateDict = {}
             for entry in part.entries:
                 if entry.smp in state:
-                    found.update(zip(entry.hf, entry.to_hf(state), strict=True))
+                    named.update(zip(entry.hf, entry.to_hf(state), strict=True))
                     used.add(entry.smp)
-            if part.index is not None and found:
+            if part.index is not None and named:
                 if max_seq_len is not None and place.layout.buffers is not None:
                     buffers = place.layout.buffers(part.index, max_seq_len)
-                    found.update({part.hf_prefix + name: value for name, value in buffers})
-                names = sorted(found, key=lambda name: _hf_position(name.removeprefix(part.hf_prefix), place.layout))
-                found = {name: found[name] for name in names}
-            block.update(found)
+                    named.update({part.hf_prefix + name: value for name, value in buffers})
+                names = sorted(named, key=lambda name: _hf_position(name.removeprefix(part.hf_prefix), place.layout))
+                named = {name: named[name] for name in names}
+            block.update(named)
         result = _replaced(result, used, block)
     return result
 
@@ -273,8 +273,8 @@ def places_found(state: Mapping[str, Any], layout: NameLayout, *markers: str, is
 def new_names(names: Collection[str], place: Place) -> dict[str, str]:
     """What each of the names of transformers, from ``place`` on, is called here."""
     parts = place.parts(dict.fromkeys(names))
-    found = {name: entry.smp for part in parts for entry in part.entries for name in entry.hf}
-    return {name: found[name] for name in names if name in found}
+    smp_names = {name: entry.smp for part in parts for entry in part.entries for name in entry.hf}
+    return {name: smp_names[name] for name in names if name in smp_names}
 
 
 def unknown_names(state: Mapping[str, Any], place: Place) -> list[str]:

@@ -101,8 +101,8 @@ def _with_held(
     watched = [item for item in objects if is_here and not entry.is_first_filling(item)]
 
     def call(locals_: Sequence[torch.Tensor], args: Any, kwargs: Any) -> Any:
-        found = {id(value): local for value, local in zip(held, locals_, strict=True)}
-        copies = {id(item): with_values(item, found) for item in objects}
+        local_of = {id(value): local for value, local in zip(held, locals_, strict=True)}
+        copies = {id(item): with_values(item, local_of) for item in objects}
         before = [_fingerprint(copies[id(item)]) for item in watched]
         args, kwargs = trees.map_leaves(lambda leaf: copies.get(id(leaf), leaf), (args, kwargs))
         output = inner(*args, **kwargs)
@@ -211,8 +211,8 @@ def _guarded(
             if old is not None and _fingerprint(value) != old:
                 raise _changed(entry, type(value))
         if holds_containers:
-            found, found_shape = taken_apart([*args, *kwargs.values()])
-            if found_shape != shape or any(one is not other for one, other in zip(found, leaves, strict=True)):
+            leaves_after, shape_after = taken_apart([*args, *kwargs.values()])
+            if shape_after != shape or any(one is not other for one, other in zip(leaves_after, leaves, strict=True)):
                 changed = next((type(leaf) for leaf in args if trees.is_container(leaf)), dict)
                 raise _changed(entry, changed)
         return output

@@ -111,10 +111,10 @@ class Reached:
         self._key.append((id(module), module.training))
         self.modules.append(module)
         if self._engine.holds_placed(module):
-            found = [name for name in sorted(names) if _has(module, name)]
-            for name in found:
+            present = [name for name in sorted(names) if _has(module, name)]
+            for name in present:
                 self._visit_attribute(module, name, names)
-            if found:
+            if present:
                 return
         # It is called, or given away. (One that is placed, or in a placed one, is small: all of it counts.)
         for tensor in (*module.parameters(), *module.buffers()):
@@ -124,8 +124,8 @@ class Reached:
     def _visit_object(self, value: Any, names: frozenset[str]) -> None:
         self._is_told = False
         attributes = getattr(value, "__dict__", {})
-        found = [name for name in sorted(names) if name in attributes or callable(getattr(type(value), name, None))]
-        for name in found:
+        present = [name for name in sorted(names) if name in attributes or callable(getattr(type(value), name, None))]
+        for name in present:
             self._visit_attribute(value, name, names)
         own_call = vars(type(value)).get("__call__")
         if isinstance(own_call, FunctionType):
@@ -173,9 +173,9 @@ class Captured(TorchFunctionMode):
     def _local(self, leaf: Any) -> Any:
         if not isinstance(leaf, torch.Tensor):
             return leaf
-        found = self._locals.get(id(leaf))
-        if found is not None:
-            return found
+        local = self._locals.get(id(leaf))
+        if local is not None:
+            return local
         if isinstance(leaf, StageTensor):
             raise StepUsageError(
                 f"{self._what}: its function reads a value of the step ({leaf!r}) that it is not given and that does "
@@ -215,12 +215,12 @@ _names: dict[CodeType, frozenset[str]] = {}
 def _names_of(function: Any) -> frozenset[str]:
     """All names of attributes and globals in the code of a function and those that are made in it."""
     code = function.__code__
-    found = _names.get(code)
-    if found is None:
+    known = _names.get(code)
+    if known is None:
         names, pending = set(), [code]
         while pending:
             part = pending.pop()
             names.update(part.co_names)
             pending.extend(constant for constant in part.co_consts if isinstance(constant, CodeType))
-        found = _names[code] = frozenset(names)
-    return found
+        known = _names[code] = frozenset(names)
+    return known

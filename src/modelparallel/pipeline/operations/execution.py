@@ -49,9 +49,9 @@ def execute(
     structure = known
     new_locals: list[torch.Tensor] | None = None
     if home == engine.stage:
-        found, new_locals = _compute_here(program, what, arguments, compute, written, protect, known)
+        own_structure, new_locals = _compute_here(program, what, arguments, compute, written, protect, known)
         if known is None:
-            structure = found
+            structure = own_structure
     if known is None:
         if not is_known:
             structure = _announce(program, home, structure, what, is_always=key is None)
@@ -138,10 +138,10 @@ def _compute_here(
         new = as_announced(known, output, tensors)
         if new is not None:
             return known, new
-    found, new = encode(output, tensors, arguments.opaque(), mutated, what, values_are_fixed=False)
+    structure, new = encode(output, tensors, arguments.opaque(), mutated, what, values_are_fixed=False)
     if known is not None:
-        check_same(known, found, what)
-    return found, new
+        check_same(known, structure, what)
+    return structure, new
 
 
 def _versions(tensors: Sequence[torch.Tensor]) -> list[int]:

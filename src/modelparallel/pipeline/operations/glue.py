@@ -285,8 +285,8 @@ def _computed(
                     for value in arguments.values
                 ]
                 kept.extend(trees.leaves(arguments.call(compute, known)))
-        found: torch.Tensor = kept[index]
-        return found.detach()
+        known_value: torch.Tensor = kept[index]
+        return known_value.detach()
 
     return read
 

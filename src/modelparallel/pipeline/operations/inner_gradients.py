@@ -40,23 +40,23 @@ def run(program: Program, args: Any, kwargs: Any) -> tuple[torch.Tensor | None, 
     create_graph = bool(given.get("create_graph"))
     allow_unused = given.get("allow_unused")
     is_zero_filled = bool(given.get("materialize_grads"))
-    walk = _GradientCall(program, [program.resolve(value) for value in inputs], create_graph, _named(program, inputs))
+    call = _GradientCall(program, [program.resolve(value) for value in inputs], create_graph, _named(program, inputs))
     if create_graph:
         program.keeps_graphs = program.is_whole_backward = True
     for output, seed in zip(outputs, seeds, strict=True):
-        walk.begin(program.resolve(output), seed)
-    walk.finish()
-    for index, gradient in enumerate(walk.found):
+        call.begin(program.resolve(output), seed)
+    call.finish()
+    for index, gradient in enumerate(call.gradients):
         if gradient is not None:
             continue
         if is_zero_filled:
-            walk.found[index] = torch.zeros_like(inputs[index])
+            call.gradients[index] = torch.zeros_like(inputs[index])
         elif not allow_unused:
             raise RuntimeError(  # what torch says
                 "One of the differentiated Tensors appears to not have been used in the graph. Set allow_unused=True "
                 "if this is the desired behavior."
             )
-    return tuple(walk.found)
+    return tuple(call.gradients)
 
 
 def _as_list(value: Any) -> list[Any]:
@@ -80,7 +80,7 @@ class _GradientCall:
         self._what = what
         self._program, self._inputs, self._create_graph = program, inputs, create_graph
         #: The sum of what has come for each input.
-        self.found: list[torch.Tensor | None] = [None] * len(inputs)
+        self.gradients: list[torch.Tensor | None] = [None] * len(inputs)
         # What was received before all inputs were there does not depend on them.
         self._born = min((value.born if isinstance(value, StageTensor) else 0 for value in inputs), default=0)
         self._crossings: list[Crossing] = []
@@ -116,11 +116,11 @@ class _GradientCall:
             arguments = Arguments(program, args, {})
             program.fetch(arguments.inputs, home, f"gradient in {self._what}")
             program.tracker.note_work(home, "")
-            found, crossings = execute(program, self._what, None, arguments, home, program.counted(compute, home))
-        for index, gradient in enumerate(found):
-            before = self.found[index]
+            gradients, crossings = execute(program, self._what, None, arguments, home, program.counted(compute, home))
+        for index, gradient in enumerate(gradients):
+            before = self.gradients[index]
             if gradient is not None:
-                self.found[index] = gradient if before is None else before + gradient
+                self.gradients[index] = gradient if before is None else before + gradient
         self._crossings.extend(crossings)
 
     # At the stage whose graph it is
@@ -161,11 +161,11 @@ class _GradientCall:
         wanted: dict[int, torch.Tensor],
         sums: dict[int, torch.Tensor],
     ) -> dict[int, torch.Tensor]:
-        found = torch.autograd.grad(
+        computed = torch.autograd.grad(
             tensors, list(wanted.values()), gradients, retain_graph=True, create_graph=self._create_graph,
             allow_unused=True,
         )  # fmt: skip
-        for key, gradient in zip(wanted, found, strict=True):
+        for key, gradient in zip(wanted, computed, strict=True):
             if gradient is not None:
                 sums[key] = gradient if key not in sums else sums[key] + gradient
         return sums

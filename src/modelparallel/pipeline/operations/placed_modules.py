@@ -116,17 +116,17 @@ def _leads_to_door(forward: Any, module: nn.Module) -> bool:
     seen: set[int] = set()
     pending = [forward]
     while pending:
-        found = pending.pop()
-        if isinstance(found, Doorway):
-            return found.module is module
-        if id(found) in seen or not callable(found):
+        function = pending.pop()
+        if isinstance(function, Doorway):
+            return function.module is module
+        if id(function) in seen or not callable(function):
             continue
-        seen.add(id(found))
-        pending.append(getattr(found, "__wrapped__", None))
-        pending.append(getattr(found, "__func__", None))
-        if isinstance(found, functools.partial):
-            pending.extend((found.func, *found.args, *found.keywords.values()))
-        for cell in getattr(found, "__closure__", None) or ():
+        seen.add(id(function))
+        pending.append(getattr(function, "__wrapped__", None))
+        pending.append(getattr(function, "__func__", None))
+        if isinstance(function, functools.partial):
+            pending.extend((function.func, *function.args, *function.keywords.values()))
+        for cell in getattr(function, "__closure__", None) or ():
             try:
                 pending.append(cell.cell_contents)
             except ValueError:  # not filled yet

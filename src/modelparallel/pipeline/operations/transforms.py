@@ -72,8 +72,8 @@ def _vjp(
     has_aux = kwargs.get("has_aux", False)
 
     def forward(*inner: Any) -> Any:
-        found = original(*inner, **kwargs)
-        return (found[0], found[2]) if has_aux else found[0]
+        results = original(*inner, **kwargs)
+        return (results[0], results[2]) if has_aux else results[0]
 
     def backward(inner: tuple[Any, ...], cotangents: tuple[Any, ...], more: dict[str, Any]) -> Any:
         return original(*inner, **kwargs)[1](*cotangents, **more)
@@ -81,8 +81,8 @@ def _vjp(
     def vjp_fn(*cotangents: Any, **more: Any) -> Any:
         return call(engine, f"{what} (the function it returns)", backward, (args, cotangents, more), {})
 
-    found = call(engine, f"{what} (its forward)", forward, args, {})
-    return (found[0], vjp_fn, found[1]) if has_aux else (found, vjp_fn)
+    results = call(engine, f"{what} (its forward)", forward, args, {})
+    return (results[0], vjp_fn, results[1]) if has_aux else (results, vjp_fn)
 
 
 def _run(
@@ -129,9 +129,9 @@ def _run(
         program.tracker.note_work(home, "")
         weights = [tensor for tensor in captured if isinstance(tensor, nn.Parameter)]
         counted = program.counted(compute, home, weights)
-        found = execute(program, what, key, arguments, home, counted, protect=True)
-    if not isinstance(found, Drawing):
-        return found
+        output = execute(program, what, key, arguments, home, counted, protect=True)
+    if not isinstance(output, Drawing):
+        return output
     if home != engine.stage:
-        program.frames.skip(found.counts)
-    return found.result
+        program.frames.skip(output.counts)
+    return output.result

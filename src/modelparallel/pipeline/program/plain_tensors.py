@@ -155,11 +155,11 @@ class WrittenTensors:
         specs = [entries[index][1].spec for index in part]
         if home != program.stage:
             program.wait_for(home, name, what)
-            for index, found in zip(part, receive_tensors(transport, home, name, specs, what), strict=True):
-                if found is not None:
+            for index, received in zip(part, receive_tensors(transport, home, name, specs, what), strict=True):
+                if received is not None:
                     program.carries_state = True
                     with torch.no_grad():
-                        entries[index][0].copy_(found)
+                        entries[index][0].copy_(received)
             return
         sent: list[torch.Tensor | None] = []
         for index in part:

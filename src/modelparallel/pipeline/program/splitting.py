@@ -119,20 +119,20 @@ class SplitBackward:
                 pending.append((current, True))
                 pending.extend((node, False) for node, _ in current.next_functions if node is not None)
                 continue
-            found = nodes[current]
+            explored = nodes[current]
             variable = getattr(current, "variable", None)
             if variable is not None:
                 if id(variable) in self._weights:
-                    found.weights[id(variable)] = variable
+                    explored.weights[id(variable)] = variable
                 else:
-                    found.leads_to_input = True
+                    explored.leads_to_input = True
                     leaves[id(variable)] = variable
                 continue
             successors = [nodes[node] for node, _ in current.next_functions if node is not None]
-            found.leads_to_input = any(node.leads_to_input for node in successors)
+            explored.leads_to_input = any(node.leads_to_input for node in successors)
             for node in successors:
                 if not node.leads_to_input:
-                    found.weights.update(node.weights)
+                    explored.weights.update(node.weights)
         # In the order of insertion a node comes before those below it, which does not matter to the callers.
         return nodes
 

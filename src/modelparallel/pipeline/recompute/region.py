@@ -124,10 +124,10 @@ class RecomputedRegion:
             if isinstance(value, StageTensor):
                 if value.is_pinned_home:
                     return leaf
-                found = self._record.kept_value(value)
-                if found.local is not None:
-                    self._inputs.append(found.local)
-                return found
+                kept_value = self._record.kept_value(value)
+                if kept_value.local is not None:
+                    self._inputs.append(kept_value.local)
+                return kept_value
         kept = KeptTensor(leaf)
         self._inputs.append(kept)
         return kept

@@ -125,10 +125,10 @@ class ReplayProgram(Program):
     def announce(self, source: int, payload: Callable[[], bytes], description: str, *, is_always: bool) -> bytes | None:
         if self.stage == source:
             return None
-        found = self._first_run.announced.get(self._num_operations)
-        if found is None:
+        known = self._first_run.announced.get(self._num_operations)
+        if known is None:
             raise self._other_way()
-        return found
+        return known
 
     def keep_structure(self, key: Hashable, structure: Structure, *, is_known: bool) -> None:
         """All that was found out is known."""

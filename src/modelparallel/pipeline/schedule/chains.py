@@ -121,14 +121,14 @@ class WayRecorder(ChainTracker):
 
     def local_waits(self) -> tuple[tuple[int, int], ...]:
         """(position among the common entries, source) of the pushed values that this stage has read."""
-        found = []
+        waits = []
         position = 0
         for kind, _, other in self.recorded:
             if kind == "L" and isinstance(other, int):
-                found.append((position, other))
+                waits.append((position, other))
             else:
                 position += 1
-        return tuple(found)
+        return tuple(waits)
 
 
 class Follower(ChainTracker):
@@ -219,12 +219,12 @@ class StepPlan:
 
     def visits_of_points(self, stage: int) -> tuple[int, ...]:
         """The visit of ``stage`` in which each common point of the program lies."""
-        found, visit = [], 0
+        visits, visit = [], 0
         for index, entry in enumerate(self.entries_of(stage)):
             visit = self.starts[stage].get(index, visit)
             if entry[0] != "L":
-                found.append(visit)
-        return tuple(found)
+                visits.append(visit)
+        return tuple(visits)
 
     def idle_shares(self) -> tuple[float, ...]:
         """For every stage the part of the step in which it is expected to wait, if messages take no time."""
@@ -255,7 +255,7 @@ def with_local_waits(
     ``local_waits``).
     """
     inserted: list[tuple[int, int, Recorded]] = [
-        (position, stage, ("L", stage, source)) for stage, found in waits.items() for position, source in found
+        (position, stage, ("L", stage, source)) for stage, of_stage in waits.items() for position, source in of_stage
     ]
     result: list[Recorded] = []
     pending = sorted(inserted, key=lambda item: item[:2])

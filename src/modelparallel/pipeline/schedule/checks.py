@@ -179,5 +179,5 @@ def _phase_name(schedule: Schedule, chain: Chain, microbatch: int, phase: Phase)
     place = chain.visits_of(stage).index(phase[1])
     kinds = {FORWARD: (ActionKind.F,), BACKWARD: (ActionKind.B, ActionKind.I), WEIGHT: (ActionKind.W,)}[phase[0]]
     actions = set(schedule.actions[stage])
-    found = next((kind for kind in kinds if Action(kind, microbatch, place) in actions), kinds[0])
-    return _spelled(Action(found, microbatch, place), chain, stage)
+    kind_there = next((kind for kind in kinds if Action(kind, microbatch, place) in actions), kinds[0])
+    return _spelled(Action(kind_there, microbatch, place), chain, stage)

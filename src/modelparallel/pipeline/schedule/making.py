@@ -223,11 +223,11 @@ def _stages_ahead(chain: Chain) -> tuple[int, ...]:
     before: list[set[int]] = [set() for _ in chain.visits]
     for index in range(len(chain.visits) - 1, -1, -1):
         before[index] = {chain.visits[index].stage}.union(*(before[other] for other in needs.backward[index]))
-    found = []
+    ahead = []
     for stage in range(chain.num_stages):
         visits = [index for index in chain.visits_of(stage) if chain.visits[index].has_backward]
-        found.append(len(before[visits[0]]) if visits else 1)
-    return tuple(found)
+        ahead.append(len(before[visits[0]]) if visits else 1)
+    return tuple(ahead)
 
 
 @dataclass(frozen=True)
@@ -363,7 +363,7 @@ class _Simulation:
     def _sequences(self) -> list[tuple[list[tuple[int, int]], list[tuple[int, int]]]]:
         """For every stage its forwards and its backwards as (microbatch, visit of the chain), in the order of keys."""
         chain = self.shape.chain
-        found = []
+        sequences = []
         for stage in range(chain.num_stages):
             pairs = [
                 (microbatch, index)
@@ -371,13 +371,13 @@ class _Simulation:
                 for index in chain.visits_of(stage)
             ]
             backwards = [pair for pair in pairs if chain.visits[pair[1]].has_backward and self.has_backwards]
-            found.append(
+            sequences.append(
                 (
                     sorted(pairs, key=lambda pair: self._key(FORWARD, *pair)),
                     sorted(backwards, key=lambda pair: self._key(BACKWARD, *pair)),
                 )
             )
-        return found
+        return sequences
 
     def _key(self, phase: int, microbatch: int, index: int) -> tuple[int, int, int, int]:
         group = self.policy.group

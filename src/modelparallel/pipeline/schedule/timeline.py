@@ -197,11 +197,11 @@ def _live(owners: Sequence[Hashable]) -> list[int]:
     """For every entry: how many owners have begun by then and have this or a later entry."""
     left = Counter(owners)
     begun: set[Hashable] = set()
-    found = []
+    counts = []
     for owner in owners:
         begun.add(owner)
-        found.append(len(begun))
+        counts.append(len(begun))
         left[owner] -= 1
         if not left[owner]:
             begun.discard(owner)
-    return found
+    return counts

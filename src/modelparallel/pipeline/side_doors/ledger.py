@@ -99,8 +99,8 @@ def _pairs(first: Sequence[LedgerEntry], second: Sequence[LedgerEntry]) -> Itera
 
 
 def _by_place(entries: Sequence[LedgerEntry]) -> dict[str, list[LedgerEntry]]:
-    found: dict[str, list[LedgerEntry]] = {}
+    entries_at: dict[str, list[LedgerEntry]] = {}
     for entry in entries:
         if entry[2]:
-            found.setdefault(entry[0], []).append(entry)
-    return found
+            entries_at.setdefault(entry[0], []).append(entry)
+    return entries_at

@@ -114,7 +114,7 @@ class SideWrites:
                     assigned.setdefault((id(module), name), (module, name, MISSING))
             if not assigned and not before and not self._always:
                 return output
-            noted = self._noted(engine, key, *self._found(engine, assigned, before))
+            noted = self._noted(engine, key, *self._written(engine, assigned, before))
             if is_replay:
                 self._put_back(assigned, before)
             return Noted(output, tuple(noted), tuple(noted.values())) if noted else output
@@ -131,11 +131,11 @@ class SideWrites:
             self._containers.extend(containers_of(part, where, seen))
             self._tensors.extend((part, name) for name in vars(part) if ordinary_tensor(part, name) is not None)
 
-    def _found(
+    def _written(
         self, engine: StageView, assigned: dict[Any, tuple[nn.Module, str, Any]], before: list[Any]
     ) -> tuple[dict[Place, Any], set[Place]]:
         """(place -> what was written there, ready to travel; those that are numbers which surely are written once)."""
-        found: dict[Place, Any] = {}
+        written: dict[Place, Any] = {}
         constant: set[Place] = set()
         for module, name, old in assigned.values():
             where = engine.module_places().get(id(module))
@@ -145,27 +145,27 @@ class SideWrites:
             if isinstance(value, _SIMPLE) and type(old) is type(value) and old == value:
                 continue
             place = (*where, "assigned", name)
-            found[place] = _portable(value, {}, self._describe(place))
+            written[place] = _portable(value, {}, self._describe(place))
             if type(value) is int and not isinstance(old, _NUMBERS):
                 constant.add(place)  # a size, most likely: not worth an announcement at every call
         self._before = {}
         for (place, container), old in zip(self._containers or (), before, strict=True):
             change = _change(container, old, self._describe(place))
             if change is not None:
-                found[place] = change
+                written[place] = change
                 self._before[place] = old
-        return found, constant
+        return written, constant
 
     def _noted(
-        self, engine: StageView, key: Hashable, found: dict[Place, Any], constant: set[Place]
+        self, engine: StageView, key: Hashable, written: dict[Place, Any], constant: set[Place]
     ) -> dict[Place, Any]:
         """What a call with this signature notes: always the same places, since the other stages count on it."""
         always = self._always.get(key, {})
-        noted = {place: found.pop(place, MISSING) for place in always}
+        noted = {place: written.pop(place, MISSING) for place in always}
         for place, value in noted.items():
             if value is MISSING:
                 noted[place] = self._unchanged(engine, place)
-        noted.update(found)
+        noted.update(written)
         kept = {place: None for place in noted if place in always or place not in constant}
         if kept and key is not None:
             self._always[key] = kept
@@ -278,17 +278,17 @@ def _is_portable_key(key: Any) -> bool:
 def _portable(value: Any, kept: dict[int, int], what: str) -> Any:
     """``value`` as it can be announced: what was there before by position, what cannot travel by a word about it."""
 
-    def leaf(found: Any) -> Any:
-        if isinstance(found, torch.Tensor):
-            if id(found) in kept:
-                return _Kept(kept[id(found)])
-            if not isinstance(found, StageTensor):
-                return found
-            return Elsewhere(what) if found.local is None else found.local
-        if isinstance(found, _SIMPLE) or found is MISSING:
-            return None if found is MISSING else found
-        if id(found) in kept:
-            return _Kept(kept[id(found)])
+    def leaf(item: Any) -> Any:
+        if isinstance(item, torch.Tensor):
+            if id(item) in kept:
+                return _Kept(kept[id(item)])
+            if not isinstance(item, StageTensor):
+                return item
+            return Elsewhere(what) if item.local is None else item.local
+        if isinstance(item, _SIMPLE) or item is MISSING:
+            return None if item is MISSING else item
+        if id(item) in kept:
+            return _Kept(kept[id(item)])
         return Elsewhere(what)
 
     if not _can_be_named(value):

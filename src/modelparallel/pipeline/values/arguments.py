@@ -163,27 +163,27 @@ def _rare_key(leaf: Any, *, are_floats_plain: bool) -> Hashable:
 
 def taken_apart(values: Sequence[Any]) -> tuple[list[Any], list[Hashable]]:
     """(leaves, what tells how they are nested) of arguments with containers among them."""
-    found: list[Any] = []
+    leaves: list[Any] = []
     shape: list[Hashable] = []
     for value in values:
-        _collect(value, found, shape)
-    return found, shape
+        _collect(value, leaves, shape)
+    return leaves, shape
 
 
-def _collect(item: Any, found: list[Any], shape: list[Hashable]) -> None:
+def _collect(item: Any, leaves: list[Any], shape: list[Hashable]) -> None:
     # No inner function of taken_apart: one that calls itself is a cycle, and would keep the values alive with it.
     kind = type(item)
     if kind is StageTensor or kind in _LEAF_KINDS:
-        found.append(item)
+        leaves.append(item)
     elif kind is tuple or kind is list:
-        shape.append((len(found), kind, len(item)))
+        shape.append((len(leaves), kind, len(item)))
         for child in item:
-            _collect(child, found, shape)
+            _collect(child, leaves, shape)
     elif trees.is_container(item):
         pairs = trees.children(item)
         keys = tuple(key for key, _ in pairs) if isinstance(item, dict) else len(pairs)
-        shape.append((len(found), kind.__name__, keys))
+        shape.append((len(leaves), kind.__name__, keys))
         for _, child in pairs:
-            _collect(child, found, shape)
+            _collect(child, leaves, shape)
     else:
-        found.append(item)
+        leaves.append(item)

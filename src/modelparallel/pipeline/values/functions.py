@@ -97,13 +97,13 @@ _known: dict[Any, FunctionTraits] = {}
 
 def traits_of(func: Any) -> FunctionTraits:
     """What there is to know of a torch function as ``__torch_function__`` gets it."""
-    found = _known.get(func)
-    if found is None:
-        found = _find_out(func)
+    traits = _known.get(func)
+    if traits is None:
+        traits = _find_out(func)
         # Not what is made anew for each call, or belongs to an object of the user's.
         if getattr(func, "__closure__", None) is None and not isinstance(func, MethodType):
-            _known[func] = found
-    return found
+            _known[func] = traits
+    return traits
 
 
 def _find_out(func: Any) -> FunctionTraits:

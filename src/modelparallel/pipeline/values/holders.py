@@ -17,19 +17,19 @@ from modelparallel.pipeline.values.stage_tensor import StageTensor
 
 def held_values(value: Any) -> list[StageTensor]:
     """The values of the step in an object's attributes, and in those of objects in it; none in a module or function."""
-    found: dict[int, StageTensor] = {}
+    values: dict[int, StageTensor] = {}
     pending, seen = [value], set()
     while pending:
         part = pending.pop()
         if isinstance(part, StageTensor):
-            found[id(part)] = part
+            values[id(part)] = part
         elif id(part) not in seen:
             seen.add(id(part))
             if trees.is_container(part):
                 pending.extend(child for _, child in trees.children(part))
             elif is_looked_into(part):
                 pending.extend(vars(part).values())
-    return list(found.values())
+    return list(values.values())
 
 
 def with_values(value: Any, locals_: Mapping[int, torch.Tensor]) -> Any:
@@ -41,8 +41,8 @@ def with_values(value: Any, locals_: Mapping[int, torch.Tensor]) -> Any:
             return locals_.get(id(part), part)
         if trees.is_container(part):
             pairs = trees.children(part)
-            found = {key: copied(child) for key, child in pairs}
-            return part if all(found[key] is child for key, child in pairs) else trees.rebuild(part, found)
+            parts = {key: copied(child) for key, child in pairs}
+            return part if all(parts[key] is child for key, child in pairs) else trees.rebuild(part, parts)
         if not is_looked_into(part):
             return part
         if id(part) not in made:

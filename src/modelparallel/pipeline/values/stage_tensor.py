@@ -74,16 +74,16 @@ class TensorSpec:
         cls, shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype, requires_grad: bool, device_type: str
     ) -> TensorSpec:
         key = (shape, stride, dtype, requires_grad, device_type)
-        found = _specs.get(key)
-        if found is not None:
-            return found
+        spec = _specs.get(key)
+        if spec is not None:
+            return spec
         with _making_specs:
-            found = _specs.get(key)
-            if found is None:
-                found = super().__new__(cls)
-                found.__dict__.update(zip(cls.__dataclass_fields__, key, strict=True))
-                _specs[key] = found
-            return found
+            spec = _specs.get(key)
+            if spec is None:
+                spec = super().__new__(cls)
+                spec.__dict__.update(zip(cls.__dataclass_fields__, key, strict=True))
+                _specs[key] = spec
+            return spec
 
     def __reduce__(self) -> Any:
         return TensorSpec, (self.shape, self.stride, self.dtype, self.requires_grad, self.device_type)
@@ -269,13 +269,13 @@ class StageTensor(torch.Tensor):
 
 
 def _stage_tensors(args: Any, kwargs: Any) -> list[StageTensor]:
-    found: list[StageTensor] = []
+    values: list[StageTensor] = []
     pending = [*args, *kwargs.values()]
     for value in pending:
         if isinstance(value, StageTensor):
-            found.append(value)
+            values.append(value)
         elif isinstance(value, (list, tuple)):
             pending.extend(value)
         elif isinstance(value, dict):
             pending.extend(value.values())
-    return found
+    return values

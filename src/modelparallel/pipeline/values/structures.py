@@ -184,10 +184,10 @@ class _MeetsClass(Exception):
 
 class _PlainDecoder(_Decoder):
     def find_class(self, module_name: str, global_name: str) -> Any:
-        found = super().find_class(module_name, global_name)
-        if not _is_named_tuple(cast(Hashable, found)):
+        named = super().find_class(module_name, global_name)
+        if not _is_named_tuple(cast(Hashable, named)):
             raise _MeetsClass
-        return found
+        return named
 
 
 @lru_cache(maxsize=256)
@@ -277,18 +277,18 @@ def _collect_new(template: Any, output: Any, inputs: Sequence[torch.Tensor], new
         )
     if kind in _PLAIN_CONTAINERS or _is_named_tuple(cast(Hashable, kind)):
         return len(template) == len(output) and all(
-            _collect_new(child, found, inputs, new) for child, found in zip(template, output, strict=True)
+            _collect_new(child, part, inputs, new) for child, part in zip(template, output, strict=True)
         )
     return bool(template == output)
 
 
-def check_same(announced: Structure, found: Structure, what: str) -> None:
+def check_same(announced: Structure, returned: Structure, what: str) -> None:
     """Stop if a real output is not what the other stages were told; called at the home, before anything is sent."""
-    is_same_object = announced.payload == found.payload or _skeleton(announced) == _skeleton(found)
-    if is_same_object and announced.specs == found.specs and announced.mutated == found.mutated:
+    is_same_object = announced.payload == returned.payload or _skeleton(announced) == _skeleton(returned)
+    if is_same_object and announced.specs == returned.specs and announced.mutated == returned.mutated:
         return
     raise DivergenceError(
-        f"{what} returned {_describe(found)}, but with the same argument shapes it returned {_describe(announced)} "
+        f"{what} returned {_describe(returned)}, but with the same argument shapes it returned {_describe(announced)} "
         "before, and the other "
         "pipeline stages went on with that. If its output depends on data, mark it with smp.dynamic(module) before "
         "the first step: "
