@@ -116,7 +116,7 @@ class _Entry:
             self.inner.set_local_gradient(self.shown)
 
 
-class _Group:
+class _GatherGroup:
     """The parameters of one or more modules, gathered and reduced together."""
 
     def __init__(self, title: str, inner: FSDPGroup, entries: Sequence[_Entry], *, is_root: bool) -> None:
@@ -193,7 +193,7 @@ class ShardedParameters:
         item_of, kept_whole = _names_of(tops, parameters)
         options: Any = {"mesh": groups.mesh(device), "mp_policy": policy, "ignored_params": kept_whole}
         #: In the order in which they are gathered.
-        self._all: list[_Group] = []
+        self._all: list[_GatherGroup] = []
         for title, modules in plan.items():
             for module in modules:
                 place(module)
@@ -223,7 +223,7 @@ class ShardedParameters:
         inner = FSDPGroup(module, self._device)
         items = [item_of[id(parameter.owner[0]), parameter.owner[1]] for parameter in inner.parameters]
         entries = [_Entry(item, parameter) for item, parameter in zip(items, inner.parameters, strict=True)]
-        group = _Group(title, inner, entries, is_root=is_root)
+        group = _GatherGroup(title, inner, entries, is_root=is_root)
         if self._groups.divisor != self._groups.shard.size * self._groups.replicate.size:
             module.set_gradient_divide_factor(self._groups.divisor)
             # gloo has no operation that sums and divides by any number at once.
@@ -431,7 +431,7 @@ class ShardedParameters:
 
     # Reduction
 
-    def _notice(self, group: _Group) -> None:
+    def _notice(self, group: _GatherGroup) -> None:
         """The backward leaves the group (without a pipeline)."""
         if not self._is_in_step and self._num_no_sync == 0 and current_backward_id() != -1:
             self._begin_backward()
@@ -505,7 +505,7 @@ class ShardedParameters:
             entry.is_noted, entry.had_gradient = False, None
             entry.show_gradient()
 
-    def _sum_over_tp(self, group: _Group, flat: torch.Tensor) -> None:
+    def _sum_over_tp(self, group: _GatherGroup, flat: torch.Tensor) -> None:
         """``flat`` holds the shards of the gradients of ``group.reduced``, one after another."""
         parts = torch.split(flat, [entry.inner.padded_numel for entry in group.reduced])
         chosen = [part for part, entry in zip(parts, group.reduced, strict=True) if entry.needs_tp_sum]
@@ -539,7 +539,7 @@ def _names_of(
     return item_of, whole
 
 
-def _bound_prefetch(groups: Sequence[_Group], max_live: int) -> None:
+def _bound_prefetch(groups: Sequence[_GatherGroup], max_live: int) -> None:
     """Gather ahead, and keep, only what fits into ``max_live`` elements.
 
     FSDP gathers the group before while one goes backward, which has two in memory beside the root's. Where these are

@@ -10,7 +10,7 @@ import typer
 
 from modelparallel.checkpoints.huggingface.safetensors_files import MAX_SHARD_SIZE
 from modelparallel.checkpoints.stores.file_streams import shown
-from modelparallel.checkpoints.tools.catalogue import StoredCheckpoint, checkpoints_in, find
+from modelparallel.checkpoints.tools.catalogue import ListedCheckpoint, checkpoints_in, find
 from modelparallel.checkpoints.tools.conversion import convert_to_full, convert_to_safetensors
 from modelparallel.checkpoints.tools.inspection import Description, describe
 from modelparallel.checkpoints.tools.verification import verify as verify_checkpoint
@@ -160,7 +160,7 @@ def convert(
 
 
 def _listing(
-    path: str, beside: list[StoredCheckpoint], unfinished: list[str], chosen: StoredCheckpoint | None
+    path: str, beside: list[ListedCheckpoint], unfinished: list[str], chosen: ListedCheckpoint | None
 ) -> list[str]:
     if not beside and not unfinished:
         return []
@@ -232,7 +232,7 @@ def _limited(noun: str, rows: list[str], limit: int | None) -> list[str]:
     return [f"  {noun}:", *shown_rows, *([f"    and {rest} more (--tensors shows all)"] if rest else [])]
 
 
-def _as_json(beside: list[StoredCheckpoint], unfinished: list[str], what: Description | None) -> dict[str, Any]:
+def _as_json(beside: list[ListedCheckpoint], unfinished: list[str], what: Description | None) -> dict[str, Any]:
     return {
         "checkpoints": [
             {

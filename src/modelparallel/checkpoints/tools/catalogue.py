@@ -51,7 +51,7 @@ _RANK_FILE = re.compile(r"(model|optimizer|fp16_states)_(\d+(?:_\d+){0,2})\.pt")
 
 
 @dataclass(frozen=True)
-class StoredCheckpoint:
+class ListedCheckpoint:
     """A checkpoint, or what looks like one.
 
     Attributes:
@@ -119,13 +119,13 @@ def kind_of_folder(store: Store) -> str | None:
     return "original" if has_rank_files else None
 
 
-def checkpoints_in(path: str) -> tuple[list[StoredCheckpoint], list[str]]:
+def checkpoints_in(path: str) -> tuple[list[ListedCheckpoint], list[str]]:
     """All checkpoints directly in a folder, those with a record first and oldest first; and the names of what is being
     written there, or was when its job died. Local.
     """
     store = open_store(path)
     entries = store.names()
-    checkpoints: list[StoredCheckpoint] = []
+    checkpoints: list[ListedCheckpoint] = []
     taken: set[str] = set()
     for name in _tags(entries):
         checkpoints.append(_described(path, store, name, "full"))
@@ -141,19 +141,19 @@ def checkpoints_in(path: str) -> tuple[list[StoredCheckpoint], list[str]]:
             unfinished.append(name)
     for name in HUGGINGFACE_NAMES:
         if name in entries and name not in taken:
-            checkpoints.append(StoredCheckpoint(path, name, "huggingface"))
+            checkpoints.append(ListedCheckpoint(path, name, "huggingface"))
             taken.add(name)
             if name.endswith(INDEX_ENDING):
                 with suppress(CheckpointError):
                     taken.update(weight_map(path, name).values())
     for name in entries:
         if name not in taken and name.endswith(_FILE_ENDINGS) and not name.startswith("."):
-            checkpoints.append(StoredCheckpoint(path, name, _kind_of_file(name)))
+            checkpoints.append(ListedCheckpoint(path, name, _kind_of_file(name)))
     checkpoints.sort(key=lambda one: (one.record is None, one.record.time if one.record else 0.0, one.name))
     return checkpoints, unfinished
 
 
-def find(path: str | os.PathLike[str], tag: str | None = None) -> StoredCheckpoint:
+def find(path: str | os.PathLike[str], tag: str | None = None) -> ListedCheckpoint:
     """The checkpoint that a caller means. Local.
 
     Args:
@@ -187,7 +187,7 @@ def find(path: str | os.PathLike[str], tag: str | None = None) -> StoredCheckpoi
     )
 
 
-def _tagged(path: str, tag: str) -> StoredCheckpoint:
+def _tagged(path: str, tag: str) -> ListedCheckpoint:
     store = open_store(path)
     names = [tag] if tag.endswith(PARTIAL_ENDING) else [tag + PARTIAL_ENDING, tag]
     for name in names:
@@ -198,7 +198,7 @@ def _tagged(path: str, tag: str) -> StoredCheckpoint:
     if tag in _tags(entries):
         return _described(path, store, tag, "full")
     if tag in entries:
-        return StoredCheckpoint(path, tag, _kind_of_file(tag))
+        return ListedCheckpoint(path, tag, _kind_of_file(tag))
     there, unfinished = checkpoints_in(path)
     text = f"there is no checkpoint {tag!r} in {shown(path)!r}"
     if any(tag in name for name in unfinished):
@@ -208,7 +208,7 @@ def _tagged(path: str, tag: str) -> StoredCheckpoint:
     )
 
 
-def _itself(path: str) -> StoredCheckpoint | None:
+def _itself(path: str) -> ListedCheckpoint | None:
     """The checkpoint whose folder or file ``path`` is."""
     if path.count("/") < 3 and "://" in path:  # a bucket, which lies in nothing
         return None
@@ -222,7 +222,7 @@ def _itself(path: str) -> StoredCheckpoint | None:
     if name in _tags(parent.names()):
         return _described(folder, parent, name, "full")
     folder, _, name = path.rpartition("/")  # under the name that a link has, not that of what it leads to
-    return StoredCheckpoint(folder, name, _kind_of_file(name))
+    return ListedCheckpoint(folder, name, _kind_of_file(name))
 
 
 def _folder_kind(store: Store, name: str) -> str | None:
@@ -245,9 +245,9 @@ def _tags(entries: Sequence[str]) -> set[str]:
     return {match[1] for entry in entries for pattern in patterns if (match := re.fullmatch(pattern, entry))}
 
 
-def _described(path: str, store: Store, name: str, kind: str) -> StoredCheckpoint:
+def _described(path: str, store: Store, name: str, kind: str) -> ListedCheckpoint:
     if kind not in RECORDED_KINDS:
-        return StoredCheckpoint(path, name, kind)
+        return ListedCheckpoint(path, name, kind)
     is_full = kind == "full"
     record = None
     with suppress(CheckpointNotFoundError, CheckpointCorruptError, UnknownFormatError):
@@ -255,7 +255,7 @@ def _described(path: str, store: Store, name: str, kind: str) -> StoredCheckpoin
     problems = problems_of(store, name, checks_digests=False, is_full=is_full)
     if kind == "partial" and record is not None and record.facts.get("kind") == "safetensors":
         kind = "exported"
-    return StoredCheckpoint(path, name, kind, record, "; ".join(problems))
+    return ListedCheckpoint(path, name, kind, record, "; ".join(problems))
 
 
 def normal_path(path: str | os.PathLike[str]) -> str:
@@ -264,5 +264,5 @@ def normal_path(path: str | os.PathLike[str]) -> str:
     return text.rstrip("/") if "://" in text else os.path.abspath(text)
 
 
-def _names(checkpoints: Sequence[StoredCheckpoint]) -> str:
+def _names(checkpoints: Sequence[ListedCheckpoint]) -> str:
     return ", ".join(one.name for one in checkpoints[:8]) + (", ..." if len(checkpoints) > 8 else "")

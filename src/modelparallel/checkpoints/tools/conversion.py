@@ -25,7 +25,7 @@ from modelparallel.checkpoints.partial.writing import USER_CONTENT_NAME
 from modelparallel.checkpoints.stores import completion
 from modelparallel.checkpoints.stores.file_streams import shown
 from modelparallel.checkpoints.stores.local import Store
-from modelparallel.checkpoints.tools.catalogue import RECORDED_KINDS, StoredCheckpoint, find, normal_path
+from modelparallel.checkpoints.tools.catalogue import RECORDED_KINDS, ListedCheckpoint, find, normal_path
 from modelparallel.checkpoints.tools.offline import (
     Scratch,
     StoredPartial,
@@ -173,7 +173,7 @@ def convert_to_safetensors(
     return Conversion(shown(destination), *size_of(tensors), False, names)
 
 
-def _weights(checkpoint: StoredCheckpoint, trust_pickles: bool) -> dict[str, Any]:
+def _weights(checkpoint: ListedCheckpoint, trust_pickles: bool) -> dict[str, Any]:
     """The state dict of a checkpoint that has files of weights, mapped into memory where that can be."""
     if checkpoint.kind == "full":
         file = completion.file_of(checkpoint.store, checkpoint.name, checkpoint.name)
@@ -222,7 +222,7 @@ def _files_beside(config: str) -> dict[str, bytes]:
     return files
 
 
-def checked(checkpoint: StoredCheckpoint, form: str, verify: bool) -> StoredCheckpoint:
+def checked(checkpoint: ListedCheckpoint, form: str, verify: bool) -> ListedCheckpoint:
     """The checkpoint, if it can be converted and is whole. Local."""
     if checkpoint.kind == "original" or (checkpoint.kind not in ("partial", "dcp") and form == "full"):
         raise CheckpointError(
@@ -243,7 +243,7 @@ def exists_error(place: str) -> CheckpointError:
 
 
 def open_partial(
-    checkpoint: StoredCheckpoint, target: Store, allowed_types: Sequence[Allowed], trust_pickles: bool
+    checkpoint: ListedCheckpoint, target: Store, allowed_types: Sequence[Allowed], trust_pickles: bool
 ) -> StoredPartial:
     """The checkpoint, to be read tensor by tensor; scratch lies where the result will be. Local."""
     folder = None

@@ -23,7 +23,7 @@ from modelparallel.checkpoints.partial.user_content import read_restricted, read
 from modelparallel.checkpoints.partial.writing import USER_CONTENT_NAME
 from modelparallel.checkpoints.stores import completion
 from modelparallel.checkpoints.stores.file_streams import checked_name
-from modelparallel.checkpoints.tools.catalogue import StoredCheckpoint, rank_file
+from modelparallel.checkpoints.tools.catalogue import ListedCheckpoint, rank_file
 from modelparallel.errors import CheckpointCorruptError, CheckpointError
 from modelparallel.optimizer.states import MASTER_KEY
 
@@ -49,7 +49,7 @@ class Description:
     """What is in a checkpoint.
 
     Attributes:
-        place, name, kind: see `catalogue.StoredCheckpoint`.
+        place, name, kind: see `catalogue.ListedCheckpoint`.
         is_complete, problem: whether all files are there with their sizes, by the record; None without a record.
         time: when it was completed, in seconds since 1970.
         facts: what the record says beside the files: versions, number of steps, shape of the job.
@@ -95,7 +95,7 @@ class _Entries:
     objects: list[str] = field(default_factory=list)
 
 
-def describe(checkpoint: StoredCheckpoint) -> Description:
+def describe(checkpoint: ListedCheckpoint) -> Description:
     """What is in a checkpoint. Local; reads only.
 
     Raises CheckpointCorruptError for files that cannot be read as what they are, CheckpointError for a pickle that
@@ -129,7 +129,7 @@ def describe(checkpoint: StoredCheckpoint) -> Description:
     )
 
 
-def files_of(checkpoint: StoredCheckpoint) -> dict[str, int]:
+def files_of(checkpoint: ListedCheckpoint) -> dict[str, int]:
     """The files of a checkpoint and their sizes in bytes: those of its record if it has one. Local."""
     if checkpoint.files is not None:
         return {name: file.size for name, file in checkpoint.files.items()}
@@ -149,7 +149,7 @@ def part_of(key: str) -> str:
 # The entries of each kind
 
 
-def _dcp_entries(checkpoint: StoredCheckpoint) -> _Entries:
+def _dcp_entries(checkpoint: ListedCheckpoint) -> _Entries:
     result = _Entries()
     for key, described in sorted(read_metadata(checkpoint.folder).state_dict_metadata.items()):
         if isinstance(described, BytesStorageMetadata):
@@ -161,7 +161,7 @@ def _dcp_entries(checkpoint: StoredCheckpoint) -> _Entries:
     return result
 
 
-def _original_entries(checkpoint: StoredCheckpoint) -> _Entries:
+def _original_entries(checkpoint: ListedCheckpoint) -> _Entries:
     result, folder = _Entries(), checkpoint.folder
     for name in folder.names():
         file = rank_file(name)
@@ -171,7 +171,7 @@ def _original_entries(checkpoint: StoredCheckpoint) -> _Entries:
     return result
 
 
-def _full_entries(checkpoint: StoredCheckpoint) -> _Entries:
+def _full_entries(checkpoint: ListedCheckpoint) -> _Entries:
     result, store = _Entries(), checkpoint.store
     files = checkpoint.files or {}
     for name, part in ((checkpoint.name, "model"), (f"optimizer_{checkpoint.name}", "optimizer")):
@@ -182,7 +182,7 @@ def _full_entries(checkpoint: StoredCheckpoint) -> _Entries:
     return result
 
 
-def _file_entries(checkpoint: StoredCheckpoint) -> _Entries:
+def _file_entries(checkpoint: ListedCheckpoint) -> _Entries:
     result = _Entries()
     names = [checkpoint.name]
     if checkpoint.name.endswith(INDEX_ENDING):
@@ -197,7 +197,7 @@ def _file_entries(checkpoint: StoredCheckpoint) -> _Entries:
     return result
 
 
-def _exported_entries(checkpoint: StoredCheckpoint) -> _Entries:
+def _exported_entries(checkpoint: ListedCheckpoint) -> _Entries:
     result = _Entries()
     _add_stored(result, checkpoint.folder.path_of())
     return result
@@ -259,12 +259,12 @@ def _count(entries: _Entries, key: str) -> int:
     return sum(name.startswith(f"{key}.") for name in entries.objects)
 
 
-def _num_rank_files(checkpoint: StoredCheckpoint) -> int:
+def _num_rank_files(checkpoint: ListedCheckpoint) -> int:
     files = [rank_file(name) for name in checkpoint.folder.names()]
     return len([file for file in files if file is not None and file[0] == "model"])
 
 
-def _content(checkpoint: StoredCheckpoint) -> Any:
+def _content(checkpoint: ListedCheckpoint) -> Any:
     """Keys and types of the user content; a text that says so where it names what is not allowed."""
     if checkpoint.kind in ("partial", "original"):
         store, name = checkpoint.folder, USER_CONTENT_NAME

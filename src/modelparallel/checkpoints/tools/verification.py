@@ -18,7 +18,7 @@ from modelparallel.checkpoints.partial.user_content import read_restricted
 from modelparallel.checkpoints.stores import completion
 from modelparallel.checkpoints.stores.file_streams import checked_name
 from modelparallel.checkpoints.stores.local import Store
-from modelparallel.checkpoints.tools.catalogue import RECORDED_KINDS, StoredCheckpoint, rank_file
+from modelparallel.checkpoints.tools.catalogue import RECORDED_KINDS, ListedCheckpoint, rank_file
 from modelparallel.checkpoints.tools.inspection import files_of
 from modelparallel.errors import CheckpointCorruptError, CheckpointError, CheckpointNotFoundError
 
@@ -35,7 +35,7 @@ class Verdict:
     limits: Sequence[str]
 
 
-def verify(checkpoint: StoredCheckpoint) -> Verdict:
+def verify(checkpoint: ListedCheckpoint) -> Verdict:
     """Read every file of a checkpoint and compare it with what was written. Local; reads only.
 
     Files without a record are looked at as far as they can be: the checksums in files of ``torch.save``, the header of
@@ -90,17 +90,17 @@ def _problems_of_place(metadata: Metadata, index: MetadataIndex, what: str, size
 # Without a record
 
 
-def _problems_of_dcp(checkpoint: StoredCheckpoint) -> list[str]:
+def _problems_of_dcp(checkpoint: ListedCheckpoint) -> list[str]:
     return _problems_of_index(checkpoint.folder, checkpoint.folder.sizes())
 
 
-def _problems_of_original(checkpoint: StoredCheckpoint) -> Iterator[str]:
+def _problems_of_original(checkpoint: ListedCheckpoint) -> Iterator[str]:
     for name in checkpoint.folder.names():
         if rank_file(name) is not None:
             yield from _problems_of_torch_file(checkpoint.folder, name)
 
 
-def _problems_of_file(checkpoint: StoredCheckpoint) -> Iterator[str]:
+def _problems_of_file(checkpoint: ListedCheckpoint) -> Iterator[str]:
     names: dict[str, list[str]] = {checkpoint.name: []}
     if checkpoint.name.endswith(INDEX_ENDING):
         names = {}

@@ -118,7 +118,7 @@ class Awaited:
 
 
 @dataclass
-class _Waiting:
+class _TransportWait:
     """A wait of the main thread that is under way."""
 
     number: int
@@ -166,7 +166,7 @@ class StageTransport(ABC):
         self.seconds_waited = 0.0
         self._last_left = -2  # none; the last step whose plan some stage has left
         self._main_thread = threading.get_ident()
-        self._waiting: _Waiting | None = None
+        self._waiting: _TransportWait | None = None
         self._num_waits = 0
         self._num_sent = dict.fromkeys(self.peers(), 0)
         self._num_received = dict.fromkeys(self.peers(), 0)
@@ -312,7 +312,7 @@ class StageTransport(ABC):
             self._num_waits += 1
             named = tuple(one if one.line else replace(one, line=user_code_line()) for one in awaited)
             first_tell = now + min(_FIRST_PAUSE, 0.5 * self.timeout_seconds)
-            waiting = _Waiting(self._num_waits, named, or_leave, now, now + self.timeout_seconds, first_tell)
+            waiting = _TransportWait(self._num_waits, named, or_leave, now, now + self.timeout_seconds, first_tell)
             self._waiting = waiting
         try:
             while not self._is_over(waiting):
@@ -329,7 +329,7 @@ class StageTransport(ABC):
     def _is_one_here(self, awaited: Sequence[Awaited]) -> bool:
         return any((one.source, self._step, one.name) in self._mailbox for one in awaited)
 
-    def _is_over(self, waiting: _Waiting) -> bool:
+    def _is_over(self, waiting: _TransportWait) -> bool:
         """Wait; False if the peers must be told before going on."""
         with self._arrived:
             while not self._is_one_here(waiting.awaited):
@@ -344,7 +344,7 @@ class StageTransport(ABC):
                 self._arrived.wait(min(waiting.tell_at, waiting.deadline) - now)
             return True
 
-    def _check_can_come(self, waiting: _Waiting) -> None:
+    def _check_can_come(self, waiting: _TransportWait) -> None:
         if self._divergence is not None and self._divergence[0] == self._step:
             raise DivergenceError(f"{self._divergence[1]}\n{self._history(waiting.awaited[0].name.microbatch)}")
         for awaited in waiting.awaited:
@@ -363,7 +363,7 @@ class StageTransport(ABC):
                     f"its message.\n{self._history(awaited.name.microbatch)}"
                 )
 
-    def _check_not_left_out(self, waiting: _Waiting, awaited: Awaited) -> None:
+    def _check_not_left_out(self, waiting: _TransportWait, awaited: Awaited) -> None:
         for source, step, name in self._mailbox:
             if source != awaited.source or step != self._step or not awaited.name.cannot_follow(name):
                 continue
@@ -379,7 +379,7 @@ class StageTransport(ABC):
                 f"branch on the rank, on time or on unseeded randomness?\n{self._history(awaited.name.microbatch)}"
             )
 
-    def _timeout(self, waiting: _Waiting) -> WaitTimeoutError:
+    def _timeout(self, waiting: _TransportWait) -> WaitTimeoutError:
         awaited = waiting.awaited[0]
         lines = [self._last_words(peer) for peer in sorted({one.source for one in waiting.awaited})]
         others = "".join(
@@ -472,7 +472,7 @@ class StageTransport(ABC):
         what = awaited.description or str(awaited.name)
         return TellingWait(awaited.source, awaited.name.microbatch, what, self._line(awaited))
 
-    def _tell_of(self, waiting: _Waiting) -> None:
+    def _tell_of(self, waiting: _TransportWait) -> None:
         """Ask those that the messages are to come from, and let the others know that this stage waits."""
         situation = self.situation()
         sources = {one.source for one in waiting.awaited}

@@ -21,7 +21,7 @@ _MOST_PIECES = 64
 
 
 @dataclass
-class _Piece:
+class _MemoryRange:
     """Elements of a tensor's memory; not kept alive: when the tensor is gone, the memory may be given to others."""
 
     owner: weakref.ref[torch.Tensor]
@@ -29,7 +29,7 @@ class _Piece:
     shape: tuple[int, ...]
     stride: tuple[int, ...]
 
-    def overlaps(self, other: _Piece) -> bool:
+    def overlaps(self, other: _MemoryRange) -> bool:
         """Whether both have an element in common, as far as that is quickly told; True when in doubt."""
         if self.owner() is None or other.owner() is None:
             return False
@@ -58,8 +58,8 @@ class Sightings:
     """Of one step whose microbatches take turns. Microbatches that are done do not count any more."""
 
     def __init__(self) -> None:
-        self._seen: dict[int, dict[int, list[_Piece]]] = {}
-        self._written: dict[int, dict[int, list[_Piece]]] = {}
+        self._seen: dict[int, dict[int, list[_MemoryRange]]] = {}
+        self._written: dict[int, dict[int, list[_MemoryRange]]] = {}
         self._changed_by: dict[str, int] = {}  # module -> the last microbatch whose call changed its buffers
 
     def changed_buffers(self, microbatch: int, module: str) -> None:
@@ -99,7 +99,11 @@ class Sightings:
 
     @staticmethod
     def _check(
-        microbatch: int, address: int, piece: _Piece, noted: dict[int, dict[int, list[_Piece]]], tensor: torch.Tensor
+        microbatch: int,
+        address: int,
+        piece: _MemoryRange,
+        noted: dict[int, dict[int, list[_MemoryRange]]],
+        tensor: torch.Tensor,
     ) -> None:
         for other, pieces in noted.items():
             if other != microbatch and any(piece.overlaps(one) for one in pieces.get(address, ())):
@@ -112,12 +116,12 @@ class Sightings:
                 )
 
 
-def _piece(tensor: torch.Tensor) -> _Piece:
+def _piece(tensor: torch.Tensor) -> _MemoryRange:
     owner = weakref.ref(base_of(tensor))
-    return _Piece(owner, int(tensor.storage_offset()), tuple(tensor.shape), tensor.stride())
+    return _MemoryRange(owner, int(tensor.storage_offset()), tuple(tensor.shape), tensor.stride())
 
 
-def _add(noted: dict[int, dict[int, list[_Piece]]], microbatch: int, address: int, piece: _Piece) -> None:
+def _add(noted: dict[int, dict[int, list[_MemoryRange]]], microbatch: int, address: int, piece: _MemoryRange) -> None:
     pieces = noted.setdefault(microbatch, {}).setdefault(address, [])
     place = (piece.offset, piece.shape, piece.stride)
     if any(one.owner() is piece.owner() and (one.offset, one.shape, one.stride) == place for one in pieces):
@@ -128,4 +132,4 @@ def _add(noted: dict[int, dict[int, list[_Piece]]], microbatch: int, address: in
     # Many small parts: all from the first to the last element.
     first = min(one.offset for one in (*pieces, piece))
     last = max(one.end() for one in (*pieces, piece))
-    pieces[:] = [_Piece(piece.owner, first, (last + 1 - first,), (1,))]
+    pieces[:] = [_MemoryRange(piece.owner, first, (last + 1 - first,), (1,))]
