@@ -4,8 +4,8 @@ Run `python docs/draw_architecture.py` after a change of the imports; a test com
 It needs nothing but Python.
 
 A room is a folder directly in src/modelparallel, with all that is inside, or a file there. Every import counts, also
-those in functions and those for the type checker alone. A room stands one floor above the highest one that it rests on;
-rooms that import each other stand on one floor. Arrows that follow from others are left out.
+those in functions and those for the type checker alone. The floors are those of LADDER in tests/test_structure.py.
+Arrows that follow from others are left out, and so are the files that only give a name to what is elsewhere.
 """
 
 import ast
@@ -22,10 +22,21 @@ PAGE = ROOT / "docs" / "architecture.md"
 PICTURE = ROOT / "docs" / "architecture.svg"
 BEGIN = "<!-- Written by `python docs/draw_architecture.py`; a test compares the two. -->"
 END = "<!-- The end of what is written. -->"
-#: The room of the names that scripts import: the package itself, and files that no other room imports.
-NAMES = "modelparallel"
+LADDER = ROOT / "tests" / "test_structure.py"
+#: The room of the package itself.
+PACKAGE_ROOM = "__init__"
 
 Graph = dict[str, set[str]]
+
+
+@dataclass(frozen=True)
+class Floor:
+    """A floor of the ladder: rooms that do not import each other, and ``reason``, why they stand there."""
+
+    number: int
+    name: str
+    reason: str
+    rooms: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -70,22 +81,23 @@ def room_of(module: str) -> str:
     """The room of a dotted name below the package."""
     first = module.partition(".")[0]
     is_room = (PACKAGE / f"{first}.py").exists() or (PACKAGE / first / "__init__.py").exists()
-    return first if first and is_room and not first.startswith("__") else NAMES
+    return first if first and is_room else PACKAGE_ROOM
 
 
 def read_graph() -> Graph:
     """For every room the rooms that it imports."""
-    graph: Graph = {NAMES: set()}
+    graph: Graph = {}
     for path in sorted(PACKAGE.rglob("*.py")):
         room = room_of(".".join(path.relative_to(PACKAGE).with_suffix("").parts))
         graph.setdefault(room, set()).update(room_of(module) for module in imported(path))
     graph = {room: others - {room} for room, others in graph.items()}
-    # Files that only give a name to what is elsewhere are one with the package.
-    wanted = {other for room, others in graph.items() if room != NAMES for other in others}
+    # What only gives a name to what is elsewhere is one with the package.
+    wanted = {other for room, others in graph.items() if room != PACKAGE_ROOM for other in others}
     thin = {room for room in graph if (PACKAGE / f"{room}.py").exists() and room not in wanted}
-    for room in thin:
-        graph[NAMES] |= graph.pop(room)
-    graph[NAMES] -= {*thin, NAMES}
+    thin |= {"patches"} & set(graph)
+    for room in thin - {PACKAGE_ROOM}:
+        graph[PACKAGE_ROOM] |= graph.pop(room)
+    graph[PACKAGE_ROOM] -= {*thin, PACKAGE_ROOM}
     return graph
 
 
@@ -104,42 +116,31 @@ def reached(graph: Graph) -> Graph:
 
 
 def reduced(graph: Graph) -> Graph:
-    """Without the arrows that follow from others; among rooms that import each other, all of them."""
+    """Without the arrows that follow from others."""
     below = reached(graph)
     return {
-        room: {
-            other
-            for other in others
-            if room in below[other]
-            or not any(
-                other in below[middle] and middle not in below[other] and room not in below[middle]
-                for middle in others - {other}
-            )
-        }
+        room: {other for other in others if not any(other in below[middle] for middle in others - {other})}
         for room, others in graph.items()
     }
 
 
-def floors_of(graph: Graph) -> list[list[str]]:
-    """The rooms of each floor, the ground first."""
-    below = reached(graph)
-    heights: dict[str, int] = {}
-    while len(heights) < len(graph):
-        ready = [
-            room
-            for room in graph
-            if room not in heights and all(other in heights or room in below[other] for other in below[room])
-        ]
-        for room in ready:
-            lower = [heights[other] for other in below[room] if room not in below[other]]
-            heights[room] = 1 + max(lower, default=-1)
-    return [sorted(room for room in graph if heights[room] == floor) for floor in range(max(heights.values()) + 1)]
+def read_floors(graph: Graph) -> list[Floor]:
+    """The floors with rooms of the graph, the ground first."""
+    tree = ast.parse(LADDER.read_text())
+    assigned = {
+        node.targets[0].id: node.value
+        for node in tree.body
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
+    }
+    floors = [
+        Floor(number, name, reason, tuple(room for room in rooms if room in graph))
+        for number, (name, reason, rooms) in enumerate(ast.literal_eval(assigned["LADDER"]))
+    ]
+    return [floor for floor in floors if floor.rooms]
 
 
 def describe(name: str) -> Room:
     """What there is to say of a room."""
-    if name == NAMES:
-        return Room(name, "__init__.py", purpose_of(PACKAGE / "__init__.py"))
     if (PACKAGE / f"{name}.py").exists():
         return Room(name, f"{name}.py", purpose_of(PACKAGE / f"{name}.py"))
     parts = tuple((path.parent.name, purpose_of(path)) for path in sorted((PACKAGE / name).glob("*/__init__.py")))
@@ -149,21 +150,23 @@ def describe(name: str) -> Room:
 def table(graph: Graph) -> str:
     """The rooms from the top floor down."""
     arrows = reduced(graph)
-    floors = floors_of(graph)
     lines = ["| floor | room | what it is for | rests on |", "|---|---|---|---|"]
-    for floor in range(len(floors) - 1, -1, -1):
-        for name in floors[floor]:
+    for floor in reversed(read_floors(graph)):
+        first = f"{floor.number} **{floor.name}**: {floor.reason}"
+        for name in floor.rooms:
             room = describe(name)
             inside = "; ".join(f"`{part}/`: {purpose}" for part, purpose in room.parts)
             rests_on = ", ".join(f"`{other}`" for other in sorted(arrows[name]))
             text = f"{room.purpose}. Inside: {inside}" if inside else room.purpose
-            lines.append(f"| {floor} | `{room.path}` | {text} | {rests_on} |")
+            lines.append(f"| {first} | `{room.path}` | {text} | {rests_on} |")
+            first = ""
     return "\n".join(lines)
 
 
 # The picture
 
-_WIDTH, _MARGIN, _GAP, _BETWEEN_LINES, _LINE = 800, 16, 14, 34, 14
+_WIDTH, _MARGIN, _GAP, _BETWEEN_LINES, _LINE = 860, 16, 14, 34, 14
+_LEFT = 118  # where the boxes begin, right of the names of the floors
 _SIGN = 7.6  # the width of a letter of a name
 _SMALL_SIGN = 6.0
 
@@ -178,9 +181,14 @@ class Box:
     y: float = 0.0
 
     @property
+    def title(self) -> str:
+        """What is written in it."""
+        return PACKAGE.name if self.name == PACKAGE_ROOM else self.name
+
+    @property
     def width(self) -> float:
         """As wide as its longest line."""
-        return 20 + max(len(self.name) * _SIGN, *(len(line) * _SMALL_SIGN for line in self.lines), 40)
+        return 20 + max(len(self.title) * _SIGN, *(len(line) * _SMALL_SIGN for line in self.lines), 40)
 
     @property
     def height(self) -> float:
@@ -193,28 +201,31 @@ class Box:
         return self.x + self.width / 2
 
 
-def laid_out(graph: Graph) -> tuple[list[Box], float]:
-    """The boxes, the top floor first, and the height of the picture."""
+def laid_out(graph: Graph) -> tuple[list[Box], list[tuple[Floor, float]], float]:
+    """The boxes, the top floor first; the middle of each floor; and the height of the picture."""
     placed: list[Box] = []
+    middles: list[tuple[Floor, float]] = []
     y = float(_MARGIN)
     above: dict[str, float] = {}  # the middle of the rooms that rest on a room
     arrows = reduced(graph)
-    for floor in reversed(floors_of(graph)):
-        boxes = [_box(name) for name in floor]
+    for floor in reversed(read_floors(graph)):
+        boxes = [_box(name) for name in floor.rooms]
         boxes.sort(key=lambda box: (above.get(box.name, _WIDTH / 2), box.name))
+        top = y
         for line in _in_lines(boxes):
-            free = _WIDTH - 2 * _MARGIN - sum(box.width for box in line)
+            free = _WIDTH - _LEFT - _MARGIN - sum(box.width for box in line)
             space = free / (len(line) + 1)
-            x = _MARGIN + space
+            x = _LEFT + space
             for box in line:
                 box.x, box.y = x, y
                 x += box.width + space
             y += max(box.height for box in line) + _BETWEEN_LINES
             placed.extend(line)
+        middles.append((floor, (top + y - _BETWEEN_LINES) / 2))
         for box in boxes:
             for other in arrows[box.name]:
                 above[other] = (above[other] + box.middle) / 2 if other in above else box.middle
-    return placed, y - _BETWEEN_LINES + _MARGIN
+    return placed, middles, y - _BETWEEN_LINES + _MARGIN
 
 
 def _box(name: str) -> Box:
@@ -225,7 +236,7 @@ def _box(name: str) -> Box:
 def _in_lines(boxes: list[Box]) -> Iterator[list[Box]]:
     line: list[Box] = []
     for box in boxes:
-        if line and sum(other.width + _GAP for other in (*line, box)) > _WIDTH - 2 * _MARGIN:
+        if line and sum(other.width + _GAP for other in (*line, box)) > _WIDTH - _LEFT - _MARGIN:
             yield line
             line = []
         line.append(box)
@@ -234,7 +245,7 @@ def _in_lines(boxes: list[Box]) -> Iterator[list[Box]]:
 
 def picture(graph: Graph) -> str:
     """The rooms as an SVG: an arrow goes from a room to what it rests on."""
-    boxes, height = laid_out(graph)
+    boxes, middles, height = laid_out(graph)
     by_name = {box.name: box for box in boxes}
     title = "The rooms of src/modelparallel; an arrow leads to what a room rests on"
     parts = [
@@ -246,12 +257,14 @@ def picture(graph: Graph) -> str:
         f'<rect width="{_WIDTH}" height="{height:.0f}" rx="8" fill="#ffffff"/>',
     ]
     parts.extend(_arrows(reduced(graph), by_name))
+    for floor, middle in middles:
+        parts.append(_text(_LEFT / 2, middle + 4, f"{floor.number} {floor.name}", "12", "#5b6b7b"))
     for box in boxes:
         parts.append(
             f'<rect x="{box.x:.0f}" y="{box.y:.0f}" width="{box.width:.0f}" height="{box.height:.0f}" rx="6" '
             'fill="#eef3f8" stroke="#33506e"/>'
         )
-        parts.append(_text(box.middle, box.y + 19, box.name, "13", "#10243a"))
+        parts.append(_text(box.middle, box.y + 19, box.title, "13", "#10243a"))
         for index, line in enumerate(box.lines):
             parts.append(_text(box.middle, box.y + 34 + _LINE * index, line, "10.5", "#3c5168"))
     return "\n".join([*parts, "</svg>"]) + "\n"
@@ -261,8 +274,6 @@ def _arrows(arrows: Graph, boxes: dict[str, Box]) -> Iterable[str]:
     for name in sorted(arrows):
         for other in sorted(arrows[name]):
             upper, lower = boxes[name], boxes[other]
-            if lower.y <= upper.y:
-                continue  # of rooms that import each other one arrow says it
             start, end = upper.y + upper.height, lower.y - 1
             bend = (end - start) / 2
             yield (

@@ -57,24 +57,20 @@ def test_the_picture_is_that_of_the_imports():
     assert drawing.PICTURE.read_text() == drawing.picture(graph), hint
 
 
-def test_every_room_is_drawn_once():
-    floors = drawing.floors_of(read_graph())
-    rooms = [room for floor in floors for room in floor]
+def test_every_room_is_drawn_once_on_its_floor():
+    floors = drawing.read_floors(read_graph())
+    rooms = [room for floor in floors for room in floor.rooms]
     folders = {path.parent.name for path in drawing.PACKAGE.glob("*/__init__.py")}
-    assert len(rooms) == len(set(rooms))
-    assert folders <= set(rooms)
+    assert len(rooms) == len(set(rooms)) and set(rooms) == set(read_graph())
+    assert folders - {"patches"} <= set(rooms), "patches gives a name to what is elsewhere"
+    names = [line for line in drawing.PICTURE.read_text().splitlines() if line.startswith("<text")]
+    assert all(sum(f">{floor.number} {floor.name}<" in line for line in names) == 1 for floor in floors)
 
 
 def test_what_rests_on_whom():
-    """roof -> walls -> ground, and roof -> ground, which follows; two that import each other share a floor."""
-    graph = {"roof": {"walls", "ground"}, "walls": {"ground", "door"}, "door": {"walls"}, "ground": set()}
-    assert drawing.floors_of(graph) == [["ground"], ["door", "walls"], ["roof"]]
-    assert drawing.reduced(graph) == {
-        "roof": {"walls"},
-        "walls": {"ground", "door"},
-        "door": {"walls"},
-        "ground": set(),
-    }
+    """roof -> walls -> ground, and roof -> ground, which follows."""
+    graph = {"roof": {"walls", "ground"}, "walls": {"ground", "door"}, "door": set(), "ground": set()}
+    assert drawing.reduced(graph) == {"roof": {"walls"}, "walls": {"ground", "door"}, "door": set(), "ground": set()}
 
 
 def test_imports_of_every_kind_count(tmp_path):
