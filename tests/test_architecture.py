@@ -13,10 +13,19 @@ PAGE = ROOT / "docs" / "architecture.md"
 
 # What a reader must find on the page: (what is to be changed, (file, name in it) that it leads to).
 ANSWERS = {
-    "a new placement strategy": ("NAMED_STRATEGIES =", "def strategy_letters"),
-    "a new schedule": ("def make_schedule", "SCHEDULE_KINDS ="),
-    "another compression of gradients": ("class CommHook", "class HookedBucket"),
-    "the error for a batch of unequal length": ("which does not divide into", "batches of different length"),
+    "a new placement strategy": ("NAMED_STRATEGIES =", "def strategy_letters", "placement_strategy: Strategy"),
+    "a new schedule": ("def make_schedule", "SCHEDULE_KINDS =", "BACKWARD_FIRST =", "def check_schedule"),
+    "another compression of gradients": (
+        "class CommHook",
+        "class HookedBucket",
+        "class Bucket",
+        "HookedBucket(members",
+    ),
+    "the error for a batch of unequal length": (
+        "which does not divide into",
+        "batches of different length",
+        "to equal lengths",
+    ),
     "the format of a partial checkpoint": ("[Note: files of a partial checkpoint]", "[Note: keys]", "FORMAT = "),
 }
 

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from modelparallel.partitioning.units import direct_tensors
+from modelparallel.plan.schedule import BACKWARD_FIRST
 
 # Parameter, gradient and two optimizer moments of the parameter's size (Adam). The optimizer is not known when the
 # plan is made.
@@ -32,8 +33,6 @@ ACCUMULATION_PASSES = 4
 
 # What a call costs by itself, apart from what it computes: 10 us.
 OPERATIONS_PER_CALL = 1_000_000
-
-_BACKWARD_FIRST = ("interleaved", "zero_bubble")
 
 
 @dataclass(frozen=True)
@@ -264,7 +263,7 @@ def microbatches_in_flight(
     """
     most = max(1, min(num_microbatches, active_microbatches))
     num_pieces = num_stages * virtual_degree
-    if schedule not in _BACKWARD_FIRST:
+    if schedule not in BACKWARD_FIRST:
         return (most,) * num_pieces
     return tuple(min(most, num_pieces - piece) for piece in range(num_pieces))
 

@@ -30,7 +30,7 @@ from modelparallel.pipeline.side_doors.kept_state import KeptState
 from modelparallel.pipeline.side_doors.ledger import Ledger
 from modelparallel.pipeline.values.stage_tensor import StageTensor
 from modelparallel.pipeline.values.wire import TENSORS_PER_MESSAGE, pack, receive_tensors
-from modelparallel.plan.schedule import Action, ActionKind
+from modelparallel.plan.schedule import BACKWARD_FIRST, Action, ActionKind
 from modelparallel.torch_compat import ThreadState
 
 
@@ -211,7 +211,7 @@ class _StepRun:
             self._bodies,
             actions,
             is_sequential=self._is_sequential,
-            backward_first=plan is not None and plan.schedule.kind in ("interleaved", "zero_bubble"),
+            backward_first=plan is not None and plan.schedule.kind in BACKWARD_FIRST,
             active_microbatches=engine.plans.limit_of(plan, len(self._bodies)),
             state=self._state,
             outside=engine.outside,

@@ -15,6 +15,7 @@ from modelparallel.pipeline.schedule.chains import StepPlan, WayRecorder, Work, 
 from modelparallel.pipeline.schedule.checks import check_schedule
 from modelparallel.pipeline.schedule.making import make_schedule
 from modelparallel.pipeline.side_doors.ledger import LedgerEntry, compare
+from modelparallel.plan.schedule import BACKWARD_FIRST
 
 _PLAN = MessageName(MessageKind.PLAN, 0, 0)
 _END = MessageName(MessageKind.PLAN, 0, 1)
@@ -109,7 +110,7 @@ class StepPlans:
 
     def limit_of(self, plan: StepPlan | None, num_microbatches: int) -> int:
         """How many microbatches may be under way on a stage that does not follow ``plan`` (any more)."""
-        is_limited = plan is not None and plan.schedule.kind in ("interleaved", "zero_bubble")
+        is_limited = plan is not None and plan.schedule.kind in BACKWARD_FIRST
         return self._active_microbatches if is_limited and self._active_microbatches else num_microbatches
 
     def kinds(self) -> tuple[Hashable, ...]:

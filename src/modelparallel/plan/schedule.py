@@ -20,6 +20,8 @@ from functools import cached_property
 from modelparallel.errors import ScheduleError
 
 SCHEDULE_KINDS = ("simple", "interleaved", "zero_bubble", "forward_only")
+#: The kinds that begin a backward as soon as it is possible, so that fewer microbatches are under way at once.
+BACKWARD_FIRST = ("interleaved", "zero_bubble")
 
 
 @dataclass(frozen=True)
