@@ -85,7 +85,7 @@ def resume_from_checkpoint(
         load_optimizer: also the optimizers, masters and scales.
         load_sharded_optimizer_state: False: of the optimizers only masters and the loss scale.
         translate_function: maps the names of a full state dict to the model's, in place of the active translation.
-        data_loader: gets the state that was saved of one.
+        data_loader: gets the state of the data loader that was saved.
         allowed_types: classes that ``user_content`` may hold objects of, beside tensors, plain types, configurations of
             transformers, and the classes of the parameter of this name.
         trust_pickles: open any object in the checkpoint, which runs code that is in it; so does the parameter.
@@ -263,7 +263,7 @@ def _problems(runtime: Runtime, store: Store, name: str, verifies: bool) -> list
 
 
 def _last(things: Sequence[Any], count: int, noun: str) -> list[Any]:
-    """The ``count`` that were wrapped last, in the order of wrapping: those of the checkpoint."""
+    """The ``count`` ``things`` that were wrapped last, in the order of wrapping: the checkpoint is theirs."""
     if len(things) < count:
         raise CheckpointError(
             f"the checkpoint holds {count} {noun} and this process has wrapped {len(things)}: wrap them all first, in "

@@ -23,7 +23,7 @@ class GlobalBatchSampler(Sampler[list[int]]):
     ``torchdata``'s ``StatefulDataLoader`` on a fixed number of ranks.
 
     Args:
-        num_samples: of the dataset.
+        num_samples: how many the dataset has.
         batch_size: samples of all data-parallel ranks together in a batch; a part of it may be one sample larger than
             another.
         shuffle, seed: each epoch in an order of its own, which follows from ``seed`` and the epoch.
@@ -82,10 +82,10 @@ class GlobalBatchSampler(Sampler[list[int]]):
         }  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from there at the next iteration. Local.
+        """Go on from the place in ``state`` at the next iteration. Local.
 
         Raises:
-            CheckpointError: the state is that of other data.
+            CheckpointError: the state was saved with other data.
         """
         for name in ("num_samples", "seed", "shuffle"):
             if state[name] != getattr(self, name):

@@ -282,7 +282,7 @@ class Bucket:
         Wait(self.group, f"the reduction of {self.title}", seconds=timeout_seconds).end(self.work, self.device)
 
     def has_changed(self) -> bool:
-        """Whether the local gradients are others than those that were launched.
+        """Whether a local gradient is another one than was launched.
 
         The version of the tensor is compared and not only what the hooks saw: hooks do not fire for every way to
         accumulate a gradient, and a script may change gradients itself.
@@ -301,7 +301,7 @@ class Bucket:
         return tuple(value.real > 0 for value in self._changed_flags.tolist())
 
     def rank_flags(self) -> list[bool]:
-        """Of a carrier, after the wait: what the ranks tell of themselves, all together."""
+        """The flags by which the ranks tell of themselves, of all ranks together; of a carrier, after the wait."""
         assert self._rank_flags is not None
         return [value.real > 0 for value in self._rank_flags.tolist()]
 

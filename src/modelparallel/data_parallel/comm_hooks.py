@@ -136,7 +136,7 @@ class HookedBucket(Bucket):
         return self._future is not None
 
     def scale_of(self, slot: Slot) -> float:
-        """Of the local gradient, so that the mean over the group is the final one."""
+        """The factor of the local gradient with which the mean over the group is the final gradient."""
         return self.group.size / slot.pack_divisor
 
     @property

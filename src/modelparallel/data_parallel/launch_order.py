@@ -25,19 +25,19 @@ class EarlyReducer(Protocol):
 
 
 class LaunchOrder:
-    """Of one step."""
+    """The order of the reducers of one step."""
 
     def __init__(self) -> None:
         self._waiting: list[EarlyReducer] = []
         self._lock = threading.RLock()  # CUDA runs hooks in threads of the autograd engine, one per device
 
     def add(self, reducer: EarlyReducer) -> None:
-        """``reducer`` begins to launch, after those that were added before. The same calls on all ranks."""
+        """``reducer`` begins to launch, after the reducers that were added before. The same calls on all ranks."""
         with self._lock:
             self._waiting.append(reducer)
 
     def launch(self) -> None:
-        """A bucket of one of them is full."""
+        """A bucket of one of the reducers is full."""
         with self._lock:
             while self._waiting and self._waiting[0].launch_full_buckets():
                 self._waiting.pop(0)

@@ -35,12 +35,12 @@ def flags_of(progress: Progress, *, wants_plan: bool) -> tuple[bool, ...]:
 
 
 def wants_plan(flags: Sequence[bool]) -> bool:
-    """Whether some rank does; ``flags`` are those of all ranks together."""
+    """Whether some rank wants a new plan; ``flags``: of all ranks together."""
     return flags[-1]
 
 
 def check_progress(flags: Sequence[bool], progress: Progress, group: Group) -> None:
-    """Raise DivergenceError, on all ranks, if those of the group are not at the same step."""
+    """Raise DivergenceError, on all ranks, if the ranks of the group are not at the same step."""
     for start, number, what in ((0, progress[0], "training steps"), (_CYCLE, progress[1], "updates")):
         others = [rest for rest in range(_CYCLE) if flags[start + rest] and rest != number % _CYCLE]
         if not others:

@@ -57,7 +57,7 @@ class ShardingGroups:
     divisor: int
 
     def mesh(self, device: torch.device) -> DeviceMesh:
-        """Of two dims, (replicate, shard); of one if there is one copy. Local."""
+        """The mesh for FSDP: of two dims, (replicate, shard), or of one if there is one copy. Local."""
         if self.replicate.size == 1:
             return DeviceMesh.from_group(self.shard.process_group, device.type, mesh_dim_names=("shard",))
         # Rows are sharding groups. The caller's own row and column are what counts, so the others may be made up; they

@@ -105,7 +105,7 @@ def _pipelined(
 
 
 def _candidates(table: ParameterTable, stage: int, tp_size: int, threshold: int) -> list[tuple[ShardedParameter, int]]:
-    """(parameter, the size of its smallest slice) of those that are worth it and that FSDP takes."""
+    """(parameter, the size of its smallest slice) of the parameters that are worth sharding and that FSDP takes."""
     local = [(row, parameter) for row, parameter in table.parameters() if table.is_local(row, stage)]
     elements: Counter[torch.dtype] = Counter()
     for _, parameter in local:
@@ -130,7 +130,7 @@ def _candidates(table: ParameterTable, stage: int, tp_size: int, threshold: int)
 
 
 def _smallest_slice(row: ParameterRow, parameter: nn.Parameter, tp_size: int) -> int:
-    """Of all tensor-parallel ranks, which must come to the same plan."""
+    """The elements of the smallest slice on any tensor-parallel rank, since all ranks must come to the same plan."""
     if row.split is None:
         return parameter.numel()
     return min(torch.Size(row.split.local_shape(rank, tp_size)).numel() for rank in range(tp_size))

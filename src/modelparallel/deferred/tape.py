@@ -121,8 +121,8 @@ class Operation:
 
 @dataclass
 class Needed:
-    """The operations that make some tensors, in order; those of which only memory is needed, by identity; whether a
-    value comes from memory that nobody has filled.
+    """``operations`` make some tensors, in this order; of those in ``memory_only``, by identity, only the memory is
+    needed; ``is_unfilled``: a value comes from memory that nobody has filled.
     """
 
     operations: list[Operation]

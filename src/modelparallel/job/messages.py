@@ -62,7 +62,7 @@ def size() -> int:
 
 
 def local_rank() -> int:
-    """The rank of this process among those of its host. Local."""
+    """The rank of this process among the processes of its host. Local."""
     return session.current().identity.local_rank
 
 
@@ -201,7 +201,7 @@ def send(obj: Any, dest_rank: int, rank_type: RankType) -> None:
 def recv_from(src_rank: int, rank_type: RankType) -> Any:
     """Receive the next object from one process, which calls `send` or `broadcast`. Collective over the two processes.
 
-    The errors are those of `send`.
+    Raises what `send` raises.
 
     Args:
         src_rank: the sender, counted within the caller's own group of `rank_type`.
@@ -216,7 +216,7 @@ def broadcast(obj: Any, group: CommGroup) -> None:
     """Send a picklable object to all other members of the caller's own `group`; returns once all have received it.
 
     Only the sender calls it; every other member calls `recv_from` with the sender's rank and the matching `RankType`.
-    Collective over `group` in this sense. The errors are those of `send`. Source: smp-api section 3.
+    Collective over `group` in this sense. Raises what `send` raises. Source: smp-api section 3.
     """
     _messenger().broadcast(obj, _group(_kind(group, CommGroup, "group")))
 
@@ -225,7 +225,7 @@ def allgather(obj: Any, group: CommGroup) -> list[Any]:
     """The objects of all members of the caller's own `group`, in the order of their ranks in it. Collective over
     `group`.
 
-    The objects may differ in type and shape. The errors are those of `send`. Source: smp-api section 3.
+    The objects may differ in type and shape. Raises what `send` raises. Source: smp-api section 3.
     """
     return told_by_all(obj, group, "smp.allgather")
 
@@ -240,7 +240,7 @@ def told_by_all(obj: Any, group: CommGroup, purpose: str) -> list[Any]:
 def barrier(group: CommGroup = CommGroup.WORLD) -> None:
     """Wait until all members of the caller's own `group` have called. Collective over `group`.
 
-    Other processes are not waited for. The errors are those of `send`. Source: smp-api section 3.
+    Other processes are not waited for. Raises what `send` raises. Source: smp-api section 3.
     """
     members = _group(_kind(group, CommGroup, "group"))
     with _known_to_peers("smp.barrier", members):

@@ -260,7 +260,7 @@ def backend_for(config: Config, device: torch.device) -> str:
 
 
 def _group_timeout(config: Config) -> float:
-    """Of torch's groups: each wait sets its own, shorter or equal, limit."""
+    """The time limit of torch's groups, in seconds: each wait sets its own, shorter or equal, limit."""
     return max(config.timeout_seconds, config.message_timeout_seconds)
 
 

@@ -72,8 +72,8 @@ def device_names(environment: Mapping[str, str]) -> tuple[str, ...]:
 
 
 def working_devices(environment: Mapping[str, str]) -> tuple[str, ...]:
-    """Those of `device_names` that answer now. Each is tried in a process of its own: a broken device may hang or take
-    the process with it, and the launcher itself must not hold memory of a device.
+    """The devices of `device_names` that answer now. Each is tried in a process of its own: a broken device may hang or
+    take the process with it, and the launcher itself must not hold memory of a device.
     """
     probes = {
         name: subprocess.Popen(

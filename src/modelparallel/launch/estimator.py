@@ -110,7 +110,7 @@ class JobHandle:
         self._thread.start()
 
     def wait(self) -> JobResult:
-        """Wait for the end of a job that was started by `start`. The errors are those of `run`."""
+        """Wait for the end of a job that was started by `start`. Raises what `run` raises."""
         if self._thread is not None:
             self._thread.join()
         if self._error is not None:
@@ -142,7 +142,7 @@ class PyTorch:
 
     Args:
         entry_point: the Python script, relative to `source_dir` if that is given.
-        source_dir: directory of the code; it is the script's working directory. Default: that of the script.
+        source_dir: directory of the code; it is the script's working directory. Default: the directory of the script.
         instance_type: "local" (GPUs if there are any, else a rehearsal on the CPU), "local_cpu" or "local_gpu". Any
             other type stops in `fit` before a process starts.
         instance_count: 1.
@@ -351,11 +351,11 @@ class PyTorch:
 
 
 class HuggingFace(PyTorch):
-    """The estimator of Hugging Face scripts; the same job."""
+    """The estimator of Hugging Face scripts: the same job as by `PyTorch`."""
 
 
 class Estimator(PyTorch):
-    """The generic estimator; the same job."""
+    """The generic estimator: the same job as by `PyTorch`."""
 
 
 def _check_names(others: Mapping[str, Any]) -> None:

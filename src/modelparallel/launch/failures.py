@@ -51,7 +51,7 @@ class RankFailure:
 
     @property
     def process_exit_code(self) -> int | None:
-        """As a shell gives it: 128 + signal number for a process ended by a signal."""
+        """The exit code as a shell gives it: 128 + signal number for a process ended by a signal."""
         if self.exit_code is None or self.exit_code >= 0:
             return self.exit_code
         return 128 - self.exit_code

@@ -27,7 +27,7 @@ class JobSpec:
         max_restarts: how often the job is started again after a failure.
         fewer_processes: the numbers of processes, below `num_processes` and the largest first, with which it may then
             start.
-        devices: those of the local ranks in order, by the names that CUDA_VISIBLE_DEVICES takes; None for all of this
+        devices: one for each local rank, in order, by the names that CUDA_VISIBLE_DEVICES takes; None for all of this
             host.
     """
 
@@ -59,9 +59,9 @@ class JobResult:
     """How a job ended.
 
     Attributes:
-        exit_code: 0, that of the first failing process (128 + signal number if it was killed by a signal), 124 after
-            the timeout, 130 after Ctrl-C, 143 after SIGTERM; of the last of the `attempts`.
-        seconds: of all attempts together.
+        exit_code: 0, or the exit code of the first failing process (128 + signal number if it was killed by a signal),
+            124 after the timeout, 130 after Ctrl-C, 143 after SIGTERM; of the last of the `attempts`.
+        seconds: how long all attempts together took.
         failure: the first failing process of the last attempt.
         is_stopped: the job was ended from outside, so that a restart was not due.
     """

@@ -139,7 +139,9 @@ class _SharedCode:
 
     @functools.cached_property
     def function(self) -> Callable[..., Any]:
-        """Of (module, arguments); made at the first call, when it is known how many modules share it."""
+        """The compiled function of (module, arguments); made at the first call, when it is known how many modules share
+        it.
+        """
         options = dict(self._options)
         limit = default_recompile_limit()
         if limit is not None and options.get(_LIMIT) is None:

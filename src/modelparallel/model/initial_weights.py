@@ -167,7 +167,9 @@ def _warn(
 
 @torch.no_grad()
 def _checksum(tensor: torch.Tensor) -> int:
-    """Of the bytes, at the speed of the memory: tells apart what was drawn or loaded differently."""
+    """A number made from the bytes at the speed of the memory, which tells apart weights that were drawn or loaded
+    differently.
+    """
     if is_deferred(tensor):
         return stream_of(tensor)
     if tensor.device.type == "meta" or tensor.layout is not torch.strided or not tensor.numel():

@@ -25,8 +25,8 @@ class KnownParameters:
         self.note()
 
     def note(self) -> None:
-        """Take what is there now as known."""
-        # Columns of a table: places as the dictionary of a module and the key in it, and what was found there.
+        """Take the tensors that the module has now as known."""
+        # Columns of a table: places, each the dictionary of a module and a key in it, and the tensor that was there.
         self._dictionaries: list[dict[str, Any]] = []
         self._sizes: list[int] = []
         self._parameter_places: tuple[list[dict[str, Any]], list[str]] = ([], [])
@@ -57,12 +57,12 @@ class KnownParameters:
         return [name for name, value in self._module.named_parameters() if self._table.name_of(value) is None]
 
     def changed(self) -> list[tuple[str, object]]:
-        """(name of the parameter that was there, what is there now) of the places that have changed."""
+        """(name of the parameter that a place had, what it has now) of the places that have changed."""
         now = zip(self._names, map(dict.get, *self._parameter_places), strict=True)
         return [(name, value) for name, value in now if name is not None and self._table.name_of(value) != name]
 
     def out_of_place(self, home_of: Callable[[str], int | None]) -> list[tuple[str, str]]:
-        """(place, name of the parameter that is there now) of those whose home is another stage than the place's."""
+        """(place, name of the parameter that it has now) where that parameter has its home on another stage."""
         misplaced = []
         for place, value in self._module.named_parameters(remove_duplicate=False):
             name = self._table.name_of(value)

@@ -30,8 +30,8 @@ TraceBody = Callable[[], list[DistributedModel]]
 def partition_models(runtime: Runtime, arguments: Mapping[str, Any], trace_body: TraceBody) -> None:
     """At the start of a step call: partition the models that are not yet, and run their hooks.
 
-    Those among ``arguments`` and those that the traced body calls; with no model among the arguments, all that are
-    wrapped. Collective over the world if a model is not partitioned.
+    Which models: the ones among ``arguments`` and the ones that the traced body calls; with no model among the
+    arguments, all that are wrapped. Collective over the world if a model is not partitioned.
     """
     models = wrapped_models(runtime)
     if all(model.has_run_post_partition_hooks for model in models):

@@ -189,7 +189,7 @@ class PlannedModel(ModelParameters):
             self.look_again()
 
     def _check_parts(self) -> None:
-        """Of shards and slices only the module knows how to use them."""
+        """Raise for a shard or a slice that stands elsewhere now: only the module that owns it knows how to use it."""
         table, sharding = self._table, self.gradients.sharding
         for name, value in self.known.changed():
             if sharding is not None and sharding.has(table.tensor(name)):

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class ModelPrecision:
-    """Of one model."""
+    """The precision that one model trains in."""
 
     def __init__(self, model: Participant, config: Config) -> None:
         self._model: Participant = weakref.proxy(model)

@@ -170,7 +170,9 @@ def check_early_part(model: StatefulModel) -> None:
 
 
 def _check_shapes(model: StatefulModel, entries: Mapping[str, Any]) -> None:
-    """Of all names, also those of other stages, so that every rank comes to the same end."""
+    """Raise StateDictError for a wrong shape of any name, also of other stages, so that every rank comes to the same
+    end.
+    """
     sharding = model.gradients.sharding
     for name, value in entries.items():
         row = model.table.row_named(name)

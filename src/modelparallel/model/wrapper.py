@@ -239,8 +239,9 @@ class DistributedModel(PlannedModel):
         Args:
             tensors, grad_tensors: as for ``torch.autograd.backward``.
             weight: ours, not the original's: the number of tokens (or samples, ...) that the loss is the mean of.
-                Gradients become those of the mean over the tokens of all microbatches and data-parallel ranks of this
-                step, whatever ``average_grads_across_microbatches`` says; all losses of a step have a weight, or none.
+                The gradients become those of the mean over the tokens of all microbatches and data-parallel ranks of
+                this step, whatever ``average_grads_across_microbatches`` says; all losses of a step have a weight, or
+                none.
 
         Source: smp-api section 5.
         """

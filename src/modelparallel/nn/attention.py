@@ -90,7 +90,7 @@ class FlashAttentionLayer(nn.Module):
         *,
         causal: bool = False,
     ) -> torch.Tensor:
-        """Of [N, heads, S, head_size] each (keys and values may have another S)."""
+        """The attention of queries, keys and values, [N, heads, S, head_size] each (queries may have another S)."""
         if causal and attn_mask is not None:
             attn_mask = attention_mask(attn_mask, query, key, causal=True, window_size=None)
             causal = False

@@ -312,8 +312,8 @@ def _blocks(logits: torch.Tensor) -> list[slice]:
 
 
 def _row_statistics(logits: torch.Tensor, own_labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Of each row: the greatest logit, the sum of the exponentials relative to it, the logit of the label (0 if another
-    rank holds it); in fp32 at least.
+    """Three numbers for each row: the greatest logit, the sum of the exponentials relative to it, the logit of the
+    label (0 if another rank holds it); in fp32 at least.
     """
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     num_rows, num_columns = logits.shape

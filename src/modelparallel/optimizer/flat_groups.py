@@ -56,7 +56,7 @@ class FlatGroups:
             mark_own_part(target.tensor, target.parameter, part)
 
     def parameters(self) -> list[list[nn.Parameter]]:
-        """Those of the models that are on this rank, by group."""
+        """The parameters of the models that are on this rank, by group."""
         models = self._optimizer.targets.models()
         return [
             [parameter for parameter in group if all(model.is_local(parameter) for model in models)]

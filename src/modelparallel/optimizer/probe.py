@@ -287,7 +287,7 @@ def _copy_of(tensor: torch.Tensor) -> nn.Parameter:
 
 
 def _other_values(tensor: torch.Tensor, factor: float) -> torch.Tensor:
-    """``factor`` times as large as those of ``tensor``, by a generator of their own."""
+    """Random values, ``factor`` times as large as the values of ``tensor``, by a generator of their own."""
     generator = torch.Generator().manual_seed(1)
     size = tensor.detach().abs().max().float().cpu() + 1e-30
     drawn = (torch.rand(tensor.shape, generator=generator) + 0.5) * size * factor

@@ -73,11 +73,11 @@ class Targets:
         return target if target is not None and target.tensor is tensor else None
 
     def masters(self) -> list[Target]:
-        """Those that are masters."""
+        """The targets that are masters."""
         return [target for target in self._by_tensor.values() if target.has_master]
 
     def shards(self) -> list[ParameterShards]:
-        """Of the models whose parameters are updated, those that are shared out."""
+        """The shards of the models whose updates are shared out."""
         return [shards for model in self._models if (shards := model.gradients.shards) is not None]
 
     def models(self) -> list[Participant]:
@@ -201,7 +201,7 @@ class Targets:
                 )
 
     def _members(self) -> list[Target]:
-        """Of everything that is in the groups now."""
+        """The targets of all tensors that are in the groups now."""
         return [
             self._by_tensor.get(id(tensor)) or Target(tensor, tensor, tensor)
             for group in self._optimizer.param_groups
@@ -234,7 +234,7 @@ class Targets:
         self._collected, self._made = None, {}
 
     def skip_update(self) -> None:
-        """The gradients were no good: forget those that were made for the update."""
+        """The gradients were no good: forget the ones that were made for the update."""
         self._forget_own_gradients()
         self._collected, self._made = None, {}
 

@@ -364,8 +364,8 @@ class DistributedOptimizer(torch.optim.Optimizer):
     # Precision
 
     def collect_gradients(self) -> None:
-        """Make the gradients of masters and shards those of the model, without the scale of the loss; local, and cheap
-        if they are.
+        """Give masters and shards the gradients of the model, without the scale of the loss; local, and cheap if they
+        have them.
         """
         config = self._runtime.session.config
         overflow = self.targets.collect_gradients(self.loss_scaler.loss_scale, is_checked=config.fp16)
@@ -422,7 +422,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
             self.collect_gradients()
 
     def update_master_grads(self) -> None:
-        """Make the gradients of the masters those of the model, without the scale of the loss; ``step`` and
+        """Give the masters the gradients of the model, without the scale of the loss; ``step`` and
         ``clip_master_grads`` do it themselves. Local. Source: smp-api section 18.
         """
         self.collect_gradients()
@@ -455,8 +455,8 @@ class DistributedOptimizer(torch.optim.Optimizer):
 
     @property
     def fp32_partitioned_groups_flat(self) -> list[torch.Tensor]:
-        """Under sharded data parallelism: what this rank keeps of each group, as one flat tensor, of masters where
-        there are some; it follows each update. To be read only. Source: smp-api section 18.
+        """Under sharded data parallelism: the elements of each group that this rank keeps, as one flat tensor, of the
+        masters where there are masters; it follows each update. To be read only. Source: smp-api section 18.
         """
         return self.own_parts.flat()
 

@@ -387,7 +387,7 @@ class PipelineEngine:
         return result
 
     def buffer_states(self, names: Iterable[str]) -> dict[str, Hashable]:
-        """Of the placed modules of these names; see :func:`calls.buffer_state`."""
+        """The states of the buffers of the placed modules with these names; see :func:`calls.buffer_state`."""
         wanted = set(names)
         return {entry.name: calls.buffer_state(entry.module) for entry in self._entries if entry.name in wanted}
 

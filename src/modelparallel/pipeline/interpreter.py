@@ -171,7 +171,7 @@ class Interpreter:
         return self._backward_first or all(body.is_done for body in self._bodies)
 
     def _bodies_in_turn(self) -> list[Body]:
-        """Those whose forward may go on without overtaking the microbatch before."""
+        """The bodies whose forward may go on without overtaking the microbatch before."""
         ready = []
         before: Body | None = None
         for body in self._bodies:

@@ -88,6 +88,6 @@ def check_same_weight(first: object, weight: object) -> None:
 
 
 def shares(weights: Sequence[float]) -> tuple[float, ...]:
-    """Of each in their sum."""
+    """The share of each weight in their sum."""
     total = math.fsum(weights)
     return tuple(weight / total if total else 0.0 for weight in weights)

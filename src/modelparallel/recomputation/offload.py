@@ -89,8 +89,8 @@ class StoredActivation:
 
 
 class HostStore:
-    """Of one process. ``horizon``: how many pipeline tasks (and how many regions of one task) ahead tensors are
-    fetched.
+    """The activations of one process that wait on the host. ``horizon``: how many pipeline tasks (and how many regions
+    of one task) ahead tensors are fetched.
     """
 
     def __init__(self, device: torch.device, horizon: int) -> None:

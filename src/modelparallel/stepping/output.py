@@ -15,8 +15,8 @@ class StepOutput:
 
     Args:
         outputs: the tensors by microbatch, which may differ in size (a last batch that does not divide).
-        weights: their shares of the samples, or of what was given to ``model.backward(loss, weight=...)``.
-        total_weight: the sum of what was given over the microbatches of this rank; None where nothing was.
+        weights: their shares of the samples, or of the weights given to ``model.backward(loss, weight=...)``.
+        total_weight: the sum of the weights that the microbatches of this rank were given; None without weights.
     """
 
     def __init__(
@@ -30,8 +30,9 @@ class StepOutput:
         self.weights = tuple(weights) if weights is not None else (1 / len(self.outputs),) * len(self.outputs)
 
     def reduce_mean(self) -> torch.Tensor:
-        """The mean over the microbatches, weighted by their numbers of samples, or by the weights of their losses: of a
-        mean-reduced loss, that of the whole batch. A microbatch of weight 0 does not count; NaN if all are.
+        """The mean over the microbatches, weighted by their numbers of samples, or by the weights of their losses: for
+        a mean-reduced loss this is the loss of the whole batch. A microbatch of weight 0 does not count; NaN if all
+        are.
         """
         if self.total_weight is not None:
             counted = [output * weight for output, weight in zip(self.outputs, self.weights, strict=True) if weight]
@@ -57,7 +58,7 @@ class StepOutput:
         return torch.stack(self.outputs, dim=0)
 
     def detach(self) -> StepOutput:
-        """The same, detached from the graph."""
+        """A StepOutput of the same tensors, detached from the graph."""
         return StepOutput([output.detach() for output in self.outputs], self.weights, self.total_weight)
 
     def _is_floating(self) -> bool:

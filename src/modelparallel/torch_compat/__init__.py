@@ -400,7 +400,8 @@ def intercept_unscaling(
     is_ours: Callable[[Any], bool], before: Callable[[Any], None], after: Callable[[dict[Any, torch.Tensor]], None]
 ) -> Callable[[], None]:
     """Where a ``GradScaler`` unscales the gradients of an optimizer that ``is_ours``: call ``before(optimizer)``, and
-    ``after`` with what it has found by device, to be changed in place. Returns what takes it back.
+    ``after`` with the overflows that it has found by device, to be changed in place. Returns a function that takes it
+    back.
 
     The method is private, but it is the one place through which ``unscale_`` and ``step`` go.
     """
@@ -451,8 +452,8 @@ def storage_identity(tensor: torch.Tensor) -> int:
 
 
 def tensor_in_archive(stream: Any) -> tuple[torch.Tensor, int] | None:
-    """Of a tensor that ``torch.save`` has written: a tensor on the meta device, and where its storage begins in the
-    stream. None where the bytes are those of another kind of processor, or torch does not say where they are.
+    """A tensor on the meta device like the one that ``torch.save`` has written, and where its storage begins in the
+    stream. None where the bytes are of another kind of processor, or torch does not say where they are.
 
     ``torch.load`` to the meta device swaps bytes where there are none, and crashes, so the reader under it is asked
     first. Where storages begin is documented as ``_checkpoint_offset`` for FakeTensorMode; torch 2.13 has it here, too.

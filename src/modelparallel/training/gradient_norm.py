@@ -78,7 +78,7 @@ def clip_grad_norm_(
         error_if_nonfinite: raise where the norm is not finite.
 
     Returns:
-        The norm before that, a scalar tensor, equal on all ranks and to that of one process.
+        The norm before the scaling, a scalar tensor, equal on all ranks and to the norm in one process.
 
     Raises:
         NonFiniteGradientError: the norm is not finite, with ``error_if_nonfinite``.
@@ -236,7 +236,8 @@ def check_finite(norm: torch.Tensor) -> None:
 
 
 def _parameters_of_gradients(runtime: Runtime, gradients: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
-    """Those whose gradients, or other tensors on the memory of these, are given; as they are if none is ours.
+    """The parameters whose gradients, or other tensors on the memory of these, are given; what was given if none is
+    ours.
 
     Raises SMPConfigError for weights, and for gradients of which only some are ours: nobody could add them up rightly.
     """

@@ -261,7 +261,7 @@ def _activation_bytes(runtime: Runtime, models: Iterable[Participant]) -> int | 
 
 
 def _bytes(tensors: Iterable[Any], seen: set[int]) -> int:
-    """Of the storages behind ``tensors`` that are new."""
+    """The bytes of the storages behind ``tensors`` that are not in ``seen``."""
     total = 0
     for tensor in tensors:
         local = local_part(tensor)

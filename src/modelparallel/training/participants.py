@@ -193,10 +193,10 @@ class ParameterHolder(Protocol):
         """All parameters given to the optimizer, also those that live on other stages."""
 
     def collect_gradients(self) -> None:
-        """Make the gradients of masters and shards those of the model, without the scale of the loss."""
+        """Give masters and shards the gradients of the model, without the scale of the loss."""
 
     def replace_parameters(self) -> None:
-        """Take the new parameters for those that were replaced."""
+        """Take the new parameters in place of the replaced ones."""
 
     def keep_local_parameters(self, model: Participant) -> None:
         """Drop the parameters of ``model`` that live on other stages."""

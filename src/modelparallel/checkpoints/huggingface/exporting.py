@@ -63,9 +63,10 @@ def export_hf(
     """Write the model as a folder of safetensors, as ``save_pretrained`` of transformers does. Collective over the
     world, with equal arguments. Ours, not the original's.
 
-    Of a model of transformers, also one whose layers were replaced, ``AutoModel....from_pretrained(path)`` loads it:
-    with its ``config.json`` and under its own names, tied weights once. Of any other module the files have the names of
-    its state dict. No rank holds the whole model: each file is written by one rank, tensor by tensor.
+    A model of transformers, also one whose layers were replaced, is loaded by ``AutoModel....from_pretrained(path)``:
+    the folder has its ``config.json``, and its weights under its own names, tied ones once. The weights of any other
+    module have the names of its state dict. No rank holds the whole model: each file is written by one rank, tensor by
+    tensor.
 
     Args:
         path: the folder, which is made, or a URL that fsspec knows; the same place on all ranks. It is there when it is

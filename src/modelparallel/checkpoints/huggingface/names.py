@@ -132,7 +132,8 @@ class TransformersModel:
 
     @staticmethod
     def of(module: nn.Module) -> TransformersModel | None:
-        """Of the user's whole model; None if it is not one of transformers. Imports nothing. Local.
+        """The TransformersModel of the user's whole model; None if it is not one of transformers. Imports nothing.
+        Local.
 
         Raises UnsupportedError for adapters and quantised weights, whose files transformers names otherwise.
         """
@@ -186,8 +187,8 @@ def names_to_write(
 ) -> tuple[list[FileTensor], dict[str, str]]:
     """Which of the tensors go into files: of tied ones one; and under which name the others are found there. Local.
 
-    Of a model of transformers those stay away that ``save_pretrained`` leaves out and ``from_pretrained`` ties again;
-    what is shared otherwise is written under each name, since nothing would tie it.
+    For a model of transformers the names stay away that ``save_pretrained`` leaves out and ``from_pretrained`` ties
+    again; a tensor that is shared otherwise is written under each name, since nothing would tie it.
     """
     by_place: dict[tuple[Any, ...], list[str]] = {}
     ignored = set() if known is None else set(known.patterns("_keys_to_ignore_on_save"))

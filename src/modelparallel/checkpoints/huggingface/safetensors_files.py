@@ -71,7 +71,7 @@ class TensorToWrite:
 
     @staticmethod
     def of(tensor: torch.Tensor) -> TensorToWrite:
-        """Of a tensor that is there (or on the meta device)."""
+        """Dtype and shape of a tensor that exists (or is on the meta device)."""
         return TensorToWrite(tensor.dtype, tuple(tensor.shape))
 
 

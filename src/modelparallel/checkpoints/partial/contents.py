@@ -1,4 +1,5 @@
-"""What of models and optimizers goes into a checkpoint, under which keys; and where a checkpoint's tensors go.
+"""Which tensors and objects of models and optimizers go into a checkpoint, under which keys; and where a checkpoint's
+tensors go.
 
 [Note: keys] ``model.<name>`` is a parameter or buffer under its name in the user's model,
 ``optimizer.state.<name>.<key>`` an entry of the optimizer's state of it, in the shape of the whole parameter where it
@@ -74,7 +75,7 @@ def rows_of(model: DistributedModel) -> Iterator[tuple[ParameterRow, torch.Tenso
 
 
 def model_pieces(model: DistributedModel, row: ParameterRow, tensor: torch.Tensor, key: str) -> list[Piece]:
-    """Of one tensor that this rank holds, or holds a shard of. Local."""
+    """The pieces of one tensor that this rank holds, or holds a shard of. Local."""
     tp, sharding = model._runtime.session.groups.tp, model.gradients.sharding
     if sharding is not None and isinstance(tensor, nn.Parameter) and sharding.has(tensor):
         return [
@@ -159,7 +160,7 @@ def has_shape_of_target(value: Any, target: Target) -> bool:
 def target_pieces(
     optimizer: DistributedOptimizer, key: str, row: ParameterRow, target: Target, value: torch.Tensor
 ) -> list[Piece]:
-    """Of a tensor that has the shape of the target. Local."""
+    """The pieces of a tensor that has the shape of the target. Local."""
     tp = optimizer._runtime.session.groups.tp
     if target.shard is None:
         return pieces_of_slice(key, value, row.split, tp.rank_in_group, tp.size)

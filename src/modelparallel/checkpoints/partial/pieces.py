@@ -47,7 +47,9 @@ def whole_piece(key: str, tensor: torch.Tensor) -> Piece:
 
 
 def pieces_of_slice(key: str, tensor: torch.Tensor, split: SplitSpec | None, tp_rank: int, tp_size: int) -> list[Piece]:
-    """Of the slice that ``tp_rank`` holds of a tensor; ``split`` None: of the whole of it. Empty ones are left out."""
+    """The pieces of the slice that ``tp_rank`` holds of a tensor, or (``split`` None) of the whole tensor, without
+    empty ones.
+    """
     if split is None:
         return [whole_piece(key, tensor)] if tensor.numel() else []
     return [
@@ -65,8 +67,8 @@ def pieces_of_range(
     tp_rank: int,
     tp_size: int,
 ) -> list[Piece]:
-    """Of a shard: ``flat`` (any shape, contiguous) holds the elements from ``start`` on of the local slice, of shape
-    ``local_shape``, laid out flat.
+    """The pieces of a shard: ``flat`` (any shape, contiguous) holds the elements from ``start`` on of the local slice,
+    of shape ``local_shape``, laid out flat.
     """
     elements, shape = flat.reshape(-1), tuple(local_shape)
     result = []

@@ -1,1 +1,3 @@
-"""What works on checkpoints without a job: listing, looking into, verifying, converting, and those of the original."""
+"""Tools that work on checkpoints without a job: listing, looking into, verifying and converting them; and checkpoints
+of the original.
+"""

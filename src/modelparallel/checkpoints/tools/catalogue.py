@@ -161,7 +161,7 @@ def find(path: str | os.PathLike[str], tag: str | None = None) -> ListedCheckpoi
         tag: as given to ``smp.save_checkpoint``, or the name of a folder or file in ``path``. None: the checkpoint that
             ``path`` is; else the one that ``newest`` names; else the only one there, or the weights of transformers.
 
-    Raises CheckpointNotFoundError that says what is there.
+    Raises CheckpointNotFoundError, which lists the checkpoints that are there.
     """
     path = normal_path(path)
     if tag is not None:
@@ -240,7 +240,7 @@ def _kind_of_file(name: str) -> str:
 
 
 def _tags(entries: Sequence[str]) -> set[str]:
-    """Of full checkpoints, also of those whose files are being moved to their places."""
+    """The tags of full checkpoints, also where files are still being moved to their places."""
     patterns = (r"complete_(.+)\.json", r"\.(.+)\.ready")
     return {match[1] for entry in entries for pattern in patterns if (match := re.fullmatch(pattern, entry))}
 

@@ -80,7 +80,7 @@ def load(
 ) -> Any:
     """Read what `save` has written, or with ``partial=False`` any file of ``torch.save``. Local.
 
-    Of a part the names are tried in turn: ``<f>_<pp_rank>_<tp_rank>_<rdp_rank>``, ``<f>_<pp_rank>_<tp_rank>``,
+    For a part these names are tried in turn: ``<f>_<pp_rank>_<tp_rank>_<rdp_rank>``, ``<f>_<pp_rank>_<tp_rank>``,
     ``<f>_<mp_rank>``; with ``back_compat=True`` from the last to the first.
 
     **The file is trusted**: as in the original, any object may be in it, and reading one can run any code. Pass

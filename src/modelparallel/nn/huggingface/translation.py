@@ -58,7 +58,7 @@ class Rule:
     form: Form = Form.SAME
 
     def entries(self, hf_prefix: str, smp_prefix: str) -> Iterator[TensorNames]:
-        """Its weight, and its bias."""
+        """The names of its weight and of its bias."""
         for kind in ("weight", "bias"):
             names = tuple(f"{hf_prefix}{name}.{kind}" for name in self.hf)
             yield TensorNames(names, f"{smp_prefix}{self.smp}.{kind}", self, kind)

@@ -91,7 +91,7 @@ class KeptValue:
 
 
 class Record:
-    """Of one region in one program; see the note at the top."""
+    """The record of one region in one program; see the note at the top."""
 
     def __init__(self) -> None:
         #: The values that the region has made itself.

@@ -55,7 +55,9 @@ class _MemoryRange:
 
 
 class Sightings:
-    """Of one step whose microbatches take turns. Microbatches that are done do not count any more."""
+    """Which memory the microbatches of one step, which take turns, have seen and written. Microbatches that are done do
+    not count any more.
+    """
 
     def __init__(self) -> None:
         self._seen: dict[int, dict[int, list[_MemoryRange]]] = {}

@@ -20,7 +20,9 @@ from modelparallel.torch_compat import FORWARD_HOOKS
 
 
 class Assignments:
-    """Of one microbatch, outside the modules that run at their homes; ``takes_turns``: with other microbatches."""
+    """The assignments of one microbatch, outside the modules that run at their homes; ``takes_turns``: with other
+    microbatches.
+    """
 
     def __init__(self, microbatch: int, *, takes_turns: bool) -> None:
         self._microbatch = microbatch

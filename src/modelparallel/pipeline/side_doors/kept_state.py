@@ -36,7 +36,9 @@ _MOST_BYTES = 1 << 26  # of a tensor that is copied
 
 
 def containers_of(module: nn.Module, where: Place, seen: set[int]) -> Iterator[tuple[Place, Any]]:
-    """(place, container) of those that a module and its forward reach; ``seen``: ids of what was found before."""
+    """(place, container) of the containers that a module and its forward reach; ``seen``: the ids of objects that were
+    met before.
+    """
     for name, value in list(vars(module).items()):
         if name not in OF_EVERY_MODULE:
             yield from _inside(value, (*where, "attribute", name), seen, 0)

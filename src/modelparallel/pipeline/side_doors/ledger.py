@@ -26,7 +26,7 @@ _MOST_ELEMENTS = 1 << 18  # of a larger tensor a part is looked at
 
 
 class Ledger:
-    """Of one program of the first step of a kind."""
+    """The ledger of one program of the first step of a kind."""
 
     def __init__(self) -> None:
         self.entries: list[LedgerEntry] = []
@@ -90,7 +90,7 @@ def compare(ledgers: Mapping[int, Sequence[LedgerEntry]]) -> None:
 
 
 def _pairs(first: Sequence[LedgerEntry], second: Sequence[LedgerEntry]) -> Iterator[tuple[LedgerEntry, LedgerEntry]]:
-    """The entries of two stages for the same operations, those of which others speak first."""
+    """The entries of two stages for the same operations, first the entries that other stages speak of."""
     alone = [_by_place(side) for side in (first, second)]
     for what in [what for what in alone[0] if what in alone[1]]:
         if len(alone[0][what]) == len(alone[1][what]):

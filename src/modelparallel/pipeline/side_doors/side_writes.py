@@ -84,7 +84,7 @@ class Elsewhere:
 
 
 class SideWrites:
-    """Of one placed module: what its calls write, and where. Asked and kept at its home."""
+    """What the calls of one placed module write, and where. Asked and kept at its home."""
 
     def __init__(self, module: nn.Module, home: int, description: str) -> None:
         self._module = module
@@ -134,7 +134,7 @@ class SideWrites:
     def _written(
         self, engine: StageView, assigned: dict[Any, tuple[nn.Module, str, Any]], before: list[Any]
     ) -> tuple[dict[Place, Any], set[Place]]:
-        """(place -> what was written there, ready to travel; those that are numbers which surely are written once)."""
+        """(place -> what was written there, ready to travel; the places of numbers that surely are written once)."""
         written: dict[Place, Any] = {}
         constant: set[Place] = set()
         for module, name, old in assigned.values():

@@ -26,7 +26,7 @@ _PRIMITIVES = (*_VALUES, float, complex, nn.Module)
 
 class Arguments:
     """``values`` are the leaves as the engine sees them (see TensorOwner.resolve), ``given`` as the caller gave them;
-    ``tensors`` those of the values that are tensors, ``inputs`` those that are StageTensors, in order.
+    ``tensors`` are the values that are tensors, ``inputs`` the ones that are StageTensors, in order.
     """
 
     __slots__ = (

@@ -94,7 +94,7 @@ class TensorSpec:
 
     @classmethod
     def of_gradient(cls, tensor: torch.Tensor) -> TensorSpec:
-        """Of the gradient of ``tensor`` as it travels: row by row, whatever strides autograd gave it."""
+        """The spec of the gradient of ``tensor`` as it travels: row by row, whatever strides autograd gave it."""
         shape = tuple(tensor.shape)
         return cls(shape, contiguous_stride(shape), tensor.dtype, False, tensor.device.type)
 
