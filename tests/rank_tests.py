@@ -31,13 +31,19 @@ _sets: dict[str, list[RankTests]] = {}
 
 
 class RankTests:
-    """A set of tests for ``num_ranks`` processes and one configuration; make it at the top level of a test module."""
+    """A set of tests for ``num_ranks`` processes and one configuration; make it at the top level of a test module.
 
-    def __init__(self, num_ranks: int, parameters: dict[str, Any], timeout: float = 60) -> None:
+    ``is_slow``: one of many configurations, which ``make test-all`` runs.
+    """
+
+    def __init__(
+        self, num_ranks: int, parameters: dict[str, Any], timeout: float = 60, *, is_slow: bool = False
+    ) -> None:
         # A short wait, so that a test that fails on one rank does not keep the others for minutes.
         self.parameters = {"ddp": True, "timeout_seconds": 20, **parameters}
         self.num_ranks = num_ranks
         self.timeout = timeout
+        self.is_slow = is_slow
         self.bodies: dict[str, Callable[[], None]] = {}
         self.module = sys._getframe(1).f_globals["__name__"]
         siblings = _sets.setdefault(self.module, [])
@@ -72,7 +78,9 @@ def on(*sets: RankTests) -> Callable[[Callable[[], None]], Callable[..., None]]:
         for ranks in sets:
             ranks.bodies[body.__name__] = body
 
-        @pytest.mark.parametrize("ranks", sets, ids=str)
+        marked = [pytest.param(ranks, marks=pytest.mark.slow) if ranks.is_slow else ranks for ranks in sets]
+
+        @pytest.mark.parametrize("ranks", marked, ids=str)
         def test(ranks: RankTests) -> None:
             ranks.verify(body.__name__)
 

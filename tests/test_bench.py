@@ -58,7 +58,12 @@ def test_the_document_is_in_step_with_the_results():
     "spread, names, kinds",
     [
         ("pp2_tp2", ["compare_background"], {"stall", "steps_meanwhile"}),
-        ("sharded4", ["compare_plain", "compare_gathered"], {"save", "load", "load_cached", "save_peak", "load_peak"}),
+        pytest.param(
+            "sharded4",
+            ["compare_plain", "compare_gathered"],
+            {"save", "load", "load_cached", "save_peak", "load_peak"},
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_checkpoints_are_compared(tmp_path, spread, names, kinds):

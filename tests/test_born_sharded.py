@@ -64,7 +64,7 @@ def grown_on_rank(is_delayed: bool) -> tuple[int, dict[str, torch.Tensor]]:
     return peaks[0] - before, values
 
 
-@pytest.mark.parametrize(("num_ranks", "stages"), [(4, 1), (4, 2)])
+@pytest.mark.parametrize(("num_ranks", "stages"), [pytest.param(4, 1, marks=pytest.mark.slow), (4, 2)])
 def test_parameters_are_born_sharded_with_the_values_of_eager_construction(num_ranks, stages):
     degree = num_ranks // stages
     parameters = {

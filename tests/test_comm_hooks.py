@@ -23,7 +23,7 @@ from test_optimizer_shards import CAP, NUM_STEPS, batch, body, make_model, sgd, 
 
 DP2 = RankTests(2, {"microbatches": 2})
 PP2 = RankTests(4, {"pipeline_parallel_degree": 2, "microbatches": 2})
-TP2 = RankTests(4, {"tensor_parallel_degree": 2, "microbatches": 2})
+TP2 = RankTests(4, {"tensor_parallel_degree": 2, "microbatches": 2}, is_slow=True)
 NO_DDP = RankTests(1, {"ddp": False})
 
 

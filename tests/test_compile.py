@@ -108,10 +108,10 @@ def expected(*nets):
     [
         (1, "simple", ["plain eager", "checkpointed aot"]),
         (2, "simple", ["tied eager"]),
-        (2, "interleaved", ["plain eager", "tied aot"]),
+        pytest.param(2, "interleaved", ["plain eager", "tied aot"], marks=pytest.mark.slow),
         (2, "zero_bubble", ["plain aot", "tied eager"]),
         (3, "interleaved", ["checkpointed eager"]),
-        (3, "zero_bubble", ["plain eager"]),
+        pytest.param(3, "zero_bubble", ["plain eager"], marks=pytest.mark.slow),
     ],
 )
 def test_parity_with_one_process_that_does_not_compile(num_stages, schedule, names):

@@ -421,9 +421,11 @@ DELAYED = {"delayed_parameter_initialization": True}
 ONE = RankTests(1, {"microbatches": 2, **DELAYED})
 DP2 = RankTests(2, {"microbatches": 2, **DELAYED})
 PP2 = RankTests(2, {"pipeline_parallel_degree": 2, "microbatches": 2, **DELAYED})
-PP3 = RankTests(3, {"pipeline_parallel_degree": 3, "microbatches": 2, "tied_weights": "replicate", **DELAYED})
+PP3 = RankTests(
+    3, {"pipeline_parallel_degree": 3, "microbatches": 2, "tied_weights": "replicate", **DELAYED}, is_slow=True
+)
 TP2 = RankTests(2, {"tensor_parallel_degree": 2, **DELAYED})
-TP2_SPEED = RankTests(2, {"tensor_parallel_degree": 2, "optimize": "speed", **DELAYED})
+TP2_SPEED = RankTests(2, {"tensor_parallel_degree": 2, "optimize": "speed", **DELAYED}, is_slow=True)
 PP2TP2 = RankTests(4, {"pipeline_parallel_degree": 2, "tensor_parallel_degree": 2, "microbatches": 2, **DELAYED})
 BF16 = RankTests(2, {"pipeline_parallel_degree": 2, "microbatches": 2, "bf16": True, **DELAYED})
 ALL = (ONE, DP2, PP2, PP3, TP2, TP2_SPEED, PP2TP2, BF16)

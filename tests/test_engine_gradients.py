@@ -368,7 +368,7 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("num_stages", [2, 3])
+@pytest.mark.parametrize("num_stages", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_gradients_and_control_flow(num_stages: int) -> None:
     expected = outcomes(__name__, list(CASES), 1)[0]
     ranks = outcomes(__name__, list(CASES), num_stages)

@@ -450,7 +450,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize(("num_stages", "is_scattered"), [(2, False), (3, True)])
+@pytest.mark.parametrize(("num_stages", "is_scattered"), [pytest.param(2, False, marks=pytest.mark.slow), (3, True)])
 def test_models_of_libraries(num_stages: int, is_scattered: bool) -> None:
     expected = outcomes(__name__, list(CASES), 1)[0]
     ranks = outcomes(__name__, list(CASES), num_stages, is_scattered=is_scattered)

@@ -184,7 +184,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("num_stages", [2, 3, 4])
+@pytest.mark.parametrize("num_stages", [2, 3, pytest.param(4, marks=pytest.mark.slow)])
 def test_random_numbers_do_not_depend_on_the_partition(num_stages: int) -> None:
     expected = outcomes(__name__, list(CASES), 1)[0]
     ranks = outcomes(__name__, list(CASES), num_stages)

@@ -514,7 +514,7 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("num_stages", [2, 3])
+@pytest.mark.parametrize("num_stages", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_values_between_modules(num_stages: int) -> None:
     expected = outcomes(__name__, list(CASES), 1)[0]
     ranks = outcomes(__name__, list(CASES), num_stages)

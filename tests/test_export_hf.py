@@ -26,7 +26,7 @@ from modelparallel.checkpoints.huggingface import exporting
 from modelparallel.checkpoints.huggingface.names import _place_of
 from modelparallel.checkpoints.huggingface.safetensors_files import (
     SafetensorsWriter,
-    TensorSpec,
+    TensorToWrite,
     parse_size,
     split_into_files,
     write_folder,
@@ -529,7 +529,7 @@ def test_tensors_are_divided_as_huggingface_hub_does_it():
         tensors = {f"t{i}": torch.empty(draw.randrange(0, 30), device="meta") for i in range(draw.randrange(1, 12))}
         limit = draw.randrange(1, 200)
         expected = split_torch_state_dict_into_shards(tensors, max_shard_size=limit).filename_to_tensors
-        specs = {name: TensorSpec.of(tensor) for name, tensor in tensors.items()}
+        specs = {name: TensorToWrite.of(tensor) for name, tensor in tensors.items()}
         assert split_into_files(specs, limit) == {file: list(names) for file, names in expected.items()}
     assert [parse_size(text) for text in ("5GB", "1.5 kb", "2GiB", "7", 7)] == [5 * 10**9, 1500, 2 << 30, 7, 7]
     for wrong in ("", "GB", "-1", "5 bytes", 0, True, None):
@@ -548,7 +548,7 @@ def test_files_are_those_of_safetensors_and_are_read_by_rectangles():
         "f": torch.rand(3, 4, 5) > 0.5,
         "g": torch.randn(8).to(torch.float8_e4m3fn),
     }
-    specs = {name: TensorSpec.of(tensor) for name, tensor in tensors.items()}
+    specs = {name: TensorToWrite.of(tensor) for name, tensor in tensors.items()}
     for folder in (tempfile.mkdtemp(), "memory://files/x"):
         calls: list[str] = []
         files = write_folder(
@@ -581,14 +581,14 @@ def test_files_are_those_of_safetensors_and_are_read_by_rectangles():
         with pytest.raises(CheckpointError, match="overwrite=True"):
             write_folder(folder, specs, tensors.__getitem__)
         with pytest.raises(CheckpointError, match="which safetensors do not have"):
-            write_folder(f"{folder}y", {"x": TensorSpec(torch.complex128, (1,))}, lambda name: torch.zeros(1))
+            write_folder(f"{folder}y", {"x": TensorToWrite(torch.complex128, (1,))}, lambda name: torch.zeros(1))
     shutil.rmtree(f"{folder}y", ignore_errors=True)
 
 
 def test_what_a_killed_process_leaves_is_no_export():
     parent = Path(tempfile.mkdtemp())
     tensors = {f"t{i}": torch.full((4,), float(i)) for i in range(4)}
-    specs = {name: TensorSpec.of(tensor) for name, tensor in tensors.items()}
+    specs = {name: TensorToWrite.of(tensor) for name, tensor in tensors.items()}
 
     def read_until_killed(name):
         if name == "t2":

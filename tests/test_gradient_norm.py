@@ -27,7 +27,7 @@ SHARDED = RankTests(2, {"shard_optimizer_state": True})
 REPLICATED = RankTests(
     2, {"pipeline_parallel_degree": 2, "microbatches": 2, "tied_weights": "replicate", "memory_weight": 0.0}
 )
-ALL = RankTests(8, {"pipeline_parallel_degree": 2, "tensor_parallel_degree": 2, "microbatches": 2})
+ALL = RankTests(8, {"pipeline_parallel_degree": 2, "tensor_parallel_degree": 2, "microbatches": 2}, is_slow=True)
 
 
 class Tied(nn.Module):

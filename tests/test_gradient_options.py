@@ -15,7 +15,7 @@ from rank_tests import RankTests, on
 
 DP2 = RankTests(2, {"microbatches": 2})
 PP2 = RankTests(4, {"pipeline_parallel_degree": 2, "microbatches": 2})
-ZERO_BUBBLE = RankTests(4, {"pipeline_parallel_degree": 2, "microbatches": 2, "pipeline": "zero_bubble"})
+ZERO_BUBBLE = RankTests(4, {"pipeline_parallel_degree": 2, "microbatches": 2, "pipeline": "zero_bubble"}, is_slow=True)
 TP2 = RankTests(4, {"tensor_parallel_degree": 2, "microbatches": 2})
 
 SETTINGS: tuple[dict[str, Any], ...] = (

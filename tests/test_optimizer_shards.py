@@ -27,11 +27,11 @@ from test_reducer import make_model as make_plain
 SHARDED = {"shard_optimizer_state": True, "microbatches": 2}
 DP2 = RankTests(2, SHARDED)
 DP3 = RankTests(3, SHARDED)
-DP4 = RankTests(4, SHARDED)
+DP4 = RankTests(4, SHARDED, is_slow=True)
 TP2 = RankTests(4, {**SHARDED, "tensor_parallel_degree": 2})
 PP2 = RankTests(4, {**SHARDED, "pipeline_parallel_degree": 2})
-REPLICAS = RankTests(4, {**SHARDED, "pipeline_parallel_degree": 2, "tied_weights": "replicate"})
-ZERO_BUBBLE = RankTests(4, {**SHARDED, "pipeline_parallel_degree": 2, "pipeline": "zero_bubble"})
+REPLICAS = RankTests(4, {**SHARDED, "pipeline_parallel_degree": 2, "tied_weights": "replicate"}, is_slow=True)
+ZERO_BUBBLE = RankTests(4, {**SHARDED, "pipeline_parallel_degree": 2, "pipeline": "zero_bubble"}, is_slow=True)
 
 NUM_STEPS = 3
 CAP = 2e-4  # MiB: 26 elements of float64, so that a model has many buckets

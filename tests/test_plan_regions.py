@@ -31,7 +31,7 @@ from plan_training import own_rows, setup_of
 from rank_tests import RankTests, on
 
 TP2 = RankTests(2, {"tensor_parallel_degree": 2})
-TP4 = RankTests(4, {"tensor_parallel_degree": 4})
+TP4 = RankTests(4, {"tensor_parallel_degree": 4}, is_slow=True)
 
 
 def check_uneven(name, counts):

@@ -39,7 +39,7 @@ def expected(num_microbatches: int) -> dict:
         (2, "reentrant", {"pipeline": "simple"}),
         (3, "torch", {"pipeline": "zero_bubble"}),
         pytest.param(3, "reentrant", {"pipeline": "interleaved"}, marks=pytest.mark.slow),
-        (4, "torch", {"pipeline": "interleaved"}),
+        pytest.param(4, "torch", {"pipeline": "interleaved"}, marks=pytest.mark.slow),
         pytest.param(4, "reentrant", {"pipeline": "zero_bubble"}, marks=pytest.mark.slow),
     ],
 )
@@ -53,7 +53,9 @@ def test_c083_regions_over_stages_give_the_same_gradients(num_stages: int, how: 
 
 # Marked modules, counts, and what is kept
 
-TWO = RankTests(2, {"pipeline_parallel_degree": 2, "microbatches": 4, "auto_partition": False, "default_partition": 0})
+TWO = RankTests(
+    2, {"pipeline_parallel_degree": 2, "microbatches": 4, "auto_partition": False, "default_partition": 0}, is_slow=True
+)
 SPLIT = RankTests(
     2,
     {

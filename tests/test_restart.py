@@ -247,7 +247,7 @@ def test_ranks_that_hang_and_helpers_are_gone_before_the_next_attempt(tmp_path, 
         assert (result.folder.output_data / f"alive{rank}").read_text() == ""
 
 
-@pytest.mark.parametrize("how", ["stop", "timeout"])
+@pytest.mark.parametrize("how", ["stop", pytest.param("timeout", marks=pytest.mark.slow)])
 def test_no_restart_of_a_job_that_was_stopped(tmp_path, devices, how):
     script = write_script(tmp_path, FAILING)
     timeout = 4.0 if how == "timeout" else None

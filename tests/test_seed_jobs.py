@@ -72,7 +72,7 @@ def test_c043_tensor_and_pipeline_parallel_job_equals_one_process():
     ("script", "backend"),
     [
         (SCRIPTS[0], "mpi"),
-        (SCRIPTS[1], "elastic"),
+        pytest.param(SCRIPTS[1], "elastic", marks=pytest.mark.slow),
         pytest.param(SCRIPTS[0], "elastic", marks=pytest.mark.slow),
         pytest.param(SCRIPTS[1], "mpi", marks=pytest.mark.slow),
     ],

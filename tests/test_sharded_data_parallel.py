@@ -39,9 +39,9 @@ from sharded_training import (
 
 ALL = {"sdp_param_persistence_threshold": 0}
 DP2 = RankTests(2, {"sharded_data_parallel_degree": 2, **ALL})
-DP2_MB4 = RankTests(2, {"sharded_data_parallel_degree": 2, "microbatches": 4, **ALL})
+DP2_MB4 = RankTests(2, {"sharded_data_parallel_degree": 2, "microbatches": 4, **ALL}, is_slow=True)
 DP2_STEP = RankTests(2, {"sharded_data_parallel_degree": 2, "microbatches": 2, "sdp_gather": "step", **ALL})
-DP4 = RankTests(4, {"sharded_data_parallel_degree": 4, **ALL})
+DP4 = RankTests(4, {"sharded_data_parallel_degree": 4, **ALL}, is_slow=True)
 HYBRID = RankTests(4, {"sharded_data_parallel_degree": 2, "microbatches": 2, **ALL})
 TP2 = RankTests(4, {"sharded_data_parallel_degree": 2, "tensor_parallel_degree": 2, **ALL})
 PARTLY = RankTests(2, {"sharded_data_parallel_degree": 2, "sdp_param_persistence_threshold": 60})

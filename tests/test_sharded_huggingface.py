@@ -13,7 +13,7 @@ from sharded_training import check, sgd
 SHARDED = {"sharded_data_parallel_degree": 2, "sdp_param_persistence_threshold": 0}
 ALONE = RankTests(2, {**SHARDED, "microbatches": 2})
 PIPELINE = RankTests(4, {**SHARDED, "microbatches": 2, "pipeline_parallel_degree": 2})
-VISIT = RankTests(4, {**SHARDED, "microbatches": 2, "pipeline_parallel_degree": 2, "sdp_gather": "visit"})
+VISIT = RankTests(4, {**SHARDED, "microbatches": 2, "pipeline_parallel_degree": 2, "sdp_gather": "visit"}, is_slow=True)
 
 
 def make_llama():

@@ -21,7 +21,7 @@ SHARDED = {"shard_optimizer_state": True}
 DP2 = RankTests(2, SHARDED)
 DP3 = RankTests(3, {**SHARDED, "microbatches": 2})
 PP2 = RankTests(4, {**SHARDED, "pipeline_parallel_degree": 2, "microbatches": 2})
-TP2 = RankTests(4, {**SHARDED, "tensor_parallel_degree": 2})
+TP2 = RankTests(4, {**SHARDED, "tensor_parallel_degree": 2}, is_slow=True)
 TP_ALONE = RankTests(2, {**SHARDED, "tensor_parallel_degree": 2})
 FP16 = RankTests(4, {**SHARDED, "pipeline_parallel_degree": 2, "microbatches": 2, "fp16": True})
 ALL = (DP2, DP3, PP2, TP2, TP_ALONE)

@@ -34,10 +34,10 @@ from sharded_training import (
 BASE = {"pipeline_parallel_degree": 2, "sharded_data_parallel_degree": 2, "sdp_param_persistence_threshold": 0}
 INTERLEAVED = RankTests(4, {**BASE, "microbatches": 4})
 SIMPLE = RankTests(4, {**BASE, "microbatches": 4, "pipeline": "simple"})
-ZERO_BUBBLE = RankTests(4, {**BASE, "microbatches": 4, "pipeline": "zero_bubble"})
+ZERO_BUBBLE = RankTests(4, {**BASE, "microbatches": 4, "pipeline": "zero_bubble"}, is_slow=True)
 REPLICATE = RankTests(4, {**BASE, "microbatches": 4, "pipeline": "zero_bubble", "tied_weights": "replicate"})
 ONE = RankTests(4, {**BASE, "microbatches": 1})
-VISIT = RankTests(4, {**BASE, "microbatches": 2, "sdp_gather": "visit"})
+VISIT = RankTests(4, {**BASE, "microbatches": 2, "sdp_gather": "visit"}, is_slow=True)
 VISIT_BUBBLE = RankTests(4, {**BASE, "microbatches": 4, "sdp_gather": "visit", "pipeline": "zero_bubble"})
 PP_TP = RankTests(8, {**BASE, "tensor_parallel_degree": 2, "microbatches": 2}, timeout=120)
 PP_HYBRID = RankTests(8, {**BASE, "microbatches": 4, "pipeline": "zero_bubble"}, timeout=120)

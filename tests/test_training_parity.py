@@ -18,7 +18,7 @@ from rank_tests import RankTests, on
 from small_models import mean_loss
 
 PP2_TP2 = RankTests(8, {"pipeline_parallel_degree": 2, "tensor_parallel_degree": 2, "microbatches": 4}, timeout=120)
-TP4 = RankTests(8, {"tensor_parallel_degree": 4}, timeout=120)
+TP4 = RankTests(8, {"tensor_parallel_degree": 4}, timeout=120, is_slow=True)
 SPREAD = RankTests(
     8,
     {
@@ -30,6 +30,7 @@ SPREAD = RankTests(
         "memory_weight": 1.0,
     },
     timeout=120,
+    is_slow=True,
 )
 PP4 = RankTests(8, {"pipeline_parallel_degree": 4, "microbatches": 3}, timeout=120)
 NUM_STEPS = 3
