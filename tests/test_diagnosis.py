@@ -207,6 +207,8 @@ def test_stages_that_go_apart_name_both_lines(num_stages: int, layout: str, num_
             both = TOOK.search(error)
             assert both and "0" in both.group(1, 3) and both.group(1) != both.group(3), f"{where}: {error}"
             assert both.group(2) != both.group(4), f"{where}: {error}"
+            names_step = re.search(rf"{THIS}:\d+, called from {THIS}:\d+\)", error) is not None
+            assert names_step or body is another_way, f"{where}: {error}"  # which calls no function of the test's own
         assert any(error != "no error" for error, _ in errors), body.__name__
 
 

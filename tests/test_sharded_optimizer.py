@@ -311,7 +311,7 @@ def test_masters_of_shards_and_an_overflow_on_one_rank():
     train_step(model, *own(make_batch(2)))
     optimizer.update_master_grads()
     if smp.rank() == smp.size() - 1:
-        optimizer._found.fill_(1.0)
+        optimizer._overflow.fill_(1.0)
     optimizer.step()
     assert optimizer.overflow and optimizer.loss_scale == 128
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -22,7 +22,7 @@ import torch
 _PACKAGE = Path(__file__).resolve().parents[1]
 _LIBRARY_DIRECTORIES = (str(_PACKAGE), str(Path(torch.__file__).resolve().parent))
 _PYTHON = str(Path(threading.__file__).resolve().parent)
-_STEP_FILE = str(_PACKAGE / "stepping.py")
+_STEP_FILE = str(_PACKAGE / "stepping" / "function.py")
 _PARKED_FILE = str(_PACKAGE / "pipeline" / "bodies.py")  # threads of microbatches whose turn it is not
 _WORKER_THREAD = "microbatch"
 #: Older events than these are only kept as a checksum.
