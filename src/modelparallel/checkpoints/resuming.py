@@ -25,6 +25,7 @@ from modelparallel.checkpoints.partial.user_content import Allowed, named_types,
 from modelparallel.checkpoints.partial.writing import PLAN_NAME, USER_CONTENT_NAME
 from modelparallel.checkpoints.stores import completion
 from modelparallel.checkpoints.stores.completion import PARTIAL_ENDING
+from modelparallel.checkpoints.stores.completion_record import CompletionRecord
 from modelparallel.checkpoints.stores.local import Store
 from modelparallel.checkpoints.stores.opening import open_store
 from modelparallel.checkpoints.tools.original import find_original, load_original
@@ -302,7 +303,7 @@ class _Loads:
                 OptimizerLoad(self.checkpoint, optimizer, prefix, groups, masters_only=self.masters_only).run()
 
 
-def _use_stored_plans(folder: Store, record: completion.CompletionRecord, models: Sequence[DistributedModel]) -> None:
+def _use_stored_plans(folder: Store, record: CompletionRecord, models: Sequence[DistributedModel]) -> None:
     """Models that are not partitioned yet take the stored plan if it is for as many stages."""
     if PLAN_NAME not in record.files:
         return

@@ -127,7 +127,7 @@ def _made_group(
     unmade: Any = None
     wait = Wait(Group(GroupKind.WORLD, ranks, own, unmade, made.seconds, lookout=made.lookout), title)
     with wait.around():
-        process_group = dist.new_group(
+        process_group: dist.ProcessGroup = dist.new_group(
             list(ranks),
             timeout=datetime.timedelta(seconds=made.seconds),
             backend=backend,

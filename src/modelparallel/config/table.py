@@ -66,7 +66,8 @@ def _read_float(value: Any) -> float:
 
 def _read_text(value: Any) -> str:
     if isinstance(value, os.PathLike):
-        return os.fspath(value)
+        path: str = os.fspath(value)
+        return path
     if isinstance(value, str):
         return value
     raise ValueError("type")

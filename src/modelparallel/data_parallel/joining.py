@@ -82,7 +82,7 @@ class JoinEvents(Joinable):
         wait = Wait(self._group, purpose, seconds=self._timeout_seconds)
         process_group = self._group.process_group
         wait.run(lambda: dist.all_gather(gathered, own, process_group, async_op=True), self._device)
-        return torch.cat(gathered).tolist()  # type: ignore[no-any-return]
+        return torch.cat(gathered).tolist()
 
     def shadow_next(self) -> None:
         """Take part in the next event with nothing to give; called by ``Join``."""

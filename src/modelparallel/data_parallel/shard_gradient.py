@@ -69,7 +69,7 @@ class ShardGradient(torch.Tensor):
         return self._shard is not None and self._shard.grad is None
 
     @property
-    def data(self) -> torch.Tensor:  # type: ignore[override]
+    def data(self) -> torch.Tensor:
         return torch.Tensor.detach(self)
 
     @data.setter
@@ -146,7 +146,7 @@ class ShardGradient(torch.Tensor):
         """Refused; torch would name neither parameter nor reason."""
         raise _refusal(self, "tolist")
 
-    def numpy(self, **unused: Any) -> Any:  # type: ignore[override]
+    def numpy(self, **unused: Any) -> Any:
         """Refused, likewise."""
         raise _refusal(self, "numpy")
 

@@ -39,12 +39,8 @@ from modelparallel.deferred.tape import (
     replay,
 )
 from modelparallel.errors import DeferredTensorError
-from modelparallel.torch_compat import (
-    DisableTorchFunctionSubclass,
-    TorchDispatchMode,
-    dispatch_modes_off,
-    swap_contents,
-)
+from modelparallel.torch_compat import DisableTorchFunctionSubclass, dispatch_modes_off, swap_contents
+from modelparallel.torch_compat.functions import DispatchMode
 from modelparallel.torch_compat.private_parts import ABOUT_SHAPES, make_wrapper, packet_of, schema_of, version_of
 
 aten = torch.ops.aten
@@ -168,7 +164,7 @@ _OF_VALUES = {
 }  # fmt: skip
 
 
-class _Mode(TorchDispatchMode):
+class _Mode(DispatchMode):
     """Sees the operations that make tensors out of nothing."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

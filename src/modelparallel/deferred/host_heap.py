@@ -19,7 +19,7 @@ _EVERY_BYTES = 8 * 1024 * 1024
 
 def _find_trim() -> Callable[[int], int] | None:
     try:
-        return ctypes.CDLL(None).malloc_trim  # type: ignore[no-any-return]
+        return ctypes.CDLL(None).malloc_trim
     except (OSError, AttributeError, TypeError):  # another C library, whose allocator is its own affair
         return None
 

@@ -135,7 +135,7 @@ class PlannedModel(ModelParameters):
         units = self._units if units is None else units
         with ExitStack() as others:
             for model in self._runtime.models:
-                if model is not self and not model.partitioned:
+                if model.module is not self.module and not model.partitioned:
                     others.enter_context(untouched(model.module))
             if any(construction.is_deferred(model.module) for model in self._runtime.models):
                 return construction.trace_shapes(lambda: trace_step(self.module, units, run))

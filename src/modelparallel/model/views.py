@@ -22,7 +22,7 @@ class ModuleView:
         object.__setattr__(self, "_depth", depth)
 
     @property  # type: ignore[misc]
-    def __class__(self) -> type:  # type: ignore[override]
+    def __class__(self) -> type:
         return type(object.__getattribute__(self, "_viewed"))
 
     def __getattr__(self, name: str) -> Any:
@@ -45,6 +45,11 @@ class ModuleView:
 
     def __repr__(self) -> str:
         return repr(object.__getattribute__(self, "_viewed"))
+
+
+def viewed_module(module: Any) -> Any:
+    """What ``module`` is a view of; a module itself."""
+    return object.__getattribute__(module, "_viewed") if type(module) is ModuleView else module
 
 
 def attach_module_attribute(module: nn.Module) -> None:

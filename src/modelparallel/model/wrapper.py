@@ -425,17 +425,19 @@ class DistributedModel(PlannedModel):
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> DistributedModel:
         if not self._runtime.is_pipelined:
-            return super()._apply(fn, recurse)
+            nn.Module._apply(self, fn, recurse)
+            return self
         if self._is_partitioned:
             buffers = [(owner, dict(owner._buffers)) for owner in self.module.modules()]
-            super()._apply(fn, recurse)
+            nn.Module._apply(self, fn, recurse)
             for owner, known in buffers:  # torch makes new ones, which would have no home
                 for name, buffer in known.items():
                     if buffer is not None and (converted := owner._buffers[name]) is not None:
                         buffer.data, owner._buffers[name] = converted, buffer
             return self
         # The library moves each part itself, at the first step; of a conversion, only the dtype counts.
-        return super()._apply(lambda tensor: tensor.to(fn(torch.empty(0, dtype=tensor.dtype)).dtype), recurse)
+        nn.Module._apply(self, lambda tensor: tensor.to(fn(torch.empty(0, dtype=tensor.dtype)).dtype), recurse)
+        return self
 
     def cpu(self) -> DistributedModel:
         """Gather all parameters and buffers over the MP_GROUP and move the model to the CPU. Collective over MP_GROUP.
@@ -499,7 +501,7 @@ class DistributedModel(PlannedModel):
         prefix = kwargs.get("prefix", "")
         return {prefix + name: value for name, value in model_states.full_state_dict(self, gather_to_rank0).items()}
 
-    def load_state_dict(  # type: ignore[override]
+    def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, same_partition_load: bool = False
     ) -> Any:
         """Load a whole or a partial state dict, before or after the partition. Local for a whole one, of which each

@@ -29,10 +29,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from modelparallel.comm.collectives.started import start_all_reduce, start_gather_blocks, start_reduce_blocks
+from modelparallel.torch_compat.functions import TensorFunction
 
 if TYPE_CHECKING:
     from modelparallel.comm.groups import Group
@@ -71,7 +71,7 @@ def _autocast(
     return input.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
 
 
-class _ColumnLinear(Function):
+class _ColumnLinear(TensorFunction):
     @staticmethod
     def forward(
         ctx: Any,
@@ -108,7 +108,7 @@ class _ColumnLinear(Function):
         return None if reducing is None else reducing.wait(), weight_grad, bias_grad, None, None
 
 
-class _RowLinear(Function):
+class _RowLinear(TensorFunction):
     @staticmethod
     def forward(
         ctx: Any,

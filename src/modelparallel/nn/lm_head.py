@@ -185,9 +185,9 @@ class DistributedTransformerLMHead(FamilyModule):
         if return_logits is None:
             return_logits = labels is None or not torch.is_grad_enabled()
         loss, logits = self.lm_head(hidden, labels, counts, needs_logits=return_logits or labels is None)
-        if loss is None:
-            return logits
-        return loss if logits is None else (loss, logits)
+        result: torch.Tensor | tuple[torch.Tensor, torch.Tensor]
+        result = logits if loss is None else loss if logits is None else (loss, logits)
+        return result
 
     def _unpacked(self, inputs: Any) -> tuple[Any, ...]:
         entries = as_tuple(inputs)

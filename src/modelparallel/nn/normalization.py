@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from modelparallel.comm.collectives.started import start_all_reduce, start_gather_rows
 from modelparallel.nn.family import FamilyModule
 from modelparallel.plan.rows import SplitSpec
+from modelparallel.torch_compat.functions import TensorFunction
 
 if TYPE_CHECKING:
     from modelparallel.comm.groups import Group
@@ -86,7 +86,7 @@ class DistributedLayerNorm(FamilyModule):
         return f"{self.hidden_size}, eps={self.eps}, local_weight={tuple(self.weight.shape)}"
 
 
-class _SlicedLayerNorm(Function):
+class _SlicedLayerNorm(TensorFunction):
     """Statistics in fp32 at least, combined as Chan, Golub and LeVeque (1979) combine those of two sets: means and sums
     of squared deviations, no difference of large numbers.
     """

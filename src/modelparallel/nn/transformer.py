@@ -190,9 +190,11 @@ class DistributedTransformerLayer(FamilyModule):
             branches = attended + self.output.branch(source if own_layernorm is None else own_layernorm(hidden))
             return add_residual(hidden, branches, self.options)
         if self.cross_attention is None:
-            return self.output(self.attention((hidden, *entries[1:])))
-        hidden = self.attention((hidden, entries[2]))
-        return self.output(self.cross_attention((hidden, entries[1], entries[3])))
+            attended = self.attention((hidden, *entries[1:]))
+        else:
+            attended = self.cross_attention((self.attention((hidden, entries[2])), entries[1], entries[3]))
+        result: torch.Tensor = self.output(attended)
+        return result
 
 
 @takes_options
@@ -277,7 +279,7 @@ class DistributedTransformer(FamilyModule):
     def _run(self, entries: Entries) -> torch.Tensor:
         if self.input_layernorm is not None:
             entries = (self.input_layernorm(entries[0]), *entries[1:])
-        hidden = self.seq_layers(entries)[0]
+        hidden: torch.Tensor = self.seq_layers(entries)[0]
         return hidden if self.output_layernorm is None else self.output_layernorm(hidden)
 
 

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from modelparallel.comm.collectives.replicated import (
     gather_whole_features,
     scale_gradient,
+    sum_into_slices,
     sum_parts,
     take_features,
     take_rows,
@@ -34,6 +34,7 @@ from modelparallel.comm.collectives.started import (
 from modelparallel.nn.family import FamilyModule
 from modelparallel.nn.linear_maps import column_linear
 from modelparallel.plan.rows import SplitSpec
+from modelparallel.torch_compat.functions import TensorFunction
 
 if TYPE_CHECKING:
     from modelparallel.comm.groups import Group
@@ -75,7 +76,7 @@ class VocabularyEmbedding(FamilyModule):
         else:
             embedded = F.embedding((ids - first).clamp(0, self.weight.shape[0] - 1), self.weight)
             embedded = embedded * is_own.unsqueeze(-1).to(embedded.dtype)
-        return _SumIntoSlices.apply(embedded, group) if self.is_memory else sum_parts(embedded, group)
+        return sum_into_slices(embedded, group) if self.is_memory else sum_parts(embedded, group)
 
     def extra_repr(self) -> str:
         """The global sizes and the local slice."""
@@ -220,23 +221,11 @@ class VocabularyHead(FamilyModule):
 
 def first_row(num_rows: int, group: Group) -> int:
     """The first row of the slice of a table of ``num_rows`` that this rank holds."""
-    return SplitSpec(0, (num_rows,)).ranges(group.rank_in_group, group.size)[0].start
+    row: int = SplitSpec(0, (num_rows,)).ranges(group.rank_in_group, group.size)[0].start
+    return row
 
 
-class _SumIntoSlices(Function):
-    """[.., H] of which each rank has a summand -> the own slice of the sum, [.., H/t]."""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: torch.Tensor, group: Group) -> torch.Tensor:
-        ctx.group = group
-        return start_reduce_blocks(tensor.chunk(group.size, -1), group).wait()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return gather_whole_features(grads[0], ctx.group), None
-
-
-class _LinearCrossEntropy(Function):
+class _LinearCrossEntropy(TensorFunction):
     """The cross-entropy of ``hidden @ weight.T + bias`` without any tensor of the logits' size but one.
 
     The slice of the logits is kept for backward, which turns it into its own gradient, in place. A second backward over

@@ -158,7 +158,7 @@ class FusedAdam(_FusedOptimizer):
         super().__init__(params, defaults, amsgrad, set_grad_none)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update the parameters that have gradients; returns what ``closure`` returns. Local."""
         loss = _evaluate(closure)
         for group in self.param_groups:
@@ -266,7 +266,7 @@ class FusedLAMB(_FusedOptimizer):
         super().__init__(params, defaults, amsgrad, set_grad_none)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update the parameters that have gradients; returns what ``closure`` returns. Local, or collective as
         ``norms`` is.
         """
@@ -373,7 +373,7 @@ class FusedNovoGrad(_FusedOptimizer):
         super().__init__(params, defaults, amsgrad, set_grad_none)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update the parameters that have gradients; returns what ``closure`` returns. Local, or collective as
         ``norms`` is.
         """

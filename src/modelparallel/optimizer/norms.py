@@ -48,5 +48,5 @@ class DistributedNorms:
         for model in self._runtime.models:
             row = model.table.row_of(parameter)
             if row is not None:
-                return row  # type: ignore[no-any-return]
+                return row
         return None

@@ -157,7 +157,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
     # What torch expects of an optimizer
 
     @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+    def param_groups(self) -> list[dict[str, Any]]:
         """The groups of the inner optimizer."""
         return self.optimizer.param_groups  # type: ignore[no-any-return]
 
@@ -166,7 +166,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
         self.optimizer.param_groups = groups
 
     @property
-    def state(self) -> Any:  # type: ignore[override]
+    def state(self) -> Any:
         """The state of the inner optimizer."""
         return self.optimizer.state
 
@@ -179,7 +179,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
         """The defaults of the inner optimizer."""
         return self.optimizer.defaults
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update the parameters that this rank holds; call it outside the step function, on every rank.
 
         With fp16 the update is skipped on all ranks if a gradient on any of them is not finite (``overflow``); with
@@ -556,7 +556,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
         """
         return optimizer_states.local_state_dict(self, gather_if_shard)
 
-    def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
+    def state_dict(self) -> dict[str, Any]:
         """The whole state, merged and un-sliced, on the CPU. Collective over MP_GROUP, and with sharded parameters or
         optimizer state over DP_GROUP, too: then all ranks of the world call it. Source: smp-api section 7.
         """
@@ -566,7 +566,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
         """The inner optimizer's own state dict. Local. Source: smp-api section 18."""
         return self.optimizer.state_dict()  # type: ignore[no-any-return]
 
-    def load_state_dict(self, state_dict: Mapping[str, Any], gather_if_shard: bool = True) -> None:  # type: ignore[override]
+    def load_state_dict(self, state_dict: Mapping[str, Any], gather_if_shard: bool = True) -> None:
         """Load a whole state, the partial one of this partition, or the shards of this rank, which are known as such
         whether ``gather_if_shard`` says so or not. Collective over MP_GROUP for a partial state, else local.
 

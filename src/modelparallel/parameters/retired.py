@@ -62,7 +62,7 @@ def without_retired(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
 def in_their_place(func: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """The arguments of an operation, with the parameters that stand for retired ones."""
     name: str = getattr(getattr(func, "__self__", None), "__name__", "") or getattr(func, "__name__", str(func))
-    replaced: Any = trees.map_leaves(
+    replaced: tuple[Any, dict[str, Any]] = trees.map_leaves(
         lambda leaf: _replacement(leaf, name) if isinstance(leaf, RetiredParameter) else leaf, (list(args), kwargs)
     )
     return replaced

@@ -14,7 +14,8 @@ import torch
 
 from modelparallel import trees
 from modelparallel.partitioning.costs import OPERATIONS_PER_CALL, UnitCosts, tensor_bytes
-from modelparallel.torch_compat import TorchDispatchMode, flop_registry
+from modelparallel.torch_compat import flop_registry
+from modelparallel.torch_compat.functions import DispatchMode
 from modelparallel.torch_compat.private_parts import (
     CPU_FLASH_ATTENTION,
     UNSAFE_VIEWS,
@@ -28,7 +29,7 @@ LOGGER = logging.getLogger("modelparallel.partitioning")
 aten = torch.ops.aten
 
 
-class OperationCounter(TorchDispatchMode):
+class OperationCounter(DispatchMode):
     """Calls ``report(flops, moved_bytes)`` for every operation that runs.
 
     Matrix products, convolutions and attention count by their floating-point operations (a multiply-add is two), all

@@ -286,7 +286,10 @@ def _share_outputs(engine: PipelineEngine, outputs: list[Any], program: Program,
                 if tensor.spec.requires_grad and not detach_outputs and home != engine.stage:
                     value.requires_grad_()
                 values[id(tensor)] = value.detach() if detach_outputs else value
-    return trees.map_leaves(lambda leaf: values[id(leaf)] if isinstance(leaf, StageTensor) else leaf, outputs)
+    whole: list[Any] = trees.map_leaves(
+        lambda leaf: values[id(leaf)] if isinstance(leaf, StageTensor) else leaf, outputs
+    )
+    return whole
 
 
 def _shared_values(

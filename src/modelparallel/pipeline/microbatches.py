@@ -146,4 +146,5 @@ def _sparse_part(leaf: torch.Tensor, axis: int, start: int, length: int, path: t
     rows = torch.arange(start, start + length, device=leaf.device)
     if leaf.layout is torch.sparse_coo:
         return leaf.index_select(axis, rows)
-    return leaf.to_sparse_coo().index_select(axis, rows).to_sparse(layout=leaf.layout)
+    chosen: torch.Tensor = leaf.to_sparse_coo().index_select(axis, rows)
+    return chosen.to_sparse(layout=leaf.layout)

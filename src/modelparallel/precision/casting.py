@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from modelparallel import trees
+from modelparallel.torch_compat.functions import unchanged, with_backward
 
 if TYPE_CHECKING:
     from modelparallel.config.table import Config
@@ -44,17 +45,6 @@ def cast_floating(values: Any, dtype: torch.dtype, only: torch.dtype | None = No
     return trees.map_leaves(cast, values)
 
 
-class _ScaledBackward(torch.autograd.Function):
-    @staticmethod
-    def forward(context: Any, tensor: torch.Tensor, scale_of: Any) -> torch.Tensor:
-        context.scale_of = scale_of
-        return tensor.view_as(tensor)
-
-    @staticmethod
-    def backward(context: Any, *gradients: Any) -> Any:
-        return gradients[0] * context.scale_of(), None
-
-
 def scaled_backward(values: Any, scale_of: Any) -> Any:
     """``values``, nested, whose gradients are multiplied by ``scale_of()`` on their way back.
 
@@ -63,7 +53,7 @@ def scaled_backward(values: Any, scale_of: Any) -> Any:
 
     def scaled(leaf: Any) -> Any:
         if isinstance(leaf, torch.Tensor) and leaf.requires_grad:
-            return _ScaledBackward.apply(leaf, scale_of)
+            return with_backward(leaf, unchanged, lambda gradient: gradient * scale_of())
         return leaf
 
     return trees.map_leaves(scaled, values)

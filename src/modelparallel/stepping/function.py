@@ -345,7 +345,10 @@ def _normal(leaf: Any) -> Any:
 
 
 def _on_device(arguments: Mapping[str, Any], device: torch.device) -> Mapping[str, Any]:
-    return trees.map_leaves(lambda leaf: leaf.to(device) if isinstance(leaf, torch.Tensor) else leaf, dict(arguments))
+    moved: dict[str, Any] = trees.map_leaves(
+        lambda leaf: leaf.to(device) if isinstance(leaf, torch.Tensor) else leaf, dict(arguments)
+    )
+    return moved
 
 
 def step(

@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 from modelparallel.errors import PartitionError, SMPConfigError, StepUsageError
-from modelparallel.model.views import ModuleView
+from modelparallel.model.views import viewed_module
 from modelparallel.model.wrapper import DistributedModel, wrapped_models
 from modelparallel.pipeline.values.holders import is_decoder_cache
 from modelparallel.recomputation.strategies import check_strategy, groups_of
@@ -137,7 +137,7 @@ def set_activation_checkpointing(
     """
     title = "smp.set_activation_checkpointing"
     _check_module(module, title)
-    module = object.__getattribute__(module, "_viewed") if type(module) is ModuleView else module
+    module = viewed_module(module)
     module = module.module if isinstance(module, DistributedModel) else module
     model = _model_of(module)
     options = _checked(module, _Options(preserve_rng_state, pack_args_as_tuple, strategy, policy), mode)

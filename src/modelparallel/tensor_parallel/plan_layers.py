@@ -91,7 +91,8 @@ class PlannedModule(DistributedModule):
         layer_class = next(
             base for base in type(self).__mro__ if base.__module__ == __name__ and base is not type(self)
         )
-        return _rebuilt, (layer_class, own_class), self.__getstate__()
+        own_state: Any = self.__getstate__
+        return _rebuilt, (layer_class, own_class), own_state()
 
     def _own_forward(self, *args: Any, **kwargs: Any) -> Any:
         return type(self)._smp_own_class.forward(self, *args, **kwargs)

@@ -34,7 +34,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.autograd import Function
 
 from modelparallel import trees
 from modelparallel.comm.collectives.agreed_random import default_generator, default_generator_at, derived_seed
@@ -52,6 +51,7 @@ from modelparallel.tensor_parallel.region_arguments import (
     substituted,
 )
 from modelparallel.torch_compat import DisableTorchFunctionSubclass
+from modelparallel.torch_compat.functions import TensorFunction
 
 if TYPE_CHECKING:
     from modelparallel.comm.groups import Group
@@ -239,7 +239,7 @@ def _differs_somewhere(joined_result: torch.Tensor, own_result: torch.Tensor, gr
     return any(row[0] for row in exchange_integers([int(is_other)], group, "a region"))
 
 
-class _Depend(Function):
+class _Depend(TensorFunction):
     """The first tensor, whose gradient also sets off the backward of the others: it has messages, all ranks join in."""
 
     @staticmethod

@@ -275,13 +275,14 @@ def _build(
 
 def _construct(name: str, distributed_class: Any, bound: inspect.BoundArguments) -> DistributedModule:
     try:
-        return distributed_class(*bound.args, **bound.kwargs)
+        module: DistributedModule = distributed_class(*bound.args, **bound.kwargs)
     except TensorParallelError as error:  # keep the class: not splittable means keep the original
         raise type(error)(f"module {name!r}: {error}") from error
     except TypeError as error:
         raise TensorParallelError(
             f"module {name!r}: constructing {distributed_class.__name__} with {sorted(bound.arguments)} failed: {error}"
         ) from error
+    return module
 
 
 def _known_arguments(

@@ -23,9 +23,6 @@ from torch._C import (  # the torch-function mode stack: modes are suspended whi
     _push_on_torch_function_stack,
 )
 from torch.utils._python_dispatch import (  # ThreadState hands the dispatch modes on
-    TorchDispatchMode as TorchDispatchMode,  # the trace counts operations below autograd
-)
-from torch.utils._python_dispatch import (
     _get_current_dispatch_mode_stack,
     _pop_mode,
     _push_mode,
@@ -203,8 +200,8 @@ def noticed_attributes(notice: Callable[[nn.Module, str, Any], bool]) -> Iterato
 
         return register
 
-    nn.Module.__setattr__ = assign  # type: ignore[method-assign, assignment]
-    nn.Module.__delattr__ = delete  # type: ignore[method-assign, assignment]
+    nn.Module.__setattr__ = assign  # type: ignore[method-assign]
+    nn.Module.__delattr__ = delete  # type: ignore[method-assign]
     for method, hooks in _REGISTER.items():
         setattr(nn.Module, method, registering(method, hooks))
     try:
@@ -305,13 +302,13 @@ def autocast_state() -> tuple[Any, ...]:
 @contextmanager
 def noticed_tensor_hooks(notice: Callable[[], None]) -> Iterator[None]:
     """Call ``notice`` where somebody registers a hook on a tensor: the graph does not show that it has one."""
-    original = torch.Tensor.register_hook
+    original: Callable[..., Any] = torch.Tensor.register_hook
 
     def register_hook(self: torch.Tensor, hook: Callable[..., Any]) -> Any:
         notice()
         return original(self, hook)
 
-    torch.Tensor.register_hook = register_hook  # type: ignore[method-assign, assignment]
+    torch.Tensor.register_hook = register_hook  # type: ignore[method-assign]
     try:
         yield
     finally:
@@ -438,7 +435,7 @@ def queue_backward_callback(callback: Callable[[], None]) -> None:
 
     DDP and FSDP finish their reductions with it, but it has no public name.
     """
-    torch.autograd.Variable._execution_engine.queue_callback(callback)  # type: ignore[attr-defined]
+    torch.autograd.Variable._execution_engine.queue_callback(callback)
 
 
 def num_storage_users(tensor: torch.Tensor) -> int:

@@ -35,7 +35,7 @@ def mend_dtensors() -> None:
     handlers.update(dict.fromkeys(_RANDOM, _draw))
     handlers[_aten.eye.m_out] = _make_into  # of torch.nn.init.eye_
     plain: Any = torch.Tensor.data
-    DTensor.data = property(plain.__get__, _assign_data)  # type: ignore[method-assign, assignment]
+    DTensor.data = property(plain.__get__, _assign_data)  # type: ignore[assignment]
 
 
 def _number_of(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -146,7 +146,7 @@ class FSDPParameter:
     def start(self) -> int:
         """Where this rank's elements begin in the flat parameter."""
         size, rank = self._inner.padded_sharded_param_size, self._inner.mesh_info.shard_mesh_rank
-        return min(rank * int(size.numel()), self.sharded.numel())
+        return min(int(rank * size.numel()), self.sharded.numel())
 
 
 class FSDPGroup:

@@ -13,7 +13,7 @@ aten: Any = torch.ops.aten
 #: How often a tensor was written to in place.
 version_of: Callable[[torch.Tensor], int] = torch.Tensor._version.__get__  # type: ignore[attr-defined]
 #: A tensor of a subclass that has no storage.
-make_wrapper: Callable[..., Any] = torch.Tensor._make_wrapper_subclass  # type: ignore[attr-defined]
+make_wrapper: Callable[..., Any] = torch.Tensor._make_wrapper_subclass
 #: The parts of a sparse tensor that may have an element several times.
 sparse_indices, sparse_values = torch.Tensor._indices, torch.Tensor._values
 

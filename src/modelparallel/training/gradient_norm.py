@@ -87,7 +87,7 @@ def clip_grad_norm_(
     """
     runtime = runtime_module.current()
     if isinstance(model, nn.Module):
-        wrapped = next((known for known in runtime.models if known is model), None)
+        wrapped = next((known for known in runtime.models if id(known) == id(model)), None)
         if wrapped is None:
             raise SMPConfigError(
                 f"smp.clip_grad_norm_: got a {type(model).__name__} that is not wrapped: pass the "

@@ -163,7 +163,8 @@ class RectangleReader:
             if path not in self._open:
                 self._open[path] = self._stack.enter_context(safe_open(path, framework="pt"))
             if not tensor.shape:
-                return self._open[path].get_tensor(tensor.name)
+                scalar: torch.Tensor = self._open[path].get_tensor(tensor.name)
+                return scalar
             places = tuple(slice(start, start + length) for start, length in zip(starts, lengths, strict=True))
             part: torch.Tensor = self._open[path].get_slice(tensor.name)[places]
             return part

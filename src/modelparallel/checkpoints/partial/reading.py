@@ -295,7 +295,7 @@ class OptimizerLoad:
         """What the optimizer has already (``there``), if that is such a tensor; new memory costs as much as reading."""
         wanted = target.tensor.shape, dtype, target.tensor.device
         if type(there) in (torch.Tensor, nn.Parameter) and (there.shape, there.dtype, there.device) == wanted:
-            room = there.detach()
+            room: torch.Tensor = there.detach()
         else:
             room = torch.empty(target.tensor.shape, dtype=dtype, device=target.tensor.device)
         tensor_entry(key, self._checkpoint.entries[key], row.full_shape)

@@ -42,7 +42,7 @@ class FileRecord:
     digest: str
 
 
-def new_digest() -> Any:
+def new_digest() -> xxhash.xxh3_128:
     """An empty xxh3_128 digest, to be updated with bytes. Local."""
     return xxhash.xxh3_128()
 
@@ -134,7 +134,8 @@ class WriteStream(io.BufferedIOBase):
         if isinstance(self._raw, io.BytesIO):
             raise io.UnsupportedOperation("fileno")
         try:
-            return self._raw.fileno()
+            descriptor: int = self._raw.fileno()
+            return descriptor
         except (AttributeError, OSError) as error:
             raise io.UnsupportedOperation("fileno") from error
 

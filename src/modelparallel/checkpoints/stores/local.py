@@ -80,9 +80,10 @@ class Store(ABC):
         """
         with self.open(name) as stream:
             try:
-                return stream.read()
+                data: bytes = stream.read()
             except OSError as error:
                 raise self._read_failure(name, error) from error
+        return data
 
     def write(self, name: str, data: bytes) -> FileRecord:
         """Put a file there, whole or not at all; an old one of that name is replaced.
@@ -92,7 +93,8 @@ class Store(ABC):
         """
         with self.open(name, "wb") as stream:
             stream.write(data)
-        return stream.record
+        record: FileRecord = stream.record
+        return record
 
     @abstractmethod
     def exists(self, name: str = "") -> bool:
@@ -429,7 +431,7 @@ class HashingFileSystem(FileSystemBase):
         self._failures: list[BaseException] = []
 
     @contextmanager
-    def create_stream(self, path: str | os.PathLike, mode: str) -> Iterator[Any]:  # type: ignore[override]
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[Any]:
         """Open a file; see `Store.open`. Local."""
         name = os.fspath(path)
         if mode == "rb":
@@ -455,41 +457,41 @@ class HashingFileSystem(FileSystemBase):
         if self._failures:
             raise self._failures[0]
 
-    def concat_path(self, path: str | os.PathLike, suffix: str) -> str:
+    def concat_path(self, path: str | os.PathLike[str], suffix: str) -> str:
         """The name `suffix` below the name `path`. Local."""
         base = os.fspath(path)
         return f"{base}/{suffix}" if base else suffix
 
-    def init_path(self, path: str | os.PathLike) -> str:
+    def init_path(self, path: str | os.PathLike[str]) -> str:
         """The name itself; "" is the store's root. Local."""
         return os.fspath(path)
 
-    def rename(self, path: str | os.PathLike, new_path: str | os.PathLike) -> None:
+    def rename(self, path: str | os.PathLike[str], new_path: str | os.PathLike[str]) -> None:
         """Give a file another name, and its record with it. Local."""
         old, new = os.fspath(path), os.fspath(new_path)
         self.store.rename_file(old, new)
         if old in self.records:
             self.records[new] = self.records.pop(old)
 
-    def mkdir(self, path: str | os.PathLike) -> None:
+    def mkdir(self, path: str | os.PathLike[str]) -> None:
         """Make a folder. Local."""
         self.store.make_folder(os.fspath(path))
 
-    def exists(self, path: str | os.PathLike) -> bool:
+    def exists(self, path: str | os.PathLike[str]) -> bool:
         """Is there a file of that name? Local."""
         return self.store.exists(os.fspath(path))
 
-    def rm_file(self, path: str | os.PathLike) -> None:
+    def rm_file(self, path: str | os.PathLike[str]) -> None:
         """Remove a file, and its record. Local."""
         self.store.remove(os.fspath(path))
         self.records.pop(os.fspath(path), None)
 
-    def ls(self, path: str | os.PathLike) -> list[str]:
+    def ls(self, path: str | os.PathLike[str]) -> list[str]:
         """The names directly below a folder. Local."""
         folder = os.fspath(path)
         return [self.concat_path(folder, name) for name in self.store.names(folder)]
 
     @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike) -> bool:
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
         """Whether this class opens the path by itself: no, it needs a store. Local."""
         return False

@@ -26,7 +26,6 @@ from modelparallel.checkpoints.partial.user_content import (
     saved_bytes,
 )
 from modelparallel.checkpoints.stores.completion import (
-    CompletionRecord,
     Draft,
     file_of,
     is_unfinished,
@@ -34,6 +33,7 @@ from modelparallel.checkpoints.stores.completion import (
     read_record,
     write_newest,
 )
+from modelparallel.checkpoints.stores.completion_record import CompletionRecord
 from modelparallel.checkpoints.stores.file_streams import FileRecord, shown
 from modelparallel.checkpoints.stores.local import Store
 from modelparallel.checkpoints.stores.opening import open_store

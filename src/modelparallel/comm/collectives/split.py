@@ -17,22 +17,26 @@ Every function here is collective over ``group``; ranks must call them in the sa
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch.autograd import Function
 
-from modelparallel.comm.collectives.replicated import scale_gradient, share, sum_parts
+from modelparallel.comm.collectives.replicated import (
+    gathered_features,
+    gathered_rows,
+    scale_gradient,
+    share,
+    sum_parts,
+    summed_features,
+)
 from modelparallel.comm.collectives.started import (
     exchange_integers,
-    start_gather_blocks,
-    start_gather_rows,
     start_merge_features,
-    start_reduce_blocks,
     start_reduce_rows,
     start_split_features,
 )
 from modelparallel.errors import TensorParallelError
+from modelparallel.torch_compat.functions import with_backward
 
 if TYPE_CHECKING:
     from modelparallel.comm.groups import Group
@@ -56,12 +60,12 @@ def all_gather(tensor: torch.Tensor, group: Group, dim: int = 0, counts: Sequenc
     if group.size == 1:
         return tensor
     rows = tensor.movedim(dim, 0)
-    return _GatherRows.apply(rows, group, _checked_counts("all_gather", rows, counts, group)).movedim(0, dim)
+    return _gather_rows(rows, group, _checked_counts("all_gather", rows, counts, group)).movedim(0, dim)
 
 
 def gather_features(tensor: torch.Tensor, group: Group) -> torch.Tensor:
     """[.., F/t] of all ranks side by side, [.., F]. Backward: the sum of all ranks' gradients of the own slice."""
-    return tensor if group.size == 1 else _GatherFeatures.apply(tensor, group)
+    return tensor if group.size == 1 else with_backward(tensor, gathered_features, summed_features, group)
 
 
 def reduce_scatter(
@@ -74,7 +78,7 @@ def reduce_scatter(
     if group.size == 1:
         return tensor
     rows = tensor.movedim(dim, 0)
-    return _ReduceRows.apply(rows, group, _checked_parts("reduce_scatter", rows, counts, group)).movedim(0, dim)
+    return _reduce_rows(rows, group, _checked_parts("reduce_scatter", rows, counts, group)).movedim(0, dim)
 
 
 def split_features(matrix: torch.Tensor, group: Group, counts: Sequence[int] | None = None) -> torch.Tensor:
@@ -89,7 +93,7 @@ def split_features(matrix: torch.Tensor, group: Group, counts: Sequence[int] | N
             f"features: "
             "it needs 2 dims, the second divisible by the tensor parallel degree"
         )
-    return _SplitFeatures.apply(matrix, group, _checked_counts("split_features", matrix, counts, group))
+    return _split_features(matrix, group, _checked_counts("split_features", matrix, counts, group))
 
 
 def merge_features(matrix: torch.Tensor, group: Group, counts: Sequence[int] | None = None) -> torch.Tensor:
@@ -98,7 +102,7 @@ def merge_features(matrix: torch.Tensor, group: Group, counts: Sequence[int] | N
         return matrix
     if matrix.dim() != 2:
         raise TensorParallelError(f"merge_features: a tensor of shape {tuple(matrix.shape)} does not have 2 dims")
-    return _MergeFeatures.apply(matrix, group, _checked_parts("merge_features", matrix, counts, group))
+    return _merge_features(matrix, group, _checked_parts("merge_features", matrix, counts, group))
 
 
 def all_reduce(tensor: torch.Tensor, group: Group, *, has_equal_gradients: bool = False) -> torch.Tensor:
@@ -116,59 +120,32 @@ def average_gradient(tensor: torch.Tensor, group: Group) -> torch.Tensor:
     return share(scale_gradient(tensor, 1.0 / group.size), group)
 
 
-class _GatherRows(Function):
-    @staticmethod
-    def forward(ctx: Any, rows: torch.Tensor, group: Group, counts: tuple[int, ...]) -> torch.Tensor:
-        ctx.group, ctx.counts = group, counts
-        return start_gather_rows(rows, group, counts).wait()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return _ReduceRows.apply(grads[0], ctx.group, ctx.counts), None, None
+def _gather_rows(rows: torch.Tensor, group: Group, counts: Sequence[int]) -> torch.Tensor:
+    return with_backward(rows, gathered_rows, _reduce_rows, group, counts)
 
 
-class _GatherFeatures(Function):
-    @staticmethod
-    def forward(ctx: Any, tensor: torch.Tensor, group: Group) -> torch.Tensor:
-        ctx.group = group
-        return start_gather_blocks(tensor, group).wait()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return start_reduce_blocks(grads[0].chunk(ctx.group.size, -1), ctx.group).wait(), None
+def _reduce_rows(rows: torch.Tensor, group: Group, counts: Sequence[int]) -> torch.Tensor:
+    return with_backward(rows, _reduced_rows, _gather_rows, group, counts)
 
 
-class _ReduceRows(Function):
-    @staticmethod
-    def forward(ctx: Any, rows: torch.Tensor, group: Group, counts: tuple[int, ...]) -> torch.Tensor:
-        ctx.group, ctx.counts = group, counts
-        return start_reduce_rows(rows, group, counts).wait()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return _GatherRows.apply(grads[0], ctx.group, ctx.counts), None, None
+def _reduced_rows(rows: torch.Tensor, group: Group, counts: Sequence[int]) -> torch.Tensor:
+    return start_reduce_rows(rows, group, counts).wait()
 
 
-class _SplitFeatures(Function):
-    @staticmethod
-    def forward(ctx: Any, matrix: torch.Tensor, group: Group, counts: tuple[int, ...]) -> torch.Tensor:
-        ctx.group, ctx.counts = group, counts
-        return start_split_features(matrix, group, counts).wait()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return _MergeFeatures.apply(grads[0], ctx.group, ctx.counts), None, None
+def _split_features(matrix: torch.Tensor, group: Group, counts: Sequence[int]) -> torch.Tensor:
+    return with_backward(matrix, _split, _merge_features, group, counts)
 
 
-class _MergeFeatures(Function):
-    @staticmethod
-    def forward(ctx: Any, matrix: torch.Tensor, group: Group, counts: tuple[int, ...]) -> torch.Tensor:
-        ctx.group, ctx.counts = group, counts
-        return start_merge_features(matrix, group, counts).wait()
+def _split(matrix: torch.Tensor, group: Group, counts: Sequence[int]) -> torch.Tensor:
+    return start_split_features(matrix, group, counts).wait()
 
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return _SplitFeatures.apply(grads[0], ctx.group, ctx.counts), None, None
+
+def _merge_features(matrix: torch.Tensor, group: Group, counts: Sequence[int]) -> torch.Tensor:
+    return with_backward(matrix, _merged, _split_features, group, counts)
+
+
+def _merged(matrix: torch.Tensor, group: Group, counts: Sequence[int]) -> torch.Tensor:
+    return start_merge_features(matrix, group, counts).wait()
 
 
 def _checked_counts(what: str, rows: torch.Tensor, counts: Sequence[int] | None, group: Group) -> tuple[int, ...]:

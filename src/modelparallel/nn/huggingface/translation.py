@@ -94,7 +94,7 @@ class TensorNames:
 
     def to_hf(self, state: Mapping[str, Any]) -> Sequence[Any]:
         """The tensors of transformers, from a dict of ours."""
-        tensor = state[self.smp]
+        tensor: torch.Tensor = state[self.smp]
         if self.rule.form is Form.APART:
             return tensor.chunk(len(self.hf))
         return (tensor.t() if self.rule.form is not Form.SAME and self.kind == "weight" else tensor,)

@@ -195,7 +195,7 @@ class StageTensor(torch.Tensor):
         aliases: AliasGroup | None = None,
     ) -> StageTensor:
         device = program.device if spec.device_type == program.device_type else torch.device(spec.device_type)
-        result = make_wrapper(cls, spec.shape, strides=spec.stride, dtype=spec.dtype, device=device)
+        result: StageTensor = make_wrapper(cls, spec.shape, strides=spec.stride, dtype=spec.dtype, device=device)
         result.program = program
         result.spec = spec
         result.home = home
