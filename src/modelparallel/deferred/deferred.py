@@ -34,13 +34,13 @@ from modelparallel.deferred.tape import (
     Reference,
     StorageLayout,
     TapeStorage,
-    default_generator,
     needed_for,
     replay,
 )
 from modelparallel.errors import DeferredTensorError
 from modelparallel.torch_compat import DisableTorchFunctionSubclass, dispatch_modes_off, swap_contents
 from modelparallel.torch_compat.functions import DispatchMode
+from modelparallel.torch_compat.generators import default_generator
 from modelparallel.torch_compat.private_parts import ABOUT_SHAPES, make_wrapper, packet_of, schema_of, version_of
 
 aten = torch.ops.aten

@@ -24,6 +24,7 @@ from modelparallel import trees
 from modelparallel.deferred.host_heap import FreedMemory
 from modelparallel.errors import DeferredTensorError
 from modelparallel.torch_compat import dispatch_modes_off
+from modelparallel.torch_compat.generators import default_generator
 from modelparallel.torch_compat.private_parts import version_of
 
 
@@ -227,11 +228,3 @@ def _run(operation: Operation, values: dict[tuple[int, int], torch.Tensor]) -> A
             stack.callback(generator.set_state, generator.get_state())
             generator.set_state(operation.random.state)
         return operation.function(*arguments, **keywords)
-
-
-def default_generator(device: torch.device) -> torch.Generator:
-    """The generator that operations on ``device`` draw from."""
-    if device.type == "cuda":
-        index = torch.cuda.current_device() if device.index is None else device.index
-        return torch.cuda.default_generators[index]
-    return torch.default_generator

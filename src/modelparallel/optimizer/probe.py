@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from modelparallel.errors import SMPConfigError
+from modelparallel.torch_compat.generators import drawn_from, states_of
 
 if TYPE_CHECKING:
     from modelparallel.plan.rows import ParameterRow
@@ -194,16 +195,16 @@ class OptimizerProbe:
     ) -> dict[str, Any] | None:
         """All numbers after the call on a copy that has ``stand_ins`` (the last for ``kept``) alone; None: unknown."""
         known = {id(tensor) for group in self._optimizer.param_groups for tensor in group["params"]}
-        devices = [kept.device] if kept.is_cuda else []
-        with torch.random.fork_rng(devices=devices):
-            before = [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in devices)]
+        devices = drawn_from(kept.device)
+        with torch.random.fork_rng(devices=devices[1:]):
+            before = states_of(devices)
             try:
                 copied = _Copier(known, kept, stand_ins).optimizer(self._optimizer)
                 result = getattr(type(copied), name)(copied, *args, **kwargs)
             except Exception as error:  # the copy lacks something; the call itself is not to fail for that
                 self.doubt = self.doubt or f"{type(error).__name__}: {error}"
                 return None
-            after = [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in devices)]
+            after = states_of(devices)
         if not all(torch.equal(*pair) for pair in zip(before, after, strict=True)):
             self.doubt = self.doubt or "it draws random numbers"
             return None

@@ -7,8 +7,6 @@ the states of the random generators are put back afterwards, also when the body 
 from __future__ import annotations
 
 import logging
-import random
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -25,6 +23,7 @@ from modelparallel.parameters.table import waits_for_storage
 from modelparallel.partitioning.costs import Flow, Trace, sizes_only, tensor_bytes
 from modelparallel.partitioning.operations import OperationCounter, StorageSet, Traffic, storage_of
 from modelparallel.partitioning.units import direct_tensors, has_weights
+from modelparallel.torch_compat.generators import SavedGenerators
 from modelparallel.torch_compat.private_parts import (
     names_of_temporary_buffers,
     set_names_of_temporary_buffers,
@@ -121,21 +120,13 @@ def untouched(root: nn.Module) -> Iterator[Callable[[], tuple[str, ...]]]:
 @contextmanager
 def random_states_kept() -> Iterator[None]:
     """Put the random generators of torch (CPU and every GPU in use), Python and numpy back on exit."""
-    cpu = torch.get_rng_state()
     has_cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
-    gpus = torch.cuda.get_rng_state_all() if has_cuda else []
-    python = random.getstate()
-    numpy: Any = sys.modules.get("numpy.random")
-    numpy_state = numpy.get_state() if numpy is not None else None
+    gpus = [torch.device("cuda", index) for index in range(torch.cuda.device_count())] if has_cuda else []
+    saved = SavedGenerators([torch.device("cpu"), *gpus], has_numpy=True)
     try:
         yield
     finally:
-        torch.set_rng_state(cpu)
-        if gpus:
-            torch.cuda.set_rng_state_all(gpus)
-        random.setstate(python)
-        if numpy is not None:
-            numpy.set_state(numpy_state)
+        saved.restore()
 
 
 @contextmanager

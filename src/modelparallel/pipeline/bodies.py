@@ -10,8 +10,6 @@ per body.
 from __future__ import annotations
 
 import contextvars
-import random
-import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -20,6 +18,7 @@ import torch
 
 from modelparallel.pipeline.program.program import NeededMessage, Program
 from modelparallel.torch_compat import ThreadState
+from modelparallel.torch_compat.generators import SavedGenerators
 
 
 class AbandonedBody(BaseException):
@@ -133,16 +132,13 @@ class ThreadBody(Body):
 
 def _process_state(program: Program) -> tuple[Any, ...]:
     """What the process has one of and each body its own."""
-    numpy = sys.modules.get("numpy")
-    return (program.engine.leave(), random.getstate(), None if numpy is None else numpy.random.get_state())
+    return (program.engine.leave(), SavedGenerators((), has_numpy=True))
 
 
 def _restore_process_state(program: Program, saved: tuple[Any, ...]) -> None:
-    engine_state, python_random, numpy_random = saved
+    engine_state, generators = saved
     program.engine.enter(engine_state)
-    random.setstate(python_random)
-    if numpy_random is not None:
-        sys.modules["numpy"].random.set_state(numpy_random)
+    generators.restore()
 
 
 class _Worker(threading.Thread):

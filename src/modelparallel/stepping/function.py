@@ -21,10 +21,11 @@ from modelparallel.pipeline.inputs import share_inputs
 from modelparallel.pipeline.lockstep import check_microbatches
 from modelparallel.pipeline.loss_weights import shares
 from modelparallel.pipeline.microbatches import Microbatches, slice_objects, split
-from modelparallel.pipeline.program.randomness import RandomFrames, SavedGenerators
+from modelparallel.pipeline.program.randomness import RandomFrames
 from modelparallel.pipeline.side_doors.kept_state import KeptState
 from modelparallel.stepping.output import merge_outputs
 from modelparallel.torch_compat import DisableTorchFunctionSubclass
+from modelparallel.torch_compat.generators import SavedGenerators, drawn_from
 from modelparallel.training import runtime as runtime_module
 from modelparallel.training.memory_report import explaining_memory
 from modelparallel.training.participants import RunningStep
@@ -277,7 +278,7 @@ class StepFunction:
         runtime.step = running
         num_microbatches = len(microbatches.arguments)
         frames = [RandomFrames(device, seed, number, dp_rank, index) for index in range(num_microbatches)]
-        saved = SavedGenerators(device, has_numpy=runtime.is_pipelined)
+        saved = SavedGenerators(drawn_from(device), has_numpy=runtime.is_pipelined)
 
         def call(index: int) -> Any:
             arguments = microbatches.arguments[index]

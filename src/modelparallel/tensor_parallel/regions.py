@@ -36,7 +36,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from modelparallel import trees
-from modelparallel.comm.collectives.agreed_random import default_generator, default_generator_at, derived_seed
+from modelparallel.comm.collectives.agreed_random import default_generator_at, derived_seed
 from modelparallel.comm.collectives.split import all_gather, all_reduce, average_gradient, reduce_scatter
 from modelparallel.comm.collectives.started import exchange_integers
 from modelparallel.errors import TensorParallelError
@@ -52,6 +52,7 @@ from modelparallel.tensor_parallel.region_arguments import (
 )
 from modelparallel.torch_compat import DisableTorchFunctionSubclass
 from modelparallel.torch_compat.functions import TensorFunction
+from modelparallel.torch_compat.generators import default_generator
 
 if TYPE_CHECKING:
     from modelparallel.comm.groups import Group

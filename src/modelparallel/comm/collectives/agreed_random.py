@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from modelparallel.comm.collectives.started import exchange_integers
+from modelparallel.torch_compat.generators import default_generator
 
 if TYPE_CHECKING:
     from modelparallel.comm.groups import Group
@@ -35,11 +36,6 @@ def derived_seed(seed: int, *what: int) -> int:
 def generator_of(seed: int, device: torch.device) -> torch.Generator:
     """A generator of its own that starts at ``seed``."""
     return torch.Generator(device=device).manual_seed(seed)
-
-
-def default_generator(device: torch.device) -> torch.Generator:
-    """The generator that random operations on ``device`` draw from."""
-    return torch.cuda.default_generators[device.index or 0] if device.type == "cuda" else torch.default_generator
 
 
 @contextmanager

@@ -131,22 +131,3 @@ class RandomFrames:
         torch.default_generator.manual_seed(value)
         if self.device.type == "cuda":
             torch.cuda.default_generators[self.device.index or 0].manual_seed(value)
-
-
-class SavedGenerators:
-    """The states of the default generators (torch's, Python's and, if asked for, numpy's), to be put back."""
-
-    def __init__(self, device: torch.device, *, has_numpy: bool) -> None:
-        self._device = device
-        self._cpu = torch.default_generator.get_state()
-        self._cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-        self._python = random.getstate()
-        self._numpy = sys.modules["numpy"].random.get_state() if has_numpy and "numpy" in sys.modules else None
-
-    def restore(self) -> None:
-        torch.default_generator.set_state(self._cpu)
-        if self._cuda is not None:
-            torch.cuda.set_rng_state(self._cuda, self._device)
-        random.setstate(self._python)
-        if self._numpy is not None:
-            sys.modules["numpy"].random.set_state(self._numpy)

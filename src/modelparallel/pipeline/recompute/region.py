@@ -30,11 +30,11 @@ from modelparallel.errors import RecomputationError
 from modelparallel.pipeline.operations.running_stage import RunningStage
 from modelparallel.pipeline.program.first_run import ActivationStore, KeptTensor, KeptValue, Record
 from modelparallel.pipeline.program.program import Program
-from modelparallel.pipeline.program.randomness import SavedGenerators
 from modelparallel.pipeline.recompute.second_run import ReplayProgram
 from modelparallel.pipeline.values.buffers import KeptBuffers
 from modelparallel.pipeline.values.stage_tensor import StageTensor
 from modelparallel.torch_compat import ThreadState
+from modelparallel.torch_compat.generators import SavedGenerators, drawn_from
 
 #: (around the first run, around the second run), as torch's create_selective_checkpoint_contexts makes them.
 Contexts = tuple[AbstractContextManager[Any], AbstractContextManager[Any]]
@@ -100,7 +100,7 @@ class RecomputedRegion:
         self._buffers: list[KeptBuffers] = []
         self._thread_state = ThreadState()
         self._thread_state.keep_dispatch_modes()
-        self._generators = SavedGenerators(engine.device, has_numpy=self._record is not None)
+        self._generators = SavedGenerators(drawn_from(engine.device), has_numpy=self._record is not None)
         self._preserves_random = preserves_random or self._record is not None
         self._frames = None if engine.frames is None else engine.frames.at_this_point()
         self._holders: list[weakref.ref[_Holder]] = []
@@ -199,7 +199,7 @@ class RecomputedRegion:
         function, engine = self._function, self._engine
         if function is None:
             raise RecomputationError(f"{self._what} was recomputed and is needed again; please report this")
-        outside = SavedGenerators(engine.device, has_numpy=self._record is not None)
+        outside = SavedGenerators(drawn_from(engine.device), has_numpy=self._record is not None)
         state, assigned = engine.leave(), engine.assigned_buffers()
         program = self._program
         if self._record is not None and program is not None:
