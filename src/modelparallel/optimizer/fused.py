@@ -12,6 +12,7 @@ Where a process holds slices of parameters, or part of the model, ``norms`` says
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -20,6 +21,7 @@ from torch.optim.adam import adam
 
 from modelparallel.errors import SMPConfigError
 from modelparallel.torch_compat.private_parts import (
+    by_kind,
     foreach_add,
     foreach_add_,
     foreach_addcmul_,
@@ -72,6 +74,26 @@ class _FusedOptimizer(torch.optim.Optimizer):
         super().zero_grad(self.set_grad_none if set_to_none is None else set_to_none)
 
     @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update the parameters that have gradients; returns what ``closure`` returns. Local, or, with ``norms``,
+        collective as those are.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._update_groups()
+        return loss
+
+    def _update_groups(self) -> None:
+        for group in self.param_groups:
+            self._update(group, self._trained(group))
+
+    @abstractmethod
+    def _update(self, group: Mapping[str, Any], parameters: list[torch.Tensor]) -> None:
+        """Update the parameters of a group that have gradients."""
+
+    @torch.no_grad()
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """As in torch, but moments of half-precision parameters are not rounded to the parameters' dtype."""
         super().load_state_dict(dict(state_dict))
@@ -112,6 +134,11 @@ class _FusedOptimizer(torch.optim.Optimizer):
             state["step"] = torch.zeros((), dtype=torch.float32)
         state["step"] += 1
         return float(state["step"])
+
+
+class _OptimizerWithNorms(_FusedOptimizer):
+    is_elementwise = False
+    norms: Norms | None = None
 
 
 class FusedAdam(_FusedOptimizer):
@@ -157,23 +184,14 @@ class FusedAdam(_FusedOptimizer):
         }  # fmt: skip
         super().__init__(params, defaults, amsgrad, set_grad_none)
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update the parameters that have gradients; returns what ``closure`` returns. Local."""
-        loss = _evaluate(closure)
-        for group in self.param_groups:
-            by_kind: dict[tuple[torch.device, torch.dtype, torch.dtype], list[torch.Tensor]] = {}
-            for parameter in self._trained(group):
-                assert parameter.grad is not None
-                kind = (parameter.device, parameter.dtype, parameter.grad.dtype)
-                by_kind.setdefault(kind, []).append(parameter)
-            for (device, dtype, grad_dtype), parameters in by_kind.items():
-                has_kernel = device.type in _FUSED_DEVICES and dtype == grad_dtype and dtype not in _HALF
-                if has_kernel and group["bias_correction"]:
-                    self._fused_update(group, parameters)
-                else:
-                    self._update(group, parameters)
-        return loss
+    def _update(self, group: Mapping[str, Any], parameters: list[torch.Tensor]) -> None:
+        kinds = by_kind(parameters, lambda parameter: (parameter.device, parameter.dtype, _gradient(parameter).dtype))
+        for (device, dtype, grad_dtype), members in kinds.items():
+            has_kernel = device.type in _FUSED_DEVICES and dtype == grad_dtype and dtype not in _HALF
+            if has_kernel and group["bias_correction"]:
+                self._fused_update(group, members)
+            else:
+                self._plain_update(group, members)
 
     def _fused_update(self, group: Mapping[str, Any], parameters: list[torch.Tensor]) -> None:
         steps = []
@@ -186,7 +204,7 @@ class FusedAdam(_FusedOptimizer):
             steps.append(state["step"])
         adam(
             parameters,
-            [parameter.grad for parameter in parameters if parameter.grad is not None],
+            [_gradient(parameter) for parameter in parameters],
             [self._moment(parameter, "exp_avg") for parameter in parameters],
             [self._moment(parameter, "exp_avg_sq") for parameter in parameters],
             [],
@@ -202,7 +220,7 @@ class FusedAdam(_FusedOptimizer):
             decoupled_weight_decay=self.adam_w_mode,
         )
 
-    def _update(self, group: Mapping[str, Any], parameters: list[torch.Tensor]) -> None:
+    def _plain_update(self, group: Mapping[str, Any], parameters: list[torch.Tensor]) -> None:
         lr, decay, (beta1, beta2) = float(group["lr"]), group["weight_decay"], group["betas"]
         values, gradients = _exact_values(parameters), _exact_gradients(parameters)
         if self.master_weights:
@@ -223,7 +241,7 @@ class FusedAdam(_FusedOptimizer):
         _store(parameters, values)
 
 
-class FusedLAMB(_FusedOptimizer):
+class FusedLAMB(_OptimizerWithNorms):
     """LAMB (You et al. 2020): AdamW whose step is scaled, per parameter, by |parameter| / |update|; apex's signature.
 
     Gradients are clipped first, all together, to the norm ``max_grad_norm`` (None or 0: not). The scale is 1 where
@@ -239,9 +257,6 @@ class FusedLAMB(_FusedOptimizer):
 
     Source: smp-api section 7.
     """
-
-    is_elementwise = False
-    norms: Norms | None = None
 
     def __init__(
         self,
@@ -265,19 +280,13 @@ class FusedLAMB(_FusedOptimizer):
         }  # fmt: skip
         super().__init__(params, defaults, amsgrad, set_grad_none)
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update the parameters that have gradients; returns what ``closure`` returns. Local, or collective as
-        ``norms`` is.
-        """
-        loss = _evaluate(closure)
+    def _update_groups(self) -> None:
         total: torch.Tensor | None = None
         for group in self.param_groups:
-            limit = group["max_grad_norm"]
-            if limit is not None and limit > 0 and total is None:
+            is_clipped = group["max_grad_norm"] is not None and group["max_grad_norm"] > 0
+            if is_clipped and total is None:
                 total = self._gradient_norm()
-            self._update(group, total if limit is not None and limit > 0 else None)
-        return loss
+            self._update(group, self._trained(group), total if is_clipped else None)
 
     def _gradient_norm(self) -> torch.Tensor:
         parameters = [parameter for group in self.param_groups for parameter in self._trained(group)]
@@ -285,9 +294,10 @@ class FusedLAMB(_FusedOptimizer):
             return self.norms.gradient_norm(parameters)
         return _norms(_exact_gradients(parameters)).square().sum().sqrt()
 
-    def _update(self, group: Mapping[str, Any], total: torch.Tensor | None) -> None:
+    def _update(
+        self, group: Mapping[str, Any], parameters: list[torch.Tensor], total: torch.Tensor | None = None
+    ) -> None:
         lr, decay, (beta1, beta2) = float(group["lr"]), group["weight_decay"], group["betas"]
-        parameters = self._trained(group)
         values, gradients = _exact_values(parameters), _exact_gradients(parameters)
         if total is not None:
             scale = torch.clamp(group["max_grad_norm"] / total, max=1.0)
@@ -326,7 +336,7 @@ class FusedLAMB(_FusedOptimizer):
 FusedLamb = FusedLAMB
 
 
-class FusedNovoGrad(_FusedOptimizer):
+class FusedNovoGrad(_OptimizerWithNorms):
     """NovoGrad (Ginsburg et al. 2019): gradients are divided by a running norm per parameter; apex's signature.
 
     Local as it is; wrapped in ``smp.DistributedOptimizer`` a step is collective, since the norms are those of whole
@@ -344,9 +354,6 @@ class FusedNovoGrad(_FusedOptimizer):
 
     Source: smp-api section 7.
     """
-
-    is_elementwise = False
-    norms: Norms | None = None
 
     def __init__(
         self,
@@ -372,19 +379,8 @@ class FusedNovoGrad(_FusedOptimizer):
         }  # fmt: skip
         super().__init__(params, defaults, amsgrad, set_grad_none)
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update the parameters that have gradients; returns what ``closure`` returns. Local, or collective as
-        ``norms`` is.
-        """
-        loss = _evaluate(closure)
-        for group in self.param_groups:
-            self._update(group)
-        return loss
-
-    def _update(self, group: Mapping[str, Any]) -> None:
+    def _update(self, group: Mapping[str, Any], parameters: list[torch.Tensor]) -> None:
         lr, decay, (beta1, beta2) = float(group["lr"]), group["weight_decay"], group["betas"]
-        parameters = self._trained(group)
         gradients = _exact_gradients(parameters)
         norms = _norms(gradients, self.norm_type)
         if self.norm_type == 2:
@@ -433,13 +429,6 @@ def _check_range(name: str, what: str, value: float, low: float) -> None:
         raise SMPConfigError(f"{name}: {what} must be >= {low:g}, got {value!r}")
 
 
-def _evaluate(closure: Callable[[], Any] | None) -> Any:
-    if closure is None:
-        return None
-    with torch.enable_grad():
-        return closure()
-
-
 def _exact(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in _HALF else dtype
 
@@ -449,10 +438,13 @@ def _exact_values(parameters: Iterable[torch.Tensor]) -> list[torch.Tensor]:
     return [parameter.detach().to(_exact(parameter.dtype)) for parameter in parameters]
 
 
+def _gradient(parameter: torch.Tensor) -> torch.Tensor:
+    assert parameter.grad is not None
+    return parameter.grad
+
+
 def _exact_gradients(parameters: Iterable[torch.Tensor]) -> list[torch.Tensor]:
-    return [
-        parameter.grad.detach().to(_exact(parameter.dtype)) for parameter in parameters if parameter.grad is not None
-    ]
+    return [_gradient(parameter).detach().to(_exact(parameter.dtype)) for parameter in parameters]
 
 
 def _store(parameters: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> None:

@@ -18,7 +18,9 @@ from modelparallel import trees
 from modelparallel.comm.stages.transport import MessageKind, MessageName, StageTransport
 from modelparallel.errors import StepUsageError
 from modelparallel.pipeline.batch_lists import SlicedObject
+from modelparallel.pipeline.values.in_place import element_range
 from modelparallel.pipeline.values.stage_tensor import TensorSpec, is_dense
+from modelparallel.pipeline.values.structures import TensorPickler
 from modelparallel.pipeline.values.wire import TENSORS_PER_MESSAGE, pack, receive_tensors
 from modelparallel.torch_compat.private_parts import sparse_indices, sparse_values
 
@@ -50,19 +52,10 @@ class _PackedTensor:
     offset: int
 
 
-class _TensorPickler(pickle.Pickler):
-    def __init__(self, file: io.BytesIO) -> None:
-        super().__init__(file, protocol=5)
-        self.tensors: list[torch.Tensor] = []
-        self._indices: dict[int, int] = {}
-
+class _InputPickler(TensorPickler):
     def persistent_id(self, value: Any) -> Any:
         if isinstance(value, torch.Tensor) and value.layout is torch.strided and not value.is_nested:
-            # The same object twice stays one object: what the body writes to it is seen under both names.
-            if id(value) not in self._indices:
-                self._indices[id(value)] = len(self.tensors)
-                self.tensors.append(value)
-            return self._indices[id(value)]
+            return self.taken_out(value)
         return None
 
     def reducer_override(self, value: Any) -> Any:
@@ -93,7 +86,7 @@ def _sparse_tensor(
     return torch.sparse_compressed_tensor(outer, inner, values, shape, layout=layout)
 
 
-class _TensorUnpickler(pickle.Unpickler):
+class _InputUnpickler(pickle.Unpickler):
     def __init__(self, file: io.BytesIO, tensors: list[torch.Tensor]) -> None:
         super().__init__(file)
         self._tensors = tensors
@@ -115,11 +108,11 @@ def _in_parts(tensors: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[Ten
     for members in sharing.values():
         if len(members) == 1:
             continue
-        first = min(tensors[index].storage_offset() for index in members)
-        last = max(_last_element(tensors[index]) for index in members)
+        ranges = [element_range(tensors[index]) for index in members]
+        first, last = min(start for start, _ in ranges), max(end for _, end in ranges)
         for index in members:
             tensor = tensors[index]
-            parts[index] = _PackedTensor(len(travelling), TensorSpec.of(tensor), int(tensor.storage_offset() - first))
+            parts[index] = _PackedTensor(len(travelling), TensorSpec.of(tensor), int(tensor.storage_offset()) - first)
         travelling.append(tensors[members[0]].detach().as_strided((last + 1 - first,), (1,), first))
     for index, tensor in enumerate(tensors):
         if index not in parts:
@@ -127,11 +120,6 @@ def _in_parts(tensors: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[Ten
             travelling.append(tensor.detach())
     specs = [TensorSpec.of(tensor) for tensor in travelling]
     return travelling, specs, [parts[index] for index in range(len(tensors))]
-
-
-def _last_element(tensor: torch.Tensor) -> int:
-    steps = sum((length - 1) * step for length, step in zip(tensor.shape, tensor.stride(), strict=True))
-    return int(tensor.storage_offset()) + steps
 
 
 def _from_parts(received: list[torch.Tensor], parts: Sequence[_PackedTensor]) -> list[torch.Tensor]:
@@ -185,7 +173,7 @@ def share_inputs(
         return _unpickled(envelope.payload, _from_parts(tensors, envelope.parts), arguments)
     travelling = trees.map_leaves_with_path(lambda path, leaf: leaf if _travels(leaf) else _OwnObject(path), arguments)
     file = io.BytesIO()
-    pickler = _TensorPickler(file)
+    pickler = _InputPickler(file)
     try:
         pickler.dump((travelling, extra))
     except (pickle.PicklingError, AttributeError, TypeError) as error:
@@ -216,7 +204,7 @@ def share_inputs(
 
 
 def _unpickled(payload: bytes, tensors: list[torch.Tensor], arguments: dict[str, Any]) -> tuple[dict[str, Any], Any]:
-    shared, extra = _TensorUnpickler(io.BytesIO(payload), tensors).load()
+    shared, extra = _InputUnpickler(io.BytesIO(payload), tensors).load()
     own_objects = trees.map_leaves(lambda leaf: _own(leaf, arguments) if isinstance(leaf, _OwnObject) else leaf, shared)
     return own_objects, extra
 
@@ -245,7 +233,7 @@ def _own(placeholder: _OwnObject, arguments: dict[str, Any]) -> Any:
 def _stays(value: Any) -> bool:
     """Whether an argument cannot be pickled."""
     try:
-        _TensorPickler(io.BytesIO()).dump(trees.map_leaves(lambda leaf: leaf if _travels(leaf) else None, value))
+        _InputPickler(io.BytesIO()).dump(trees.map_leaves(lambda leaf: leaf if _travels(leaf) else None, value))
     except (pickle.PicklingError, AttributeError, TypeError):
         return True
     return False

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from modelparallel.torch_compat.private_parts import foreach_check_finite_and_unscale_, foreach_copy_
+from modelparallel.torch_compat.private_parts import by_kind, foreach_check_finite_and_unscale_, foreach_copy_
 
 
 def make_master(source: nn.Parameter) -> nn.Parameter:
@@ -37,10 +37,7 @@ def write_back(sources: Sequence[nn.Parameter], masters: Sequence[nn.Parameter])
 def unscale(gradients: Sequence[torch.Tensor], scale: float, overflow: torch.Tensor) -> None:
     """Divide the gradients by ``scale``, in place; ``overflow`` becomes 1 if one of them is not finite."""
     inverse = torch.full((), 1.0 / scale, dtype=torch.float32, device=overflow.device)
-    by_kind: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
-    for gradient in gradients:
-        by_kind.setdefault((gradient.device, gradient.dtype), []).append(gradient)
-    for (device, _), members in by_kind.items():
+    for (device, _), members in by_kind(gradients).items():
         own = overflow.to(device)
         foreach_check_finite_and_unscale_(members, own, inverse.to(device))
         if own is not overflow:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -29,6 +29,21 @@ foreach_norm = torch._foreach_norm
 foreach_sqrt = torch._foreach_sqrt
 #: Divides gradients by a scale and notes whether one is not finite.
 foreach_check_finite_and_unscale_ = torch._amp_foreach_non_finite_check_and_unscale_
+
+
+def _kind_of(tensor: torch.Tensor) -> tuple[Any, ...]:
+    return tensor.device, tensor.dtype
+
+
+def by_kind(
+    tensors: Iterable[torch.Tensor], kind_of: Callable[[torch.Tensor], tuple[Any, ...]] = _kind_of
+) -> dict[tuple[Any, ...], list[torch.Tensor]]:
+    """Lists that such an operation takes, by what all tensors of a list must have in common: (device, dtype)."""
+    result: dict[tuple[Any, ...], list[torch.Tensor]] = {}
+    for tensor in tensors:
+        result.setdefault(kind_of(tensor), []).append(tensor)
+    return result
+
 
 #: The classes of norms that may have running statistics.
 BATCH_AND_INSTANCE_NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)

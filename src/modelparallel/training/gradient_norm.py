@@ -25,7 +25,7 @@ from modelparallel.errors import SMPConfigError, SMPError, StepUsageError
 from modelparallel.parameters.retired import without_retired
 from modelparallel.parameters.shards import local_part
 from modelparallel.torch_compat import intercept_clip_grad_norm, intercept_clip_grad_value
-from modelparallel.torch_compat.private_parts import foreach_mul_, foreach_norm
+from modelparallel.torch_compat.private_parts import by_kind, foreach_mul_, foreach_norm
 from modelparallel.training import runtime as runtime_module
 
 if TYPE_CHECKING:
@@ -216,11 +216,7 @@ def clip_parts(parts: Sequence[_CountedGradient], max_norm: float, norm: torch.T
     coefficient = torch.clamp(float(max_norm) / (norm.double() + 1e-6), max=1.0)
     if bool(coefficient == 1.0):
         return  # nothing was clipped: a backward may still add to the gradients that masters were made from
-    by_kind: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
-    for part in parts:
-        local = local_part(part.gradient)
-        by_kind.setdefault((local.device, local.dtype), []).append(local)
-    for (device, dtype), members in by_kind.items():
+    for (device, dtype), members in by_kind(local_part(part.gradient) for part in parts).items():
         factor = coefficient.to(device, dtype if dtype == torch.float64 else torch.float32)
         foreach_mul_(members, factor)
 

@@ -69,7 +69,7 @@ class WrittenTensors:
     def add(self, program: Writer, tensor: torch.Tensor, home: int) -> StageTensor:
         """From now on ``tensor`` is a value with a home; every stage calls this at the same point of the program."""
         if program.sightings is not None:
-            program.sightings.wrote(program.microbatch, tensor)
+            program.sightings.used(program.microbatch, tensor, is_written=True)
         if program.region is not None:
             program.region.check_written(tensor)
         return self._note(tensor, program.new(TensorSpec.of(tensor), home, self._here(program, tensor, home)))
@@ -87,7 +87,7 @@ class WrittenTensors:
     def find(self, program: Writer, leaf: torch.Tensor) -> StageTensor | None:
         """The value that ``leaf`` has become, if it or a tensor that shares its memory was written to."""
         if program.sightings is not None:
-            program.sightings.saw(program.microbatch, leaf)
+            program.sightings.used(program.microbatch, leaf, is_written=False)
         if not self._entries:
             return None
         entry = self._entries.get(id(leaf))

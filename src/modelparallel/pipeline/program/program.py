@@ -281,7 +281,7 @@ class Program:
         if not isinstance(tensor, torch.Tensor):
             return
         if self.sightings is not None:
-            self.sightings.wrote(self.microbatch, tensor)
+            self.sightings.used(self.microbatch, tensor, is_written=True)
         base = base_of(tensor)
         made = self._made.get(id(base))
         if made is None or made() is not base:

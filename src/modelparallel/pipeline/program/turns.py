@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from modelparallel.errors import StepUsageError
-from modelparallel.pipeline.values.stage_tensor import storage_address
+from modelparallel.pipeline.values.stage_tensor import last_element, storage_address
 from modelparallel.torch_compat.private_parts import base_of
 
 _MOST_PIECES = 64
@@ -51,7 +51,7 @@ class _MemoryRange:
 
     def end(self) -> int:
         """The last element."""
-        return self.offset + sum((n - 1) * step for n, step in zip(self.shape, self.stride, strict=True))
+        return last_element(self.offset, self.shape, self.stride)
 
 
 class Sightings:
@@ -76,23 +76,15 @@ class Sightings:
             )
         self._changed_by[module] = microbatch
 
-    def saw(self, microbatch: int, tensor: torch.Tensor) -> None:
-        """Code of ``microbatch`` uses an ordinary tensor."""
+    def used(self, microbatch: int, tensor: torch.Tensor, *, is_written: bool) -> None:
+        """Code of ``microbatch`` reads an ordinary tensor, or has written, or is about to write, to it."""
         address = storage_address(tensor)
         if address is None:
             return
         piece = _piece(tensor)
-        self._check(microbatch, address, piece, self._written, tensor)
-        _add(self._seen, microbatch, address, piece)
-
-    def wrote(self, microbatch: int, tensor: torch.Tensor) -> None:
-        """Code of ``microbatch`` has written, or is about to write, to an ordinary tensor."""
-        address = storage_address(tensor)
-        if address is None:
-            return
-        piece = _piece(tensor)
-        self._check(microbatch, address, piece, self._seen, tensor)
-        _add(self._written, microbatch, address, piece)
+        own, opposite = (self._written, self._seen) if is_written else (self._seen, self._written)
+        self._check(microbatch, address, piece, opposite, tensor)
+        _add(own, microbatch, address, piece)
 
     def done(self, microbatch: int) -> None:
         """The body of ``microbatch`` is at its end."""

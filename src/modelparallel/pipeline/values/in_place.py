@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from modelparallel.pipeline.values.stage_tensor import StageTensor, is_dense
+from modelparallel.pipeline.values.stage_tensor import StageTensor, is_dense, last_element
 from modelparallel.torch_compat.private_parts import base_of, is_view
 
 
@@ -84,4 +84,4 @@ def element_range(tensor: torch.Tensor | None) -> tuple[int, int]:
     if tensor is None or not tensor.numel():
         return (0, 0)
     start = int(tensor.storage_offset())
-    return start, start + sum((length - 1) * step for length, step in zip(tensor.shape, tensor.stride(), strict=True))
+    return start, last_element(start, tensor.shape, tensor.stride())

@@ -42,6 +42,11 @@ def contiguous_stride(shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(stride)
 
 
+def last_element(offset: int, shape: Sequence[int], stride: Sequence[int]) -> int:
+    """The last element in its storage of a tensor that begins at ``offset`` and is not empty."""
+    return offset + sum((length - 1) * step for length, step in zip(shape, stride, strict=True))
+
+
 def is_dense(shape: Sequence[int], stride: Sequence[int]) -> bool:
     """Whether a tensor of this shape and stride fills its storage without gaps or overlaps, in some order of its
     dimensions.

@@ -58,15 +58,29 @@ class Structure:
 _VALUES = (int, float, complex, str, bytes, bool, type(None), type(...), slice, torch.dtype, torch.device)
 
 
-class _Encoder(pickle.Pickler):
-    def __init__(self, file: io.BytesIO, inputs: Sequence[torch.Tensor], opaque: Sequence[Any], what: str) -> None:
+class TensorPickler(pickle.Pickler):
+    """Takes tensors out. The same object twice stays one object: what is written to it is seen under both names."""
+
+    def __init__(self, file: io.BytesIO) -> None:
         super().__init__(file, protocol=5)
+        self._numbers: dict[int, int] = {}
+        self.tensors: list[torch.Tensor] = []
+
+    def taken_out(self, tensor: torch.Tensor) -> int:
+        """The number of a tensor among those that were taken out."""
+        if id(tensor) not in self._numbers:
+            self._numbers[id(tensor)] = len(self.tensors)
+            self.tensors.append(tensor)
+        return self._numbers[id(tensor)]
+
+
+class _Encoder(TensorPickler):
+    def __init__(self, file: io.BytesIO, inputs: Sequence[torch.Tensor], opaque: Sequence[Any], what: str) -> None:
+        super().__init__(file)
         self._inputs = {id(tensor): index for index, tensor in enumerate(inputs)}
         # Numbers and the like are values, and small ones are one object wherever they stand.
         self._opaque = {id(value): index for index, value in enumerate(opaque) if not isinstance(value, _VALUES)}
         self._what = what
-        self._numbers: dict[int, int] = {}
-        self.tensors: list[torch.Tensor] = []
         self.has_values = False
         self.has_inputs = False
 
@@ -75,10 +89,7 @@ class _Encoder(pickle.Pickler):
             if id(value) in self._inputs:
                 self.has_inputs = True
                 return f"input {self._inputs[id(value)]}"
-            if id(value) not in self._numbers:
-                self._numbers[id(value)] = len(self.tensors)
-                self.tensors.append(value)
-            return f"new {self._numbers[id(value)]}"
+            return f"new {self.taken_out(value)}"
         if id(value) in self._opaque:
             return f"argument {self._opaque[id(value)]}"
         if isinstance(value, (torch.nn.Module, torch.Generator)):
