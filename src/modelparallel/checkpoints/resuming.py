@@ -21,7 +21,7 @@ from modelparallel.checkpoints.partial.reading import (
     check_optimizer,
     load_model,
 )
-from modelparallel.checkpoints.partial.user_content import Allowed, named_types, read_user_content
+from modelparallel.checkpoints.partial.user_content import Allowed, Loading, named_types, read_user_content
 from modelparallel.checkpoints.partial.writing import PLAN_NAME, USER_CONTENT_NAME
 from modelparallel.checkpoints.stores import completion
 from modelparallel.checkpoints.stores.completion import PARTIAL_ENDING
@@ -113,8 +113,7 @@ def resume_from_checkpoint(
     last_optimizer = next(reversed(wrapped_optimizers(runtime)), None) if load_optimizer else None
     config = runtime.session.config
     allowed_types = (*allowed_types, *named_types(config.allowed_types))
-    pickles: dict[str, Any] = {"allowed_types": allowed_types, "trust_pickles": trust_pickles or config.trust_pickles}
-    loaded: dict[str, Any] = {"strict": strict, "masters_only": not load_sharded_optimizer_state, **pickles}
+    how = Loading(strict, not load_sharded_optimizer_state, allowed_types, trust_pickles or config.trust_pickles)
     if not partial:
         full_tag = _agreed_tag(runtime, store) if tag is None else tag
         return load_full(
@@ -124,13 +123,14 @@ def resume_from_checkpoint(
             optimizer=last_optimizer,
             strict=strict,
             translate_function=translate_function,
-            **pickles,
+            allowed_types=how.allowed_types,
+            trust_pickles=how.trust_pickles,
         )
     original = None if tag == NEWEST_COMPLETE else find_original(runtime, store, tag)
     if original is not None:
-        return load_original(runtime, store.child(original), models[-1], last_optimizer, data_loader, **loaded)
+        return load_original(runtime, store.child(original), models[-1], last_optimizer, data_loader, how)
     name = _find(runtime, store, tag, verify)
-    return _load_partial(runtime, store, name, load_optimizer, data_loader, **loaded)
+    return _load_partial(runtime, store, name, load_optimizer, data_loader, how)
 
 
 def _load_partial(
@@ -139,34 +139,30 @@ def _load_partial(
     name: str,
     load_optimizer: bool,
     data_loader: Any,
-    *,
-    strict: bool,
-    masters_only: bool,
-    allowed_types: Sequence[Allowed],
-    trust_pickles: bool,
+    how: Loading,
 ) -> Any:
     """Load the checkpoint in the folder ``name``; returns its user content. Collective over the world."""
     with agreed():  # before the ranks wait for each other's tensors
         folder = store.child(completion.folder_of(store, name))
         record = completion.read_record(store, name)
         checkpoint = StoredCheckpoint(
-            runtime, folder, record.files, allowed=allowed_types, trusts_pickles=trust_pickles
+            runtime, folder, record.files, allowed=how.allowed_types, trusts_pickles=how.trust_pickles
         )
         models = _last(wrapped_models(runtime), int(record.facts.get("num_models", 1)), "models")
         for index, model in enumerate(models):
-            check_model(model, numbered("model", index), checkpoint.entries, strict)
+            check_model(model, numbered("model", index), checkpoint.entries, how.strict)
         num_optimizers = int(record.facts.get("num_optimizers", 1)) if load_optimizer else 0
         optimizers = _last(wrapped_optimizers(runtime), num_optimizers, "optimizers")
         wanted = job_state.wanted_keys(runtime.session.groups, record.facts, checkpoint.entries, data_loader)
         _use_stored_plans(folder, record, models)
     groups_of = _load_job_state(runtime, checkpoint, wanted, data_loader, optimizers)
-    _Loads(checkpoint, models, optimizers, groups_of, masters_only=masters_only).start()
+    _Loads(checkpoint, models, optimizers, groups_of, masters_only=how.masters_only).start()
     if runtime.session.groups.world.rank_in_group == 0:
         logger.info("resuming from %s, saved after %s steps", folder.path_of(), record.facts.get("num_steps"))
     if USER_CONTENT_NAME not in record.files:
         return None
     with agreed():
-        return read_user_content(folder, USER_CONTENT_NAME, allowed_types, trust_pickles)
+        return read_user_content(folder, USER_CONTENT_NAME, how.allowed_types, how.trust_pickles)
 
 
 # Which

@@ -15,41 +15,6 @@ from modelparallel.config.topology import CommGroup, GroupKind, RankType
 from modelparallel.errors import GroupTypeError
 from modelparallel.job import session
 
-__all__ = [
-    "allgather",
-    "barrier",
-    "broadcast",
-    "dp_barrier",
-    "dp_rank",
-    "dp_size",
-    "get_dp_group",
-    "get_dp_process_group",
-    "get_mp_group",
-    "get_mp_process_group",
-    "get_pp_group",
-    "get_pp_process_group",
-    "get_rdp_group",
-    "get_rdp_process_group",
-    "get_tp_group",
-    "get_tp_process_group",
-    "get_world_process_group",
-    "local_rank",
-    "local_size",
-    "mp_barrier",
-    "mp_rank",
-    "mp_size",
-    "pp_rank",
-    "pp_size",
-    "rank",
-    "rdp_rank",
-    "rdp_size",
-    "recv_from",
-    "send",
-    "size",
-    "tp_rank",
-    "tp_size",
-]
-
 
 def rank() -> int:
     """The global rank of this process, 0 to `size() - 1`. Local."""

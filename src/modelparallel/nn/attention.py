@@ -13,10 +13,10 @@ from torch import nn
 from modelparallel.comm.collectives.agreed_random import agreed_seed, default_generator_at, derived_seed
 from modelparallel.errors import TensorParallelError
 from modelparallel.nn.dropout import hidden_dropout, keep_mask
-from modelparallel.nn.family import FamilyModule, SplitLinear, as_tuple
+from modelparallel.nn.family import SplitLinear, as_tuple
 from modelparallel.nn.masks import alibi_bias, attention_mask
 from modelparallel.nn.normalization import DistributedLayerNorm
-from modelparallel.nn.options import TransformerOptions, check_layernorms, check_sizes, takes_options
+from modelparallel.nn.options import OptionsModule, TransformerOptions, check_layernorms, check_sizes, takes_options
 from modelparallel.nn.rotary import rotated
 
 
@@ -110,7 +110,7 @@ class FlashAttentionLayer(nn.Module):
 
 
 @takes_options
-class DistributedAttentionLayer(FamilyModule):
+class DistributedAttentionLayer(OptionsModule):
     """Self- or cross-attention with its residual and layer normalisation.
 
     Each rank computes ``num_attention_heads / t`` heads of all ranks' samples. ``forward`` takes one tuple:
@@ -148,9 +148,8 @@ class DistributedAttentionLayer(FamilyModule):
         post_layernorm: bool = True,
         **options: Any,
     ) -> None:
-        super().__init__()
+        super().__init__(options)
         who = type(self).__name__
-        self.options = TransformerOptions.of(who, options)
         group = self.tp_group
         check_layernorms(who, pre_layernorm, post_layernorm)
         check_sizes(who, group.size, num_attention_heads=num_attention_heads, hidden_size=hidden_size)

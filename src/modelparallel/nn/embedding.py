@@ -13,13 +13,7 @@ from modelparallel.comm.collectives.split import all_gather, gather_counts, merg
 from modelparallel.errors import TensorParallelError, UnsupportedError
 from modelparallel.plan.rows import SplitSpec
 from modelparallel.tensor_parallel.distributed_module import DistributedModule
-from modelparallel.tensor_parallel.placements import (
-    NotSplittableError,
-    is_plain_parameter,
-    shrink_to_slice,
-    slice_length,
-    slice_of,
-)
+from modelparallel.tensor_parallel.placements import NotSplittableError, cut_weight, slice_length, slice_of
 
 if TYPE_CHECKING:
     from modelparallel.comm.groups import Group
@@ -107,13 +101,10 @@ class DistributedEmbedding(DistributedModule):
         slice.
         """
         assert isinstance(module, nn.Embedding)
-        if set(module._parameters) != {"weight"} or not is_plain_parameter(module.weight) or module._buffers:
-            raise NotSplittableError("its weight is not a plain parameter (pruned, normalised, quantised or sharded)")
         if module.sparse:
             raise NotSplittableError("sparse=True, and gradients of a sliced table are dense")
-        slice_length(module.embedding_dim, tp_group.size, "embedding_dim")
         spec = SplitSpec(1, (module.num_embeddings, module.embedding_dim))
-        module.weight = shrink_to_slice(module.weight, spec, tp_group.rank_in_group, tp_group.size)
+        cut_weight(module, {"weight"}, spec, "embedding_dim", tp_group)
         module.__dict__.update(initializer_range=None, _skip_allgather=False, _skip_scatter_and_merge=False)
         cls._adopt(module, tp_group)
 

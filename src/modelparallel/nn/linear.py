@@ -12,13 +12,7 @@ from modelparallel.comm.collectives.split import gather_counts, reduce_scatter, 
 from modelparallel.errors import TensorParallelError
 from modelparallel.plan.rows import SplitSpec
 from modelparallel.tensor_parallel.distributed_module import DistributedModule
-from modelparallel.tensor_parallel.placements import (
-    NotSplittableError,
-    is_plain_parameter,
-    shrink_to_slice,
-    slice_length,
-    slice_of,
-)
+from modelparallel.tensor_parallel.placements import cut_weight, slice_length, slice_of
 
 if TYPE_CHECKING:
     from modelparallel.comm.groups import Group
@@ -70,11 +64,8 @@ class DistributedLinear(DistributedModule):
         slice.
         """
         assert isinstance(module, nn.Linear)
-        if set(module._parameters) != {"weight", "bias"} or not is_plain_parameter(module.weight) or module._buffers:
-            raise NotSplittableError("its weight is not a plain parameter (pruned, normalised, quantised or sharded)")
-        slice_length(module.in_features, tp_group.size, "in_features")
         spec = SplitSpec(1, (module.out_features, module.in_features))
-        module.weight = shrink_to_slice(module.weight, spec, tp_group.rank_in_group, tp_group.size)
+        cut_weight(module, {"weight", "bias"}, spec, "in_features", tp_group)
         cls._adopt(module, tp_group)
 
     def reset_parameters(self) -> None:

@@ -74,12 +74,7 @@ def _autocast(
 class _ColumnLinear(TensorFunction):
     @staticmethod
     def forward(
-        ctx: Any,
-        input: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        group: Group,
-        is_memory: bool,
+        ctx: Any, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, group: Group, is_memory: bool
     ) -> torch.Tensor:
         ctx.save_for_backward(input, weight)
         ctx.group, ctx.is_memory = group, is_memory
@@ -111,16 +106,11 @@ class _ColumnLinear(TensorFunction):
 class _RowLinear(TensorFunction):
     @staticmethod
     def forward(
-        ctx: Any,
-        input: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        group: Group,
-        is_memory: bool,
+        ctx: Any, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, group: Group, is_memory: bool
     ) -> torch.Tensor:
+        partial = F.linear(input, weight)
         ctx.save_for_backward(input, weight)
         ctx.group, ctx.is_memory = group, is_memory
-        partial = F.linear(input, weight)
         if is_memory:
             output = start_reduce_blocks(partial.chunk(group.size, -1), group).wait()
         else:

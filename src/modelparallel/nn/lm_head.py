@@ -13,7 +13,7 @@ from modelparallel.errors import TensorParallelError
 from modelparallel.nn.dropout import hidden_dropout
 from modelparallel.nn.family import FamilyModule, as_tuple
 from modelparallel.nn.masks import padding_mask
-from modelparallel.nn.options import TransformerOptions, check_sizes, takes_options
+from modelparallel.nn.options import OptionsModule, check_sizes, takes_options
 from modelparallel.nn.transformer import DistributedTransformer
 from modelparallel.nn.vocabulary import IGNORED, SlicedEmbedding, VocabularyEmbedding, VocabularyHead
 
@@ -56,7 +56,7 @@ class TransformerEmbedding(FamilyModule):
 
 
 @takes_options
-class DistributedTransformerLMHead(FamilyModule):
+class DistributedTransformerLMHead(OptionsModule):
     """Embeddings, a `DistributedTransformer`, and a head over the vocabulary.
 
     ``forward`` takes one tuple ``(input_ids, attention_mask, token_type_ids, position_ids, labels)``, with
@@ -111,9 +111,8 @@ class DistributedTransformerLMHead(FamilyModule):
         shift_labels: bool | None = None,
         **options: Any,
     ) -> None:
-        super().__init__()
+        super().__init__(options)
         who = type(self).__name__
-        self.options = TransformerOptions.of(who, options)
         check_sizes(who, 1, vocab_size=vocab_size, num_layers=num_layers)
         check_sizes(who, self.tp_group.size, hidden_size=hidden_size)
         self.num_positions, self.num_token_types = num_positions, num_token_types

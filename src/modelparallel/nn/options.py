@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from modelparallel.errors import TensorParallelError
+from modelparallel.nn.family import FamilyModule
 from modelparallel.tensor_parallel.placements import slice_length
 
 ModuleClass = TypeVar("ModuleClass", bound=type[nn.Module])
@@ -103,6 +104,14 @@ class TransformerOptions:
     def as_arguments(self) -> dict[str, Any]:
         """As keyword arguments."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+
+class OptionsModule(FamilyModule):
+    """A module of the family with the options that all share."""
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        super().__init__()
+        self.options = TransformerOptions.of(type(self).__name__, options)
 
 
 def takes_options(cls: ModuleClass) -> ModuleClass:

@@ -15,7 +15,7 @@ from modelparallel.nn.dropout import hidden_dropout
 from modelparallel.nn.family import FamilyModule, SplitLinear, as_tuple
 from modelparallel.nn.normalization import DistributedLayerNorm
 from modelparallel.nn.options import (
-    TransformerOptions,
+    OptionsModule,
     activation_function,
     check_layernorms,
     check_sizes,
@@ -26,7 +26,7 @@ Entries = tuple[torch.Tensor | None, ...]
 
 
 @takes_options
-class DistributedTransformerOutputLayer(FamilyModule):
+class DistributedTransformerOutputLayer(OptionsModule):
     """The feed-forward part of a layer: ``dense1``, activation, ``dense2``, dropout, residual, LayerNorm.
 
     [N, S, H] -> [N, S, H]. Each rank computes ``intermediate_size / t`` of the inner features for all ranks' samples.
@@ -53,9 +53,8 @@ class DistributedTransformerOutputLayer(FamilyModule):
         fp32_residual_addition: bool = False,
         **options: Any,
     ) -> None:
-        super().__init__()
+        super().__init__({"fp32_residual_addition": fp32_residual_addition, **options})
         who = type(self).__name__
-        self.options = TransformerOptions.of(who, {"fp32_residual_addition": fp32_residual_addition, **options})
         # With parallel_attn_output the LayerNorm is that of the attention.
         if not self.options.parallel_attn_output:
             check_layernorms(who, pre_layernorm, post_layernorm)
@@ -94,8 +93,26 @@ class DistributedTransformerOutputLayer(FamilyModule):
         return f"activation={self.activation_name}"
 
 
+class _EntriesModule(OptionsModule):
+    """Takes one tuple, and gives it with new hidden states."""
+
+    has_cross_attention = False
+
+    def forward(self, inputs: Sequence[torch.Tensor | None] | torch.Tensor) -> Entries:
+        """One tuple -> the same tuple with new hidden states; see `DistributedTransformerLayer`."""
+        entries = layer_entries(self, inputs, self.has_cross_attention)
+        if self.is_inner:
+            return (self._run(entries), *entries[1:])
+        gathered, counts = enter_entries(self, entries, self.has_cross_attention)
+        return (self.layout.leave(self._run(gathered), counts), *entries[1:])
+
+    def _run(self, entries: Entries) -> torch.Tensor:
+        """The new hidden states, in the layout inside."""
+        raise NotImplementedError
+
+
 @takes_options
-class DistributedTransformerLayer(FamilyModule):
+class DistributedTransformerLayer(_EntriesModule):
     """Self-attention, cross-attention if asked for, and output layer: submodules ``attention``, ``cross_attention`` and
     ``output``.
 
@@ -123,9 +140,8 @@ class DistributedTransformerLayer(FamilyModule):
         post_layernorm: bool = True,
         **options: Any,
     ) -> None:
-        super().__init__()
+        super().__init__(options)
         who = type(self).__name__
-        self.options = TransformerOptions.of(who, options)
         is_parallel = self.options.parallel_attn_output
         if is_parallel and (add_cross_attention or post_layernorm or not pre_layernorm):
             raise TensorParallelError(
@@ -150,6 +166,7 @@ class DistributedTransformerLayer(FamilyModule):
         }
         self.attention = DistributedAttentionLayer(causal_mask_size=causal_mask_size, **attention_arguments)
         self.attention.is_inner = True
+        self.has_cross_attention = add_cross_attention
         self.cross_attention: DistributedAttentionLayer | None = None
         if add_cross_attention:
             # The masks of positions are those of self-attention.
@@ -171,14 +188,6 @@ class DistributedTransformerLayer(FamilyModule):
         )
         self.output.is_inner = True
 
-    def forward(self, inputs: Sequence[torch.Tensor | None] | torch.Tensor) -> Entries:
-        """One tuple -> the same tuple with new hidden states; see the class."""
-        entries = layer_entries(self, inputs, self.cross_attention is not None)
-        if self.is_inner:
-            return (self._run(entries), *entries[1:])
-        gathered, counts = enter_entries(self, entries, self.cross_attention is not None)
-        return (self.layout.leave(self._run(gathered), counts), *entries[1:])
-
     def _run(self, entries: Entries) -> torch.Tensor:
         hidden = entries[0]
         assert hidden is not None
@@ -198,7 +207,7 @@ class DistributedTransformerLayer(FamilyModule):
 
 
 @takes_options
-class DistributedTransformer(FamilyModule):
+class DistributedTransformer(_EntriesModule):
     """A stack of ``num_layers`` layers in ``seq_layers``, an ``nn.Sequential``.
 
     ``forward`` takes and gives the tuples of `DistributedTransformerLayer`. Between the layers the hidden state is in
@@ -227,9 +236,8 @@ class DistributedTransformer(FamilyModule):
         post_layernorm: bool = True,
         **options: Any,
     ) -> None:
-        super().__init__()
+        super().__init__(options)
         who = type(self).__name__
-        self.options = TransformerOptions.of(who, options)
         check_layernorms(who, pre_layernorm, post_layernorm)
         windows = self.options.window_size
         if isinstance(windows, Sequence) and len(windows) != num_layers:
@@ -267,14 +275,6 @@ class DistributedTransformer(FamilyModule):
         self.output_layernorm: nn.Module | None = None
         if has_both if has_output is None else has_output:
             self.output_layernorm = DistributedLayerNorm(*norm, is_inner=True)
-
-    def forward(self, inputs: Sequence[torch.Tensor | None] | torch.Tensor) -> Entries:
-        """One tuple -> the same tuple with new hidden states; see `DistributedTransformerLayer`."""
-        entries = layer_entries(self, inputs, self.has_cross_attention)
-        if self.is_inner:
-            return (self._run(entries), *entries[1:])
-        gathered, counts = enter_entries(self, entries, self.has_cross_attention)
-        return (self.layout.leave(self._run(gathered), counts), *entries[1:])
 
     def _run(self, entries: Entries) -> torch.Tensor:
         if self.input_layernorm is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import nn
@@ -10,6 +10,9 @@ from torch import nn
 from modelparallel.errors import TensorParallelError
 from modelparallel.parameters.table import waits_for_storage
 from modelparallel.plan.rows import SplitSpec
+
+if TYPE_CHECKING:
+    from modelparallel.comm.groups import Group
 
 
 class NotSplittableError(TensorParallelError):
@@ -60,6 +63,18 @@ def shrink_to_slice(parameter: nn.Parameter, spec: SplitSpec, tp_rank: int, tp_s
     if grad is not None:
         usable.grad = slice_of(grad, spec, tp_rank, tp_size)
     return usable
+
+
+def cut_weight(module: nn.Module, tensors: set[str], spec: SplitSpec, what: str, group: Group) -> None:
+    """Let each rank keep its slice of ``module.weight``, in place; ``what`` names the length that is cut.
+
+    Raises NotSplittableError where the module has other ``tensors``, or the length is not divisible.
+    """
+    weight: Any = module.weight
+    if set(module._parameters) != tensors or not is_plain_parameter(weight) or module._buffers:
+        raise NotSplittableError("its weight is not a plain parameter (pruned, normalised, quantised or sharded)")
+    slice_length(spec.full_shape[spec.dim], group.size, what)
+    module.weight = shrink_to_slice(weight, spec, group.rank_in_group, group.size)
 
 
 def _takes_gradients(parameter: nn.Parameter) -> bool:

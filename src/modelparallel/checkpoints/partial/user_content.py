@@ -19,6 +19,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import IO, Any
 
 import numpy as np
@@ -36,6 +37,22 @@ _CONFIGURATION_BASES = ("PretrainedConfig", "PreTrainedConfig", "GenerationConfi
 
 #: A class or a function that a file may name; with the name that it has in the file where that is another.
 Allowed = Callable[..., Any] | tuple[Callable[..., Any], str]
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How a script wants a checkpoint to be loaded.
+
+    Attributes:
+        strict: the names in the checkpoint must be those of the model.
+        masters_only: of optimizers only fp32 masters and the loss scale.
+        allowed_types, trust_pickles: as in `read_user_content`.
+    """
+
+    strict: bool
+    masters_only: bool
+    allowed_types: Sequence[Allowed]
+    trust_pickles: bool
 
 
 def saved_bytes(value: Any, what: str, allowed_types: Sequence[Allowed] = (), trust_pickles: bool = False) -> bytes:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from modelparallel.checkpoints.partial.agreement import agreed
 from modelparallel.checkpoints.partial.job_state import coordinates, sizes
-from modelparallel.checkpoints.partial.user_content import Allowed, read_restricted, read_user_content
+from modelparallel.checkpoints.partial.user_content import Allowed, Loading, read_restricted, read_user_content
 from modelparallel.checkpoints.partial.writing import USER_CONTENT_NAME
 from modelparallel.checkpoints.stores.completion import PARTIAL_ENDING, read_newest
 from modelparallel.checkpoints.stores.file_streams import shown
@@ -63,11 +63,7 @@ def load_original(
     model: DistributedModel,
     optimizer: DistributedOptimizer | None,
     data_loader: Any,
-    *,
-    strict: bool,
-    masters_only: bool,
-    allowed_types: Sequence[Allowed],
-    trust_pickles: bool,
+    how: Loading,
 ) -> Any:
     """Load a checkpoint of this layout; returns its user content. Collective over the world.
 
@@ -75,9 +71,7 @@ def load_original(
         folder: the store of the checkpoint's folder.
         optimizer: gets its state, if there are files of one.
         data_loader: must be None: there is no place in the data in it.
-        strict: the names in the files must be those of the model.
-        masters_only: of the optimizer only fp32 masters and the loss scale.
-        allowed_types, trust_pickles: see user_content.py.
+        how: as the script has asked for.
 
     Raises CheckpointError on all ranks for a job of another shape, for classes that are not allowed, and for the layout
     of sharded data parallelism.
@@ -88,17 +82,18 @@ def load_original(
             "data_loader"
         )
     state: dict[str, Any] | None = None
+    trust = (how.allowed_types, how.trust_pickles)
     with agreed():
         files = _files_of_job(runtime, folder)
-        entries = _model_entries(runtime, folder, files["model"], model, allowed_types, trust_pickles)
+        entries = _model_entries(runtime, folder, files["model"], model, trust)
         name = None if optimizer is None else _own_file(runtime, "optimizer", files.get("optimizer", set()))
         if name is not None:
-            state = _checked_state(folder, name, read_restricted(folder, name, name, allowed_types, trust_pickles))
-            if masters_only:
+            state = _checked_state(folder, name, read_restricted(folder, name, name, *trust))
+            if how.masters_only:
                 masters = {index: _masters(values) for index, values in state["state"].items()}
                 state["state"] = {index: values for index, values in masters.items() if values}
-        content = read_user_content(folder, USER_CONTENT_NAME, allowed_types, trust_pickles)
-        model.load_state_dict(entries, strict=strict, same_partition_load=True)
+        content = read_user_content(folder, USER_CONTENT_NAME, *trust)
+        model.load_state_dict(entries, strict=how.strict, same_partition_load=True)
     if optimizer is not None and state is not None:
         is_sharded = any(RANGE_KEY in values for values in state["state"].values())
         optimizer.load_state_dict(state, gather_if_shard=not is_sharded)
@@ -161,8 +156,7 @@ def _model_entries(
     folder: Store,
     ranks: set[tuple[int, ...]],
     model: DistributedModel,
-    allowed_types: Sequence[Allowed],
-    trust_pickles: bool,
+    trust: tuple[Sequence[Allowed], bool],
 ) -> dict[str, Any]:
     """What the ranks of all stages have at this rank's place: the partition of this job may be another one."""
     entries: dict[str, Any] = {}
@@ -171,7 +165,7 @@ def _model_entries(
     for name in dict.fromkeys(_own_file(runtime, "model", ranks, stage) for stage in stages):
         if name is None:
             continue
-        value = read_restricted(folder, name, name, allowed_types, trust_pickles, mmap=True)
+        value = read_restricted(folder, name, name, *trust, mmap=True)
         if isinstance(value, Mapping) and isinstance(value.get("module"), Mapping):
             value = value["module"]
         if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):

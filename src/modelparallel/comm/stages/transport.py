@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from enum import IntEnum
+from typing import Any
 
 import torch
 
@@ -553,16 +554,7 @@ class LocalTransport(StageTransport):
     _all: Sequence[LocalTransport] = ()
 
     def _post(
-        self,
-        peer: int,
-        step: int,
-        name: MessageName,
-        presence: int,
-        payload: torch.Tensor,
-        what: str,
-        *,
-        may_wait: bool = True,
-        by_channel: bool = False,
+        self, peer: int, step: int, name: MessageName, presence: int, payload: torch.Tensor, *how: Any, **more: Any
     ) -> None:
         self._all[peer].deliver(self.stage, step, name, Message(presence, payload.clone()))
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import sys
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,15 +25,13 @@ from modelparallel.nn.transformer import DistributedTransformer
 
 _OLDEST, _TOO_NEW = Version("4.57"), Version("6.dev0")
 
-InitHook = Callable[..., Any]
-
 
 @dataclass(frozen=True)
 class LanguageModel:
     """A causal language model (``has_head``), or its body, that a DistributedTransformerLMHead replaces."""
 
     layout: NameLayout
-    init_hook: InitHook
+    init_hook: options.InitHook
     has_head: bool
     result: str
     documented: tuple[Translate, Translate]
@@ -73,7 +71,7 @@ class Encoder:
     """An encoder that a DistributedTransformer replaces."""
 
     layout: NameLayout
-    init_hook: InitHook = bert.encoder_arguments
+    init_hook: options.InitHook = bert.encoder_arguments
     result: str = "BaseModelOutputWithPastAndCrossAttentions"
 
     def arguments_of(self, module: nn.Module) -> ConstructorArguments:
@@ -113,9 +111,10 @@ def _to_smp_at(place: Place, state_dict: Mapping[str, Any], max_seq_len: int | N
 
 
 def _language_models(module: Any, names: tuple[str, str], results: tuple[str, str], documented: Any) -> Any:
+    of_body = functools.partial(options.body_arguments, module.model_arguments)
     return (
         (names[0], LanguageModel(module.LAYOUT, module.model_arguments, True, results[0], documented)),
-        (names[1], LanguageModel(module.LAYOUT, module.body_arguments, False, results[1], documented)),
+        (names[1], LanguageModel(module.LAYOUT, of_body, False, results[1], documented)),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,12 +10,6 @@ import torch
 
 from modelparallel.nn.huggingface import answers, options, translation
 from modelparallel.nn.huggingface.translation import NameLayout, StateDict, conv1d, linear
-
-
-def _causal_masks(index: int, max_seq_len: int) -> list[tuple[str, torch.Tensor]]:
-    mask = torch.ones(max_seq_len, max_seq_len, dtype=torch.bool).tril().view(1, 1, max_seq_len, max_seq_len)
-    return [("attn.bias", mask), ("attn.masked_bias", torch.tensor(-1e4))]
-
 
 LAYOUT = NameLayout(
     hf_layers="h",
@@ -55,7 +50,7 @@ LAYOUT = NameLayout(
         "mlp.c_proj",
     ),
     buffer_names=("attn.bias", "attn.masked_bias", "crossattention.bias", "crossattention.masked_bias"),
-    buffers=_causal_masks,
+    buffers=functools.partial(translation.causal_masks, -1e4),
 )
 
 
@@ -116,12 +111,6 @@ def model_arguments(config: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         "tie_word_embeddings": bool(config.tie_word_embeddings),
     }
     return (), arguments
-
-
-def body_arguments(config: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The init hook of GPT2Model."""
-    positional, keyword = model_arguments(config)
-    return positional, {**keyword, "add_lm_head": False}
 
 
 def _layer_arguments(config: Any) -> dict[str, Any]:

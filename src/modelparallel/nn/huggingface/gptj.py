@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
-import torch
+from modelparallel.nn.huggingface import gpt2, options, translation
+from modelparallel.nn.huggingface.translation import StateDict, apart, linear
 
-from modelparallel.nn.huggingface import options, translation
-from modelparallel.nn.huggingface.translation import NameLayout, StateDict, apart, linear
-
-
-def _causal_masks(index: int, max_seq_len: int) -> list[tuple[str, torch.Tensor]]:
-    mask = torch.ones(max_seq_len, max_seq_len, dtype=torch.bool).tril().view(1, 1, max_seq_len, max_seq_len)
-    return [("attn.bias", mask), ("attn.masked_bias", torch.tensor(-1e9))]
-
-
-LAYOUT = NameLayout(
-    hf_layers="h",
-    smp_layers="transformer.seq_layers",
+# Around the layers the names are those of GPT-2, without position embeddings.
+LAYOUT = dataclasses.replace(
+    gpt2.LAYOUT,
     before=(linear("wte", "embedding.word_embedding"),),
     layer=(
         linear("ln_1", "attention.pre_layernorm"),
@@ -27,10 +21,7 @@ LAYOUT = NameLayout(
         linear("mlp.fc_in", "output.dense1"),
         linear("mlp.fc_out", "output.dense2"),
     ),
-    after=(linear("ln_f", "transformer.output_layernorm"),),
-    head=linear("lm_head", "lm_head"),
     has_head_bias=True,
-    tied=("lm_head.weight", "transformer.wte.weight"),
     hf_order=(
         "ln_1",
         "attn.bias",
@@ -43,7 +34,7 @@ LAYOUT = NameLayout(
         "mlp.fc_out",
     ),
     buffer_names=("attn.bias", "attn.masked_bias"),
-    buffers=_causal_masks,
+    buffers=functools.partial(translation.causal_masks, -1e9),
 )
 
 
@@ -81,35 +72,18 @@ def model_arguments(config: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     options.check_outputs(config)
     head_size = options.head_size(config, config.num_attention_heads)
     arguments = {
-        "num_layers": config.num_hidden_layers,
-        "num_attention_heads": config.num_attention_heads,
-        "attention_head_size": head_size,
-        "hidden_size": config.hidden_size,
+        **options.decoder_arguments(config),
         "intermediate_size": config.n_inner if config.n_inner is not None else 4 * config.hidden_size,
-        "vocab_size": config.vocab_size,
         "num_positions": 0,
         "attention_dropout_prob": config.attn_pdrop,
         "hidden_dropout_prob": config.resid_pdrop,
         "embedding_dropout_prob": config.embd_pdrop,
         "activation": options.activation(config, "activation_function"),
         "layernorm_epsilon": config.layer_norm_epsilon,
-        "initializer_range": config.initializer_range,
-        "use_normal_initialization": True,
-        "causal_mask_size": config.max_position_embeddings,
-        "pre_layernorm": True,
-        "post_layernorm": False,
-        "output_layernorm": True,
         "parallel_attn_output": True,
         "rotary_dim": config.rotary_dim if config.rotary_dim is not None else head_size,
         "qkv_bias": False,
         "attention_dense_bias": False,
-        "tie_word_embeddings": bool(config.tie_word_embeddings),
         "lm_head_bias": True,
     }
     return (), arguments
-
-
-def body_arguments(config: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The init hook of GPTJModel."""
-    positional, keyword = model_arguments(config)
-    return positional, {**keyword, "add_lm_head": False, "lm_head_bias": False}

@@ -8,16 +8,12 @@ from typing import Any
 
 import torch
 
-from modelparallel.nn.huggingface import options, translation
-from modelparallel.nn.huggingface.translation import NameLayout, StateDict, apart, linear
+from modelparallel.nn.huggingface import gpt2, options, translation
+from modelparallel.nn.huggingface.translation import StateDict, apart, linear
 
-LAYOUT = NameLayout(
-    hf_layers="h",
-    smp_layers="transformer.seq_layers",
-    before=(
-        linear("wte", "embedding.word_embedding"),
-        linear("wpe", "embedding.position_embedding"),
-    ),
+# Around the layers the names are those of GPT-2.
+LAYOUT = dataclasses.replace(
+    gpt2.LAYOUT,
     layer=(
         linear("ln_1", "attention.pre_layernorm"),
         apart("attn.attention.q_proj", "attn.attention.k_proj", "attn.attention.v_proj", smp="attention.qkv"),
@@ -26,9 +22,6 @@ LAYOUT = NameLayout(
         linear("mlp.c_fc", "output.dense1"),
         linear("mlp.c_proj", "output.dense2"),
     ),
-    after=(linear("ln_f", "transformer.output_layernorm"),),
-    head=linear("lm_head", "lm_head"),
-    tied=("lm_head.weight", "transformer.wte.weight"),
     hf_order=(
         "ln_1",
         "attn.attention.bias",
@@ -42,6 +35,7 @@ LAYOUT = NameLayout(
         "mlp.c_proj",
     ),
     buffer_names=("attn.attention.bias", "attn.attention.masked_bias"),
+    buffers=None,
 )
 
 
@@ -96,33 +90,15 @@ def model_arguments(config: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     options.check_outputs(config)
     windows = [None if kind == "global" else config.window_size for kind in config.attention_layers]
     arguments = {
-        "num_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "attention_head_size": options.head_size(config, config.num_heads),
-        "hidden_size": config.hidden_size,
+        **options.decoder_arguments(config),
         "intermediate_size": config.intermediate_size or 4 * config.hidden_size,
-        "vocab_size": config.vocab_size,
-        "num_positions": config.max_position_embeddings,
         "attention_dropout_prob": float(config.attention_dropout),
         "hidden_dropout_prob": float(config.resid_dropout),
         "embedding_dropout_prob": float(config.embed_dropout),
         "activation": options.activation(config, "activation_function"),
         "layernorm_epsilon": config.layer_norm_epsilon,
-        "initializer_range": config.initializer_range,
-        "use_normal_initialization": True,
-        "causal_mask_size": config.max_position_embeddings,
-        "pre_layernorm": True,
-        "post_layernorm": False,
-        "output_layernorm": True,
         "window_size": windows,
         "scale_attention_scores": False,
         "qkv_bias": False,
-        "tie_word_embeddings": bool(config.tie_word_embeddings),
     }
     return (), arguments
-
-
-def body_arguments(config: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The init hook of GPTNeoModel."""
-    positional, keyword = model_arguments(config)
-    return positional, {**keyword, "add_lm_head": False}

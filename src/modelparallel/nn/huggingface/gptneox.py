@@ -67,24 +67,14 @@ def model_arguments(config: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     head_size = options.head_size(config, config.num_attention_heads)
     fraction, base = _rotary(config)
     arguments = {
-        "num_layers": config.num_hidden_layers,
-        "num_attention_heads": config.num_attention_heads,
-        "attention_head_size": head_size,
-        "hidden_size": config.hidden_size,
+        **options.decoder_arguments(config),
         "intermediate_size": config.intermediate_size,
-        "vocab_size": config.vocab_size,
         "num_positions": 0,
         "attention_dropout_prob": float(config.attention_dropout),
         "hidden_dropout_prob": float(config.hidden_dropout),
         "embedding_dropout_prob": float(config.hidden_dropout),
         "activation": options.activation(config, "hidden_act"),
         "layernorm_epsilon": config.layer_norm_eps,
-        "initializer_range": config.initializer_range,
-        "use_normal_initialization": True,
-        "causal_mask_size": config.max_position_embeddings,
-        "pre_layernorm": True,
-        "post_layernorm": False,
-        "output_layernorm": True,
         "parallel_attn_output": bool(config.use_parallel_residual),
         "single_pre_layernorm": False,
         "rotary_dim": int(head_size * fraction),
@@ -93,7 +83,6 @@ def model_arguments(config: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         "qkv_by_head": True,
         "qkv_bias": bool(config.attention_bias),
         "attention_dense_bias": bool(config.attention_bias),
-        "tie_word_embeddings": bool(config.tie_word_embeddings),
     }
     return (), arguments
 
@@ -108,9 +97,3 @@ def _rotary(config: Any) -> tuple[float, float]:
     if settings.get("rope_type", "default") != "default":
         options.refuse(config, "rope_parameters", "frequencies are those of the paper")
     return settings["partial_rotary_factor"], settings["rope_theta"]
-
-
-def body_arguments(config: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The init hook of GPTNeoXModel."""
-    positional, keyword = model_arguments(config)
-    return positional, {**keyword, "add_lm_head": False}

@@ -7,6 +7,7 @@ not would cost more than the error.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 from torch import nn
@@ -14,6 +15,9 @@ from torch import nn
 from modelparallel.errors import TensorParallelError
 from modelparallel.job.registry import ConstructorArguments
 from modelparallel.nn.huggingface.translation import Place, unknown_names
+
+#: From a configuration, arguments of what replaces the model.
+InitHook = Callable[..., tuple[tuple[Any, ...], dict[str, Any]]]
 
 _ACTIVATIONS = {
     "gelu": "gelu",
@@ -56,6 +60,31 @@ def head_size(config: Any, num_heads: int) -> int:
     if config.hidden_size % num_heads:
         refuse(config, "hidden_size", f"it is not divisible by the number of heads, {num_heads}")
     return int(config.hidden_size // num_heads)
+
+
+def decoder_arguments(config: Any) -> dict[str, Any]:
+    """What the configurations of all decoders say alike, as arguments of DistributedTransformerLMHead."""
+    return {
+        "num_layers": config.num_hidden_layers,
+        "num_attention_heads": config.num_attention_heads,
+        "attention_head_size": head_size(config, config.num_attention_heads),
+        "hidden_size": config.hidden_size,
+        "vocab_size": config.vocab_size,
+        "num_positions": config.max_position_embeddings,
+        "initializer_range": config.initializer_range,
+        "use_normal_initialization": True,
+        "causal_mask_size": config.max_position_embeddings,
+        "pre_layernorm": True,
+        "post_layernorm": False,
+        "output_layernorm": True,
+        "tie_word_embeddings": bool(config.tie_word_embeddings),
+    }
+
+
+def body_arguments(init_hook: InitHook, config: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments for the body of a language model, from the init hook of the model."""
+    positional, keyword = init_hook(config)
+    return positional, {**keyword, "add_lm_head": False, "lm_head_bias": False}
 
 
 def arguments_of(module: nn.Module, place: Place) -> ConstructorArguments:

@@ -100,6 +100,12 @@ class TensorNames:
         return (tensor.t() if self.rule.form is not Form.SAME and self.kind == "weight" else tensor,)
 
 
+def causal_masks(masked_bias: float, index: int, length: int) -> list[tuple[str, torch.Tensor]]:
+    """The buffers of layer ``index`` that older versions of GPT-2 and GPT-J keep in the state dict."""
+    mask = torch.ones(length, length, dtype=torch.bool).tril().view(1, 1, length, length)
+    return [("attn.bias", mask), ("attn.masked_bias", torch.tensor(masked_bias))]
+
+
 def linear(hf: str, smp: str) -> Rule:
     """A linear layer, embedding or LayerNorm."""
     return Rule((hf,), smp)

@@ -200,9 +200,9 @@ class Program:
             self._parameters[id(tensor)] = known
         return known
 
-    def resolve(self, leaf: Any) -> Any:
+    def resolve(self, leaf: Any, *, keeps_graph: bool = False) -> Any:
         """An argument of glue or of a placed module as the engine sees it: parameters and promoted tensors as
-        StageTensors.
+        StageTensors. ``keeps_graph``: so does an ordinary tensor.
         """
         if not isinstance(leaf, torch.Tensor):
             return leaf
@@ -212,7 +212,7 @@ class Program:
             return self.parameter(leaf)
         if (written := self.written.find(self, leaf)) is not None:
             return written
-        if leaf.requires_grad and torch.is_grad_enabled():
+        if leaf.requires_grad and not keeps_graph and torch.is_grad_enabled():
             return self._without_graph(leaf)
         return leaf
 
@@ -260,15 +260,7 @@ class Program:
 
     def returned(self, leaf: Any) -> Any:
         """A returned value as the engine sees it: a parameter, or a plain tensor that glue wrote into, has a home."""
-        if not isinstance(leaf, torch.Tensor):
-            return leaf
-        if isinstance(leaf, StageTensor):
-            return leaf if leaf.program is self else self._carried_over(leaf)
-        if id(leaf) in self.engine.placed:
-            return self.parameter(leaf)
-        if (written := self.written.find(self, leaf)) is not None:
-            return written
-        return leaf
+        return Program.resolve(self, leaf, keeps_graph=True)
 
     def note_made(self, result: Any) -> None:
         """In the discovery step: glue has made an ordinary tensor."""

@@ -66,7 +66,7 @@ class ReplayProgram(Program):
             value.known_value = local.detach
         return value
 
-    def resolve(self, leaf: Any) -> Any:
+    def resolve(self, leaf: Any, *, keeps_graph: bool = False) -> Any:
         if isinstance(leaf, torch.Tensor) and not isinstance(leaf, nn.Parameter):
             if isinstance(leaf, StageTensor) and leaf.program is self:
                 return leaf
@@ -77,7 +77,7 @@ class ReplayProgram(Program):
                 if leaf.is_pinned_home:
                     return leaf
                 raise self._other_way()
-        return super().resolve(leaf)
+        return super().resolve(leaf, keeps_graph=keeps_graph)
 
     def returned(self, leaf: Any) -> Any:
         if isinstance(leaf, StageTensor) and leaf.program is self._of and not leaf.is_pinned_home:
