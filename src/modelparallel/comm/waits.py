@@ -76,7 +76,7 @@ class Wait:
         return f"{prefix}global rank {group.ranks[group.rank_in_group]} {verb} at {line} for {what}"
 
     def started(self, start: Callable[[], Any]) -> Any:
-        """What ``start()`` gives, the work of a collective or message. Raises CommunicationError."""
+        """What ``start()`` gives: the work of a collective or message, or its end. Raises CommunicationError."""
         try:
             return start()
         except RuntimeError as error:
@@ -95,7 +95,7 @@ class Wait:
         """
         group = self.group
         if device.type != "cpu" and is_nccl(group.process_group):
-            self._end_unlimited(work)
+            self.started(work.wait)
             return
         seconds = self.seconds or group.timeout_seconds
         waiting = Waiting(self.described, lambda: self.peers, seconds)
@@ -111,12 +111,6 @@ class Wait:
                 del waits[ident]
             else:
                 waits[ident] = outer
-
-    def _end_unlimited(self, work: Any) -> None:
-        try:
-            work.wait()
-        except RuntimeError as error:
-            raise self.failure(error) from error
 
     @contextmanager
     def around(self) -> Iterator[None]:

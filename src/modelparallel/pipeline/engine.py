@@ -530,8 +530,6 @@ class PipelineEngine:
             self.local_program = self.frames = None
 
     def run_glue(self, program: Program, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        if self.program is not program and self.program is not None:
-            program.check_open()
         return glue.run(self, program, func, args, kwargs)
 
     # Recomputation
