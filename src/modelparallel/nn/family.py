@@ -60,9 +60,6 @@ class SplitLinear(FamilyModule):
     drawn, so for one seed they do not depend on the tensor parallel degree.
     """
 
-    weight: nn.Parameter
-    bias: nn.Parameter | None
-
     def __init__(
         self,
         in_features: int,
@@ -79,7 +76,7 @@ class SplitLinear(FamilyModule):
         weight, offset = self._initial(bias)
         specs = self._specs()
         self.weight = self.slice_parameter(weight, specs["weight"].dim, num_maps)
-        self.bias = None
+        self.bias: nn.Parameter | None = None
         if offset is not None:
             spec = specs.get("bias")
             self.bias = self.slice_parameter(offset, None if spec is None else spec.dim, num_maps)
