@@ -15,7 +15,7 @@ GLOBAL_BATCH = 8
 
 
 @smp.step
-def train_step(model, tokens, targets):
+def train_step(model: Any, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     loss = F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten())
     model.backward(loss)
     return loss

@@ -3,6 +3,7 @@
 import multiprocessing.forkserver
 import multiprocessing.process
 import subprocess
+from typing import Any, NoReturn
 
 import pytest
 
@@ -11,7 +12,7 @@ import pool  # sets the environment of all ranks and declares torchvision's oper
 __all__ = ["pool"]
 
 
-def pytest_addoption(parser):
+def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--without-ranks",
         action="store_true",
@@ -19,7 +20,7 @@ def pytest_addoption(parser):
     )
 
 
-def pytest_configure(config):
+def pytest_configure(config: pytest.Config) -> None:
     # By what a test does, not by a list: a new test of ranks needs no mark, and one without ranks is never left out.
     if config.getoption("--without-ranks"):
         multiprocessing.process.BaseProcess.start = skip_instead
@@ -27,6 +28,6 @@ def pytest_configure(config):
         subprocess.Popen.__init__ = skip_instead
 
 
-def skip_instead(*args, **kwargs):
+def skip_instead(*args: Any, **kwargs: Any) -> NoReturn:
     """In place of whatever starts a process."""
     pytest.skip("starts a process")

@@ -27,6 +27,7 @@ from torch import nn
 import modelparallel as smp
 from modelparallel.errors import CheckpointNotFoundError
 from modelparallel.job import session
+from training import square_step
 
 WIDTH, NUM_LAYERS = 192, 6
 #: Seconds that the ranks wait for each other.
@@ -95,13 +96,6 @@ def make_net() -> nn.Sequential:
     return net
 
 
-@smp.step
-def train_step(model, x):
-    loss = model(x).square().mean()
-    model.backward(loss)
-    return loss
-
-
 class Job:
     """The model and its optimizer, on one rank."""
 
@@ -119,7 +113,7 @@ class Job:
     def backward(self) -> None:
         """The model's work on a batch, without a change of the weights."""
         self.optimizer.zero_grad()
-        train_step(self.model, torch.ones(4, WIDTH) / 1024)
+        square_step(self.model, torch.ones(4, WIDTH) / 1024)
 
     def train(self) -> None:
         self.backward()

@@ -4,8 +4,12 @@ Put in the place of `os` in the module under test. What was done before the n-th
 is done any more, as after SIGKILL: handlers of errors run, but cannot change anything.
 """
 
+from __future__ import annotations
+
 import os
+from collections.abc import Callable
 from pathlib import PurePath
+from typing import Any
 
 CHANGING = {"mkdir", "unlink", "rmdir", "replace", "rename", "fsync"}
 
@@ -17,21 +21,21 @@ class Crash(BaseException):
 class Disk:
     """Counts operations; `fails_at`-th and all later ones raise Crash, or only that one raises `error`."""
 
-    def __init__(self, fails_at=None, error=None):
+    def __init__(self, fails_at: int | None = None, error: Exception | None = None) -> None:
         self.fails_at, self.error = fails_at, error
         self.count = 0
         self.is_dead = False
-        self.paths = {}  # descriptor -> path
-        self.unsynced = set()  # files written, folders changed
-        self.complaints = []
+        self.paths: dict[int, str] = {}  # descriptor -> path
+        self.unsynced: set[str] = set()  # files written, folders changed
+        self.complaints: list[str] = []
 
-    def __getattr__(self, name):
+    def __getattr__(self, name: str) -> Any:
         real = getattr(os, name)
         if name not in CHANGING:
             return real
         return lambda *arguments, **options: self.do(name, real, arguments, options)
 
-    def step(self):
+    def step(self) -> None:
         if self.is_dead:
             raise Crash
         self.count += 1
@@ -41,7 +45,7 @@ class Disk:
             self.is_dead = True
             raise Crash
 
-    def do(self, name, real, arguments, options):
+    def do(self, name: str, real: Callable[..., Any], arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
         if name in ("replace", "rename"):
             source = os.fspath(arguments[0])
             below = [path for path in self.unsynced if path == source or PurePath(source) in PurePath(path).parents]
@@ -59,7 +63,7 @@ class Disk:
             self.unsynced -= {os.fspath(arguments[0])} if name != "mkdir" else set()
         return result
 
-    def open(self, path, flags, *mode):
+    def open(self, path: str, flags: int, *mode: int) -> int:
         if flags & os.O_CREAT:
             self.step()
         descriptor = os.open(path, flags, *mode)
@@ -68,17 +72,17 @@ class Disk:
             self.unsynced.add(os.path.dirname(path))
         return descriptor
 
-    def fdopen(self, descriptor, mode, buffering=-1):
+    def fdopen(self, descriptor: int, mode: str, buffering: int = -1) -> Any:
         return os.fdopen(descriptor, mode) if mode == "rb" else File(self, os.fdopen(descriptor, mode, buffering=0))
 
 
 class File:
     """A file being written without a buffer; dying in a write leaves half of it."""
 
-    def __init__(self, disk, raw):
+    def __init__(self, disk: Disk, raw: Any) -> None:
         self.disk, self.raw = disk, raw
 
-    def write(self, data):
+    def write(self, data: Any) -> int:
         try:
             self.disk.step()
         except BaseException:
@@ -88,5 +92,5 @@ class File:
         self.disk.unsynced.add(self.disk.paths[self.raw.fileno()])
         return self.raw.write(data)
 
-    def __getattr__(self, name):
+    def __getattr__(self, name: str) -> Any:
         return getattr(self.raw, name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 import modelparallel as smp
 from modelparallel.model import states as model_states
 from parity import ReferenceResult
+from training import step_of
 
 
 def distributed_run(
@@ -31,13 +33,7 @@ def distributed_run(
     """
     model = smp.DistributedModel(make_model(), **model_arguments)
     optimizer = smp.DistributedOptimizer(make_optimizer(model.parameters()))
-
-    @smp.step
-    def train_step(model: Any, *microbatch: Any) -> Tensor:
-        loss = body(model, *microbatch)
-        model.backward(loss)
-        return loss
-
+    train_step = step_of(body)
     losses: list[float] = []
     gradients: dict[str, Tensor] = {}
     for step in range(len(batches) if num_steps is None else num_steps):
@@ -84,3 +80,8 @@ def assert_equal_over(group: smp.CommGroup, value: Any) -> None:
     """``value`` (nested tensors and numbers) is the same, to the bit, on all ranks of the group."""
     for other in smp.allgather(value, group):
         torch.testing.assert_close(other, value, rtol=0, atol=0)
+
+
+def shared_folder() -> str:
+    """A new folder, the same on all ranks; it goes with the run of the ranks."""
+    return smp.allgather(tempfile.mkdtemp() if smp.rank() == 0 else "", smp.WORLD)[0]

@@ -8,14 +8,19 @@ tried, which no pool does that leaves by ``os._exit``. Prints, as JSON, the exit
 have printed.
 """
 
+from __future__ import annotations
+
 import json
 import os
+import shutil
 import signal
 import socket
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
@@ -33,24 +38,24 @@ PATIENCE = 900.0
 class SlowToGo:
     """In the globals of the script: makes the end of the interpreter take so long that any thread wakes in it."""
 
-    def __init__(self, seconds):
+    def __init__(self, seconds: float) -> None:
         self.seconds = seconds
 
-    def __del__(self, sleep=time.sleep):
+    def __del__(self, sleep: Callable[[float], None] = time.sleep) -> None:
         sleep(self.seconds)
 
 
-def delayed(owner, name, seconds):
+def delayed(owner: Any, name: str, seconds: float) -> None:
     inner = getattr(owner, name)
 
-    def slowly(*args, **kwargs):
+    def slowly(*args: Any, **kwargs: Any) -> Any:
         time.sleep(seconds)
         return inner(*args, **kwargs)
 
     setattr(owner, name, slowly)
 
 
-def train(job, rank, folder):
+def train(job: dict[str, Any], rank: int, folder: Path) -> None:
     ending.MEETING_SECONDS = job.get("meeting", 10.0)
     ending.AFTER_ERROR_SECONDS = gloo_transport._GOODBYE_SECONDS = 1.0
     smp.init({"microbatches": 2, "ddp": True, "timeout_seconds": 60, **job.get("parameters", {})})
@@ -58,7 +63,7 @@ def train(job, rank, folder):
     optimizer = smp.DistributedOptimizer(torch.optim.SGD(model.parameters(), 0.1))
 
     @smp.step
-    def step(model, x):
+    def step(model: Any, x: torch.Tensor) -> torch.Tensor:
         loss = model(x).sum()
         model.backward(loss)
         return loss
@@ -89,12 +94,12 @@ def train(job, rank, folder):
         raise ValueError("at the end")
 
 
-def start(number, job, folder):
+def start(number: int, job: dict[str, Any], folder: Path) -> tuple[int | None, list[int]]:
     """Fork the ranks of a job; in a rank, return its number."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    pids = []
+    pids: list[int] = []
     for rank in range(job["num_ranks"]):
         pid = os.fork()
         if pid == 0:
@@ -110,7 +115,7 @@ def start(number, job, folder):
     return None, pids
 
 
-def collect(pids, codes, seconds):
+def collect(pids: list[int], codes: dict[int, int], seconds: float) -> set[int]:
     """Wait for processes; which are left."""
     deadline = time.monotonic() + seconds
     left = set(pids)
@@ -132,7 +137,7 @@ for number, job in enumerate(json.loads(sys.argv[1])):
         break
     started.append((job, pids))
 else:
-    codes = {}
+    codes: dict[int, int] = {}
     begin = time.monotonic()
     for job, pids in started:
         wanted = [pid for rank, pid in enumerate(pids) if job.get("late") != "stopped" or rank != job["late_rank"]]
@@ -152,6 +157,7 @@ else:
             ]
         )
     )
+    shutil.rmtree(folder)
     sys.exit()
 
 job_folder = folder / str(number)

@@ -14,8 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from engine_models import WIDTH
 from parity import assert_parity
 from pool import run_ranks
+
+# What the configuration's `pipeline` may be (with a backward).
+SCHEDULES = ("simple", "interleaved", "zero_bubble")
+# Of pipelines that scatter() places.
+MANUAL = {"microbatches": 2, "timeout_seconds": 8, "auto_partition": False, "default_partition": 0}
 
 
 @dataclass(frozen=True)
@@ -209,3 +215,37 @@ def assert_equal_results(actual: Any, expected: Any, where: str) -> None:
         assert abs(actual - expected) <= 1e-9 * max(1.0, abs(expected)), f"{where}: {actual} vs. {expected}"
     else:
         assert actual == expected, f"{where}: {actual!r} vs. {expected!r}"
+
+
+def layout(num_stages: int, **more: Any) -> dict[str, Any]:
+    return {**MANUAL, "pipeline_parallel_degree": num_stages, **more}
+
+
+def wrapped(make: Callable[[], nn.Module]) -> Any:
+    import modelparallel as smp
+
+    torch.manual_seed(1)
+    model = smp.DistributedModel(make().double().train())
+    if smp.pp_size() > 1:
+        scatter(model)
+    return model
+
+
+def data(step: int, size: int = 4) -> Tensor:
+    return torch.randn(size, WIDTH, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
+
+
+def gradients_of(model: Any) -> dict[str, Tensor]:
+    return {name: p.grad.clone() for name, p in model.local_named_parameters() if p.grad is not None}
+
+
+def check(body: Callable[..., Any], num_stages: int, *args: Any, **more: Any) -> None:
+    """``body`` returns (results equal on all ranks, gradients of the local parameters)."""
+    expected = run_ranks(body, 1, *args, parameters=layout(1, **more))[0]
+    ranks = run_ranks(body, num_stages, *args, parameters=layout(num_stages, **more))
+    merged: dict[str, Tensor] = {}
+    for rank, (results, gradients) in enumerate(ranks):
+        assert_equal_results(results, expected[0], f"pp_rank {rank}")
+        merged.update(gradients)
+    assert sorted(merged) == sorted(expected[1])
+    assert_equal_results(dict(sorted(merged.items())), dict(sorted(expected[1].items())), "gradients")

@@ -29,6 +29,8 @@ from transformers.models.gptj.modeling_gptj import GPTJForCausalLM, GPTJModel
 from transformers.models.roberta.configuration_roberta import RobertaConfig
 from transformers.models.roberta.modeling_roberta import RobertaForSequenceClassification
 
+import modelparallel as smp
+
 F64 = torch.float64
 VOCAB, LENGTH, WIDTH, HEADS, LAYERS = 13, 6, 16, 4, 2
 _TOKENS = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1, "use_cache": False}
@@ -215,3 +217,15 @@ def in_float64() -> Iterator[None]:
             module = sys.modules[f"transformers.models.{family}.modeling_{family}"]
             stack.enter_context(mock.patch.object(module, "torch", _Torch()))
         yield
+
+
+def settings(tp: int, pp: int = 1, **more: Any) -> dict[str, Any]:
+    degrees = {"tensor_parallel_degree": tp, "pipeline_parallel_degree": pp}
+    return {**degrees, "ddp": True, "_match_weights": True, "microbatches": 2 if pp > 1 else 1, **more}
+
+
+def folded(state: dict[str, Any]) -> dict[str, Any]:
+    """A state dict of the library as transformers' classes have it."""
+    for to_transformers, _ in smp.state.module_manager.translate_functions:
+        state = to_transformers(state)
+    return state

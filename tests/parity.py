@@ -73,6 +73,30 @@ def _assert_all_below_one(excess: dict[str, float], pairs: dict[str, tuple[Tenso
     )
 
 
+def assert_same_training(actual: ReferenceResult, expected: ReferenceResult, *, dtype: torch.dtype) -> None:
+    """Losses, first gradients and last weights are equal; losses to more digits than the rest."""
+    tolerance = 1e-12 if dtype == torch.float64 else FLOAT32_TOLERANCE
+    assert len(actual.losses) == len(expected.losses), (actual.losses, expected.losses)
+    for step, (loss, other) in enumerate(zip(actual.losses, expected.losses, strict=True)):
+        assert abs(loss - other) <= max(tolerance * abs(other), 1e-12), f"step {step}: loss {loss}, expected {other}"
+    assert_parity(actual.gradients, expected.gradients, dtype=dtype)
+    assert_parity(actual.weights, expected.weights, dtype=dtype)
+
+
+def assert_ranks_train_as_one(
+    ranks: Sequence[tuple[list[float], dict[str, Tensor], dict[str, Tensor]]],
+    expected: ReferenceResult,
+    *,
+    dtype: torch.dtype,
+) -> None:
+    """Each rank has the gradients and weights of one process, and the ranks' losses have the mean of its losses."""
+    for _, gradients, weights in ranks:
+        assert_parity(gradients, expected.gradients, dtype=dtype)
+        assert_parity(weights, expected.weights, dtype=dtype)
+    losses = torch.tensor([losses for losses, _, _ in ranks]).mean(0)
+    torch.testing.assert_close(losses, torch.tensor(expected.losses))
+
+
 def reference_run(
     make_model: Callable[[], nn.Module],
     batches: Sequence[tuple[Any, ...]],

@@ -1,6 +1,10 @@
 """Models that the tests of the partitioner place: small, and each with something that is hard to place."""
 
+from __future__ import annotations
+
 import random
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,11 +21,11 @@ SMALL = {
 }
 
 
-def layers(num_layers, width=8):
+def layers(num_layers: int, width: int = 8) -> nn.Sequential:
     return nn.Sequential(*(nn.Linear(width, width) for _ in range(num_layers)))
 
 
-def chain(costs, ties=()):
+def chain(costs: Sequence[tuple[int, int, float, int]], ties: tuple[Any, ...] = ()) -> Trace:
     """The trace of units u0, u1, ... that were called one after another.
 
     costs: for every unit (bytes of parameters, of activations, FLOPs, bytes handed to the next unit).
@@ -45,20 +49,20 @@ def chain(costs, ties=()):
 
 
 class Attention(nn.Module):
-    def __init__(self, num_heads=2):
+    def __init__(self, num_heads: int = 2) -> None:
         super().__init__()
         self.heads = nn.ModuleList(Projections() for _ in range(num_heads))
         self.proj = nn.Linear(4, 4)
 
 
 class Projections(nn.Module):
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.key, self.query = nn.Linear(4, 4), nn.Linear(4, 4)
 
 
 class Block(nn.Module):
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.attention = Attention()
         self.mlp = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 4))
@@ -67,7 +71,7 @@ class Block(nn.Module):
 class Decoder(nn.Module):
     """Everything at once: a table used again as head, parameters of its own, blocks, a constant."""
 
-    def __init__(self, num_blocks=3, vocabulary=11):
+    def __init__(self, num_blocks: int = 3, vocabulary: int = 11) -> None:
         super().__init__()
         self.table = nn.Embedding(vocabulary, 4)
         self.positions = nn.Parameter(torch.zeros(5, 4))
@@ -77,7 +81,7 @@ class Decoder(nn.Module):
         self.unused = nn.Linear(4, 4)
         self.register_buffer("mask", torch.tril(torch.ones(5, 5)))
 
-    def forward(self, ids):
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
         hidden = self.table(ids) + self.positions[: ids.shape[1]]
         for block in self.blocks:
             hidden = hidden + block(hidden)
@@ -87,7 +91,7 @@ class Decoder(nn.Module):
 class Eventful(nn.Module):
     """Changes everything that a step body can change in a model."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.layer = nn.Linear(4, 4)
         self.norm = nn.BatchNorm1d(4)
@@ -97,7 +101,7 @@ class Eventful(nn.Module):
         self.register_buffer("constant", torch.tensor([float("nan"), 1.0]))
         self.register_buffer("moved", torch.ones(2))
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = F.dropout(self.norm(self.layer(x)))
         self.count += 1
         self.replaced = self.replaced + x.detach().mean()
@@ -107,7 +111,7 @@ class Eventful(nn.Module):
         return x.sum() * random.random()
 
 
-def hugging_face_model(name):
+def hugging_face_model(name: str) -> nn.Module:
     import transformers
 
     t5 = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2, "vocab_size": 50}

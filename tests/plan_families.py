@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import transformers
 from torch import nn
@@ -108,7 +110,7 @@ def family_batch(step: int, num_samples: int) -> tuple[torch.Tensor, torch.Tenso
     return ids, (torch.arange(6) < lengths).long()
 
 
-def family_loss(model, ids, mask):
+def family_loss(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """The mean over the samples, so that batches of different length can be weighted by their samples."""
     logits = model(input_ids=ids, attention_mask=mask).logits
     losses = nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")

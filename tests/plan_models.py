@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 F64 = torch.float64
 
@@ -26,7 +28,7 @@ class Attention(nn.Module):
         self.q_norm = nn.LayerNorm(head_dim)
         self.out = nn.Linear(self.sizes[0], width)
 
-    def forward(self, x, mask=None):
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         if self.is_fused:
             own = (self.num_heads * self.head_dim, *[self.num_kv_heads * self.head_dim] * 2)
             q, k, v = self.qkv(x).split(own, -1)
@@ -51,7 +53,7 @@ class GatedMlp(nn.Module):
         self.down = nn.Linear(inner, width)
         self.scale = nn.Parameter(torch.ones(width))
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up(x).chunk(2, -1) if self.is_packed else (self.gate(x), self.up(x))
         return self.down(F.silu(gate) * up) * self.scale  # an operation after the row-wise layer
 
@@ -62,7 +64,7 @@ class Expert(nn.Module):
         self.up = nn.Linear(width, inner, bias=False)
         self.down = nn.Linear(inner, width, bias=False)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.down(F.relu(self.up(x)))
 
 
@@ -74,7 +76,7 @@ class Mixture(nn.Module):
         self.router = nn.Linear(width, num_experts)
         self.experts = nn.ModuleList([Expert(width, 8) for _ in range(num_experts)])
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         tokens = x.flatten(0, 1)
         scores = self.router(tokens).softmax(-1)
         best = scores.argmax(-1)
@@ -93,7 +95,7 @@ class Block(nn.Module):
         self.mlp = Mixture(width, 3) if is_mixture else GatedMlp(width, 8, is_fused)
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
 
-    def forward(self, x, mask=None, table=None):
+    def forward(self, x: Tensor, mask: Tensor | None = None, table: Tensor | None = None) -> Tensor:
         x = x + self.attn(self.norm1(x) + table, mask=mask)
         y = self.mlp(self.norm2(x))
         return x + (y[0] if isinstance(y, tuple) else y)
@@ -116,7 +118,7 @@ class Tower(nn.Module):
         if is_tied:
             self.head.weight = self.table.weight
 
-    def forward(self, ids):
+    def forward(self, ids: Tensor) -> Tensor:
         mask = torch.ones(5, 5, dtype=torch.bool).tril().expand(len(ids), 1, 5, 5) & (ids != 2)[:, None, None]
         mask = mask | torch.eye(5, dtype=torch.bool)
         x = self.table(ids)
@@ -160,5 +162,5 @@ def tower_batch(step: int, num_samples: int) -> tuple[torch.Tensor, torch.Tensor
     return ids, torch.randint(0, 13, (num_samples, 5), generator=generator)
 
 
-def tower_loss(model, ids, labels):
+def tower_loss(model: Any, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(model(ids).flatten(0, 1), labels.flatten())

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 import modelparallel as smp
 from parity import assert_parity, reference_run
@@ -16,18 +19,19 @@ from plan_models import (
     tower_loss,
 )
 from pool import run_ranks
+from training import step_of
 
 NUM_SAMPLES = 4
 # Its router computes in float32, whatever the dtype of the model.
 SINGLE_PRECISION = {"mixtral"}
 
 
-def settings(tp: int, **more) -> dict:
+def settings(tp: int, **more: Any) -> dict[str, Any]:
     return {"tensor_parallel_degree": tp, "ddp": True, "timeout_seconds": 20, **more}
 
 
-def make_optimizer(kind: str):
-    def make(parameters):
+def make_optimizer(kind: str) -> Callable[[Any], torch.optim.Optimizer]:
+    def make(parameters: Any) -> torch.optim.Optimizer:
         if kind == "adam":
             return torch.optim.Adam(parameters, lr=0.01)
         return torch.optim.SGD(parameters, lr=0.05, momentum=0.9)
@@ -35,7 +39,9 @@ def make_optimizer(kind: str):
     return make
 
 
-def setup_of(name: str):
+def setup_of(
+    name: str,
+) -> tuple[Callable[[], nn.Module], Any, Callable[[int, int], tuple[Tensor, ...]], Callable[..., Tensor]]:
     """(make the model, the plan or None, a batch of a step, the loss) of a tower or a family."""
     if name in TOWERS:
         return lambda: make_tower(name), TOWERS[name][1], tower_batch, tower_loss
@@ -44,7 +50,7 @@ def setup_of(name: str):
     return lambda: make_family(name), None, family_batch, family_loss
 
 
-def train(name: str, kind: str):
+def train(name: str, kind: str) -> tuple[list[float], dict[str, Tensor], dict[str, Tensor]]:
     """Three steps on this rank's share: losses, gradients of the first step and final weights, un-sliced; and that the
     state dict gives the plain model the same outputs, and comes back.
     """
@@ -55,15 +61,10 @@ def train(name: str, kind: str):
         warnings.filterwarnings("ignore", message=".*stays whole")
         model = smp.DistributedModel(model)
     optimizer = smp.DistributedOptimizer(make_optimizer(kind)(model.parameters()))
+    train_step = step_of(loss_of)
 
     @smp.step
-    def train_step(model, *batch):
-        loss = loss_of(model, *batch)
-        model.backward(loss)
-        return loss
-
-    @smp.step
-    def evaluate(model, *batch):
+    def evaluate(model: Any, *batch: Any) -> Tensor:
         return loss_of(model, *batch)
 
     losses, gradients = [], {}
@@ -92,7 +93,13 @@ def train(name: str, kind: str):
     return losses, gradients, weights
 
 
-def check_states(make, model, weights, evaluate, loss_of):
+def check_states(
+    make: Callable[[], nn.Module],
+    model: Any,
+    weights: dict[str, Tensor],
+    evaluate: Callable[[], Tensor],
+    loss_of: Callable[[nn.Module], Tensor],
+) -> None:
     model.eval()
     plain = make().eval()
     plain.load_state_dict(weights)
@@ -111,11 +118,11 @@ def check_states(make, model, weights, evaluate, loss_of):
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
 
 
-def train_all(names, kind):
+def train_all(names: Sequence[str], kind: str) -> dict[str, Any]:
     return {name: train(name, kind) for name in names}
 
 
-def check_training(names, num_ranks, parameters, kind):
+def check_training(names: Sequence[str], num_ranks: int, parameters: dict[str, Any], kind: str) -> None:
     ranks = run_ranks(train_all, num_ranks, names, kind, parameters=parameters, timeout=170)
     num_replicas = num_ranks // parameters.get("pipeline_parallel_degree", 1)
     if parameters.get("prescaled_batch"):
@@ -140,7 +147,7 @@ def check_training(names, num_ranks, parameters, kind):
         torch.testing.assert_close(losses, torch.tensor(expected.losses))
 
 
-def own_rows(counts):
+def own_rows(counts: Sequence[int]) -> tuple[slice, int]:
     counts = counts[: smp.tp_size()]
     start = sum(counts[: smp.tp_rank()])
     return slice(start, start + counts[smp.tp_rank()]), sum(counts)

@@ -307,6 +307,7 @@ def _prepare(job: _Job) -> None:
     os.dup2(log, 2)
     sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
     sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+    tempfile.tempdir = os.path.dirname(job.log)  # what a rank makes goes with the run
     faulthandler.register(signal.SIGUSR1, file=sys.stderr, all_threads=True)
     faulthandler.enable(file=sys.stderr)
     os.environ.update(

@@ -1,20 +1,25 @@
 """The rules of a schedule once more, as plain as can be: what the library's checker and simulation are held to."""
 
-from modelparallel.plan.schedule import Action, ActionKind
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from modelparallel.plan.schedule import Action, ActionKind, Chain, Schedule
 
 F, B, I, W = ActionKind  # noqa: E741 - the letters of the papers
+StageAction = tuple[int, Action]
 
 
-def all_actions(schedule):
+def all_actions(schedule: Schedule) -> list[StageAction]:
     """Every action as (stage, action), in the order of stages."""
     return [(stage, action) for stage, actions in enumerate(schedule.actions) for action in actions]
 
 
-def is_backward(action):
+def is_backward(action: Action) -> bool:
     return action.kind in (B, I)
 
 
-def has_to_wait(chain, later, earlier):
+def has_to_wait(chain: Chain, later: StageAction, earlier: StageAction) -> bool:
     """Whether ``later`` may only run when ``earlier`` is done; both are (stage, action)."""
     (stage, action), (other_stage, other) = later, earlier
     if action.microbatch != other.microbatch:
@@ -33,7 +38,9 @@ def has_to_wait(chain, later, earlier):
     return False
 
 
-def expected_sets(chain, num_microbatches, with_backward):
+def expected_sets(
+    chain: Chain, num_microbatches: int, with_backward: bool
+) -> Iterator[tuple[int, int, int, list[set[ActionKind]]]]:
     """For every stage and (microbatch, visit) the sets of kinds that are right."""
     for stage in range(chain.num_stages):
         for visit, index in enumerate(chain.visits_of(stage)):
@@ -42,9 +49,9 @@ def expected_sets(chain, num_microbatches, with_backward):
                 yield stage, microbatch, visit, ([{F, B}, {F, I, W}] if needs_backward else [{F}])
 
 
-def is_valid(schedule, chain, active_microbatches=None):
+def is_valid(schedule: Schedule, chain: Chain, active_microbatches: int | None = None) -> bool:
     """Whether the schedule may run: complete, no circle in what waits for what, within its memory."""
-    found = {}
+    found: dict[tuple[int, int, int], list[ActionKind]] = {}
     for stage, action in all_actions(schedule):
         found.setdefault((stage, action.microbatch, action.visit), []).append(action.kind)
     expected = {
@@ -70,7 +77,7 @@ def is_valid(schedule, chain, active_microbatches=None):
     return runs_to_the_end(schedule, chain)
 
 
-def runs_to_the_end(schedule, chain):
+def runs_to_the_end(schedule: Schedule, chain: Chain) -> bool:
     """Take away, again and again, the first action of any stage that waits for nothing that is left."""
     left = [list(actions) for actions in schedule.actions]
     while any(left):
@@ -87,7 +94,7 @@ def runs_to_the_end(schedule, chain):
     return True
 
 
-def known_interleaved_order(num_stages, num_microbatches, num_rounds):
+def known_interleaved_order(num_stages: int, num_microbatches: int, num_rounds: int) -> tuple[tuple[Action, ...], ...]:
     """1F1B with virtual stages as published (Narayanan et al. 2021): microbatches in groups of num_stages.
 
     Returns the actions of every stage; num_microbatches is a multiple of num_stages.
@@ -95,7 +102,7 @@ def known_interleaved_order(num_stages, num_microbatches, num_rounds):
     p, v, total = num_stages, num_rounds, num_microbatches * num_rounds
     assert num_microbatches % p == 0
 
-    def step(number, kind):
+    def step(number: int, kind: ActionKind) -> Action:
         group, within = divmod(number, p * v)
         visit, place = divmod(within, p)
         return Action(kind, group * p + place, visit if kind is F else v - 1 - visit)

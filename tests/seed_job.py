@@ -1,8 +1,8 @@
 """The example jobs on made-up digits, recorded step by step; also a script that a launcher starts."""
 
+from __future__ import annotations
+
 import argparse
-import importlib.util
-import sys
 from pathlib import Path
 
 import torch
@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import smdistributed.modelparallel.torch as smp
+from scripts import load_script
 
-MNIST = Path(__file__).resolve().parent.parent / "examples" / "mnist"
 #: Of a data-parallel rank. In fp32 it takes many samples for Adadelta not to magnify the rounding of small gradients.
 BATCH_SIZES = {torch.float32: 64, torch.float64: 16}
 NUM_STEPS = 5
@@ -32,36 +32,27 @@ PARAMETERS = {
 }
 
 
-def load_script(name):
-    """The example ``name`` as a module (its folder is no package)."""
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, MNIST / f"{name}.py")
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
-
-
-def make_digits(num_samples, dtype):
+def make_digits(num_samples: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(7)
     images = torch.rand(num_samples, 1, 28, 28, generator=generator, dtype=torch.float64).to(dtype)
     return images, torch.randint(0, 10, (num_samples,), generator=generator)
 
 
-def make_net(script, dtype):
+def make_net(script: str, dtype: torch.dtype) -> torch.nn.Module:
     torch.manual_seed(0)
     torch.set_default_dtype(dtype)
     try:
-        return load_script(script).Net()
+        return load_script(f"examples/mnist/{script}.py").Net()
     finally:
         torch.set_default_dtype(torch.float32)
 
 
-def train(script, dtype):
+def train(script: str, dtype: torch.dtype) -> tuple[int, list[float], dict[str, torch.Tensor], list[type]]:
     """What the script does up to its training loop, with made-up digits, some for each data-parallel rank and step.
 
     Returns (dp_rank, this rank's losses, the full weights after the steps, the classes of the four layers).
     """
-    module = load_script(script)
+    module = load_script(f"examples/mnist/{script}.py")
     has_pipeline = "pipeline" in script
     batch_size = BATCH_SIZES[dtype]
     dataset = TensorDataset(*make_digits(batch_size * NUM_STEPS * smp.dp_size(), dtype))

@@ -19,6 +19,7 @@ from distributed_run import mean_over_replicas, own_share
 from modelparallel.comm.ending import let_threads_finish
 from modelparallel.model import states as model_states
 from parity import ReferenceResult, assert_parity, reference_run
+from training import step_of
 
 
 class TiedGPT(nn.Module):
@@ -127,17 +128,9 @@ def awkward_batches(num_samples: int, num_steps: int = 3) -> list[tuple[Any, ...
     return result
 
 
-def awkward_loss(model: Any, tokens: Tensor, use: Tensor) -> Tensor:
-    return F.cross_entropy(model(tokens, use).flatten(0, 1), tokens.flatten())
-
-
 def adam(parameters: Any) -> torch.optim.Optimizer:
     # With an eps far above rounding errors: gradients that are nearly zero would be blown up.
     return torch.optim.AdamW([p for p in parameters if p.requires_grad], lr=0.01, eps=1e-4)
-
-
-def sgd(parameters: Any) -> torch.optim.Optimizer:
-    return torch.optim.SGD([p for p in parameters if p.requires_grad], lr=0.1, momentum=0.9)
 
 
 class ShardOptimizer:
@@ -170,13 +163,7 @@ def train(
 ) -> ReferenceResult:
     """As ``distributed_run``. ``is_plain``: without a step function."""
     model = smp.DistributedModel(make_model(), **arguments)
-
-    @smp.step
-    def train_step(model: Any, *microbatch: Any) -> Tensor:
-        loss = body(model, *microbatch)
-        model.backward(loss)
-        return loss
-
+    train_step = step_of(body)
     losses: list[float] = []
     gradients: dict[str, Tensor] = {}
     optimizer = None

@@ -21,6 +21,7 @@ import torch.distributed as dist
 
 from engine_runs import assert_equal_results
 from fuzz_side_doors import source
+from logs import logged_lines
 from parity import assert_parity
 from plain_smp import PlainSmp, readable
 from pool import RankError, run_ranks
@@ -38,15 +39,6 @@ class Seen:
     trace: str = ""
 
 
-class _Warnings(logging.Handler):
-    def __init__(self, texts: list[str]) -> None:
-        super().__init__(logging.WARNING)
-        self._texts = texts
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self._texts.append(record.getMessage())
-
-
 def run_script(text: str, num_microbatches: int, *, is_plain: bool) -> Seen:
     import modelparallel
     from modelparallel.errors import SMPError
@@ -54,11 +46,9 @@ def run_script(text: str, num_microbatches: int, *, is_plain: bool) -> Seen:
     smp: Any = PlainSmp(num_microbatches) if is_plain else modelparallel
     seen, handles = Seen(), list[Any]()
     namespace: dict[str, Any] = {"__name__": "side_door"}
-    handler = _Warnings(seen.warnings)
-    logging.getLogger("modelparallel").addHandler(handler)
     before = torch.get_default_dtype()
     try:
-        with warnings.catch_warnings(record=True) as caught:
+        with logged_lines(logging.WARNING) as logged, warnings.catch_warnings(record=True) as caught:
             exec(compile(text, "<script>", "exec"), namespace)
             namespace["smp"] = smp
             namespace["program"](smp, lambda name, value: seen.values.append((name, readable(value))), handles)
@@ -66,9 +56,8 @@ def run_script(text: str, num_microbatches: int, *, is_plain: bool) -> Seen:
         seen.error, seen.is_ours = f"{type(error).__name__}: {error}", isinstance(error, SMPError)
         seen.trace = traceback.format_exc()
     finally:
-        seen.warnings += [str(warning.message) for warning in caught]
+        seen.warnings += [*logged, *(str(warning.message) for warning in caught)]
         torch.set_default_dtype(before)
-        logging.getLogger("modelparallel").removeHandler(handler)
         for handle in handles:
             handle.remove()
     return seen

@@ -3,10 +3,13 @@
 modelparallel run ... signal_job.py FOLDER SHAPE
 """
 
+from __future__ import annotations
+
 import json
 import os
 import sys
 import time
+from typing import Any
 
 import torch
 
@@ -22,13 +25,13 @@ SHAPES = {
 NUM_STEPS = 6
 
 
-def at(place):
+def at(place: str) -> None:
     print("at", place, flush=True)
     if place in os.environ.get("SIGNAL_JOB_LINGERS", ""):
         time.sleep(0.2)
 
 
-def main(folder, shape):
+def main(folder: str, shape: str) -> None:
     at("start")
     smp.init({"microbatches": 2, "ddp": True, "timeout_seconds": 8, "message_timeout_seconds": 8, **SHAPES[shape]})
     torch.manual_seed(0)
@@ -39,7 +42,7 @@ def main(folder, shape):
     optimizer = smp.DistributedOptimizer(torch.optim.SGD(model.parameters(), 0.01))
 
     @smp.step
-    def train(model, x):
+    def train(model: Any, x: torch.Tensor) -> torch.Tensor:
         loss = model(x).square().mean()
         model.backward(loss)
         return loss

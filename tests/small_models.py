@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -17,7 +19,7 @@ class Classifier(nn.Module):
         self.first = nn.Linear(4, 8)
         self.second = nn.Linear(8, 10)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.log_softmax(self.second(torch.tanh(self.first(x))), 1)
 
 
@@ -32,16 +34,12 @@ def make_batch(num_samples: int, seed: int = 7) -> tuple[torch.Tensor, torch.Ten
     return x, torch.randint(0, 10, (num_samples,), generator=generator)
 
 
-def mean_loss(model, x, y):
+def mean_loss(model: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return F.nll_loss(model(x), y)
 
 
-def sgd(parameters):
-    return torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
-
-
 @smp.step
-def train_step(model, data, target):
+def train_step(model: Any, data: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     output = model(data)
     loss = F.nll_loss(output, target, reduction="mean")
     model.backward(loss)

@@ -26,6 +26,11 @@ def imaginary(size: int, rank: int = 0) -> Group:
     return Group(GroupKind.TP, tuple(range(size)), rank, None)
 
 
+def batch_of(rank: int, *shape: int) -> Tensor:
+    """The batch of a rank; any rank can compute that of any other."""
+    return torch.randn(*shape, dtype=F64, generator=torch.Generator().manual_seed(100 + rank))
+
+
 def make(build: Callable[[], nn.Module], *, seed: int = 0, dtype: torch.dtype = F64, **settings: Any) -> nn.Module:
     """``build()`` on all ranks of the test, from one seed; ``settings``: is_memory, is_prescaled."""
     before = torch.get_default_dtype()
@@ -84,3 +89,9 @@ def values(module: nn.Module) -> dict[str, Tensor]:
 
 def gradients(module: nn.Module) -> dict[str, Tensor]:
     return joined(module, lambda parameter: parameter.grad)
+
+
+def settings(tp: int, pp: int = 1, microbatches: int = 1, **more: Any) -> dict[str, Any]:
+    return {
+        "tensor_parallel_degree": tp, "pipeline_parallel_degree": pp, "microbatches": microbatches, "ddp": True, **more,
+    }  # fmt: skip

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from documents import script
+from scripts import load_script
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "architecture.md"
@@ -30,7 +30,7 @@ ANSWERS = {
 }
 
 
-drawing = script("draw_architecture")
+drawing = load_script("docs/draw_architecture.py")
 read_graph = functools.cache(drawing.read_graph)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import logging
 import types
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import modelparallel as smp
+from logs import logged_lines
 from modelparallel import trees
 from modelparallel.errors import CommunicationError, StepUsageError
 from modelparallel.pipeline.batch_lists import ListReader
@@ -174,20 +174,16 @@ def test_a_batch_of_sparse_ragged_and_named_samples_trains_as_one_process():
 @on(LOCAL, PP2)
 def test_a_line_about_an_object_comes_once():
     model = smp.DistributedModel(make_net())
-    lines: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("modelparallel").addHandler(handler)
+    with logged_lines() as lines:
 
-    @smp.step
-    def step(model, batch):
-        loss = model(batch.x).pow(2).mean()
-        model.backward(loss)
-        return loss
+        @smp.step
+        def step(model, batch):
+            loss = model(batch.x).pow(2).mean()
+            model.backward(loss)
+            return loss
 
-    for _ in range(2):
-        step(model, Holder(torch.ones(8, 6, dtype=torch.float64)))
-    logging.getLogger("modelparallel").removeHandler(handler)
+        for _ in range(2):
+            step(model, Holder(torch.ones(8, 6, dtype=torch.float64)))
     assert sum("smp_slice" in line for line in lines) == (smp.rank() == 0)
 
 

@@ -11,6 +11,7 @@ from torch import nn
 
 import modelparallel as smp
 from pool import run_ranks
+from training import square_step
 from training_cells import Cell, train_on_rank
 
 WIDTH, LAYERS = 1536, 12
@@ -30,13 +31,6 @@ class Block(nn.Module):
 def build() -> nn.Module:
     torch.manual_seed(4)
     return nn.Sequential(*(Block() for _ in range(LAYERS)), nn.Linear(WIDTH, 3))
-
-
-@smp.step
-def train_step(model, x):
-    loss = model(x).square().mean()
-    model.backward(loss)
-    return loss
 
 
 def resident(field: str) -> int:
@@ -59,7 +53,7 @@ def grown_on_rank(is_delayed: bool) -> tuple[int, dict[str, torch.Tensor]]:
     model = smp.DistributedModel(net)
     peaks: list[int] = []
     model.register_post_partition_hook(lambda *_: peaks.append(resident("VmHWM")))
-    train_step(model, torch.ones(2, WIDTH))
+    square_step(model, torch.ones(2, WIDTH))
     values = {name: value[:2].clone() for name, value in model.state_dict().items()}
     return peaks[0] - before, values
 

@@ -5,53 +5,26 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-import test_reducer
 from modelparallel.data_parallel.progress import NUM_FLAGS
 from pool import run_ranks
-from test_reducer import (
-    accumulated_steps,
+from reducer_programs import (
+    OPTIONS,
+    RULES,
     assert_gradients,
-    equal_to_ddp,
-    frozen_and_unfrozen,
-    gradients_without_hooks,
-    interrupted_backward,
-    irregular_steps,
     local_gradients,
     loss_of,
     make_model,
     mean_over_ranks,
-    mixed_dtypes_and_layouts,
-    nested_backward,
-    no_sync_like_ddp,
-    random_runs,
     reducer_of,
-    split_over_tp,
-    users_change_gradients,
 )
 
 
 def with_views(body, *args):
-    test_reducer.OPTIONS["as_views"] = True  # this process runs nothing else
+    OPTIONS["as_views"] = True  # this process runs nothing else
     body(*args)
 
 
-@pytest.mark.parametrize(
-    ("body", "num_ranks", "args"),
-    [
-        (equal_to_ddp, 2, (torch.float32,)),
-        (accumulated_steps, 2, ()),
-        (no_sync_like_ddp, 2, ()),
-        (irregular_steps, 4, ()),
-        (gradients_without_hooks, 2, ()),
-        (users_change_gradients, 2, ()),
-        (frozen_and_unfrozen, 2, ()),
-        (mixed_dtypes_and_layouts, 2, ()),
-        (split_over_tp, 4, ()),
-        (random_runs, 4, ()),
-        (interrupted_backward, 2, ()),
-        (nested_backward, 2, ()),
-    ],
-)
+@pytest.mark.parametrize(("body", "num_ranks", "args"), RULES)
 def test_views_keep_every_rule_of_the_reduction(body, num_ranks, args):
     run_ranks(with_views, num_ranks, body, *args)
 

@@ -8,34 +8,23 @@ import os
 import random
 import resource
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import modelparallel as smp
 from checkpoint_jobs import make_job, train
+from distributed_run import shared_folder
+from logs import logged_lines
 from modelparallel.errors import CheckpointCorruptError, CheckpointError, CheckpointNotFoundError
 from rank_tests import RankTests, on
 
 PP2 = RankTests(2, {"pipeline_parallel_degree": 2, "microbatches": 2})
 PP2_DP2 = RankTests(4, {"pipeline_parallel_degree": 2, "microbatches": 2})
-
-
-def shared_folder() -> Path:
-    """A new folder, the same on all ranks."""
-    return Path(smp.allgather(tempfile.mkdtemp() if smp.rank() == 0 else "", smp.WORLD)[0])
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _in_one_folder(tmp_path_factory):
-    """What the ranks make goes with the test's folders."""
-    before, tempfile.tempdir = tempfile.tempdir, str(tmp_path_factory.mktemp("ranks"))
-    yield
-    tempfile.tempdir = before
 
 
 @contextmanager
@@ -48,21 +37,13 @@ def on_first_rank(change: Callable[[], None]) -> Iterator[None]:
     smp.barrier()
 
 
-@contextmanager
-def warnings_of_the_library() -> Iterator[list[str]]:
-    """What it logs as a warning on this rank."""
-    texts: list[str] = []
-
-    class Keep(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            texts.append(record.getMessage())
-
-    handler = Keep(logging.WARNING)
-    logging.getLogger("modelparallel").addHandler(handler)
-    try:
-        yield texts
-    finally:
-        logging.getLogger("modelparallel").removeHandler(handler)
+def saved_job() -> tuple[Path, Any]:
+    """A folder with a checkpoint of a job after one step, and the model and optimizer, which live as long."""
+    folder = Path(shared_folder())
+    model, optimizer = make_job(0)
+    train(model, optimizer, range(1))
+    smp.save_checkpoint(folder, "t", model=model, optimizer=optimizer, user_content="t")
+    return folder, (model, optimizer)
 
 
 def flip(path: Path, rng: random.Random) -> None:
@@ -102,7 +83,7 @@ def test_any_damage_to_any_file_is_named_and_passed_over():
 
 
 def check_damage_to_any_file(which: str) -> None:
-    folder = shared_folder()
+    folder = Path(shared_folder())
     model, optimizer = make_job(0)
     train(model, optimizer, range(1))
     for tag in ("old", "new"):
@@ -119,21 +100,21 @@ def check_damage_to_any_file(which: str) -> None:
                 with pytest.raises((CheckpointCorruptError, CheckpointNotFoundError)) as caught:
                     smp.resume_from_checkpoint(folder, tag)
                 assert name in str(caught.value), (name, kind)
-            with warnings_of_the_library() as texts:
+            with logged_lines(logging.WARNING) as texts:
                 assert smp.resume_from_checkpoint(folder, "newest-complete") == "old", (name, kind)
             if smp.rank() == 0:
                 assert len(texts) == 1 and "new_partial" in texts[0] and "passed over" in texts[0], (name, kind, texts)
                 assert name in texts[0]
         with on_first_rank(lambda name=name: shutil.copy(whole / name, newest / name)):
             pass
-    with warnings_of_the_library() as texts:
+    with logged_lines(logging.WARNING) as texts:
         assert smp.resume_from_checkpoint(folder, "newest-complete") == "new"
     assert texts == []
 
 
 @on(PP2)
 def test_damage_to_any_file_of_a_full_checkpoint_is_named():
-    folder = shared_folder()
+    folder = Path(shared_folder())
     model, optimizer = make_job(0)
     train(model, optimizer, range(1))
     arguments = {"partial": False, "model": model, "optimizer": optimizer, "full_optimizer": True}
@@ -155,10 +136,7 @@ def test_damage_to_any_file_of_a_full_checkpoint_is_named():
 
 @on(PP2)
 def test_a_damaged_name_of_the_newest_is_an_error_on_all_ranks():
-    folder = shared_folder()
-    model, optimizer = make_job(0)
-    train(model, optimizer, range(1))
-    smp.save_checkpoint(folder, "t", model=model, optimizer=optimizer, user_content="t")
+    folder, _job = saved_job()
     for data, text in ((b"\xff\xfe", "is not text"), (b"../t_partial", "is not the name of a file below")):
         with on_first_rank(lambda data=data: (folder / "newest").write_bytes(data)):
             for partial in (True, False):
@@ -169,10 +147,7 @@ def test_a_damaged_name_of_the_newest_is_an_error_on_all_ranks():
 
 @on(PP2)
 def test_without_comparing_digests_sizes_are_compared_and_broken_files_are_errors():
-    folder = shared_folder()
-    model, optimizer = make_job(0)
-    train(model, optimizer, range(1))
-    smp.save_checkpoint(folder, "t", model=model, optimizer=optimizer, user_content="t")
+    folder, _job = saved_job()
     newest = folder / "t_partial"
     with on_first_rank(lambda: shutil.copytree(newest, folder / "whole")):
         pass
@@ -203,7 +178,7 @@ def files_of_at_most(num_bytes: int) -> Iterator[None]:
 @on(PP2, PP2_DP2)
 def test_a_limit_of_the_files_sizes_fails_every_kind_of_save_and_spoils_nothing():
     """On one rank, or on all."""
-    folder = shared_folder()
+    folder = Path(shared_folder())
     model, optimizer = make_job(0)
     train(model, optimizer, range(1))
     smp.save_checkpoint(folder, "a", model=model, optimizer=optimizer, user_content="partial")
@@ -234,7 +209,7 @@ def test_a_limit_of_the_files_sizes_fails_every_kind_of_save_and_spoils_nothing(
 
 @on(PP2)
 def test_a_changed_number_of_the_format_is_damage_and_not_a_newer_version():
-    folder = shared_folder()
+    folder = Path(shared_folder())
     model, optimizer = make_job(0)
     train(model, optimizer, range(1))
     for tag in ("old", "new"):

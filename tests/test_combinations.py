@@ -14,6 +14,7 @@ from modelparallel.errors import DivergenceError, SMPConfigError
 from parity import assert_parity
 from rank_tests import RankTests, on
 from sharded_training import TiedGPT, gpt_batches, gpt_loss
+from training import sgd, step_of
 
 SDP = {"sharded_data_parallel_degree": 2, "sdp_param_persistence_threshold": 0, "sdp_gradient_clipping": 1e9}
 PP = {"pipeline_parallel_degree": 2, "microbatches": 2}
@@ -33,15 +34,7 @@ def make_gpt(dtype: torch.dtype = torch.float64, *, is_tied: bool = True) -> Tie
     return TiedGPT(is_tied=is_tied).to(dtype)
 
 
-def sgd(parameters):
-    return torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
-
-
-@smp.step
-def train_step(model, tokens):
-    loss = gpt_loss(model, tokens)
-    model.backward(loss)
-    return loss
+train_step = step_of(gpt_loss)
 
 
 def everything(model):

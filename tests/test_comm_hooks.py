@@ -12,14 +12,15 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
 
 import modelparallel as smp
-import test_reducer
 from distributed_run import assert_equal_over, merged_gradients, own_share
 from modelparallel.data_parallel import GradientReducer, comm_hooks
 from modelparallel.errors import SMPConfigError
+from odd_model import CAP, NUM_STEPS, batch, make_model
 from parity import assert_parity, reference_run
 from pool import run_ranks
 from rank_tests import RankTests, on
-from test_optimizer_shards import CAP, NUM_STEPS, batch, body, make_model, sgd, train_step
+from reducer_programs import irregular_steps, split_over_tp
+from training import sgd_of_trained, token_loss, token_step
 
 DP2 = RankTests(2, {"microbatches": 2})
 PP2 = RankTests(4, {"pipeline_parallel_degree": 2, "microbatches": 2})
@@ -38,7 +39,7 @@ def gradients_of(hook: Any, state: Any = None, step: int = 0, **arguments: Any) 
     model = wrapped(**arguments)
     if hook is not None:
         model.register_comm_hook(state, hook)
-    train_step(model, *own_share(batch(step)))
+    token_step(model, *own_share(batch(step)))
     return merged_gradients(model)
 
 
@@ -47,19 +48,19 @@ def test_the_stock_all_reduce_gives_the_gradients_of_one_process():
     expected = reference_run(
         make_model,
         [batch(step) for step in range(NUM_STEPS)],
-        body,
+        token_loss,
         num_microbatches=2,
-        make_optimizer=sgd,
+        make_optimizer=sgd_of_trained,
         num_replicas=smp.dp_size(),
     )
     for as_views in (False, True):
         for cap in (CAP, 25):
             model = wrapped(gradient_as_bucket_view=as_views, bucket_cap_mb=cap)
             model.register_comm_hook(None, default_hooks.allreduce_hook)  # before the partition
-            optimizer = smp.DistributedOptimizer(sgd(model.parameters()))
+            optimizer = smp.DistributedOptimizer(sgd_of_trained(model.parameters()))
             for step in range(NUM_STEPS):
                 optimizer.zero_grad()
-                train_step(model, *own_share(batch(step)))
+                token_step(model, *own_share(batch(step)))
                 if step == 0:
                     assert_parity(merged_gradients(model), expected.gradients, dtype=torch.float64)
                 optimizer.step()
@@ -73,12 +74,12 @@ def test_a_hook_after_the_partition_and_gradients_of_several_steps():
     model, plain = wrapped(), wrapped()
     tokens, use = own_share(batch(0))
     for other in (model, plain):
-        train_step(other, tokens, use)  # partitions; these gradients stay, and the next ones are added
+        token_step(other, tokens, use)  # partitions; these gradients stay, and the next ones are added
     model.register_comm_hook(smp.get_dp_process_group() if smp.tp_size() == 1 else None, default_hooks.allreduce_hook)
     for other in (model, plain):
         with other.no_sync():
-            train_step(other, *own_share(batch(2)))
-        train_step(other, *own_share(batch(1)))
+            token_step(other, *own_share(batch(2)))
+        token_step(other, *own_share(batch(1)))
     assert_parity(merged_gradients(model), merged_gradients(plain), dtype=torch.float64)
 
 
@@ -96,7 +97,7 @@ def test_plain_backward_reduces_by_the_hook():
 
     model.register_comm_hook(None, hook)
     for other in (model, plain):
-        body(other, *own_share(batch(0))).backward()
+        token_loss(other, *own_share(batch(0))).backward()
     for (name, mine), other in zip(model.named_parameters(), plain.parameters(), strict=True):
         assert (mine.grad is None) == (other.grad is None), name
         if mine.grad is not None:
@@ -130,12 +131,12 @@ def test_power_sgd():
     # The process group is left out: each bucket's own is used.
     state = PowerSGDState(None, matrix_approximation_rank=1, start_powerSGD_iter=2, min_compression_rate=1)
     model.register_comm_hook(state, powerSGD_hook)
-    optimizer = smp.DistributedOptimizer(sgd(model.parameters()))
+    optimizer = smp.DistributedOptimizer(sgd_of_trained(model.parameters()))
     losses = []
     exact = gradients_of(None)
     for step in range(12):
         optimizer.zero_grad()
-        losses.append(float(train_step(model, *own_share(batch(0))).reduce_mean()))
+        losses.append(float(token_step(model, *own_share(batch(0))).reduce_mean()))
         gradients = merged_gradients(model)
         rank = int(torch.linalg.matrix_rank(gradients["embed.weight"], rtol=1e-9))
         if step == 0:
@@ -181,7 +182,7 @@ def test_wrong_hooks():
 
         model.register_comm_hook(None, hook)
         with pytest.raises(SMPConfigError, match=match):
-            train_step(model, *own_share(batch(0)))
+            token_step(model, *own_share(batch(0)))
 
 
 @on(NO_DDP)
@@ -207,8 +208,8 @@ def irregular_steps_with_a_hook() -> None:
         self.register_comm_hook(comm_hooks.CommHook(None, default_hooks.allreduce_hook))
 
     GradientReducer.__init__ = make_with_hook
-    test_reducer.irregular_steps()
-    test_reducer.split_over_tp()
+    irregular_steps()
+    split_over_tp()
 
 
 def test_hooks_during_the_backward_reduce_changed_buckets_again() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import logging
 import pickle
 
 import pytest
@@ -14,12 +13,14 @@ import torch.utils.checkpoint
 from torch import nn
 
 from engine_runs import Case, compare, outcomes
+from logs import logged_lines
 from modelparallel.errors import SMPConfigError, StepUsageError, UnsupportedError
 from modelparallel.model.compilation import checked_options
 from modelparallel.pipeline.program.splitting import SplitBackward
 from modelparallel.torch_compat import default_recompile_limit
 from parity import assert_parity
 from pool import run_ranks
+from training import step_of
 
 THIS = "test_compile"
 WIDTH = 6
@@ -164,25 +165,13 @@ def counting(backend="eager"):
     return CompileCounterWithBackend(backend)
 
 
-def make_step():
-    import modelparallel as smp
-
-    @smp.step
-    def train_step(model, x):
-        loss = loss_of(model, x)
-        model.backward(loss)
-        return loss
-
-    return train_step
-
-
 def train(net, compile, num_steps=2):
     """The model, its step function, and the losses of some steps, the same for the same net."""
     import modelparallel as smp
 
     torch.manual_seed(0)
     model = smp.DistributedModel(net.double(), compile=compile)
-    train_step = make_step()
+    train_step = step_of(loss_of)
     return model, train_step, [train_step(model, *make_batch(step)).reduce_mean().item() for step in range(num_steps)]
 
 
@@ -216,7 +205,7 @@ def compile_on_a_stage():
     for index, block in enumerate(net.blocks):
         smp.set_partition(block, index % 2)
     smp.set_partition(net.last, 1)
-    train_step = make_step()
+    train_step = step_of(loss_of)
     for step in range(2):
         train_step(model, *make_batch(step))
     own = {name for name, module in net.named_modules() if module in [net.first, net.last, *net.blocks]}
@@ -288,10 +277,6 @@ def keep_what_the_user_compiled():
     *_, as_it_is = train(copy.deepcopy(net), False)
     theirs, ours = counting(), counting("aot_eager")
     net.blocks[1].compile(backend=theirs)
-    messages = []
-    handler = logging.Handler()
-    handler.emit = lambda record: messages.append(record.getMessage())
-    logging.getLogger("modelparallel.compilation").addHandler(handler)
     model, _, compiled = train(net, {"backend": ours})
     assert compiled == pytest.approx(as_it_is, rel=1e-12)
     assert (theirs.frame_count, ours.frame_count) == (1, 3)
@@ -302,7 +287,8 @@ def keep_what_the_user_compiled():
     whole = Net(3)
     whole.load_state_dict(copy.deepcopy(net).state_dict())
     whole.compile(backend=theirs)
-    assert train(whole, False)[2] == pytest.approx(as_it_is, rel=1e-12) and theirs.frame_count == 1
+    with logged_lines() as messages:
+        assert train(whole, False)[2] == pytest.approx(as_it_is, rel=1e-12) and theirs.frame_count == 1
     assert any("(Net) was compiled as a whole" in text for text in messages)
 
 

@@ -16,6 +16,7 @@ from torch import nn
 
 import modelparallel as smp
 import zoo_catalogue
+from logs import logged_lines
 from modelparallel.deferred.deferred import ShapesOnlyError, is_deferred, recording, shapes_only
 from modelparallel.deferred.host_heap import trim_heap
 from modelparallel.deferred.placement import adopt_meta_tensors, place_deferred
@@ -555,12 +556,6 @@ def forward(model, ids):
 
 @on(PP2)
 def test_a_body_that_needs_values_is_partitioned_by_sizes():
-    import logging
-
-    lines = []
-    handler = logging.Handler()
-    handler.emit = lambda record: lines.append(record.getMessage())
-    logging.getLogger("modelparallel").addHandler(handler)
 
     @smp.step
     def reads_the_loss(model, ids):
@@ -569,12 +564,10 @@ def test_a_body_that_needs_values_is_partitioned_by_sizes():
             model.backward(loss)
         return loss
 
-    try:
+    with logged_lines() as lines:
         with smp.delay_param_initialization():
             module = nn.Sequential(Small())  # of no structure that was planned before
         reads_the_loss(smp.DistributedModel(module), torch.arange(24).reshape(4, 6) % 12)
-    finally:
-        logging.getLogger("modelparallel").removeHandler(handler)
     if smp.pp_rank() == 0:
         assert any("partitioned by sizes alone" in line and "needs values" in line for line in lines), lines
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import Iterator
 
 import pytest
@@ -12,6 +11,7 @@ from torch import nn
 from torch.utils.data import IterableDataset, TensorDataset
 
 import modelparallel as smp
+from logs import logged_lines
 from modelparallel.errors import SMPConfigError
 from modelparallel.training import runtime
 from modelparallel.training.data_of_ranks import InputChecks
@@ -28,15 +28,8 @@ PP2_DP2 = RankTests(4, {"pipeline_parallel_degree": 2, "microbatches": 2})
 def listening() -> Iterator[list[str]]:
     """The lines about inputs; in the first steps of a process, once more."""
     runtime.current().input_checks = InputChecks()
-    lines: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
-    logger = logging.getLogger("modelparallel")
-    logger.addHandler(handler)
-    try:
+    with logged_lines() as lines:
         yield lines
-    finally:
-        logger.removeHandler(handler)
     lines[:] = [line for line in lines if "DistributedSampler" in line]
 
 

@@ -14,12 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import modelparallel as smp
-from engine_runs import assert_equal_results, readable
+from engine_runs import SCHEDULES, assert_equal_results, readable
 from parity import assert_parity
 from pool import run_ranks
-from test_zoo import SCHEDULES, make_model
+from training import step_of
 from zoo import BATCH_SIZE
-from zoo_catalogue import ZOO
+from zoo_catalogue import ZOO, make_model
 
 QUICK = ("llama", "lstm", "cnn_batchnorm", "routed")
 MODELS = (
@@ -99,12 +99,7 @@ def run_rounds(names: tuple[str, ...], is_trimmed: bool) -> dict[str, Any]:
         model = smp.DistributedModel(make_model(name))
         optimizer = smp.DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9))
         loss_of = functools.partial(trimmed_loss, name) if is_trimmed else ZOO[name].body
-
-        @smp.step
-        def train(model: Any, *inputs: Any) -> Any:
-            loss = loss_of(model, *inputs)  # noqa: B023
-            model.backward(loss)
-            return loss
+        train = step_of(loss_of)
 
         @smp.step
         def evaluate(model: Any, *inputs: Any) -> Any:

@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from engine_runs import scatter
+from engine_models import WIDTH, Held, Returns, between
+from engine_runs import wrapped
 from pool import RankFailure, run_ranks
-from test_engine_random import WIDTH
-from test_engine_values import Held, Returns, between
+from stages_apart import chain, finish
 
 PARAMETERS = {
     "pipeline_parallel_degree": 2, "microbatches": 2, "timeout_seconds": 5, "auto_partition": False,
@@ -31,16 +31,6 @@ KEPT: dict[str, Any] = {}
 
 def batch() -> Tensor:
     return torch.ones(4, WIDTH, dtype=torch.float64)
-
-
-def chain(self: Any, x: Tensor) -> Tensor:
-    return self.d(self.c(self.b(self.a(x))))
-
-
-def finish(model: Any, y: Tensor) -> Tensor:
-    loss = y.square().mean()
-    model.backward(loss)
-    return loss
 
 
 # Errors that every stage comes to by itself
@@ -177,15 +167,6 @@ ALIKE: dict[str, tuple[Callable[..., Any], Callable[[], nn.Module], str]] = {
     "sets_data": (*run(trains, sets_data), "setting .data"),
     "converts": (*run(trains, converts), r"'b' is converted .*'weight' \(torch.float64, cpu\) one of torch.float32"),
 }
-
-
-def wrapped(make: Callable[[], nn.Module]) -> Any:
-    import modelparallel as smp
-
-    torch.manual_seed(1)
-    model = smp.DistributedModel(make().double().train())
-    scatter(model)
-    return model
 
 
 def stepped(body: Callable[..., Any]) -> Any:
@@ -383,7 +364,7 @@ def test_sleeping_stage_ends_in_a_timeout_that_says_who_waits_for_what() -> None
     assert error.startswith("WaitTimeoutError: pp_rank 0, microbatch 0: waiting to receive c input from pp_rank 1"), (
         error
     )
-    assert re.search(r"test_engine_errors\.py:\d+", error) and "timeout_seconds=1.5" in error and "event 2: " in error
+    assert re.search(r"stages_apart\.py:\d+", error) and "timeout_seconds=1.5" in error and "event 2: " in error
     assert seconds < 4
 
 
@@ -451,22 +432,9 @@ def run_checkpointed(use_reentrant: bool) -> Any:
         x = checkpoint(self.b, x, use_reentrant=use_reentrant)
         return self.d(checkpoint(lambda y: torch.tanh(self.c(y)), x, use_reentrant=use_reentrant))
 
-    model = wrapped(lambda: Held(forward)) if _num_stages() > 1 else _single(forward)
+    model = wrapped(lambda: Held(forward))
     loss = float(stepped(trains)(model, batch()).reduce_mean())
     return loss, {name: p.grad.clone() for name, p in model.local_named_parameters() if p.grad is not None}
-
-
-def _num_stages() -> int:
-    import modelparallel as smp
-
-    return smp.pp_size()
-
-
-def _single(forward: Callable[..., Any]) -> Any:
-    import modelparallel as smp
-
-    torch.manual_seed(1)
-    return smp.DistributedModel(Held(forward).double().train())
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])

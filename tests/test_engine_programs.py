@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,48 +13,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine_runs import Case, assert_equal_results, compare, outcomes, readable, scatter
+from engine_libraries import CASES
+from engine_models import WIDTH, Held, Stack
+from engine_runs import (
+    check,
+    compare,
+    data,
+    gradients_of,
+    layout,
+    outcomes,
+    readable,
+    wrapped,
+)
 from modelparallel.comm.lookout import _FRAME
 from pool import run_ranks
-from test_engine_random import WIDTH, Stack, square
-from test_engine_values import Held
-
-MANUAL = {"microbatches": 2, "timeout_seconds": 8, "auto_partition": False, "default_partition": 0}
-
-
-def layout(num_stages: int, **more: Any) -> dict[str, Any]:
-    return {**MANUAL, "pipeline_parallel_degree": num_stages, **more}
-
-
-def wrapped(make: Callable[[], nn.Module]) -> Any:
-    import modelparallel as smp
-
-    torch.manual_seed(1)
-    model = smp.DistributedModel(make().double().train())
-    if smp.pp_size() > 1:
-        scatter(model)
-    return model
-
-
-def data(step: int, size: int = 4) -> Tensor:
-    return torch.randn(size, WIDTH, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
-
-
-def gradients_of(model: Any) -> dict[str, Tensor]:
-    return {name: p.grad.clone() for name, p in model.local_named_parameters() if p.grad is not None}
-
-
-def check(body: Callable[..., Any], num_stages: int, *args: Any, **more: Any) -> None:
-    """``body`` returns (results equal on all ranks, gradients of the local parameters)."""
-    expected = run_ranks(body, 1, *args, parameters=layout(1, **more))[0]
-    ranks = run_ranks(body, num_stages, *args, parameters=layout(num_stages, **more))
-    merged: dict[str, Tensor] = {}
-    for rank, (results, gradients) in enumerate(ranks):
-        assert_equal_results(results, expected[0], f"pp_rank {rank}")
-        merged.update(gradients)
-    assert sorted(merged) == sorted(expected[1])
-    assert_equal_results(dict(sorted(merged.items())), dict(sorted(expected[1].items())), "gradients")
-
+from training import square_loss, step_of
 
 # Two models in one step
 
@@ -206,12 +178,7 @@ def evaluates_between() -> Any:
         )
     )
     optimizer = smp.DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1))
-
-    @smp.step
-    def train(model: Any, x: Tensor) -> Any:
-        loss = model(x).square().mean()
-        model.backward(loss)
-        return loss
+    train = step_of(square_loss)
 
     @smp.step
     def evaluate(model: Any, x: Tensor) -> Any:
@@ -302,12 +269,7 @@ def writes_after_sending(is_training: bool) -> Any:
         with torch.no_grad():
             return model(x)
 
-    @smp.step
-    def train(model: Any, x: Tensor) -> Tensor:
-        loss = model(x).square().mean()
-        model.backward(loss)
-        return loss
-
+    train = step_of(square_loss)
     results = [readable(evaluate(model, data(step))) for step in range(2)]
     if not is_training:
         return results, {}
@@ -387,72 +349,9 @@ def test_values_of_a_step_are_freed_when_nothing_refers_to_them() -> None:
 # Models of libraries
 
 
-def resnet() -> nn.Module:
-    from torchvision.models import resnet18
-
-    return resnet18(num_classes=4)
-
-
-def llama(*, is_checkpointed: bool) -> nn.Module:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=32, hidden_size=WIDTH, intermediate_size=16, num_hidden_layers=3, num_attention_heads=2,
-        use_cache=False, attention_dropout=0.2,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config)
-    if is_checkpointed:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    return model
-
-
-def neox() -> nn.Module:
-    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
-
-    config = GPTNeoXConfig(
-        vocab_size=32, hidden_size=WIDTH, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
-        use_cache=False, hidden_dropout=0.1,
-    )  # fmt: skip
-    return GPTNeoXForCausalLM(config)
-
-
-def bart() -> nn.Module:
-    from transformers import BartConfig, BartForConditionalGeneration
-
-    config = BartConfig(
-        vocab_size=32, d_model=WIDTH, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=16, decoder_ffn_dim=16,
-        encoder_attention_heads=2, decoder_attention_heads=2, max_position_embeddings=16, use_cache=False,
-    )  # fmt: skip
-    return BartForConditionalGeneration(config)
-
-
-def pictures(step: int) -> tuple[Tensor, ...]:
-    generator = torch.Generator().manual_seed(step)
-    return (torch.randn(4, 3, 32, 32, generator=generator, dtype=torch.float64),)
-
-
-def tokens(step: int) -> tuple[Tensor, ...]:
-    return (torch.randint(2, 32, (4, 6), generator=torch.Generator().manual_seed(step)),)
-
-
-def language(model: Any, x: Tensor) -> Any:
-    output = model(input_ids=x, attention_mask=torch.ones_like(x), labels=x)
-    # The model's own loss is in single precision.
-    return F.cross_entropy(output.logits.flatten(0, 1), x.flatten()), f"{output.loss.item():.3f}", output.logits.shape
-
-
-CASES = {
-    "resnet18": Case(resnet, pictures, square),
-    "llama": Case(lambda: llama(is_checkpointed=False), tokens, language),
-    "llama_checkpointed": Case(lambda: llama(is_checkpointed=True), tokens, language),
-    "neox": Case(neox, tokens, language),
-    "bart": Case(bart, tokens, language),
-}
-
-
 @pytest.mark.parametrize(("num_stages", "is_scattered"), [pytest.param(2, False, marks=pytest.mark.slow), (3, True)])
 def test_models_of_libraries(num_stages: int, is_scattered: bool) -> None:
-    expected = outcomes(__name__, list(CASES), 1)[0]
-    ranks = outcomes(__name__, list(CASES), num_stages, is_scattered=is_scattered)
+    expected = outcomes("engine_libraries", list(CASES), 1)[0]
+    ranks = outcomes("engine_libraries", list(CASES), num_stages, is_scattered=is_scattered)
     for name in CASES:
         compare(name, [rank[name] for rank in ranks], expected[name])

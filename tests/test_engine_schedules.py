@@ -9,20 +9,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import test_engine_gradients
-import test_engine_programs
-import test_engine_random
-import test_engine_values
-from engine_runs import Outcome, compare, outcomes
+import engine_gradients
+import engine_libraries
+import engine_random
+import engine_values
+from engine_models import WIDTH
+from engine_runs import SCHEDULES, Outcome, compare, data, layout, outcomes, wrapped
 from pool import run_ranks
-from test_engine_programs import data, layout, wrapped
-from test_engine_random import WIDTH
+from training import square_loss, step_of
 
-MODULES = (test_engine_gradients, test_engine_programs, test_engine_random, test_engine_values)
-CASES = {name: case for module in MODULES for name, case in module.CASES.items()}
-KINDS = ("simple", "interleaved", "zero_bubble")
+OWN_CASES = {**engine_gradients.CASES, **engine_random.CASES, **engine_values.CASES}
+CASES = {**OWN_CASES, **engine_libraries.CASES}
 MIN_STEPS = 3
-QUICK = [name for name in CASES if name not in test_engine_programs.CASES]
+QUICK = list(OWN_CASES)
 # Programs that stay in discovery order where a stage is visited several times, and why.
 GOES_OTHER_WAYS = {"loops", "by_microbatch"}  # the microbatches of the discovery step differ
 CARRIES_STATE = {"evaluates", "into_plain", "into_plain_views", "in_place_first", "in_place_first_read_again"}
@@ -91,7 +90,7 @@ def test_programs_under_every_schedule(num_stages: int, kind: str, num_microbatc
 
 
 @pytest.mark.parametrize("num_stages", [2, 4])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SCHEDULES)
 def test_dropout_gives_the_same_losses_on_any_number_of_stages(kind: str, num_stages: int) -> None:
     wanted = expected(("dropout_layers", "units", "python_noise"), 4)
     ranks = run(list(wanted), num_stages, 4, pipeline=kind, active_microbatches=num_stages)
@@ -151,13 +150,7 @@ def watched(is_straight: bool) -> tuple[list[str], list[int], Any]:
     model = smp.DistributedModel(Watched(is_straight=is_straight).double())
     for index, layer in enumerate(model.module.layers):
         smp.set_partition(layer, index // 2)
-
-    @smp.step
-    def train(model: Any, x: Tensor) -> Tensor:
-        loss = model(x).square().mean()
-        model.backward(loss)
-        return loss
-
+    train = step_of(square_loss)
     texts, peaks = [], []
     for step in range(4):
         LOG.seen = []
@@ -200,16 +193,9 @@ def test_c032_planned_steps_never_hold_more_than_active_microbatches(kind: str, 
 
 def kept(*args: Any) -> tuple[Any, Any]:
     """The same three steps of a model whose stages are visited several times."""
-    import modelparallel as smp
 
     model = wrapped(lambda: nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(5)), nn.Tanh()))
-
-    @smp.step
-    def train(model: Any, x: Tensor) -> Tensor:
-        loss = model(x).square().mean()
-        model.backward(loss)
-        return loss
-
+    train = step_of(square_loss)
     losses = []
     for step in range(3):
         losses.append(float(train(model, data(step, 5)).reduce_mean()))
@@ -217,7 +203,7 @@ def kept(*args: Any) -> tuple[Any, Any]:
 
 
 def test_c032_all_schedules_give_equal_gradients() -> None:
-    runs = [run_ranks(kept, 2, parameters=layout(2, microbatches=3, pipeline=kind)) for kind in KINDS]
+    runs = [run_ranks(kept, 2, parameters=layout(2, microbatches=3, pipeline=kind)) for kind in SCHEDULES]
     for ranks in runs[1:]:
         for (losses, gradients), (other_losses, other_gradients) in zip(ranks, runs[0], strict=True):
             assert losses == pytest.approx(other_losses, rel=1e-12)
@@ -250,13 +236,7 @@ def counted_costs(is_compiled: bool, is_frozen: bool) -> list[tuple[int, float, 
     model = smp.DistributedModel(net, compile={"backend": "eager"} if is_compiled else False)
     for name, pp_rank in (("small", 0), ("large", 1), ("last", 0)):
         smp.set_partition(model.module.get_submodule(name), pp_rank)
-
-    @smp.step
-    def train(model: Any, x: Tensor) -> Tensor:
-        loss = model(x).square().mean()
-        model.backward(loss)
-        return loss
-
+    train = step_of(square_loss)
     for step in range(2):
         generator = torch.Generator().manual_seed(step)
         train(model, torch.randn(512, 256, generator=generator))

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from engine_runs import readable
+from engine_models import WIDTH
+from engine_runs import check, data, gradients_of, layout, readable, wrapped
 from pool import run_ranks
-from test_engine_programs import check, data, gradients_of, layout, wrapped
-from test_engine_random import WIDTH
+from training import square_loss, step_of
 
 SIZE = 8
 
@@ -125,13 +125,7 @@ def trained(name: str, since: int) -> Any:
 
     model = wrapped(lambda: Turns(CHANGES[name], since))
     net = model.module
-
-    @smp.step
-    def train(model: Any, x: Tensor) -> Tensor:
-        loss = model(x).square().mean()
-        model.backward(loss)
-        return loss
-
+    train = step_of(square_loss)
     results = []
     for net.step in range(5):
         results.append(readable(train(model, data(net.step, SIZE))))
@@ -262,13 +256,7 @@ def normed(since: int) -> Any:
 
     model = wrapped(lambda: Normed(since))
     net = model.module
-
-    @smp.step
-    def train(model: Any, x: Tensor) -> Tensor:
-        loss = model(x).square().mean()
-        model.backward(loss)
-        return loss
-
+    train = step_of(square_loss)
     results = [readable(train(model, data(net.step, SIZE))) for net.step in range(4)]
     ways = runtime.current().engine.plans.counts
     assert smp.pp_size() == 1 or (ways.planned, ways.unplanned) == ((0, 3) if since == 0 else (3, 0)), ways

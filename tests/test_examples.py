@@ -1,6 +1,5 @@
 """The examples do what they say: the data sharding of the seed, the download, the demo's table."""
 
-import importlib.util
 import sys
 from pathlib import Path
 
@@ -16,23 +15,20 @@ pytest.importorskip("torchvision")
 import torchnet.dataset
 
 import modelparallel as smp
+from scripts import load_script
 
 MNIST = Path(__file__).resolve().parent.parent / "examples" / "mnist"
 SCRIPTS = ["train_tensor_parallel", "train_tensor_pipeline_parallel"]
 
 
-def load_script(name):
-    """The example ``name`` as a module (its folder is no package)."""
-    if name not in sys.modules:
-        declare_torchvision_operators()
-        spec = importlib.util.spec_from_file_location(name, MNIST / f"{name}.py")
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
+def example(name):
+    """The example ``name`` as a module."""
+    declare_torchvision_operators()
+    return load_script(f"examples/mnist/{name}.py")
 
 
 def select_shard(script, num_samples):
-    shard = load_script(script).shard(torch.arange(num_samples))
+    shard = example(script).shard(torch.arange(num_samples))
     assert isinstance(shard, torchnet.dataset.SplitDataset)
     return smp.dp_rank(), [int(shard[i]) for i in range(len(shard))]
 
@@ -91,7 +87,7 @@ def test_scripts_use_the_api_as_the_seed_does(script):
 
 def read_distribution(launch_file):
     """What the launch file hands to the estimator."""
-    module = load_script(launch_file)
+    module = example(launch_file)
     seen = {}
 
     class Estimator:
@@ -149,7 +145,7 @@ def test_launch_files_hold_the_dictionaries_of_the_seed(launch_file, parameters)
 
 
 def test_idx_files_are_those_that_torchvision_reads(tmp_path, monkeypatch):
-    get_mnist = load_script("get_mnist")
+    get_mnist = example("get_mnist")
     table = np.arange(3 * 785, dtype=np.int64).reshape(3, 785) % 251
     table[:, 0] = [5, 0, 9]
     digests = {}
@@ -168,13 +164,13 @@ def test_idx_files_are_those_that_torchvision_reads(tmp_path, monkeypatch):
         digests[f"{prefix}-images-idx3-ubyte"] = real(images).hexdigest()
         digests[f"{prefix}-labels-idx1-ubyte"] = real(labels).hexdigest()
         get_mnist.write_idx(raw, prefix, table.astype(np.uint8))
-    dataset = load_script("train_tensor_parallel").load(str(tmp_path), is_train=True)
+    dataset = example("train_tensor_parallel").load(str(tmp_path), is_train=True)
     assert len(dataset) == 3 and [target for _, target in dataset] == [5, 0, 9]
     assert dataset[0][0].shape == (1, 28, 28)
 
 
 def test_the_demo_reads_what_the_scripts_print():
-    demo = load_script("demo")
+    demo = example("demo")
     job = demo.Job("launch.py", "title", "shape", {})
     for line in ("[0] step   10  loss 0.4321", "[0] test accuracy 96.4%"):
         for pattern, expected in ((demo.LOSS, "0.4321"), (demo.ACCURACY, "96.4")):

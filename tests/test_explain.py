@@ -19,9 +19,7 @@ from modelparallel.launch.explain import explain
 from modelparallel.launch.folder import JobFolder
 from modelparallel.training.event_files import EventFile
 from pool import run_ranks
-from test_diagnosis import PATIENT, calls_once_more, dies, go_apart, raises, sleeps
-
-THIS = "test_diagnosis.py"
+from stages_apart import PATIENT, THIS, calls_once_more, dies, go_apart, raises, sleeps
 
 
 def story_of(folder: Path, body: Callable[..., Any], *, num_good: int = 2, **more: Any) -> str:
@@ -38,7 +36,7 @@ def story_of(folder: Path, body: Callable[..., Any], *, num_good: int = 2, **mor
 
 def test_exception_of_one_rank_is_first(tmp_path: Path) -> None:
     text = story_of(tmp_path, raises)
-    line = r"test_diagnosis\.py:\d+"
+    line = rf"{THIS}:\d+"
     assert re.search(rf"first: rank 0 \(pp_rank 0\) failed in call 3 of a step function, at {line}: KeyError", text)
     assert re.search(rf"look at {line}", text)
     wait = r"rank 1 \(pp_rank 1\) in call 3 of a step function, microbatch \d: [\d.]+ s for d input from rank 0"
@@ -60,13 +58,13 @@ def test_killed_rank_has_no_file_and_is_first(tmp_path: Path) -> None:
     assert not JobFolder(tmp_path).event_file(1).exists()
     assert "first: rank 1 ended without a word" in text
     assert "rank 1: no event file (a killed rank cannot write one)" in text
-    assert re.search(r"rank 0 \(pp_rank 0\) in call 3 .* from rank 1 \(.*test_diagnosis\.py:\d+", text)
+    assert re.search(rf"rank 0 \(pp_rank 0\) in call 3 .* from rank 1 \(.*{THIS}:\d+", text)
 
 
 def test_timeout_says_where_the_other_was(tmp_path: Path) -> None:
     text = story_of(tmp_path, sleeps, parameters={"timeout_seconds": 1.0}, seconds=2.5)
     assert "first: rank 0 (pp_rank 0) failed in call 3" in text and "WaitTimeoutError" in text
-    assert re.search(r"look at test_diagnosis\.py:\d+, where pp_rank 1 was\n", text)
+    assert re.search(rf"look at {THIS}:\d+, where pp_rank 1 was\n", text)
 
 
 def all_went_well() -> None:

@@ -21,6 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, load_model, save_file
 
 import modelparallel as smp
+from distributed_run import shared_folder
 from huggingface_models import KINDS, gpt2_config, masked_ids
 from modelparallel.checkpoints.huggingface import exporting
 from modelparallel.checkpoints.huggingface.names import _place_of
@@ -44,8 +45,9 @@ from modelparallel.errors import (
 )
 from plan_families import make_family
 from rank_tests import RankTests, on
-from test_state_dicts import make_net, wrap
-from test_state_dicts import train_step as train_net
+from stateful_model import make_net, wrap
+from stateful_model import train_step as train_net
+from training import step_of
 
 WAIT = {"message_timeout_seconds": 20}
 SINGLE = RankTests(1, WAIT)
@@ -61,9 +63,9 @@ TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 EXACT = {"rtol": 0, "atol": 0}
 
 
-def shared_folder() -> str:
+def new_path() -> str:
     """A path that all ranks have, where nothing is yet."""
-    return smp.allgather(tempfile.mkdtemp() if smp.rank() == 0 else "", smp.WORLD)[0] + "/model"
+    return shared_folder() + "/model"
 
 
 @smp.step
@@ -135,7 +137,7 @@ def test_a_trained_gpt2_is_loaded_by_plain_transformers_with_the_same_logits():
         model, optimizer = wrap_gpt2(1, is_swapped)
         assert ("Distributed" in type(model.module).__name__) == is_swapped
         train(model, optimizer)
-        folder = shared_folder()
+        folder = new_path()
         smp.export_hf(folder, model, max_shard_size=3000)
         logits = logits_of(model, some_ids())
         if smp.rank() == 0:
@@ -159,7 +161,7 @@ def test_a_trained_gpt2_is_loaded_by_plain_transformers_with_the_same_logits():
 
 @on(PP2_TP2)
 def test_what_plain_transformers_saves_is_imported_before_and_after_the_partition():
-    folder = shared_folder()
+    folder = new_path()
     plain = make_gpt2(7)
     if smp.rank() == 0:
         plain.save_pretrained(folder, max_shard_size="4KB")
@@ -176,7 +178,7 @@ def test_what_plain_transformers_saves_is_imported_before_and_after_the_partitio
                 with pytest.raises(StepUsageError, match="when it is partitioned"):
                     smp.export_hf(f"{folder}-early", model)
             torch.testing.assert_close(logits_of(model, some_ids()), expected, **TOLERANCE)
-            again = shared_folder()
+            again = new_path()
             smp.export_hf(again, model)
             torch.testing.assert_close(tensors_in(again), tensors_in(folder), **EXACT)
 
@@ -197,7 +199,7 @@ def replaced_families_come_back(*names: str) -> None:
     for name in names:
         kind = KINDS[name]
         plain = kind.make()
-        folder = shared_folder()
+        folder = new_path()
         smp.set_tensor_parallelism(plain)
         model = smp.DistributedModel(plain)
         smp.export_hf(folder, model, max_shard_size=5000)
@@ -217,12 +219,7 @@ def replaced_families_come_back(*names: str) -> None:
 
 
 def _partition(model, kind) -> None:
-    @smp.step
-    def step(model, *batch):
-        loss = kind.loss(model, *batch)
-        model.backward(loss)
-        return loss
-
+    step = step_of(kind.loss)
     step(model, *kind.batches(4)[0])
 
 
@@ -240,7 +237,7 @@ def test_more_families_that_are_split_by_their_plan_come_back():
 def planned_families_come_back(*families: str) -> None:
     for name in families:
         plain = make_family(name).float()
-        folder = shared_folder()
+        folder = new_path()
         expected = {key: value.clone() for key, value in plain.state_dict().items()}
         plain.save_pretrained(f"{folder}-plain-{smp.rank()}")
         smp.set_tensor_parallelism(plain)
@@ -264,7 +261,7 @@ def test_sharded_and_half_models_come_back():
     model, optimizer = wrap_gpt2(1, False)
     train(model, optimizer)
     is_half = smp.state.cfg.bf16
-    folder = shared_folder()
+    folder = new_path()
     smp.export_hf(folder, model, max_shard_size=3000)
     smp.export_hf(f"{folder}-full", model, dtype=torch.float32)
     loaded = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
@@ -290,7 +287,7 @@ def test_sharded_and_half_models_come_back():
 
 @on(SINGLE)
 def test_files_of_the_body_and_of_older_models_are_read():
-    folder = shared_folder()
+    folder = new_path()
     plain = KINDS["gpt2"].make()
     state = plain.state_dict()
     old = {name.removeprefix("transformer."): value for name, value in state.items() if "lm_head" not in name}
@@ -321,7 +318,7 @@ def test_any_module_is_exported_under_its_own_names():
     model = make(1)
     optimizer = smp.DistributedOptimizer(torch.optim.Adam(model.parameters(), lr=0.01))
     train(model, optimizer, train_net, torch.arange(8))
-    folder = shared_folder()
+    folder = new_path()
     smp.export_hf(folder, model)
     state = model.state_dict()
     assert sorted(os.listdir(folder)) == ["complete.json", "model.safetensors"]
@@ -352,16 +349,16 @@ class Stateful(torch.nn.Linear):
 def test_what_no_file_of_safetensors_can_hold_is_refused():
     model = smp.DistributedModel(Stateful(2, 2))
     with pytest.raises(CheckpointError, match=r"'_extra_state' .* is no parameter or buffer but a dict"):
-        smp.export_hf(shared_folder(), model)
+        smp.export_hf(new_path(), model)
     adapted = make_gpt2(1)
     adapted._hf_peft_config_loaded = True
     with pytest.raises(NotImplementedError, match="GPT2LMHeadModel has adapters"):
-        smp.export_hf(shared_folder(), smp.DistributedModel(adapted))
+        smp.export_hf(new_path(), smp.DistributedModel(adapted))
 
 
 @on(SINGLE)
 def test_a_checkpoint_for_resuming_is_not_overwritten():
-    folder = shared_folder()
+    folder = new_path()
     model = wrap(make_net(1))
     smp.save_checkpoint(folder, "t1", model=model)
     with pytest.raises(CheckpointError, match="and no weights"):
@@ -372,7 +369,7 @@ def test_a_checkpoint_for_resuming_is_not_overwritten():
 def test_weights_that_are_tied_against_the_configuration_are_written_under_each_name():
     plain = make_gpt2(1, tie_word_embeddings=False)
     plain.lm_head.weight = plain.transformer.wte.weight
-    folder = shared_folder()
+    folder = new_path()
     smp.export_hf(folder, smp.DistributedModel(plain))
     loaded = transformers.AutoModelForCausalLM.from_pretrained(folder)
     torch.testing.assert_close(plain_logits(loaded, some_ids()), plain_logits(plain, some_ids()), **EXACT)
@@ -412,7 +409,7 @@ def test_urls_and_a_process_without_transformers(hidden=("transformers", "huggin
 
 @on(PP2_TP2)
 def test_what_does_not_fit_is_an_error_on_all_ranks():
-    folder = shared_folder()
+    folder = new_path()
     plain = make_gpt2(7)
     if smp.rank() == 0:
         plain.save_pretrained(folder)
@@ -452,7 +449,7 @@ def test_what_does_not_fit_is_an_error_on_all_ranks():
 
 @on(PP2_TP2)
 def test_an_export_that_fails_leaves_nothing_and_touches_nothing():
-    folder = shared_folder()
+    folder = new_path()
     model, _ = wrap_gpt2(1, False)
     arguments = {"max_shard_size": 3000}
     with pytest.raises(DivergenceError, match="with equal arguments"):
@@ -512,7 +509,7 @@ def test_a_rank_holds_one_whole_tensor_at_a_time():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(exporting.WholeTensors, "put_together", watched)
-        smp.export_hf(shared_folder(), model, max_shard_size=3000)
+        smp.export_hf(new_path(), model, max_shard_size=3000)
     assert sizes
     everything = [count for counts in smp.allgather(sizes, smp.WORLD) for count in counts]
     whole = sum(parameter.numel() for parameter in make_gpt2(1).parameters())

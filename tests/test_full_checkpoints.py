@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import tempfile
 import warnings
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from safetensors.torch import save_file
 from transformers import GenerationConfig, GPT2Config
 
 import modelparallel as smp
+from distributed_run import shared_folder
 from modelparallel.checkpoints.partial.user_content import configuration_class, named_types
 from modelparallel.checkpoints.stores.completion import complete_names
 from modelparallel.checkpoints.stores.opening import open_store
@@ -28,7 +28,7 @@ from modelparallel.errors import (
 from modelparallel.nn.huggingface import gpt2
 from pool import run_ranks
 from rank_tests import RankTests, on
-from test_state_dicts import make_net, train_step, wrap
+from stateful_model import make_net, train_step, wrap
 
 WAIT = {"message_timeout_seconds": 15}
 SINGLE = RankTests(1, {})
@@ -42,11 +42,6 @@ FP16 = RankTests(1, {"fp16": True})
 TRUSTING = RankTests(1, {"trust_pickles": True})
 NAMING = RankTests(1, {"allowed_types": "test_full_checkpoints.Foreign"})
 ALL = (SINGLE, PP2, TP2, PP2_TP2, SHARDED, OPTIMIZER_SHARDS, BF16, FP16)
-
-
-def shared_folder() -> str:
-    """A folder that all ranks have, and no earlier test."""
-    return smp.allgather(tempfile.mkdtemp() if smp.rank() == 0 else "", smp.WORLD)[0]
 
 
 def make_net_of_this_precision(seed: int):

@@ -22,6 +22,7 @@ from distributed_run import own_device
 from modelparallel.errors import OutOfMemoryError
 from pool import run_ranks
 from recomputation_models import Block
+from training import square_step
 from training_cells import Cell, verify
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -90,13 +91,6 @@ def exhausted_on_rank() -> str:
 def test_an_exhausted_device_is_explained():
     (message,) = run_ranks(exhausted_on_rank, 1, parameters={}, environ=ON_GPU)
     assert "global rank 0" in message and "it holds:" in message and "predicted:" in message
-
-
-@smp.step
-def square_step(model: Any, x: Tensor) -> Tensor:
-    loss = model(x).square().mean()
-    model.backward(loss)
-    return loss
 
 
 def dropping_on_rank(is_marked: bool) -> tuple[list[float], dict[str, Tensor]]:

@@ -8,13 +8,14 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 import modelparallel as smp
 from modelparallel.data_parallel.shard_gradient import ShardGradient
 from modelparallel.errors import StepUsageError, UnsupportedError
 from parity import assert_parity
+from pooled_model import Pooled, make_pooled, pooled_batch
 from rank_tests import RankTests, on
+from training import classification_step
 
 SHARDED = {"shard_optimizer_state": True}
 SHARDED2 = RankTests(2, SHARDED)
@@ -32,39 +33,15 @@ OTHERS = (SDP2, SHARDED2, SHARDED_PP, SHARDED_TP, PP3, TP2, DP2)
 SLOW_SHARDS = (SHARDED2, SHARDED_PP, SHARDED_TP)
 
 
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.table = nn.Embedding(23, 6)
-        self.first, self.second = nn.Linear(6, 8), nn.Linear(8, 6)
-        self.norm = nn.LayerNorm(6)
-        self.last = nn.Linear(6, 5)
-
-    def forward(self, tokens):
-        x = self.table(tokens).mean(1)
-        return self.last(self.norm(x + self.second(torch.tanh(self.first(x)))))
+NUM_ROWS = 23
 
 
-def make_net() -> Net:
-    torch.manual_seed(8)
-    net = Net().double()
-    if smp.tp_size() > 1:
-        for layer in (net.first, net.second):
-            smp.set_tensor_parallelism(layer)
-    return net
+def make_net() -> Pooled:
+    return make_pooled(NUM_ROWS)
 
 
-def make_batch(step: int):
-    generator = torch.Generator().manual_seed(step)
-    shape = (4 * smp.dp_size(), 3)
-    return torch.randint(0, 23, shape, generator=generator), torch.randint(0, 5, shape[:1], generator=generator)
-
-
-@smp.step
-def train_step(model, tokens, targets):
-    loss = F.cross_entropy(model(tokens), targets)
-    model.backward(loss)
-    return loss
+def make_batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return pooled_batch(NUM_ROWS, step)
 
 
 # Ways to clear: (model as the script has it, the module in it, the optimizer).
@@ -152,7 +129,7 @@ NEEDS_WHOLE = ("noise", "another", "another, edited")
 def update(model, net, optimizer, clear, edit, step):
     CLEARS[clear](model, net, optimizer)
     if isinstance(model, smp.DistributedModel):
-        train_step(model, *(part.tensor_split(smp.dp_size())[smp.dp_rank()] for part in make_batch(step)))
+        classification_step(model, *(part.tensor_split(smp.dp_size())[smp.dp_rank()] for part in make_batch(step)))
     else:
         tokens, targets = make_batch(step)
         F.cross_entropy(model(tokens), targets).backward()
@@ -255,8 +232,8 @@ def edit_between_clips():
             halves = list(zip(tokens.tensor_split(2), targets.tensor_split(2), strict=True))
             if is_wrapped:
                 with model.no_sync():
-                    train_step(model, *halves[0])
-                train_step(model, *halves[1])
+                    classification_step(model, *halves[0])
+                classification_step(model, *halves[1])
             else:
                 replicas = zip(tokens.tensor_split(smp.dp_size()), targets.tensor_split(smp.dp_size()), strict=True)
                 for own_tokens, own_targets in replicas:
@@ -362,7 +339,7 @@ def test_edits_beside_masters_count_or_are_refused():
 
     model, net, optimizer = wrapped()
     update(model, net, optimizer, "none", None, 0)
-    train_step(model, *make_batch(1))
+    classification_step(model, *make_batch(1))
     for parameter in model.parameters():
         parameter.grad.mul_(0.5)
     optimizer.collect_gradients()

@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import modelparallel as smp
 from distributed_run import assert_equal_over, merged_gradients
 from parity import assert_parity
 from rank_tests import RankTests, on
+from training import token_loss, token_step
 
 DP2 = RankTests(2, {"microbatches": 2})
 PP2 = RankTests(4, {"pipeline_parallel_degree": 2, "microbatches": 2})
@@ -73,17 +73,6 @@ def batch(replica: int, step: int) -> tuple[Tensor, Tensor]:
     return tokens, torch.tensor(branches).repeat_interleave(2)
 
 
-def body(model: Any, tokens: Tensor, branch: Tensor) -> Tensor:
-    return F.cross_entropy(model(tokens, branch).flatten(0, 1), tokens.flatten())
-
-
-@smp.step
-def train_step(model: Any, tokens: Tensor, branch: Tensor) -> Tensor:
-    loss = body(model, tokens, branch)
-    model.backward(loss)
-    return loss
-
-
 def expected_gradients(steps: list[int], freezes: int) -> dict[str, Tensor | None]:
     """Of the mean over replicas, summed over the steps."""
     plain = make_net()
@@ -92,7 +81,7 @@ def expected_gradients(steps: list[int], freezes: int) -> dict[str, Tensor | Non
         for replica in range(smp.dp_size()):
             tokens, branch = batch(replica, step)
             for part in zip(tokens.tensor_split(2), branch.tensor_split(2), strict=True):
-                (body(plain, *part) / 2 / smp.dp_size()).backward()
+                (token_loss(plain, *part) / 2 / smp.dp_size()).backward()
     return {
         name: p.grad.to_dense() if p.grad is not None and p.grad.is_sparse else p.grad
         for name, p in plain.named_parameters()
@@ -123,19 +112,19 @@ def test_every_setting_gives_the_gradients_of_one_process():
             model.zero_grad(set_to_none=True)
             steps = [step] if passes == 1 else [step, step + 1]
             for number in steps:
-                train_step(model, *batch(smp.dp_rank(), number))
+                token_step(model, *batch(smp.dp_rank(), number))
             assert_gradients(model, expected_gradients(steps, step), scale)
         # Gradients that were held back, then some on top of final ones.
         freeze(net, 3)
         model.zero_grad()
         with model.no_sync():
             for _ in range(passes):
-                train_step(model, *batch(smp.dp_rank(), 0))
+                token_step(model, *batch(smp.dp_rank(), 0))
         for _ in range(passes):
-            train_step(model, *batch(smp.dp_rank(), 3))
+            token_step(model, *batch(smp.dp_rank(), 3))
         assert_gradients(model, expected_gradients([0, 3] * passes, 3), scale)
         for _ in range(passes):
-            train_step(model, *batch(smp.dp_rank(), 1))
+            token_step(model, *batch(smp.dp_rank(), 1))
         assert_gradients(model, expected_gradients([0, 3, 1] * passes, 3), scale)
 
 
@@ -144,12 +133,12 @@ def test_broadcast_buffers_reach_modules_without_parameters():
     for broadcasts in (True, False):
         net = make_net()
         model = smp.DistributedModel(net, broadcast_buffers=broadcasts)
-        train_step(model, *batch(0, 0))  # partitions
+        token_step(model, *batch(0, 0))  # partitions
         local = dict(model.local_named_buffers())
         for name, buffer in local.items():
             assert name == "counter.seen"
             buffer.fill_(smp.dp_rank() + 1.0)
-        train_step(model, *batch(0, 1))
+        token_step(model, *batch(0, 1))
         for buffer in local.values():
             assert float(buffer) == (1.0 if broadcasts else smp.dp_rank() + 1.0)
         held = smp.allgather(len(local), smp.CommGroup.PP_GROUP)

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from distributed_run import distributed_run
+from engine_models import WIDTH, vectors
 from engine_runs import Case, compare, outcomes
 from parity import assert_parity, reference_run
 from pool import run_ranks
-from test_engine_random import WIDTH, vectors
 
 
 class Block(nn.Module):

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from engine_models import WIDTH, square, vectors
 from engine_runs import Case, compare, outcomes, run_case
 from pool import run_ranks
-from test_engine_random import WIDTH, square, vectors
 
 
 class Context:
@@ -114,8 +114,8 @@ def test_what_would_stay_at_home_is_refused_by_name() -> None:
 def run_with_caches(name: str) -> list[str]:
     """What a step says that looks at the cache its model has made: in the step, after it, and in a second forward."""
     import modelparallel as smp
-    from test_zoo import as_entry_wants, make_model
     from zoo import tokens
+    from zoo_catalogue import as_entry_wants, make_model
 
     with as_entry_wants(name):
         model = smp.DistributedModel(make_model(name)).eval()

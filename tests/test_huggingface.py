@@ -21,7 +21,17 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2Block, GPT2LMHeadModel, G
 from transformers.models.gptj.modeling_gptj import GPTJForCausalLM
 
 import modelparallel as smp
-from huggingface_models import BODIES, F64, KINDS, bert_config, gpt2_config, gptj_config, gptneo_config, in_float64
+from huggingface_models import (
+    BODIES,
+    F64,
+    KINDS,
+    bert_config,
+    folded,
+    gpt2_config,
+    gptj_config,
+    gptneo_config,
+    in_float64,
+)
 from modelparallel.errors import SMPError, TensorParallelError
 from modelparallel.job import registry
 from modelparallel.nn.huggingface import bert, gpt2, gptj, gptneo, gptneox, register_families, roberta
@@ -434,12 +444,6 @@ def test_a_head_that_was_untied_by_hand_is_said_to_be_tied():
 
 
 # State dicts of wrapped models
-
-
-def folded(state):
-    for to_transformers, _ in smp.state.module_manager.translate_functions:
-        state = to_transformers(state)
-    return state
 
 
 @on(TP1, TP2)

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
-import sys
-from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -17,19 +14,11 @@ from transformers.models.vit.configuration_vit import ViTConfig
 from transformers.models.vit.modeling_vit import ViTForImageClassification
 
 import modelparallel as smp
-from huggingface_models import F64
+from huggingface_models import F64, settings
 from parity import assert_parity, reference_run
 from pool import run_ranks
-from test_huggingface_training import make_sgd, settings
-
-FOLDER = Path(__file__).resolve().parent.parent / "examples" / "huggingface"
-
-
-def load_example(name):
-    spec = importlib.util.spec_from_file_location(f"example_{name}", FOLDER / f"{name}.py")
-    sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sys.modules[spec.name])
-    return sys.modules[spec.name]
+from scripts import load_script
+from training import sgd
 
 
 def make_vit():
@@ -71,7 +60,7 @@ CASES = {
 
 def train(kind):
     make, loss_of = CASES[kind]
-    example = load_example("vit" if kind == "vit" else "t5")
+    example = load_script(f"examples/huggingface/{'vit' if kind == 'vit' else 't5'}.py")
     example.register()
     model = make()
     if kind == "vit":
@@ -81,7 +70,7 @@ def train(kind):
     model = smp.DistributedModel(model)
     distributed = {type(module).__name__ for module in model.distributed_modules()}
     assert ("SplitViTEncoder" if kind == "vit" else "SplitFeedForward") in distributed
-    optimizer = smp.DistributedOptimizer(make_sgd(model.parameters()))
+    optimizer = smp.DistributedOptimizer(sgd(model.parameters()))
     own = slice(2 * smp.dp_rank(), 2 * smp.dp_rank() + 2)
     for _ in range(3):
         optimizer.zero_grad()
@@ -108,9 +97,9 @@ def test_examples_train_as_the_plain_model_does(kind):
 
     found = run_ranks(train, 2, kind, parameters=settings(2))
     batch = batch_of(kind, 4)
-    expected = reference_run(keep, [batch] * 3, loss_of, make_optimizer=make_sgd, num_replicas=2).weights
+    expected = reference_run(keep, [batch] * 3, loss_of, make_optimizer=sgd, num_replicas=2).weights
     if kind == "vit":
-        encoder = load_example("vit").weights_of_stack(made[0].vit.encoder)
+        encoder = load_script("examples/huggingface/vit.py").weights_of_stack(made[0].vit.encoder)
         rest = {name: tensor for name, tensor in expected.items() if not name.startswith("vit.encoder.")}
         expected = {**rest, **{name: tensor.detach() for name, tensor in encoder.items()}}
     for state in found:

@@ -8,25 +8,11 @@ import pytest
 import torch
 
 import modelparallel as smp
-from huggingface_models import F64, KINDS, in_float64
+from huggingface_models import F64, KINDS, folded, in_float64, settings
 from modelparallel.errors import SMPConfigError
 from parity import assert_parity, reference_run
 from pool import run_ranks
-
-
-def settings(tp: int, pp: int = 1, **more) -> dict:
-    degrees = {"tensor_parallel_degree": tp, "pipeline_parallel_degree": pp}
-    return {**degrees, "ddp": True, "_match_weights": True, "microbatches": 2 if pp > 1 else 1, **more}
-
-
-def make_sgd(parameters):
-    return torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
-
-
-def to_hf(state):
-    for to_transformers, _ in smp.state.module_manager.translate_functions:
-        state = to_transformers(state)
-    return state
+from training import sgd
 
 
 def whole_gradients(model):
@@ -43,7 +29,7 @@ def whole_gradients(model):
     merged = {}
     for part in smp.allgather(found, smp.PP_GROUP):
         merged.update(part)
-    return to_hf(merged)
+    return folded(merged)
 
 
 def train(kinds, num_samples, is_optimizer_first=False):
@@ -53,13 +39,13 @@ def train(kinds, num_samples, is_optimizer_first=False):
         kind = KINDS[name]
         model = kind.make()
         smp.set_tensor_parallelism(model)
-        optimizer = make_sgd(model.parameters()) if is_optimizer_first else None
+        optimizer = sgd(model.parameters()) if is_optimizer_first else None
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # BERT's tied embedding stays whole, as it says
             model = smp.DistributedModel(model)
         replaced = [part for part, module in model.module.named_modules() if hasattr(module, "seq_layers")]
         assert [part.removesuffix("transformer").removesuffix(".") for part in replaced] == list(kind.replaced)
-        optimizer = smp.DistributedOptimizer(optimizer or make_sgd(model.parameters()))
+        optimizer = smp.DistributedOptimizer(optimizer or sgd(model.parameters()))
 
         @smp.step
         def train_step(model, kind, *batch):
@@ -74,7 +60,7 @@ def train(kinds, num_samples, is_optimizer_first=False):
             losses.append(float(train_step(model, kind, *(part[own] for part in batch)).reduce_mean()))
             gradients = gradients or whole_gradients(model)
             optimizer.step()
-        results[name] = losses, gradients, to_hf(model.state_dict())
+        results[name] = losses, gradients, folded(model.state_dict())
     return results
 
 
@@ -89,7 +75,7 @@ def check(num_ranks, parameters, kinds=tuple(KINDS), num_samples=4, **more):
                 kind.batches(num_samples * num_replicas),
                 kind.loss,
                 num_microbatches=parameters["microbatches"],
-                make_optimizer=make_sgd,
+                make_optimizer=sgd,
                 num_replicas=num_replicas,
             )
         for result in results:

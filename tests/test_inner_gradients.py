@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from engine_models import WIDTH, vectors
 from engine_runs import Case, compare, outcomes
-from test_engine_random import WIDTH, vectors
 
 
 class Critic(nn.Module):

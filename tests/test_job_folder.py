@@ -8,6 +8,7 @@ import tempfile
 import pytest
 from typer.testing import CliRunner
 
+from launched_jobs import job_of, write_script
 from modelparallel.errors import LaunchError
 from modelparallel.launch import PyTorch, estimator, run_job
 from modelparallel.launch.attempts import Attempt, write_attempts
@@ -17,7 +18,6 @@ from modelparallel.launch.folder import JobFolder, checked_job_name, new_job_nam
 from modelparallel.launch.folder_mark import MARK
 from modelparallel.launch.rendezvous_port import reserved_port
 from modelparallel.training.event_files import EventFile
-from test_launch import job_of, write_script
 
 # What a user may have under names that jobs use, too.
 DATA = (

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import modelparallel as smp
@@ -16,6 +15,7 @@ from distributed_run import assert_equal_over
 from modelparallel.errors import DivergenceError, SMPConfigError, StepUsageError
 from parity import assert_parity
 from rank_tests import RankTests, on
+from training import classification_loss, classification_step, sgd
 
 DP3 = RankTests(3, {"microbatches": 2})
 PP2 = RankTests(4, {"pipeline_parallel_degree": 2, "microbatches": 2})
@@ -58,21 +58,6 @@ def batch(replica: int, step: int) -> tuple[Tensor, Tensor]:
     return x, torch.randint(0, 3, (size,), generator=generator)
 
 
-def body(model: Any, x: Tensor, y: Tensor) -> Tensor:
-    return F.cross_entropy(model(x), y)
-
-
-@smp.step
-def train_step(model: Any, x: Tensor, y: Tensor) -> Tensor:
-    loss = body(model, x, y)
-    model.backward(loss)
-    return loss
-
-
-def sgd(parameters: Any) -> torch.optim.Optimizer:
-    return torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
-
-
 def simulate(counts: Sequence[int], *, by_initial: bool, num_microbatches: int, broadcasts: bool = True) -> Any:
     """What DDP documents: the gradients of those with batches, summed and divided by all or by them; buffers are those
     of the first with batches. ``counts``: batches of each replica.
@@ -97,7 +82,7 @@ def simulate(counts: Sequence[int], *, by_initial: bool, num_microbatches: int, 
             x, y = batch(index, step)
             parts = zip(x.tensor_split(num_microbatches), y.tensor_split(num_microbatches), strict=True)
             for part in parts:
-                (body(replica, *part) / num_microbatches).backward()
+                (classification_loss(replica, *part) / num_microbatches).backward()
             for own, parameter in zip(replica.parameters(), model.parameters(), strict=True):
                 if own.grad is not None:
                     share = own.grad / (len(counts) if by_initial else len(working))
@@ -124,9 +109,9 @@ def run_joined(model: Any, counts: Sequence[int], *, as_step: bool, **arguments:
             optimizer.zero_grad()
             x, y = batch(replica_index(), step)
             if as_step:
-                train_step(model, x, y)
+                classification_step(model, x, y)
             else:
-                body(model, x, y).backward()
+                classification_loss(model, x, y).backward()
             optimizer.step()
 
 
@@ -179,7 +164,7 @@ def test_training_goes_on_after_join():
     optimizer = smp.DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1))
     with model.join():
         for step in range(2 * counts[replica_index()] - 1):
-            train_step(model, *batch(replica_index(), step))
+            classification_step(model, *batch(replica_index(), step))
             if step % 2:
                 optimizer.step()
                 optimizer.zero_grad()
@@ -188,11 +173,11 @@ def test_training_goes_on_after_join():
     plain = make_net()
     plain.load_state_dict(model.state_dict())
     for half in range(2):
-        train_step(model, *batch(replica_index(), half))
+        classification_step(model, *batch(replica_index(), half))
         for replica in range(smp.dp_size()):
             x, y = batch(replica, half)
             for part in zip(x.tensor_split(2), y.tensor_split(2), strict=True):
-                (body(plain, *part) / 2 / smp.dp_size()).backward()
+                (classification_loss(plain, *part) / 2 / smp.dp_size()).backward()
     wanted = {name: parameter.grad for name, parameter in plain.named_parameters()}
     for name, parameter in model.local_named_parameters():
         assert (parameter.grad is None) == (wanted[name] is None), name
@@ -211,7 +196,7 @@ def test_ranks_without_batches_go_on_updating_their_shards():
             with model.join(divide_by_initial_world_size=by_initial):
                 for step in range(counts[replica_index()]):
                     optimizer.zero_grad()
-                    train_step(model, *batch(replica_index(), step))
+                    classification_step(model, *batch(replica_index(), step))
                     optimizer.step()
             expected = simulate(counts, by_initial=by_initial, num_microbatches=2, broadcasts=False)
             verify(model, expected)
@@ -233,7 +218,7 @@ def test_switched_off_or_ended_by_the_first():
     model = wrapped()
     with model.join(enable=False):
         assert not model.gradients.joining.is_joining
-        train_step(model, *batch(replica_index(), 0))
+        classification_step(model, *batch(replica_index(), 0))
     with pytest.raises(RuntimeError, match="exhausted"):
         run_joined(model, [2, 5, 3], as_step=True, throw_on_early_termination=True)
     assert not model.gradients.joining.is_joining
@@ -246,9 +231,9 @@ def test_different_orders_are_noticed():
     model = wrapped()
     x, y = batch(replica_index(), 0)
     with pytest.raises(DivergenceError, match="different things"), model.join():
-        loss = body(model, x, y)
+        loss = classification_loss(model, x, y)
         if smp.dp_rank() == 0:
-            body(model, x, y)  # broadcasts buffers
+            classification_loss(model, x, y)  # broadcasts buffers
         else:
             loss.backward()
 

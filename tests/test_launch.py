@@ -16,8 +16,9 @@ import pytest
 from torch.distributed.launcher.api import LaunchConfig
 from typer.testing import CliRunner
 
+from launched_jobs import LEAVES_CHILDREN, MPI_OPTIONS, job_of, processes_with, seed_distribution, write_script
 from modelparallel.errors import LaunchError, NotBuiltError, SMPConfigError
-from modelparallel.launch import Estimator, HuggingFace, JobFailedError, JobSpec, PyTorch, estimator, run_job
+from modelparallel.launch import Estimator, HuggingFace, JobFailedError, PyTorch, estimator, run_job
 from modelparallel.launch.channels import input_channels, local_path
 from modelparallel.launch.command_line import app
 from modelparallel.launch.devices import check_devices
@@ -28,11 +29,6 @@ from modelparallel.launch.mpi_options import mpirun_arguments, parse_mpi_options
 from modelparallel.launch.output import Console, LogRelay
 from modelparallel.launch.rendezvous_port import reserved_port
 
-MPI_OPTIONS = {
-    "enabled": True,
-    "processes_per_host": 8,
-    "custom_mpi_options": "--mca btl_vader_single_copy_mechanism none ",
-}
 SEED_PARAMETERS = {
     "tensor": {
         "pipeline_parallel_degree": 1,
@@ -48,35 +44,6 @@ SEED_PARAMETERS = {
         "ddp": True,
     },
 }
-
-
-def seed_distribution(parameters):
-    return {"smdistributed": {"modelparallel": {"enabled": True, "parameters": parameters}}, "mpi": MPI_OPTIONS}
-
-
-def write_script(tmp_path, text, name="train.py"):
-    path = tmp_path / name
-    path.write_text(textwrap.dedent(text), encoding="utf-8")
-    return path
-
-
-def job_of(tmp_path, script, **settings):
-    """A job whose processes do not import torch: no rehearsal is started for device cuda."""
-    settings = {"num_processes": 2, "backend": "elastic", "device": "cuda", "working_directory": tmp_path, **settings}
-    return JobSpec(name="test", script=script, source_dir=script.parent, folder=JobFolder(tmp_path / "job"), **settings)
-
-
-def processes_with(mark):
-    """Pids whose environment has the text; this process is not among them."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and int(entry.name) != os.getpid():
-            try:
-                if mark.encode() in (entry / "environ").read_bytes() and "Z" not in (entry / "stat").read_text():
-                    found.append(int(entry.name))
-            except OSError:
-                continue
-    return found
 
 
 @pytest.fixture
@@ -338,16 +305,6 @@ def test_timeout_stops_the_job_and_keeps_the_stacks(tmp_path):
     assert processes_with(str(result.folder.description)) == []
 
 
-LEAVES_CHILDREN = """
-    import os, signal, subprocess, sys, time
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], start_new_session=True)
-    print("ready", flush=True)
-    time.sleep(60)
-"""
-
-
 @pytest.mark.parametrize(
     ("backend", "number"), [("elastic", signal.SIGINT), ("elastic", signal.SIGKILL), ("mpi", signal.SIGTERM)]
 )
@@ -358,9 +315,9 @@ def test_signals_to_the_launcher_leave_no_process(tmp_path, backend, number):
         import sys
         sys.path.insert(0, {str(Path(__file__).parent)!r})
         from pathlib import Path
-        import test_launch
+        import launched_jobs
         from modelparallel.launch import run_job
-        job = test_launch.job_of(Path({str(tmp_path)!r}), Path({str(script)!r}), backend={backend!r})
+        job = launched_jobs.job_of(Path({str(tmp_path)!r}), Path({str(script)!r}), backend={backend!r})
         result = run_job(job)
         print(result.message, file=sys.stderr)
         sys.exit(result.exit_code)

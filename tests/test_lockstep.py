@@ -12,6 +12,7 @@ import modelparallel as smp
 from modelparallel.errors import StepUsageError
 from parity import assert_parity
 from pool import run_ranks
+from training import sgd, square_loss, step_of
 
 F64 = torch.float64
 NUM_STEPS, LENGTH, V = 4, 6, 19
@@ -44,22 +45,12 @@ def loss_of(model: nn.Module, ids: Tensor, kept: Tensor) -> Tensor:
     return model(ids, attention_mask=kept, labels=ids.masked_fill(kept == 0, -100)).loss
 
 
-def make_sgd(parameters: Any) -> torch.optim.Optimizer:
-    return torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
-
-
 def train(is_tied: bool) -> tuple[dict[str, Tensor], Any]:
     model = make_llama(is_tied)
     smp.set_tensor_parallelism(model)
     wrapped = smp.DistributedModel(model)
-    optimizer = smp.DistributedOptimizer(make_sgd(wrapped.parameters()))
-
-    @smp.step
-    def train_step(model: Any, ids: Tensor, kept: Tensor) -> Tensor:
-        loss = loss_of(model, ids, kept)
-        model.backward(loss)
-        return loss
-
+    optimizer = smp.DistributedOptimizer(sgd(wrapped.parameters()))
+    train_step = step_of(loss_of)
     for step in range(NUM_STEPS):
         optimizer.zero_grad()
         train_step(wrapped, *batch(step, smp.dp_rank()))
@@ -70,7 +61,7 @@ def train(is_tied: bool) -> tuple[dict[str, Tensor], Any]:
 def expected_weights(is_tied: bool) -> dict[str, Tensor]:
     """One process: the mean of the ranks' losses, each weighted by samples within its rank."""
     model = make_llama(is_tied)
-    optimizer = make_sgd(model.parameters())
+    optimizer = sgd(model.parameters())
     for step in range(NUM_STEPS):
         optimizer.zero_grad()
         for rank, num_samples in enumerate(SAMPLES):
@@ -109,13 +100,7 @@ def feed(samples: tuple[int, int]) -> str:
     model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 4))
     smp.set_tensor_parallelism(model)
     wrapped = smp.DistributedModel(model)
-
-    @smp.step
-    def train_step(model: Any, x: Tensor) -> Tensor:
-        loss = model(x).square().mean()
-        model.backward(loss)
-        return loss
-
+    train_step = step_of(square_loss)
     try:
         train_step(wrapped, torch.ones(samples[smp.tp_rank()], 4))
     except StepUsageError as error:

@@ -4,7 +4,6 @@ the mean over all of them, to the last digits, in gradients, weights and losses.
 
 from __future__ import annotations
 
-import logging
 import math
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import modelparallel as smp
+from logs import logged_lines
 from modelparallel.errors import StepUsageError
 from modelparallel.stepping.output import StepOutput
 from rank_tests import RankTests, on
@@ -222,25 +222,21 @@ LOSSES = [
 
 @on(LOCAL, PP2)
 def test_a_summed_loss_is_said_once():
-    lines: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("modelparallel").addHandler(handler)
-    x = torch.rand(4, 3)
-    told = 0
-    for name, function, _ in LOSSES:
-        for reduction in ("sum", "mean"):
-            model = smp.DistributedModel(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)))
+    with logged_lines() as lines:
+        x = torch.rand(4, 3)
+        told = 0
+        for name, function, _ in LOSSES:
+            for reduction in ("sum", "mean"):
+                model = smp.DistributedModel(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)))
 
-            @smp.step
-            def step(model, x):
-                loss = function(model(x), x, reduction=reduction)  # noqa: B023
-                model.backward(loss)
-                return loss
+                @smp.step
+                def step(model, x):
+                    loss = function(model(x), x, reduction=reduction)  # noqa: B023
+                    model.backward(loss)
+                    return loss
 
-            for _ in range(2):
-                step(model, x)
-            now = smp.allgather(sum("sum over samples" in line for line in lines), smp.WORLD)
-            assert sum(now) - told == (reduction == "sum"), (name, reduction)
-            told = sum(now)
-    logging.getLogger("modelparallel").removeHandler(handler)
+                for _ in range(2):
+                    step(model, x)
+                now = smp.allgather(sum("sum over samples" in line for line in lines), smp.WORLD)
+                assert sum(now) - told == (reduction == "sum"), (name, reduction)
+                told = sum(now)

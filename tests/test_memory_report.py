@@ -22,6 +22,7 @@ from modelparallel.training import runtime
 from modelparallel.training.memory_report import is_out_of_memory
 from pool import run_ranks
 from rank_tests import RankTests, on
+from training import square_step
 
 BILLION = 10**9
 
@@ -89,17 +90,10 @@ class Net(nn.Module):
         return self.frozen(self.norm(x))
 
 
-@smp.step
-def train_step(model, x):
-    loss = model(x).square().mean()
-    model.backward(loss)
-    return loss
-
-
 def trained():
     model = smp.DistributedModel(Net())
     optimizer = smp.DistributedOptimizer(torch.optim.AdamW(model.parameters(), lr=0.1))
-    train_step(model, torch.randn(8, 64))
+    square_step(model, torch.randn(8, 64))
     optimizer.step()
     return model, optimizer
 
@@ -143,7 +137,7 @@ def test_each_rank_reports_what_it_holds():
 @on(PP2)
 def test_activations_are_those_of_the_microbatches_in_flight():
     model, _ = trained()
-    train_step(model, torch.randn(8, 64))
+    square_step(model, torch.randn(8, 64))
     own = smp.memory_report(is_local=True).ranks[0]
     figures = model.partition_plan.figures[smp.pp_rank()]
     in_flight = 2 if smp.pp_rank() == 0 else 1
@@ -217,13 +211,6 @@ def test_running_out_of_memory_says_who_holds_what_and_what_helps(where):
     assert "predicted: parameters 1.0 MiB, gradients 1.0 MiB, optimizer state 2.0 MiB" in text
     ways = text.partition("what would help:\n")[2].splitlines()
     assert len(ways) == 3 and "shard_optimizer_state" in text and "microbatches: 4" in text
-
-
-@smp.step
-def square_step(model, x):
-    loss = model(x).square().mean()
-    model.backward(loss)
-    return loss
 
 
 def leave_memory_behind():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import warnings
 
 import pytest
@@ -12,12 +11,15 @@ from torch import nn
 
 import modelparallel as smp
 from distributed_run import assert_equal_over, merged_gradients
+from logs import logged_lines
 from modelparallel.errors import PartitionError, SMPConfigError, StepUsageError
 from modelparallel.model.views import alias_inherited_forwards
 from modelparallel.training import runtime
 from parity import assert_parity
 from rank_tests import RankTests, on
-from small_models import Classifier, make_batch, make_classifier, mean_loss, sgd, train_step
+from small_models import Classifier, make_batch, make_classifier, mean_loss, train_step
+from stateful_model import train_step as tied_step
+from training import sgd
 
 DP2 = RankTests(2, {})
 TP2 = RankTests(2, {"tensor_parallel_degree": 2})
@@ -64,13 +66,6 @@ class Tied(nn.Module):
 def make_tied() -> Tied:
     torch.manual_seed(2)
     return Tied().double()
-
-
-@smp.step
-def tied_step(model, ids):
-    loss = F.cross_entropy(model(ids), ids)
-    model.backward(loss)
-    return loss
 
 
 def run_tied_step(model) -> None:
@@ -429,19 +424,8 @@ def test_moving_the_whole_model_to_the_cpu():
 
 @on(PP2)
 def test_the_plan_is_logged_as_a_table():
-    lines = []
-
-    class Collect(logging.Handler):
-        def emit(self, record):
-            lines.append(record.getMessage())
-
-    logger = logging.getLogger("modelparallel")
-    handler = Collect()
-    logger.addHandler(handler)
-    try:
+    with logged_lines() as lines:
         train_step(smp.DistributedModel(make_classifier()), *make_batch(4))
-    finally:
-        logger.removeHandler(handler)
     text = "\n".join(lines)
     assert text.count("Partition assignments:") == (1 if smp.rank() == 0 else 0)
     if smp.rank() == 0:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import os
 import pickle
-import tempfile
 from pathlib import Path
 
 import pytest
 import torch
 
 import modelparallel as smp
+from distributed_run import shared_folder
+from logs import logged_lines
 from modelparallel.checkpoints.stores.local import LocalStore
 from modelparallel.errors import (
     CheckpointCorruptError,
@@ -32,11 +32,6 @@ PP2_TP2_SPREAD = RankTests(
     4, {"pipeline_parallel_degree": 2, "tensor_parallel_degree": 2, "placement_strategy": "spread", "microbatches": 2}
 )
 TP2_DP2 = RankTests(4, {"tensor_parallel_degree": 2})
-
-
-def shared_folder() -> str:
-    """A folder that all ranks have, and no earlier test."""
-    return smp.allgather(tempfile.mkdtemp() if smp.rank() == 0 else "", smp.WORLD)[0]
 
 
 def names_in(folder: str) -> list[str]:
@@ -88,14 +83,10 @@ def test_parts_are_looked_for_under_each_name_in_turn():
     folder = shared_folder()
     path = f"{folder}/f.pt"
     ways = [f"_{smp.mp_rank()}", f"_{smp.pp_rank()}_{smp.tp_rank()}", f"_{smp.pp_rank()}_{smp.tp_rank()}_0"]
-    records: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: records.append(record.getMessage())
-    logging.getLogger("modelparallel").addHandler(handler)
-    for number, way in enumerate(ways):
-        torch.save(number, path + way)
-        assert smp.load(path) == number and smp.load(path, back_compat=True) == 0
-    logging.getLogger("modelparallel").removeHandler(handler)
+    with logged_lines() as records:
+        for number, way in enumerate(ways):
+            torch.save(number, path + way)
+            assert smp.load(path) == number and smp.load(path, back_compat=True) == 0
     assert len(records) == 4 and "parts of several saves are mixed here" in records[0]
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import itertools
-import logging
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,11 +14,13 @@ import torch
 from torch import Tensor, nn
 
 import modelparallel as smp
+from logs import logged_lines
 from modelparallel.recomputation.offload import HostStore
 from modelparallel.training import runtime
 from parity import assert_parity
 from rank_tests import RankTests, on
 from recomputation_models import Block, same_random_numbers
+from training import square_step
 
 ONE = RankTests(1, {"microbatches": 2, "offload_activations": True, "activation_loading_horizon": 2})
 PIPELINE = {
@@ -60,13 +61,6 @@ def make(num_blocks: int = 4, *, is_marked: bool, **options: Any) -> Any:
     return model
 
 
-@smp.step
-def train_step(model: Any, x: Tensor) -> Tensor:
-    loss = model(x).square().mean()
-    model.backward(loss)
-    return loss
-
-
 def num_offloaded() -> int:
     """Inputs of regions of one microbatch that go to host memory: what was received from another stage does not."""
     return 4 // smp.pp_size() - (smp.pp_rank() > 0)
@@ -81,7 +75,7 @@ def trained(model: Any, num_steps: int = 3) -> tuple[list[float], dict[str, Tens
     with same_random_numbers():
         for number in range(num_steps):
             model.zero_grad()
-            losses.append(float(train_step(model, batch(number)).reduce_mean()))
+            losses.append(float(square_step(model, batch(number)).reduce_mean()))
     return losses, {name: p.grad.clone() for name, p in model.local_named_parameters()}
 
 
@@ -137,11 +131,7 @@ def test_c085_saved_inputs_live_in_host_memory_after_the_forward() -> None:
 
 @on(ONE)
 def test_c085_without_checkpointing_nothing_is_transferred_and_a_warning_says_so() -> None:
-    seen: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: seen.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("modelparallel").addHandler(handler)
-    try:
+    with logged_lines() as seen:
         with watched() as host:
             runtime.current()._unused_store = host
             trained(make(is_marked=False), 2)
@@ -152,8 +142,6 @@ def test_c085_without_checkpointing_nothing_is_transferred_and_a_warning_says_so
             trained(make(is_marked=True), 1)
             assert host.counts.stored == 8
         assert sum("nothing was moved to host memory" in text for text in seen) == 1
-    finally:
-        logging.getLogger("modelparallel").removeHandler(handler)
 
 
 @on(ONE)

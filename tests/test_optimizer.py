@@ -17,7 +17,8 @@ from modelparallel.errors import SMPConfigError
 from modelparallel.training import runtime
 from parity import assert_parity
 from rank_tests import RankTests, on
-from small_models import Classifier, make_batch, make_classifier, mean_loss, sgd, train_step
+from small_models import Classifier, make_batch, make_classifier, mean_loss, train_step
+from training import sgd
 
 SINGLE = RankTests(1, {"microbatches": 2})
 PP2 = RankTests(2, {"pipeline_parallel_degree": 2, "microbatches": 2})

@@ -12,7 +12,9 @@ from torch import nn
 import modelparallel as smp
 from modelparallel.errors import SMPConfigError, UnsupportedError
 from parity import assert_parity
+from pooled_model import split_pair
 from rank_tests import RankTests, on
+from training import classification_step, square_loss, step_of
 
 DP2 = RankTests(2, {})
 PP2 = RankTests(2, {"pipeline_parallel_degree": 2, "microbatches": 2})
@@ -35,11 +37,7 @@ class Net(nn.Module):
 
 def make_net() -> Net:
     torch.manual_seed(5)
-    net = Net().double()
-    if smp.tp_size() > 1:
-        for layer in (net.first, net.second):
-            smp.set_tensor_parallelism(layer)
-    return net
+    return split_pair(Net().double())
 
 
 def make_batch(step: int):
@@ -47,13 +45,6 @@ def make_batch(step: int):
     size = 8 * smp.dp_size()
     x = torch.randn(size, 6, generator=generator, dtype=torch.float64)
     return x, torch.randint(0, 3, (size,), generator=generator)
-
-
-@smp.step
-def train_step(model, x, y):
-    loss = F.cross_entropy(model(x), y)
-    model.backward(loss)
-    return loss
 
 
 class OwnOptimizer(torch.optim.Optimizer):
@@ -71,9 +62,12 @@ class OwnOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self.update_all()
+        return loss
+
+    def update_all(self):
         for p in self.trained():
             self.update(p)
-        return loss
 
 
 class Signs(OwnOptimizer):
@@ -129,12 +123,7 @@ class Estimates(OwnOptimizer):
         super().__init__(parameters, lr=1.0)
         self.param_groups[0]["d"] = 1e-2
 
-    @torch.no_grad()
-    def step(self, closure=None):
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def update_all(self):
         total = 0.0
         for p in self.trained():
             total += p.grad.abs().sum().item()
@@ -143,7 +132,6 @@ class Estimates(OwnOptimizer):
             group["d"] = d
         for p in self.trained():
             p.add_(p.grad, alpha=-d)
-        return loss
 
 
 class Sharpness(torch.optim.Optimizer):
@@ -205,7 +193,7 @@ def train(model, optimizer, num_steps, how):
         x, y = make_batch(step)
         if is_wrapped:
             own = (part.tensor_split(smp.dp_size())[smp.dp_rank()] for part in (x, y))
-            return train_step(model, *own).reduce_mean()
+            return classification_step(model, *own).reduce_mean()
         loss = F.cross_entropy(model(x), y)
         loss.backward()
         return loss.detach()
@@ -305,18 +293,18 @@ def test_methods_beside_step_reach_the_model_from_the_masters():
     model, optimizer = wrapped(Sharpness)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     x, y = make_batch(0)
-    train_step(model, x, y)
+    classification_step(model, x, y)
     optimizer.first(rho=1.0)
     climbed = {name: value.clone() for name, value in model.state_dict().items()}
     assert all(not torch.equal(climbed[name], value) for name, value in before.items())
     optimizer.zero_grad()
-    train_step(model, x, y)
+    classification_step(model, x, y)
     optimizer.step()
     moved = sum(float((model.state_dict()[name].double() - value.double()).norm()) for name, value in before.items())
     away = sum(float((climbed[name].double() - value.double()).norm()) for name, value in before.items())
     assert 0 < moved < away / 2  # the climb was taken back
     with pytest.raises(UnsupportedError, match="several times"):
-        optimizer.step(lambda: train_step(model, x, y).reduce_mean())
+        optimizer.step(lambda: classification_step(model, x, y).reduce_mean())
 
 
 @on(DP2)
@@ -332,11 +320,7 @@ def test_sparse_adam_works_in_a_pipeline():
         torch.manual_seed(3)
         return nn.Sequential(nn.Embedding(9, 6, sparse=True), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 3)).double()
 
-    @smp.step
-    def step(model, tokens):
-        loss = model(tokens).square().mean()
-        model.backward(loss)
-        return loss
+    step = step_of(square_loss)
 
     def optimizers(model):
         named = [(name, p) for name, p in model.named_parameters()]

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import modelparallel as smp
@@ -18,11 +17,13 @@ from modelparallel.data_parallel import GradientReducer, OptimizerShards, Reduce
 from modelparallel.data_parallel.shard_gradient import ShardGradient
 from modelparallel.errors import StepUsageError, WaitTimeoutError
 from modelparallel.parameters.shards import local_part
+from odd_model import CAP, NUM_STEPS, batch, make_model
 from parity import assert_parity, reference_run
 from pool import run_ranks
 from rank_tests import RankTests, on
-from test_reducer import CAPS, Branches, local_gradients, loss_of, mean_over_ranks, pairs, run_step, through, world
-from test_reducer import make_model as make_plain
+from reducer_programs import CAPS, Branches, local_gradients, loss_of, mean_over_ranks, pairs, run_step, through, world
+from reducer_programs import make_model as make_plain
+from training import sgd_of_trained, token_loss, token_step
 
 SHARDED = {"shard_optimizer_state": True, "microbatches": 2}
 DP2 = RankTests(2, SHARDED)
@@ -33,72 +34,13 @@ PP2 = RankTests(4, {**SHARDED, "pipeline_parallel_degree": 2})
 REPLICAS = RankTests(4, {**SHARDED, "pipeline_parallel_degree": 2, "tied_weights": "replicate"}, is_slow=True)
 ZERO_BUBBLE = RankTests(4, {**SHARDED, "pipeline_parallel_degree": 2, "pipeline": "zero_bubble"}, is_slow=True)
 
-NUM_STEPS = 3
-CAP = 2e-4  # MiB: 26 elements of float64, so that a model has many buckets
-
-
-class Odd(nn.Module):
-    """Sizes that nothing divides; tied, frozen, sometimes and never used weights."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(13, 6)
-        self.wide = nn.Linear(6, 10)
-        self.back = nn.Linear(10, 6)
-        self.narrow = nn.Linear(6, 5)
-        self.frozen = nn.Linear(5, 6)
-        self.sometimes = nn.Linear(6, 6)
-        self.never = nn.Linear(3, 5)
-        self.scale = nn.Parameter(torch.tensor(1.5))
-        self.head = nn.Linear(6, 13, bias=False)
-        self.head.weight = self.embed.weight
-        self.frozen.requires_grad_(False)
-
-    def forward(self, tokens: Tensor, use: Tensor) -> Tensor:
-        x = torch.tanh(self.back(torch.tanh(self.wide(self.embed(tokens)))))
-        x = self.frozen(torch.tanh(self.narrow(x))) * self.scale
-        if use.sum().item() > 0:
-            x = x + self.sometimes(x)
-        return self.head(x)
-
-
-def make_model() -> nn.Module:
-    torch.manual_seed(3)
-    return Odd().double()
-
-
-def batch(step: int) -> tuple[Tensor, Tensor]:
-    """`use` is off in the last microbatches, and everywhere in step 1."""
-    generator = torch.Generator().manual_seed(step)
-    tokens = torch.randint(0, 13, (24, 3), generator=generator)
-    use = torch.ones(24, dtype=torch.long)
-    use[14:] = 0
-    if step == 1:
-        use[:] = 0
-    return tokens, use
-
-
-def body(model: Any, tokens: Tensor, use: Tensor) -> Tensor:
-    return F.cross_entropy(model(tokens, use).flatten(0, 1), tokens.flatten())
-
 
 def adam(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW([p for p in parameters if p.requires_grad], lr=0.01, weight_decay=0.1)
 
 
-def sgd(parameters: Any) -> torch.optim.Optimizer:
-    return torch.optim.SGD([p for p in parameters if p.requires_grad], lr=0.1, momentum=0.9)
-
-
 def adafactor(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.Adafactor([p for p in parameters if p.requires_grad], lr=0.01)
-
-
-@smp.step
-def train_step(model: Any, tokens: Tensor, use: Tensor) -> Tensor:
-    loss = body(model, tokens, use)
-    model.backward(loss)
-    return loss
 
 
 class Run:
@@ -140,7 +82,7 @@ class Run:
         self.shards.finish_update()
 
     def step(self, number: int) -> None:
-        train_step(self.model, *own_share(batch(number)))
+        token_step(self.model, *own_share(batch(number)))
         self.update()
         self.model.zero_grad()
 
@@ -150,7 +92,7 @@ def reference(make_optimizer: Any, num_replicas: int, num_microbatches: int = 2)
     return reference_run(
         make_model,
         [batch(step) for step in range(NUM_STEPS)],
-        body,
+        token_loss,
         num_microbatches=num_microbatches,
         make_optimizer=make_optimizer,
         num_replicas=num_replicas,
@@ -169,7 +111,7 @@ ALL = (DP2, DP3, DP4, TP2, PP2, REPLICAS, ZERO_BUBBLE)
 
 @on(*ALL)
 def test_c062_training_on_shards_equals_one_process():
-    for make_optimizer in (adam, sgd):
+    for make_optimizer in (adam, sgd_of_trained):
         for overlap in (True, False):
             for cap in (CAP, 25):
                 run = Run(make_optimizer, overlapping_allreduce=overlap, bucket_cap_mb=cap)
@@ -255,12 +197,12 @@ def accumulate(run: Run, *, by: str) -> None:
         parts = list(zip(tokens.tensor_split(2), use.tensor_split(2), strict=True))
         if by == "no_sync":
             with run.model.no_sync():
-                train_step(run.model, *parts[0])
+                token_step(run.model, *parts[0])
             assert all(s.tensor.grad is None for bucket in run.shards.buckets for s in bucket.shards)
-            train_step(run.model, *parts[1])
+            token_step(run.model, *parts[1])
         else:  # "passes", or on top of gradients of shards
-            train_step(run.model, *parts[0])
-            train_step(run.model, *parts[1])
+            token_step(run.model, *parts[0])
+            token_step(run.model, *parts[1])
         for parameter in run.model.local_parameters():
             if parameter.grad is not None:
                 assert isinstance(parameter.grad, ShardGradient) == run.shards.has(parameter)
@@ -284,8 +226,8 @@ def test_plain_backward_reduces_to_the_shards():
         tokens, use = own_share(batch(step))
         halves = list(zip(tokens.tensor_split(2), use.tensor_split(2), strict=True))
         with run.model.no_sync():
-            (body(run.model, *halves[0]) / 2).backward()
-        (body(run.model, *halves[1]) / 2).backward()
+            (token_loss(run.model, *halves[0]) / 2).backward()
+        (token_loss(run.model, *halves[1]) / 2).backward()
         run.update()
         run.model.zero_grad()
     verify(run, adam)
@@ -293,16 +235,16 @@ def test_plain_backward_reduces_to_the_shards():
 
 @on(DP2, DP3)
 def test_replaced_data_comes_back_and_frozen_parameters_stay():
-    run = Run(sgd)
+    run = Run(sgd_of_trained)
     expected = make_model()
-    optimizer = sgd(expected.parameters())
+    optimizer = sgd_of_trained(expected.parameters())
     for step in range(NUM_STEPS):
         for model in (run.model.module, expected):
             model.wide.weight.data = model.wide.weight.data * 0.9  # a new tensor
             model.back.bias.requires_grad_(step != 1)
             model.frozen.weight.requires_grad_(step > 0)  # thaws: not shared out
         tokens, use = own_share(batch(step))
-        body(run.model, tokens, use).backward()
+        token_loss(run.model, tokens, use).backward()
         if step == 2:
             assert run.model.module.frozen.weight.grad is not None
         run.update()
@@ -313,7 +255,7 @@ def test_replaced_data_comes_back_and_frozen_parameters_stay():
         optimizer.zero_grad()
         for rank in range(smp.dp_size()):
             tokens, use = (part.tensor_split(smp.dp_size())[rank] for part in batch(step))
-            (body(expected, tokens, use) / smp.dp_size()).backward()
+            (token_loss(expected, tokens, use) / smp.dp_size()).backward()
         optimizer.step()
         if step:
             with torch.no_grad():
@@ -328,8 +270,8 @@ def test_replaced_data_comes_back_and_frozen_parameters_stay():
 
 @on(DP2)
 def test_a_graph_of_old_values_is_noticed():
-    run = Run(sgd)
-    loss = body(run.model, *own_share(batch(0)))
+    run = Run(sgd_of_trained)
+    loss = token_loss(run.model, *own_share(batch(0)))
     run.update()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
@@ -522,7 +464,7 @@ def test_gradients_and_shards_take_the_memory_that_the_documentation_says():
 
 @on(DP2, DP3, TP2, PP2, REPLICAS)
 def test_c062_the_wrapped_optimizer_trains_on_shards():
-    for make_optimizer, cap in ((adam, CAP), (sgd, 25), (adafactor, CAP)):
+    for make_optimizer, cap in ((adam, CAP), (sgd_of_trained, 25), (adafactor, CAP)):
         if make_optimizer is adafactor and smp.tp_size() > 1:
             continue
         net = make_model()
@@ -532,7 +474,7 @@ def test_c062_the_wrapped_optimizer_trains_on_shards():
         optimizer = smp.DistributedOptimizer(make_optimizer(model.parameters()))
         for step in range(NUM_STEPS):
             optimizer.zero_grad()
-            train_step(model, *own_share(batch(step)))
+            token_step(model, *own_share(batch(step)))
             optimizer.step()
         assert_parity(model.state_dict(), reference(make_optimizer, smp.dp_size()), dtype=torch.float64)
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +14,7 @@ from smdistributed.modelparallel.torch.sharded_data_parallel_checkpoint import (
 
 import modelparallel as smp
 from checkpoint_jobs import Dropping, make_job, train
+from distributed_run import shared_folder
 from modelparallel.errors import CheckpointError, CheckpointNotFoundError, SMPError
 from pool import run_ranks
 from rank_tests import RankTests, on
@@ -27,18 +28,6 @@ PP2_TP2 = RankTests(4, {"pipeline_parallel_degree": 2, "tensor_parallel_degree":
 PP2_DP2_BF16 = RankTests(4, {"pipeline_parallel_degree": 2, "microbatches": 2, "bf16": True})
 SHARDS = RankTests(2, {"shard_optimizer_state": True})
 FP16 = RankTests(1, {"fp16": True})
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _in_one_folder(tmp_path_factory):
-    """What the ranks make goes with the test's folders."""
-    before, tempfile.tempdir = tempfile.tempdir, str(tmp_path_factory.mktemp("ranks"))
-    yield
-    tempfile.tempdir = before
-
-
-def shared_folder() -> str:
-    return smp.allgather(tempfile.mkdtemp() if smp.rank() == 0 else "", smp.WORLD)[0]
 
 
 def write_original(folder: str, model, optimizer, *, by_mp_rank: bool = False, content=None) -> None:
@@ -61,13 +50,19 @@ def write_original(folder: str, model, optimizer, *, by_mp_rank: bool = False, c
     smp.barrier()
 
 
+def written_job(num_steps: int, make_net: Any = TiedGPT, **how: Any) -> tuple[str, Any, Any]:
+    """The folder, model and optimizer of a job that has trained and has written its files; ``how``: as above."""
+    folder = shared_folder()
+    model, optimizer = make_job(0, make_net=make_net)
+    train(model, optimizer, range(num_steps))
+    write_original(folder, model, optimizer, **how)
+    return folder, model, optimizer
+
+
 @on(ONE, PP2, TP2, PP2_TP2, PP2_DP2_BF16, SHARDS, FP16)
 def test_a_job_of_the_same_shape_goes_on_to_the_bit():
     """Before and after the first step; masters and loss scale included."""
-    folder = shared_folder()
-    model, optimizer = make_job(0)
-    train(model, optimizer, range(2))
-    write_original(folder, model, optimizer, content={"epoch": 3})
+    folder, model, optimizer = written_job(2, content={"epoch": 3})
     expected = train(model, optimizer, range(2, 5))
     for is_stepped in (False, True):
         other, other_optimizer = make_job(1)
@@ -80,10 +75,7 @@ def test_a_job_of_the_same_shape_goes_on_to_the_bit():
 
 @on(PP2)
 def test_names_by_mp_rank_and_a_prefix_of_all_names():
-    folder = shared_folder()
-    model, optimizer = make_job(0)
-    train(model, optimizer, range(2))
-    write_original(folder, model, optimizer, by_mp_rank=True)
+    folder, model, optimizer = written_job(2, by_mp_rank=True)
     expected = train(model, optimizer, range(2, 4))
     for _ in range(2):
         other, other_optimizer = make_job(1)
@@ -98,10 +90,7 @@ def test_names_by_mp_rank_and_a_prefix_of_all_names():
 @on(PP2)
 def test_a_stage_takes_what_it_needs_from_the_files_of_the_others():
     """The partition of this job need not be that of the one that saved."""
-    folder = shared_folder()
-    model, optimizer = make_job(0)
-    train(model, optimizer, range(2))
-    write_original(folder, model, optimizer)
+    folder, model, _optimizer = written_job(2)
     expected = model.state_dict()
     if smp.rank() == 0:  # as if each stage had had what the other has
         place = Path(folder) / "t_partial"
@@ -121,10 +110,7 @@ def test_a_stage_takes_what_it_needs_from_the_files_of_the_others():
 
 @on(ONE)
 def test_options():
-    folder = shared_folder()
-    model, optimizer = make_job(0, make_net=Dropping)
-    train(model, optimizer, range(2))
-    write_original(folder, model, optimizer)
+    folder, _model, _optimizer = written_job(2, make_net=Dropping)
     state = torch.load(f"{folder}/t_partial/model_0_0.pt")
     first = next(iter(state))
     torch.save({name: value for name, value in state.items() if name != first}, f"{folder}/t_partial/model_0_0.pt")
@@ -152,10 +138,7 @@ class Foreign:
 @on(PP2)
 def test_pickles_of_others_are_not_opened():
     """What one rank is refused is an error on all."""
-    folder = shared_folder()
-    model, optimizer = make_job(0)
-    train(model, optimizer, range(1))
-    write_original(folder, model, optimizer)
+    folder, _model, _optimizer = written_job(1)
     if smp.rank() == 1:
         state = torch.load(f"{folder}/t_partial/optimizer_1_0.pt")
         torch.save({**state, "scheduler": Foreign()}, f"{folder}/t_partial/optimizer_1_0.pt")

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from engine_runs import layout
 from modelparallel.comm.stages.channels import PairChannels
 from modelparallel.comm.stages.gloo import GlooTransport
 from modelparallel.errors import CommunicationError
 from pool import run_ranks
-from test_engine_programs import layout
 
 WIDTH = 16
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import shutil
-import tempfile
 import threading
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from torch.utils.data import DataLoader
 
 import modelparallel as smp
 from checkpoint_jobs import Dropping, make_job, train
+from distributed_run import shared_folder
 from modelparallel.checkpoints.partial.dcp_storage import DraftWriter
 from modelparallel.checkpoints.stores.local import HashingFileSystem
 from modelparallel.errors import (
@@ -28,6 +28,7 @@ from modelparallel.errors import (
 )
 from pool import run_ranks
 from rank_tests import RankTests, on
+from training import square_step
 
 CLIPPING = {"sdp_gradient_clipping": 1e6, "sdp_param_persistence_threshold": 0}
 ONE = RankTests(1, {})
@@ -39,19 +40,6 @@ FSDP_FP16 = RankTests(2, {"sharded_data_parallel_degree": 2, "fp16": True, **CLI
 PP2_DP2 = RankTests(4, {"pipeline_parallel_degree": 2, "microbatches": 2})
 SEEDED = RankTests(2, {"pipeline_parallel_degree": 2, "microbatches": 2, "seed": 7})
 SCALED = {"dynamic_loss_scale": True, "dynamic_loss_args": {"init_scale": 2.0**12, "scale_window": 2}}
-
-
-def shared_folder() -> str:
-    """A new folder, the same on all ranks."""
-    return smp.allgather(tempfile.mkdtemp() if smp.rank() == 0 else "", smp.WORLD)[0]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _in_one_folder(tmp_path_factory):
-    """What the ranks make goes with the test's folders."""
-    before, tempfile.tempdir = tempfile.tempdir, str(tmp_path_factory.mktemp("ranks"))
-    yield
-    tempfile.tempdir = before
 
 
 @on(PP2, TP2, PP2_FP16, SHARDED_BF16, FSDP_FP16, PP2_DP2, SEEDED)
@@ -156,13 +144,6 @@ class Uneven(nn.Module):
         for layer in self.long:
             x = torch.tanh(layer(x))
         return x
-
-
-@smp.step
-def square_step(model, x):
-    loss = model(x).square().mean()
-    model.backward(loss)
-    return loss
 
 
 def plan_on_ranks(folder: str, saves: bool, resumes: bool) -> tuple[tuple[str, int], ...]:

@@ -12,19 +12,11 @@ import torch
 from modelparallel.errors import PartitionError
 from parity import assert_parity, reference_run
 from pool import RankError, run_ranks
-from zoo_catalogue import ZOO
+from training import gentle_sgd, step_of
+from zoo_catalogue import ZOO, make_model
 
 NAMES = ["llama", "unet", "containers"]
 NUM_MICROBATCHES = 3
-
-
-def make_model(name: str) -> torch.nn.Module:
-    torch.manual_seed(7)
-    return ZOO[name].make_model().double().train()
-
-
-def make_optimizer(parameters: Any) -> torch.optim.Optimizer:
-    return torch.optim.SGD(parameters, lr=0.05, momentum=0.9)
 
 
 def train(names: list[str]) -> dict[str, Any]:
@@ -35,14 +27,8 @@ def train(names: list[str]) -> dict[str, Any]:
     for name in names:
         entry = ZOO[name]
         model = smp.DistributedModel(make_model(name))
-        optimizer = smp.DistributedOptimizer(make_optimizer(model.parameters()))
-
-        @smp.step
-        def train_step(model: Any, *batch: Any) -> Any:
-            loss = entry.body(model, *batch)  # noqa: B023
-            model.backward(loss)
-            return loss
-
+        optimizer = smp.DistributedOptimizer(gentle_sgd(model.parameters()))
+        train_step = step_of(entry.body)
         losses, gradients = [], {}
         for step in range(2):
             optimizer.zero_grad()
@@ -68,7 +54,7 @@ def train_and_compare(names: list[str], num_stages: int, **parameters: Any) -> d
             [entry.make_batch(step) for step in range(2)],
             entry.body,
             num_microbatches=NUM_MICROBATCHES,
-            make_optimizer=make_optimizer,
+            make_optimizer=gentle_sgd,
         )
         gradients = {key: value for rank in ranks for key, value in rank[name][1].items()}
         assert_parity(gradients, expected.gradients, dtype=torch.float64)
@@ -126,13 +112,7 @@ def sent_activations(names: list[str]) -> dict[str, Any]:
     for name in names:
         entry = ZOO[name]
         model = smp.DistributedModel(make_model(name))
-
-        @smp.step
-        def train_step(model: Any, *batch: Any) -> Any:
-            loss = entry.body(model, *batch)  # noqa: B023
-            model.backward(loss)
-            return loss
-
+        train_step = step_of(entry.body)
         sent.clear()
         train_step(model, *entry.make_batch(0))
         results[name] = dict(sent), model.partition_plan.traffic

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from parity import assert_parity, reference_run
 from pool import run_ranks
+from training import step_of, token_loss
 
 NUM_STEPS = 3
 NUM_MICROBATCHES = 2
@@ -56,10 +56,6 @@ def batch(step: int, num_replicas: int) -> tuple[Tensor, Tensor]:
     return tokens, use
 
 
-def body(model: Any, tokens: Tensor, use: Tensor) -> Tensor:
-    return F.cross_entropy(model(tokens, use).flatten(0, 1), tokens.flatten())
-
-
 def make_optimizer(parameters: Any, backward_passes: int = 1) -> torch.optim.Optimizer:
     # Gradients of several passes are summed: half the rate makes two of them one.
     return torch.optim.SGD([p for p in parameters if p.requires_grad], lr=0.1 / backward_passes, momentum=0.9)
@@ -75,13 +71,7 @@ def train(overlap: bool, backward_passes: int) -> Any:
         net, overlapping_allreduce=overlap, backward_passes_per_step=backward_passes, bucket_cap_mb=0.001
     )
     optimizer = smp.DistributedOptimizer(make_optimizer(model.parameters(), backward_passes))
-
-    @smp.step
-    def train_step(model: Any, tokens: Tensor, use: Tensor) -> Tensor:
-        loss = body(model, tokens, use)
-        model.backward(loss)
-        return loss
-
+    train_step = step_of(token_loss)
     losses, gradients = [], []
     for step in range(NUM_STEPS):
         optimizer.zero_grad()
@@ -118,7 +108,7 @@ def test_gradients_equal_on_all_ranks_and_to_one_process(
     expected = reference_run(
         make_model,
         [batch(step, num_replicas) for step in range(NUM_STEPS)],
-        body,
+        token_loss,
         num_microbatches=NUM_MICROBATCHES,
         make_optimizer=make_optimizer,
         num_replicas=num_replicas,

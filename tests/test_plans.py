@@ -25,7 +25,7 @@ from plan_models import (
     make_tower,
 )
 from plan_training import check_training, settings
-from test_tensor_parallel import imaginary
+from split_layers import imaginary
 
 
 def test_models_with_a_users_plan_train_as_in_one_process():

@@ -11,10 +11,12 @@ from torch import nn
 from torch.optim.lr_scheduler import StepLR
 
 import modelparallel as smp
+from distributed_run import own_share
 from half_reference import half_reference_run
 from modelparallel.errors import SMPConfigError
 from pool import run_ranks
 from rank_tests import RankTests, on
+from training import gentle_sgd
 
 PP2 = {"pipeline_parallel_degree": 2, "microbatches": 2}
 FP16_PP2 = RankTests(2, {**PP2, "fp16": True})
@@ -72,10 +74,6 @@ def adam(parameters):
     return torch.optim.Adam(parameters, lr=0.01, eps=1e-6)
 
 
-def sgd(parameters):
-    return torch.optim.SGD(parameters, lr=0.05, momentum=0.9)
-
-
 @smp.step
 def train_step(model, x, y):
     output = model(x)
@@ -83,10 +81,6 @@ def train_step(model, x, y):
     loss = F.cross_entropy(output, y)
     model.backward(loss)
     return loss
-
-
-def own_part(batch):
-    return tuple(tensor.tensor_split(smp.dp_size())[smp.dp_rank()] for tensor in batch)
 
 
 def whole_masters(model, optimizer) -> dict[str, torch.Tensor]:
@@ -99,7 +93,7 @@ def train(model, optimizer, batches, max_norm=None, steps=train_step):
     losses, norms = [], []
     for batch in batches:
         optimizer.zero_grad()
-        losses.append(float(steps(model, *own_part(batch)).reduce_mean()))
+        losses.append(float(steps(model, *own_share(batch)).reduce_mean()))
         if max_norm is not None:
             norms.append(float(optimizer.clip_master_grads(max_norm)))
         optimizer.step()
@@ -142,28 +136,28 @@ def test_c060_a_pipeline_in_fp16_is_one_process_in_fp16():
     """The same kernels in the same order give the same bits. With clipping the norm is summed in another order, and
     where a master lies between two numbers of fp16 its last bit decides.
     """
-    for make_optimizer in (adam, sgd):
+    for make_optimizer in (adam, gentle_sgd):
         compare(torch.float16, make_optimizer, 1e-7, loss_scale=1024.0, max_norm=None)
         compare(torch.float16, make_optimizer, 1e-3, loss_scale=1024.0)
 
 
 @on(FP16_4)
 def test_c060_pipeline_and_data_parallelism_in_fp16():
-    compare(torch.float16, sgd, 2e-3, loss_scale=1024.0)
+    compare(torch.float16, gentle_sgd, 2e-3, loss_scale=1024.0)
 
 
 @on(BF16_4)
 def test_bf16_with_masters():
-    compare(torch.bfloat16, sgd, 1e-2)
+    compare(torch.bfloat16, gentle_sgd, 1e-2)
 
 
 @on(FULL_DP2)
 def test_gradients_are_accumulated_in_fp32():
     """Against gradients that are added up in fp32 from microbatches in bf16."""
     model = smp.DistributedModel(make_net())
-    optimizer = smp.DistributedOptimizer(sgd(model.parameters()))
+    optimizer = smp.DistributedOptimizer(gentle_sgd(model.parameters()))
     optimizer.zero_grad()
-    train_step(model, *own_part(make_batches(1, 16)[0]))
+    train_step(model, *own_share(make_batches(1, 16)[0]))
     plain = make_net().bfloat16()
     total = {name: torch.zeros_like(value, dtype=torch.float32) for name, value in plain.named_parameters()}
     for x, y in zip(*(tensor.split(2) for tensor in make_batches(1, 16)[0]), strict=True):
@@ -186,7 +180,7 @@ def test_c059_an_overflow_anywhere_skips_the_update_everywhere():
     optimizer = smp.DistributedOptimizer(
         adam(model.parameters()), dynamic_loss_scale=True, dynamic_loss_args={"init_scale": 64.0, "scale_window": 2}
     )
-    batch = own_part(make_batches(1)[0])
+    batch = own_share(make_batches(1)[0])
     train_step(model, *batch)  # partitions
     optimizer.step()
     assert not optimizer.overflow and optimizer.loss_scale == 64
@@ -221,7 +215,7 @@ def test_c059_an_overflow_anywhere_skips_the_update_everywhere():
 @on(SINGLE, FP16_PP2)
 def test_c060_the_loss_is_scaled_inside():
     model = smp.DistributedModel(make_net())
-    optimizer = smp.DistributedOptimizer(sgd(model.parameters()), static_loss_scale=256.0)
+    optimizer = smp.DistributedOptimizer(gentle_sgd(model.parameters()), static_loss_scale=256.0)
     train_step(model, *make_batches(1)[0])
     gradients = {name: value.grad.float() for name, value in model.local_named_parameters()}
     optimizer.update_master_grads()
@@ -239,12 +233,12 @@ def test_a_plain_backward_is_scaled_too():
     batch, found = make_batches(1)[0], []
     for scale in (1.0, 512.0):
         model = smp.DistributedModel(make_net())
-        optimizer = smp.DistributedOptimizer(sgd(model.parameters()), static_loss_scale=scale)
+        optimizer = smp.DistributedOptimizer(gentle_sgd(model.parameters()), static_loss_scale=scale)
         F.cross_entropy(model(batch[0]), batch[1]).backward()
         optimizer.step()
         found.append(whole_masters(model, optimizer))
         model = smp.DistributedModel(make_net())
-        optimizer = smp.DistributedOptimizer(sgd(model.parameters()), static_loss_scale=scale)
+        optimizer = smp.DistributedOptimizer(gentle_sgd(model.parameters()), static_loss_scale=scale)
         optimizer.backward(F.cross_entropy(model(batch[0]), batch[1]))
         optimizer.step()
         found.append(whole_masters(model, optimizer))
@@ -256,7 +250,7 @@ def test_a_plain_backward_is_scaled_too():
 def test_c061_schedulers_on_the_wrapper_and_on_the_inner_optimizer():
     for of in (lambda optimizer: optimizer, lambda optimizer: optimizer.optimizer):
         model = smp.DistributedModel(make_net())
-        optimizer = smp.DistributedOptimizer(sgd(model.parameters()))
+        optimizer = smp.DistributedOptimizer(gentle_sgd(model.parameters()))
         scheduler = StepLR(of(optimizer), step_size=1, gamma=0.5)
         for _ in range(2):
             train_step(model, *make_batches(1)[0])
@@ -279,7 +273,7 @@ def test_states_hold_masters_and_the_scale_and_go_on_equally():
     def go_on(model, optimizer, batches):
         for batch in batches:
             optimizer.zero_grad()
-            train_step(model, *own_part(batch))
+            train_step(model, *own_share(batch))
             optimizer.step()
         return model.state_dict(), whole_masters(model, optimizer)
 
@@ -303,7 +297,7 @@ def test_states_hold_masters_and_the_scale_and_go_on_equally():
 @on(SINGLE, FP16_PP2)
 def test_weights_that_are_loaded_reach_the_masters():
     model = smp.DistributedModel(make_net())
-    optimizer = smp.DistributedOptimizer(sgd(model.parameters()))
+    optimizer = smp.DistributedOptimizer(gentle_sgd(model.parameters()))
     train_step(model, *make_batches(1)[0])
     optimizer.step()
     loaded = {name: torch.full_like(value, 0.25) for name, value in model.state_dict().items()}
@@ -360,11 +354,11 @@ def test_c063_grad_scalers_agree_over_the_stages():
             return loss
 
         model = smp.DistributedModel(make_net())
-        optimizer = smp.DistributedOptimizer(sgd(model.parameters()))
+        optimizer = smp.DistributedOptimizer(gentle_sgd(model.parameters()))
         plain = make_net()
-        plain_optimizer = sgd(plain.parameters())
+        plain_optimizer = gentle_sgd(plain.parameters())
         batch = make_batches(1)[0]
-        scaled_step(model, *own_part(batch))
+        scaled_step(model, *own_share(batch))
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
         scaler.step(optimizer)
@@ -376,7 +370,7 @@ def test_c063_grad_scalers_agree_over_the_stages():
         torch.testing.assert_close(norm, expected, rtol=1e-5, atol=0)
         assert_close(model.state_dict(), plain.state_dict(), 1e-5)
         optimizer.zero_grad()
-        scaled_step(model, *own_part(batch))
+        scaled_step(model, *own_share(batch))
         if smp.pp_rank() == 1:
             next(iter(model.local_parameters())).grad.view(-1)[0] = float("nan")
         scaler.step(optimizer)
@@ -435,7 +429,7 @@ def test_fp16_params_are_those_of_distributed_modules():
 @on(FP16_PP2)
 def test_gradients_are_clipped_by_value_without_the_scale():
     model = smp.DistributedModel(make_net())
-    optimizer = smp.DistributedOptimizer(sgd(model.parameters()), static_loss_scale=1024.0)
+    optimizer = smp.DistributedOptimizer(gentle_sgd(model.parameters()), static_loss_scale=1024.0)
     train_step(model, *make_batches(1)[0])
     optimizer.update_master_grads()
     expected = [master.grad.clamp(-0.01, 0.01) for group in optimizer.fp32_from_fp16_groups for master in group]

@@ -16,6 +16,7 @@ from modelparallel.recomputation.strategies import groups_of
 from parity import assert_parity
 from rank_tests import RankTests, on
 from recomputation_models import Block, CountProducts, Runs, num_runs, same_random_numbers, saved_bytes
+from training import square_step
 
 ONE = RankTests(1, {"microbatches": 2})
 
@@ -38,16 +39,9 @@ def plain_step(model: Any, x: Tensor) -> tuple[float, dict[str, Tensor]]:
     return float(loss.detach()), {name: p.grad.clone() for name, p in inner.named_parameters()}
 
 
-@smp.step
-def train_step(model: Any, x: Tensor) -> Tensor:
-    loss = model(x).square().mean()
-    model.backward(loss)
-    return loss
-
-
 def step_gradients(model: Any) -> tuple[float, dict[str, Tensor]]:
     with same_random_numbers():
-        loss = float(train_step(model, batch()).reduce_mean())
+        loss = float(square_step(model, batch()).reduce_mean())
     return loss, {name: p.grad.clone() for name, p in model.module.named_parameters()}
 
 

@@ -13,6 +13,7 @@ import modelparallel as smp
 from parity import assert_parity
 from pool import run_ranks
 from recomputation_models import Block, num_runs, same_random_numbers
+from training import square_loss, step_of
 
 F64 = torch.float64
 V, LENGTH = 19, 6
@@ -146,12 +147,7 @@ class Quiet(nn.Module):
 
 
 def run_compiled() -> dict[tuple[str, str], tuple[list[float], dict[str, Tensor]]]:
-    @smp.step
-    def train_step(model: Any, x: Tensor) -> Tensor:
-        loss = model(x).square().mean()
-        model.backward(loss)
-        return loss
-
+    train_step = step_of(square_loss)
     found = {}
     for backend in ("none", "aot_eager", "eager"):
         for strategy in ("none", "each", "contiguous"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -14,12 +13,14 @@ from torch import Tensor, nn
 
 import modelparallel as smp
 from engine_runs import compare, outcomes
+from logs import logged_lines
 from modelparallel.errors import PartitionError, SMPConfigError, StepUsageError
 from modelparallel.training import runtime
 from parity import assert_parity
 from rank_tests import RankTests, on
 from recomputation_models import Block, CountProducts, num_runs, same_random_numbers, saved_bytes
 from recomputation_programs import CASES
+from training import forward_step, square_step
 
 MODULE = "recomputation_programs"
 NAMES = sorted({name.split("/")[0] for name in CASES})
@@ -78,13 +79,6 @@ class Deep(nn.Module):
         return self.last(self.blocks(self.first(x)))
 
 
-@smp.step
-def train_step(model: Any, x: Tensor) -> Tensor:
-    loss = model(x).square().mean()
-    model.backward(loss)
-    return loss
-
-
 def deep(homes: tuple[int, ...], **options: Any) -> Any:
     torch.manual_seed(1)
     model = smp.DistributedModel(Deep(len(homes), **options).double().train())
@@ -101,7 +95,7 @@ def trained(model: Any, num_steps: int = 3) -> tuple[list[float], dict[str, Tens
         for number in range(num_steps):
             x = torch.randn(8, 8, generator=torch.Generator().manual_seed(number), dtype=torch.float64)
             model.zero_grad()
-            losses.append(float(train_step(model, x).reduce_mean()))
+            losses.append(float(square_step(model, x).reduce_mean()))
     own = {name: p.grad.clone() for name, p in model.local_named_parameters() if p.grad is not None}
     gradients: dict[str, Tensor] = {}
     for part in smp.allgather(own, smp.PP_GROUP):
@@ -186,16 +180,10 @@ def test_c084_in_auto_mode_it_warns_and_recomputes_on_each_stage() -> None:
     expected = trained(reference)
     homes = {placed.home for placed in runtime.current().engine.placed.values() if placed.name.startswith("blocks")}
     assert homes == {0, 1}
-    seen: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: seen.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("modelparallel").addHandler(handler)
-    try:
+    with logged_lines() as seen:
         model = make()
         smp.set_activation_checkpointing(model)
         found = trained(model)
-    finally:
-        logging.getLogger("modelparallel").removeHandler(handler)
     assert sum("is on several partitions (0, 1): each of these stages recomputes" in text for text in seen) == 1
     assert found[0] == expected[0]
     assert_parity(found[1], expected[1], dtype=torch.float64)
@@ -213,13 +201,8 @@ def test_evaluation_between_steps_runs_once() -> None:
     assert all_runs(model) == [12] * 4
     model.train()
     with torch.no_grad():
-        evaluate(model, torch.ones(8, 8, dtype=torch.float64))
+        forward_step(model, torch.ones(8, 8, dtype=torch.float64))
     assert all_runs(model) == [16] * 4
-
-
-@smp.step
-def evaluate(model: Any, x: Tensor) -> Tensor:
-    return model(x)
 
 
 class Calls(nn.Module):

@@ -17,8 +17,7 @@ from torch import Tensor
 from engine_runs import assert_equal_results, readable
 from parity import assert_parity
 from pool import preload, run_ranks
-from test_zoo import as_entry_wants, make_model
-from zoo_catalogue import RECORDED, ZOO
+from zoo_catalogue import RECORDED, ZOO, as_entry_wants, make_model
 
 #: Classes in `make test`; the others are slow tests.
 QUICK = ("t5", "mixtral")

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 import modelparallel as smp
+from launched_jobs import job_of, write_script
 from modelparallel.comm import authentication, making
 from modelparallel.comm.authentication import gather_json
 from modelparallel.comm.making import gloo_group
@@ -19,7 +20,6 @@ from modelparallel.job import rendezvous, session
 from modelparallel.job.discovery import ProcessIdentity
 from modelparallel.launch import rendezvous_port, run_job
 from pool import RankFailure, run_ranks
-from test_launch import job_of, write_script
 
 TWO_HOSTS = {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from launched_jobs import job_of, processes_with, seed_distribution, write_script
 from modelparallel.config.reading import validate_parameters
 from modelparallel.errors import LaunchError
 from modelparallel.launch import JobFailedError, PyTorch, estimator, job, run_job
@@ -28,7 +29,6 @@ from modelparallel.launch.supervision import RankMonitor
 from parity import assert_parity
 from pool import run_ranks
 from restart_job import NUM_STEPS, PARAMETERS, train
-from test_launch import job_of, processes_with, seed_distribution, write_script
 
 
 @pytest.fixture

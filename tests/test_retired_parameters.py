@@ -12,6 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import modelparallel as smp
 from modelparallel.errors import AbsentTensorError
 from rank_tests import RankTests, on
+from training import square_step
 
 SHARDED = {"sharded_data_parallel_degree": 2, "sdp_param_persistence_threshold": 0, "sdp_gradient_clipping": 1e9}
 SHARDED2 = RankTests(2, SHARDED)
@@ -23,13 +24,6 @@ TP2 = RankTests(2, {"tensor_parallel_degree": 2})
 def make_net() -> nn.Module:
     torch.manual_seed(3)
     return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 6), nn.LayerNorm(6), nn.Linear(6, 2)).double()
-
-
-@smp.step
-def train(model, x):
-    loss = model(x).square().mean()
-    model.backward(loss)
-    return loss
 
 
 def batches(step: int) -> list[torch.Tensor]:
@@ -69,7 +63,7 @@ def test_lists_from_before_the_shards_are_the_shards():
     for step in range(5):
         for parameter in (*listed, *net.parameters()):
             parameter.grad = None
-        train(model, batches(step)[smp.dp_rank()])
+        square_step(model, batches(step)[smp.dp_rank()])
         net(torch.cat(batches(step))).square().mean().backward()
         if step != 2:
             use(listed, net.parameters(), halve)

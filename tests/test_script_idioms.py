@@ -10,12 +10,13 @@ from torch import nn
 from torch.func import functional_call
 
 import modelparallel as smp
+from logs import logged_lines
 from modelparallel.errors import UnsupportedError
 from rank_tests import RankTests, on
 from script_idioms import EQUAL
 from side_door_programs import Layout
 from side_door_runs import verdicts
-from test_weights import caught_log
+from training import square_loss, step_of
 
 PP2 = Layout(2, num_microbatches=2)
 LAYOUTS = {
@@ -50,14 +51,8 @@ def test_what_one_replica_has_loaded_after_wrapping_counts_everywhere_or_nowhere
     optimizer = smp.DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1))
     with torch.no_grad():
         model.get_module()[2].weight.fill_(1.0 + smp.rank())
-
-    @smp.step
-    def step(model, x):
-        loss = model(x).square().mean()
-        model.backward(loss)
-        return loss
-
-    with caught_log() as lines:
+    step = step_of(square_loss)
+    with logged_lines() as lines:
         for index in range(2):
             optimizer.zero_grad()
             step(model, torch.randn(4, 3, dtype=torch.float64))
@@ -91,13 +86,7 @@ def test_other_weights_for_a_call_count_or_are_refused():
     module = Scaled().double()
     expected = copy.deepcopy(module)
     model = smp.DistributedModel(module)
-
-    @smp.step
-    def step(model, x):
-        loss = model(x).square().mean()
-        model.backward(loss)
-        return loss
-
+    step = step_of(square_loss)
     x = torch.randn(4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(smp.rank()))
     if smp.state.cfg.sdp_gather == "step":
         found = step(model, x).reduce_mean()

@@ -22,7 +22,6 @@ from sharded_training import (
     TiedGPT,
     adam,
     awkward_batches,
-    awkward_loss,
     check,
     gpt_batches,
     gpt_loss,
@@ -32,10 +31,10 @@ from sharded_training import (
     make_gpt,
     make_untied_gpt,
     merged_gradients,
-    sgd,
     updated_tensors,
     whole,
 )
+from training import sgd_of_trained, step_of, token_loss
 
 ALL = {"sdp_param_persistence_threshold": 0}
 DP2 = RankTests(2, {"sharded_data_parallel_degree": 2, **ALL})
@@ -143,34 +142,36 @@ def test_a_tied_gpt_equals_one_process():
 
 @on(DP2, HYBRID)
 def test_an_untied_gpt_in_fp32_equals_one_process():
-    check(lambda: make_untied_gpt().float(), gpt_batches(4 * smp.dp_size()), gpt_loss, sgd, dtype=torch.float32)
+    check(
+        lambda: make_untied_gpt().float(), gpt_batches(4 * smp.dp_size()), gpt_loss, sgd_of_trained, dtype=torch.float32
+    )
 
 
 @on(DP2, DP2_MB4, DP2_STEP, HYBRID)
 def test_awkward_parameters_equal_one_process():
-    check(make_awkward, awkward_batches(4 * smp.dp_size()), awkward_loss, sgd, broadcast_buffers=False)
+    check(make_awkward, awkward_batches(4 * smp.dp_size()), token_loss, sgd_of_trained, broadcast_buffers=False)
 
 
 @on(DP2_STEP)
 def test_layers_that_some_ranks_do_not_use_equal_one_process():
-    check(make_conditional, awkward_batches(4 * smp.dp_size()), awkward_loss, sgd, broadcast_buffers=False)
+    check(make_conditional, awkward_batches(4 * smp.dp_size()), token_loss, sgd_of_trained, broadcast_buffers=False)
 
 
 @on(DP2, HYBRID)
 def test_find_unused_parameters_gathers_by_step():
     batches = awkward_batches(4 * smp.dp_size())
-    check(make_conditional, batches, awkward_loss, sgd, broadcast_buffers=False, find_unused_parameters=True)
+    check(make_conditional, batches, token_loss, sgd_of_trained, broadcast_buffers=False, find_unused_parameters=True)
 
 
 @on(TP2)
 def test_tensor_parallel_slices_equal_one_process():
-    check(make_gpt, gpt_batches(4 * smp.dp_size()), gpt_loss, sgd, mark=mark_blocks)
+    check(make_gpt, gpt_batches(4 * smp.dp_size()), gpt_loss, sgd_of_trained, mark=mark_blocks)
 
 
 @on(TP2)
 def test_tensor_parallel_slices_with_awkward_parameters_equal_one_process():
     batches = awkward_batches(4 * smp.dp_size())
-    check(make_awkward, batches, awkward_loss, sgd, mark=mark_blocks, broadcast_buffers=False)
+    check(make_awkward, batches, token_loss, sgd_of_trained, mark=mark_blocks, broadcast_buffers=False)
 
 
 @on(DP2, DP2_STEP, DP4, TP2)
@@ -229,22 +230,16 @@ def test_a_parameter_without_gradient_keeps_none():
     for is_plain in (False, True):
         model.zero_grad()
         if is_plain:
-            awkward_loss(model, *own_share(awkward_batches(4 * smp.dp_size())[0])).backward()
+            token_loss(model, *own_share(awkward_batches(4 * smp.dp_size())[0])).backward()
         else:
-            _step(model, awkward_loss, own_share(awkward_batches(4 * smp.dp_size())[0]))
+            _step(model, token_loss, own_share(awkward_batches(4 * smp.dp_size())[0]))
         for name, parameter in model.named_parameters():
             is_absent = name.startswith(("never", "frozen", "partly.weight"))
             assert (parameter.grad is None) == is_absent, name
 
 
 def _step(model, body, batch):
-    @smp.step
-    def train_step(model, *microbatch):
-        loss = body(model, *microbatch)
-        model.backward(loss)
-        return loss
-
-    return train_step(model, *batch)
+    return step_of(body)(model, *batch)
 
 
 @on(DP2, DP2_MB4, DP2_STEP, DP4, HYBRID)
@@ -442,14 +437,14 @@ def test_a_compiled_module_is_refused():
 
 @on(DP2, DP2_STEP)
 def test_compile_leaves_modules_with_gathering_hooks_as_they_are():
-    check(make_gpt, gpt_batches(4 * smp.dp_size()), gpt_loss, sgd, compile={"backend": "eager"})
+    check(make_gpt, gpt_batches(4 * smp.dp_size()), gpt_loss, sgd_of_trained, compile={"backend": "eager"})
 
 
 @on(DP2)
 def test_moving_a_model_to_where_it_is_changes_nothing():
     batch = own_share(gpt_batches(4 * smp.dp_size())[0])
     model, other = smp.DistributedModel(make_gpt()), smp.DistributedModel(make_gpt())
-    optimizers = [ShardOptimizer(one, sgd) for one in (model, other)]
+    optimizers = [ShardOptimizer(one, sgd_of_trained) for one in (model, other)]
     model.to("cpu")
     model.train()
     for one, optimizer in zip((model, other), optimizers, strict=True):
@@ -475,7 +470,7 @@ def test_a_weight_read_without_its_module_works_if_gathered_by_step():
         torch.manual_seed(1)
         return Reader().double()
 
-    check(make_reader, gpt_batches(4 * smp.dp_size()), gpt_loss, sgd)
+    check(make_reader, gpt_batches(4 * smp.dp_size()), gpt_loss, sgd_of_trained)
 
 
 @pytest.mark.parametrize(

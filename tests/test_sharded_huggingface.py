@@ -8,7 +8,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import modelparallel as smp
 from huggingface_models import KINDS, language_batches, loss_of
 from rank_tests import RankTests, on
-from sharded_training import check, sgd
+from sharded_training import check
+from training import sgd_of_trained
 
 SHARDED = {"sharded_data_parallel_degree": 2, "sdp_param_persistence_threshold": 0}
 ALONE = RankTests(2, {**SHARDED, "microbatches": 2})
@@ -27,11 +28,11 @@ def make_llama():
 
 @on(ALONE, PIPELINE, VISIT)
 def test_gpt2_equals_one_process():
-    check(KINDS["gpt2"].make, language_batches(4 * smp.dp_size()), loss_of, sgd)
+    check(KINDS["gpt2"].make, language_batches(4 * smp.dp_size()), loss_of, sgd_of_trained)
 
 
 @on(ALONE, PIPELINE, VISIT)
 def test_llama_equals_one_process():
     # In fp32: transformers computes the norms and rotary embeddings of Llama in it, whatever the dtype.
     batches = language_batches(4 * smp.dp_size())
-    check(make_llama, batches, loss_of, sgd, dtype=torch.float32)
+    check(make_llama, batches, loss_of, sgd_of_trained, dtype=torch.float32)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import tempfile
 
 import pytest
 import torch
@@ -12,10 +11,13 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, StepLR
 
 import modelparallel as smp
+from distributed_run import own_share, shared_folder
 from modelparallel.errors import SMPConfigError, SMPError
 from parity import assert_parity
 from pool import run_ranks
+from pooled_model import Pooled, make_pooled, pooled_batch
 from rank_tests import RankTests, on
+from training import classification_step
 
 SHARDED = {"shard_optimizer_state": True}
 DP2 = RankTests(2, SHARDED)
@@ -27,61 +29,22 @@ FP16 = RankTests(4, {**SHARDED, "pipeline_parallel_degree": 2, "microbatches": 2
 ALL = (DP2, DP3, PP2, TP2, TP_ALONE)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _in_one_folder(tmp_path_factory):
-    """What the ranks make goes with the test's folders."""
-    before, tempfile.tempdir = tempfile.tempdir, str(tmp_path_factory.mktemp("ranks"))
-    yield
-    tempfile.tempdir = before
+NUM_ROWS = 61
 
 
-class Net(nn.Module):
-    """Odd sizes; an embedding that is larger than all the rest."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.table = nn.Embedding(61, 6)
-        self.first, self.second = nn.Linear(6, 8), nn.Linear(8, 6)
-        self.norm = nn.LayerNorm(6)
-        self.last = nn.Linear(6, 5)
-
-    def forward(self, tokens):
-        x = self.table(tokens).mean(1)
-        return self.last(self.norm(x + self.second(torch.tanh(self.first(x)))))
-
-
-def make_net() -> Net:
-    torch.manual_seed(8)
-    net = Net().double()
-    if smp.tp_size() > 1:
-        for layer in (net.first, net.second):
-            smp.set_tensor_parallelism(layer)
-    return net
+def make_net() -> Pooled:
+    return make_pooled(NUM_ROWS)
 
 
 def make_batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of all replicas together."""
-    generator = torch.Generator().manual_seed(step)
-    shape = (4 * smp.dp_size(), 3)
-    return torch.randint(0, 61, shape, generator=generator), torch.randint(0, 5, shape[:1], generator=generator)
-
-
-@smp.step
-def train_step(model, tokens, targets):
-    loss = F.cross_entropy(model(tokens), targets)
-    model.backward(loss)
-    return loss
-
-
-def own(batch):
-    return tuple(tensor.tensor_split(smp.dp_size())[smp.dp_rank()] for tensor in batch)
+    return pooled_batch(NUM_ROWS, step)
 
 
 def train(model, optimizer, steps, after_step=lambda: None, max_norm=None):
     for step in steps:
         optimizer.zero_grad()
         if isinstance(model, smp.DistributedModel):
-            train_step(model, *own(make_batch(step)))
+            classification_step(model, *own_share(make_batch(step)))
         else:
             tokens, targets = make_batch(step)
             F.cross_entropy(model(tokens), targets).backward()
@@ -214,7 +177,7 @@ def test_states_go_on_in_every_form_and_without_sharding():
 @on(DP2, PP2, TP2, TP_ALONE)
 def test_files_of_shards_are_saved_and_loaded_as_hugging_face_s_trainer_does():
     """Each rank its own (``v3``); loaded by a hook of the first step (clients.md section 4.3)."""
-    file = smp.allgather(tempfile.mkdtemp() if smp.rank() == 0 else "", smp.WORLD)[0] + "/optimizer.pt"
+    file = shared_folder() + "/optimizer.pt"
     model = smp.DistributedModel(make_net())
     optimizer = smp.DistributedOptimizer(torch.optim.Adam(model.parameters(), lr=0.01))
     train(model, optimizer, range(2))
@@ -239,7 +202,7 @@ def test_gradients_of_shards_are_forgotten_and_accumulate():
     optimizer = smp.DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1))
     plain_optimizer = torch.optim.SGD(plain.parameters(), lr=0.1)
     for step in range(2):
-        train_step(model, *own(make_batch(step)))
+        classification_step(model, *own_share(make_batch(step)))
         tokens, targets = make_batch(step)
         F.cross_entropy(plain(tokens), targets).backward()
     torch.testing.assert_close(
@@ -250,7 +213,7 @@ def test_gradients_of_shards_are_forgotten_and_accumulate():
     plain_optimizer.step()
     assert_parity(model.state_dict(), plain.state_dict(), dtype=torch.float64)
     for forget in (optimizer.zero_grad, model.zero_grad, lambda: optimizer.zero_grad(set_to_none=False)):
-        train_step(model, *own(make_batch(0)))
+        classification_step(model, *own_share(make_batch(0)))
         forget()
         optimizer.step()
         assert_parity(model.state_dict(), plain.state_dict(), dtype=torch.float64)
@@ -271,7 +234,7 @@ def test_an_optimizer_that_needs_whole_parameters_beside_one_that_does_not():
     optimizers = [smp.DistributedOptimizer(optimizer) for optimizer in pair(model)]
     for step in range(2):
         model.zero_grad()
-        train_step(model, *own(make_batch(step)))
+        classification_step(model, *own_share(make_batch(step)))
         for optimizer in optimizers:
             optimizer.step()
     others = pair(plain)
@@ -298,17 +261,17 @@ def test_lbfgs_is_refused():
 @on(FP16)
 def test_masters_of_shards_and_an_overflow_on_one_rank():
     torch.manual_seed(8)
-    model = smp.DistributedModel(Net())
+    model = smp.DistributedModel(Pooled(NUM_ROWS))
     optimizer = smp.DistributedOptimizer(torch.optim.Adam(model.parameters(), lr=0.01), dynamic_loss_scale=True,
                                          init_scale=256.0)  # fmt: skip
     train(model, optimizer, range(2))
     assert not optimizer.overflow
     masters = [master for group in optimizer.fp32_from_fp16_groups for master in group]
     held = smp.allgather(sum(master.numel() for master in masters), smp.WORLD)
-    assert sum(held) == sum(parameter.numel() for parameter in Net().parameters())
+    assert sum(held) == sum(parameter.numel() for parameter in Pooled(NUM_ROWS).parameters())
     before = model.state_dict()
     optimizer.zero_grad()
-    train_step(model, *own(make_batch(2)))
+    classification_step(model, *own_share(make_batch(2)))
     optimizer.update_master_grads()
     if smp.rank() == smp.size() - 1:
         optimizer._overflow.fill_(1.0)

@@ -17,7 +17,6 @@ from sharded_training import (
     TiedGPT,
     adam,
     awkward_batches,
-    awkward_loss,
     check,
     gpt_batches,
     gpt_loss,
@@ -27,9 +26,9 @@ from sharded_training import (
     make_gpt,
     make_untied_gpt,
     merged_gradients,
-    sgd,
     updated_tensors,
 )
+from training import sgd_of_trained, step_of, token_loss
 
 BASE = {"pipeline_parallel_degree": 2, "sharded_data_parallel_degree": 2, "sdp_param_persistence_threshold": 0}
 INTERLEAVED = RankTests(4, {**BASE, "microbatches": 4})
@@ -61,17 +60,17 @@ def test_an_untied_gpt_equals_one_process():
 
 @on(INTERLEAVED, SIMPLE, ZERO_BUBBLE, ONE, VISIT, VISIT_BUBBLE)
 def test_awkward_parameters_equal_one_process():
-    check(make_awkward, awkward_batches(4 * smp.dp_size()), awkward_loss, sgd, broadcast_buffers=False)
+    check(make_awkward, awkward_batches(4 * smp.dp_size()), token_loss, sgd_of_trained, broadcast_buffers=False)
 
 
 @on(INTERLEAVED, SIMPLE, ZERO_BUBBLE, ONE)
 def test_layers_that_some_ranks_do_not_use_equal_one_process():
-    check(make_conditional, awkward_batches(4 * smp.dp_size()), awkward_loss, sgd, broadcast_buffers=False)
+    check(make_conditional, awkward_batches(4 * smp.dp_size()), token_loss, sgd_of_trained, broadcast_buffers=False)
 
 
 @on(INTERLEAVED, ONE)
 def test_compiled_modules_equal_one_process():
-    check(make_gpt, gpt_batches(4 * smp.dp_size()), gpt_loss, sgd, compile={"backend": "eager"})
+    check(make_gpt, gpt_batches(4 * smp.dp_size()), gpt_loss, sgd_of_trained, compile={"backend": "eager"})
 
 
 @on(INTERLEAVED, VISIT, ZERO_BUBBLE)
@@ -83,7 +82,7 @@ def test_each_stage_holds_its_part_between_steps_and_frees_after_evaluation():
     before = None
     for _ in range(3):
         model.zero_grad()
-        step_of(model, batch)
+        run_step(model, batch)
         sharding = model.gradients.sharding
         assert sharding.num_gathered == 0
         total = sum(4 * parameter.numel() for parameter in model.local_parameters())
@@ -99,14 +98,8 @@ def test_each_stage_holds_its_part_between_steps_and_frees_after_evaluation():
     assert held <= 2 * own + 0.35 * total, (held, own, total)
 
 
-def step_of(model, batch):
-    @smp.step
-    def train_step(model, *microbatch):
-        loss = gpt_loss(model, *microbatch)
-        model.backward(loss)
-        return loss
-
-    return train_step(model, *batch)
+def run_step(model, batch):
+    return step_of(gpt_loss)(model, *batch)
 
 
 def evaluate(model, batch):
@@ -140,7 +133,7 @@ def test_an_optimizer_built_before_the_partition_gets_the_shards():
     model = smp.DistributedModel(make_untied_gpt())
     optimizer = smp.DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1))
     group = optimizer.param_groups[0]
-    step_of(model, own_share(gpt_batches(4 * smp.dp_size())[0]))
+    run_step(model, own_share(gpt_batches(4 * smp.dp_size())[0]))
     assert optimizer.param_groups[0] is group
     assert [id(p) for p in group["params"]] == [id(p) for p in updated_tensors(model)]
     assert any(model.gradients.shards.shards_of(parameter) for parameter in model.local_parameters())
@@ -161,7 +154,7 @@ def test_zero_bubble_still_takes_backwards_apart():
     SplitBackward.run_weights = run_weights
     try:
         for _ in range(2):
-            step_of(model, batch)
+            run_step(model, batch)
     finally:
         SplitBackward.run_weights = original
     assert sum(runs) > 0
@@ -185,7 +178,7 @@ def test_a_weight_read_in_glue_works_if_gathered_by_step():
         torch.manual_seed(1)
         return Reader().double()
 
-    check(make_reader, gpt_batches(4 * smp.dp_size()), gpt_loss, sgd)
+    check(make_reader, gpt_batches(4 * smp.dp_size()), gpt_loss, sgd_of_trained)
 
 
 @on(INTERLEAVED, VISIT)
@@ -194,8 +187,8 @@ def test_several_passes_are_reduced_once():
     halves = [tuple(part.chunk(2)[half] for part in own_share(batches[0])) for half in range(2)]
     summed, once = smp.DistributedModel(make_gpt()), smp.DistributedModel(make_gpt(), backward_passes_per_step=2)
     for half in halves:
-        step_of(summed, half)
-        step_of(once, half)
+        run_step(summed, half)
+        run_step(once, half)
     assert_parity(merged_gradients(once), merged_gradients(summed), dtype=torch.float64)
 
 
@@ -210,4 +203,4 @@ def test_eight_processes_equal_one():
     batches = awkward_batches(4 * smp.dp_size())
     # The ranks of a TP_GROUP must call the same split layers.
     make_model = make_conditional if smp.tp_size() == 1 else make_awkward
-    check(make_model, batches, awkward_loss, sgd, mark=mark, broadcast_buffers=False)
+    check(make_model, batches, token_loss, sgd_of_trained, mark=mark, broadcast_buffers=False)

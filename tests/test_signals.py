@@ -10,12 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from launched_jobs import COMMAND, processes_with
 from modelparallel.checkpoints.stores.completion import problems_of
 from modelparallel.checkpoints.stores.opening import open_store
 from modelparallel.launch.folder import JobFolder
 from signal_job import SHAPES
-from test_launch import processes_with
-from test_supervision import COMMAND
 
 #: Of a job as a whole: what only a rank that was stopped when nobody needed it any more is ended by.
 JOB_SECONDS = 60

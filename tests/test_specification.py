@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from documents import script
+from scripts import load_script
 
 ROOT = Path(__file__).resolve().parent.parent
 SPECIFICATION = ROOT / "docs" / "specification"
-citations_script = script("citations")
+citations_script = load_script("docs/citations.py")
 PAGES = {name: (f"{page}.md", form) for name, (page, form) in citations_script.PAGES.items()}
 NUMBER, CITATION = citations_script.NUMBER, citations_script.CITATION
 # A source is said in these ways; no other sentence of ours begins with them.

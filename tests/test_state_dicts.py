@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 import modelparallel as smp
 from distributed_run import assert_equal_over
 from parity import assert_parity
 from rank_tests import RankTests, on
+from stateful_model import make_net, train_step, wrap
+from training import forward_step
 
 SINGLE = RankTests(1, {})
 PP2 = RankTests(2, {"pipeline_parallel_degree": 2, "microbatches": 2})
@@ -22,52 +23,9 @@ ALL = (SINGLE, PP2, TP2, PP2_TP2, PP2_DP2, TP2_DP4)
 SPLIT = (PP2, TP2, PP2_TP2)
 
 
-class Net(nn.Module):
-    """Tied weights, buffers of both kinds, a list, and layers that can be split."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(12, 8)
-        self.norm = nn.BatchNorm1d(8)
-        self.layers = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)])
-        self.head = nn.Linear(8, 12, bias=False)
-        self.head.weight = self.embedding.weight
-        self.scale = nn.Parameter(torch.ones(1))
-        self.register_buffer("offset", torch.full((12,), 0.5))
-        self.register_buffer("temporary", torch.ones(2), persistent=False)
-
-    def forward(self, ids):
-        hidden = self.norm(self.embedding(ids))
-        for layer in self.layers:
-            hidden = torch.tanh(layer(hidden))
-        return self.head(hidden) * self.scale + self.offset
-
-
-def make_net(seed: int = 0) -> Net:
-    torch.manual_seed(seed)
-    return Net().double()
-
-
-def wrap(net: Net) -> smp.DistributedModel:
-    smp.set_tensor_parallelism(net.layers, True)
-    return smp.DistributedModel(net)
-
-
-@smp.step
-def train_step(model, ids):
-    loss = F.cross_entropy(model(ids), ids)
-    model.backward(loss)
-    return loss
-
-
-@smp.step
-def eval_step(model, ids):
-    return model(ids)
-
-
 def evaluate(model) -> torch.Tensor:
     with torch.no_grad():
-        return eval_step(model.eval(), torch.arange(8)).concat()
+        return forward_step(model.eval(), torch.arange(8)).concat()
 
 
 def evaluate_plain(state: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -14,9 +14,10 @@ from torch import nn
 import modelparallel as smp
 from distributed_run import assert_equal_over, distributed_run, merged_gradients
 from modelparallel.errors import StepUsageError
-from parity import assert_parity, reference_run
+from parity import assert_parity, assert_same_training, reference_run
 from rank_tests import RankTests, on
-from small_models import Classifier, make_batch, make_classifier, mean_loss, sgd, train_step
+from small_models import Classifier, make_batch, make_classifier, mean_loss, train_step
+from training import sgd
 
 MB4 = RankTests(1, {"microbatches": 4})
 PP2 = RankTests(2, {"pipeline_parallel_degree": 2, "microbatches": 4})
@@ -272,9 +273,7 @@ def test_c028_uneven_batches_are_exact():
     batches = [make_batch(num_samples, seed=num_samples) for num_samples in (9, 10, 11, 7, 3, 1, 8)]
     expected = reference_run(make_classifier, batches, mean_loss, make_optimizer=sgd)
     actual = distributed_run(make_classifier, batches, mean_loss, make_optimizer=sgd)
-    assert actual.losses == pytest.approx(expected.losses, rel=1e-12)
-    assert_parity(actual.gradients, expected.gradients, dtype=torch.float64)
-    assert_parity(actual.weights, expected.weights, dtype=torch.float64)
+    assert_same_training(actual, expected, dtype=torch.float64)
 
 
 @on(DP2, PP2_DP2)
@@ -284,9 +283,7 @@ def test_c028_uneven_batches_are_exact_with_data_parallelism():
     batches = [make_batch(sum(pair), seed=index) for index, pair in enumerate(sizes)]
     expected = reference_run(make_classifier, batches, mean_loss, make_optimizer=sgd, num_replicas=2)
     actual = distributed_run(make_classifier, batches, mean_loss, make_optimizer=sgd)
-    assert actual.losses == pytest.approx(expected.losses, rel=1e-12)
-    assert_parity(actual.gradients, expected.gradients, dtype=torch.float64)
-    assert_parity(actual.weights, expected.weights, dtype=torch.float64)
+    assert_same_training(actual, expected, dtype=torch.float64)
 
 
 @on(DP2, PP2_DP2)

@@ -24,7 +24,8 @@ from modelparallel.errors import (
 from parity import assert_parity
 from pool import RankFailure, run_ranks
 from rank_tests import RankTests, on
-from small_models import make_batch, make_classifier, mean_loss, sgd, train_step
+from small_models import make_batch, make_classifier, mean_loss, train_step
+from training import sgd
 
 MB4 = RankTests(1, {"microbatches": 4})
 PP2 = RankTests(2, {"pipeline_parallel_degree": 2, "microbatches": 4})

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from documents import script
+from scripts import load_script
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "src" / "modelparallel"
-drawing = script("draw_architecture")
+drawing = load_script("docs/draw_architecture.py")
 SOURCES = sorted((ROOT / "src").rglob("*.py"))
 MAX_FILE_LINES = 600
 MAX_FUNCTION_LINES = 80
@@ -326,6 +326,36 @@ def test_private_parts_of_torch_are_used_in_one_place():
             uses = private_uses(ast.parse(path.read_text()), names)
             wrong += [f"{relative(path)}:{line} {used}" for line, used in uses]
     assert not wrong, "\n".join(wrong)
+
+
+def modules_named(tree):
+    """(line, name) of each module that a file imports, or names in a text: an argument, or a script that it writes."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            yield node.lineno, node.module or ""
+        elif isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            names = re.findall(r"(?:import|from) (\w+)", node.value)
+            yield from ((node.lineno, name) for name in {*names, node.value})
+
+
+def test_what_tests_share_is_in_no_test_file():
+    files = sorted((ROOT / "tests").glob("*.py"))
+    test_files, wrong = {path.stem for path in files if path.stem.startswith("test_")}, []
+    for path in files:
+        for line, name in modules_named(ast.parse(path.read_text())):
+            if name in test_files - {path.stem}:
+                wrong.append(f"tests/{path.name}:{line} uses {name}.py: move what both need into a file of its own")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_the_use_of_another_test_file_is_found():
+    source = (
+        "from test_a import b\ndef late():\n    import test_c\nrun('test_d', 1)\ncode = f'x = {1}\\nimport test_e\\n'\n"
+    )
+    names = {name for _, name in modules_named(ast.parse(source))}
+    assert {"test_a", "test_c", "test_d", "test_e"} <= names
 
 
 def test_version_is_one():

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from launched_jobs import COMMAND, LEAVES_CHILDREN, job_of, processes_with, write_script
 from modelparallel.launch import run_job
 from modelparallel.launch.folder import JobFolder
 from modelparallel.launch.output import Console
-from test_launch import LEAVES_CHILDREN, job_of, processes_with, write_script
 
 
 class FullDisk(io.StringIO):
@@ -66,7 +66,6 @@ WAITING = """
     print("started", flush=True)
     time.sleep(60)
 """
-COMMAND = "import sys; from modelparallel.launch.command_line import app; sys.argv[0] = 'modelparallel'; app()"
 
 
 @pytest.mark.slow
@@ -158,11 +157,11 @@ def test_nothing_is_left_when_the_launcher_is_killed_at_any_moment(tmp_path, bac
         import sys
         from pathlib import Path
         sys.path.insert(0, sys.argv[1])
-        import test_launch
+        import launched_jobs
         from modelparallel.launch import elastic_backend, run_job  # what takes time to be imported
         print("go", flush=True)
         script = Path(sys.argv[2])
-        run_job(test_launch.job_of(Path(sys.argv[3]), script, backend=sys.argv[4], num_processes=4))
+        run_job(launched_jobs.job_of(Path(sys.argv[3]), script, backend=sys.argv[4], num_processes=4))
     """
     for number in range(10):
         place = tmp_path / str(number)

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import logging
-from typing import Any
-
 import pytest
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import modelparallel as smp
 from distributed_run import distributed_run
+from logs import logged_lines
 from modelparallel.errors import SMPConfigError
 from modelparallel.model.batch_norm import GroupBatchNorm
 from parity import ReferenceResult, assert_parity
 from rank_tests import RankTests, on
+from training import classification_loss, sgd, step_of
 
 DP3 = RankTests(3, {"microbatches": 2})
 PP2 = RankTests(4, {"pipeline_parallel_degree": 2, "microbatches": 2})
@@ -59,14 +57,6 @@ def batch(step: int, num_replicas: int) -> tuple[Tensor, Tensor]:
     return x, torch.randint(0, 3, (size,), generator=generator)
 
 
-def body(model: Any, x: Tensor, y: Tensor) -> Tensor:
-    return F.cross_entropy(model(x), y)
-
-
-def sgd(parameters: Any) -> torch.optim.Optimizer:
-    return torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
-
-
 def reference(num_replicas: int) -> ReferenceResult:
     """BatchNorm over the union, for each microbatch, of what all replicas have of it."""
     model = make_plain()
@@ -81,7 +71,7 @@ def reference(num_replicas: int) -> ReferenceResult:
         mean = 0.0
         for microbatch in range(NUM_MICROBATCHES):
             x, y = (torch.cat([own[microbatch] for own in part]) for part in parts)
-            loss = body(model, x, y) / NUM_MICROBATCHES
+            loss = classification_loss(model, x, y) / NUM_MICROBATCHES
             loss.backward()
             mean += float(loss.detach())
         losses.append(mean)
@@ -103,7 +93,12 @@ def test_statistics_are_those_of_the_batches_of_all_replicas():
     batches = [batch(step, smp.dp_size()) for step in range(NUM_STEPS)]
     for overlap in (True, False):
         found = distributed_run(
-            make_synchronised, batches, body, make_optimizer=sgd, overlapping_allreduce=overlap, bucket_cap_mb=2e-4
+            make_synchronised,
+            batches,
+            classification_loss,
+            make_optimizer=sgd,
+            overlapping_allreduce=overlap,
+            bucket_cap_mb=2e-4,
         )
         verify(found, smp.dp_size())
 
@@ -113,13 +108,7 @@ def test_equal_batches_of_a_tp_group_count_once():
     model = smp.DistributedModel(make_synchronised())
     assert model.module.norm.group.ranks == tuple(smp.get_rdp_group())
     optimizer = sgd(model.parameters())
-
-    @smp.step
-    def train_step(model: Any, x: Tensor, y: Tensor) -> Tensor:
-        loss = body(model, x, y)
-        model.backward(loss)
-        return loss
-
+    train_step = step_of(classification_loss)
     for step in range(NUM_STEPS):
         optimizer.zero_grad()
         train_step(model, *(part.tensor_split(2)[smp.rdp_rank()] for part in batch(step, 2)))
@@ -145,23 +134,13 @@ def test_uneven_batches_evaluation_and_half_precision():
 
 @on(PP2)
 def test_the_group_is_changed_and_told():
-    records: list[str] = []
-
-    class Kept(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            records.append(record.getMessage())
-
-    handler = Kept()
-    logging.getLogger("modelparallel").addHandler(handler)
-    try:
+    with logged_lines() as records:
         for group in (None, dist.group.WORLD, smp.get_dp_process_group()):
             net = nn.SyncBatchNorm.convert_sync_batchnorm(make_plain(), group)
             layer, names = net.norm, list(net.state_dict())
             smp.DistributedModel(net)
             assert net.norm is layer and isinstance(layer, GroupBatchNorm) and list(net.state_dict()) == names
             assert layer.group.ranks == tuple(smp.get_dp_group())
-    finally:
-        logging.getLogger("modelparallel").removeHandler(handler)
     assert len([text for text in records if "norm, flat_norm, plain_norm" in text]) == (3 if smp.rank() == 0 else 0)
 
 

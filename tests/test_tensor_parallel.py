@@ -7,35 +7,16 @@ import inspect
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from modelparallel.comm.collectives import split as collectives
-from modelparallel.comm.groups import Group
-from modelparallel.config.topology import GroupKind
 from modelparallel.errors import TensorParallelError, UnsupportedError
 from modelparallel.nn import DistributedEmbedding, DistributedLinear, FusedLayerNorm
 from modelparallel.plan.rows import SplitSpec
 from modelparallel.tensor_parallel.distributed_module import using_tp_group
 from parity import assert_parity
 from pool import run_ranks
-
-F64 = torch.float64
-
-
-def everybody() -> Group:
-    """A TP_GROUP of all ranks of the test."""
-    return Group(GroupKind.TP, tuple(range(dist.get_world_size())), dist.get_rank(), dist.group.WORLD)
-
-
-def imaginary(size: int, rank: int = 0) -> Group:
-    """A group that nobody communicates over: for construction alone."""
-    return Group(GroupKind.TP, tuple(range(size)), rank, None)
-
-
-def batch_of(rank: int, *shape: int) -> torch.Tensor:
-    """The batch of a rank; any rank can compute that of any other."""
-    return torch.randn(*shape, dtype=F64, generator=torch.Generator().manual_seed(100 + rank))
+from split_layers import F64, batch_of, everybody, imaginary
 
 
 def merged(slices: torch.Tensor, dim: int) -> torch.Tensor:

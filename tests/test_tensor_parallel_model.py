@@ -8,8 +8,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import modelparallel as smp
-from parity import assert_parity, reference_run
+from parity import assert_ranks_train_as_one, reference_run
 from pool import run_ranks
+from split_layers import settings
+from training import classification_loss, sgd, step_of
 
 F64 = torch.float64
 
@@ -72,24 +74,6 @@ def words_batches(num_samples: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 
 MODELS = {"net": (make_net, net_batches), "words": (make_words, words_batches)}
-
-
-def loss_of(model, x, y):
-    return F.cross_entropy(model(x), y)
-
-
-def make_sgd(parameters):
-    return torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
-
-
-def settings(tp: int, pp: int = 1, microbatches: int = 1, **more) -> dict:
-    return {
-        "tensor_parallel_degree": tp,
-        "pipeline_parallel_degree": pp,
-        "microbatches": microbatches,
-        "ddp": True,
-        **more,
-    }
 
 
 def check_replacement(shapes):
@@ -163,16 +147,10 @@ def train(kind, num_samples, order):
     make_model, make_batches = MODELS[kind]
     model = make_model()
     smp.set_tensor_parallelism(model)
-    optimizer = make_sgd(model.parameters()) if order == "optimizer first" else None
+    optimizer = sgd(model.parameters()) if order == "optimizer first" else None
     model = smp.DistributedModel(model)
-    optimizer = smp.DistributedOptimizer(optimizer or make_sgd(model.parameters()))
-
-    @smp.step
-    def train_step(model, x, y):
-        loss = loss_of(model, x, y)
-        model.backward(loss)
-        return loss
-
+    optimizer = smp.DistributedOptimizer(optimizer or sgd(model.parameters()))
+    train_step = step_of(classification_loss)
     full_shapes = {name: tuple(parameter.shape) for name, parameter in make_model().named_parameters()}
     losses, gradients = [], {}
     for x, y in make_batches(num_samples * smp.dp_size()):
@@ -213,13 +191,9 @@ def test_c073_training_equals_one_process_on_the_union_of_the_batches(kind, num_
     expected = reference_run(
         make_model,
         make_batches(num_samples * num_replicas),
-        loss_of,
+        classification_loss,
         num_microbatches=parameters["microbatches"],
-        make_optimizer=make_sgd,
+        make_optimizer=sgd,
         num_replicas=num_replicas,
     )
-    for _, gradients, weights in with_warning:
-        assert_parity(gradients, expected.gradients, dtype=F64)
-        assert_parity(weights, expected.weights, dtype=F64)
-    losses = torch.tensor([losses for losses, _, _ in with_warning]).mean(0)
-    torch.testing.assert_close(losses, torch.tensor(expected.losses))
+    assert_ranks_train_as_one(with_warning, expected, dtype=F64)

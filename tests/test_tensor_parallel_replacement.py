@@ -24,7 +24,7 @@ from modelparallel.tensor_parallel.contexts import (
 )
 from modelparallel.tensor_parallel.replace import replace_marked_modules
 from pool import run_ranks
-from test_tensor_parallel import batch_of, everybody, imaginary
+from split_layers import batch_of, everybody, imaginary
 
 
 class Net(nn.Module):

@@ -6,51 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from distributed_run import assert_equal_over, distributed_run
 from parity import assert_parity, reference_run
 from pool import run_ranks
+from tied_model import batches, loss_of, make_tied
+from training import step_of
 from zoo_catalogue import ZOO
-
-WIDTH = 16
-VOCABULARY = 24
-
-
-class Tied(nn.Module):
-    """An embedding, three blocks, and a head that shares the embedding's weight; the last block shares the first one's
-    bias.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(VOCABULARY, WIDTH)
-        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()) for _ in range(3))
-        self.head = nn.Linear(WIDTH, VOCABULARY, bias=False)
-        self.head.weight = self.embedding.weight
-        self.blocks[2][0].bias = self.blocks[0][0].bias
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        x = self.embedding(tokens)
-        for block in self.blocks:
-            x = x + block(x)
-        return self.head(x)
-
-
-def make_tied() -> nn.Module:
-    torch.manual_seed(3)
-    return Tied().double().train()
-
-
-def loss_of(model: Any, tokens: Tensor) -> Tensor:
-    return F.cross_entropy(model(tokens).flatten(0, 1), tokens.roll(-1, 1).flatten())
-
-
-def batches(num: int, size: int = 8) -> list[tuple[Tensor, ...]]:
-    generator = torch.Generator().manual_seed(5)
-    return [(torch.randint(VOCABULARY, (size, 6), generator=generator),) for _ in range(num)]
-
 
 OPTIMIZERS: dict[str, Any] = {
     "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9),
@@ -110,13 +73,7 @@ def accumulate(is_zeroed_in_place: bool) -> dict[str, Tensor]:
 
     model = smp.DistributedModel(make_tied(), backward_passes_per_step=2)
     optimizer = smp.DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1))
-
-    @smp.step
-    def step(model: Any, tokens: Tensor) -> Tensor:
-        loss = loss_of(model, tokens)
-        model.backward(loss)
-        return loss
-
+    step = step_of(loss_of)
     data = batches(8)
     for number, batch in enumerate(data[:6]):
         step(model, *batch)
@@ -149,13 +106,7 @@ def reload() -> None:
     import modelparallel as smp
 
     model = smp.DistributedModel(make_tied())
-
-    @smp.step
-    def step(model: Any, tokens: Tensor) -> Tensor:
-        loss = loss_of(model, tokens)
-        model.backward(loss)
-        return loss
-
+    step = step_of(loss_of)
     first = step(model, *batches(1)[0]).reduce_mean()
     state = model.state_dict()
     assert set(state) == set(make_tied().state_dict())
@@ -178,13 +129,7 @@ def holders_under(name: str) -> dict[str, tuple[int, ...]]:
     entry = ZOO[name]
     torch.manual_seed(7)
     model = smp.DistributedModel(entry.make_model().double().train())
-
-    @smp.step
-    def step(model: Any, *batch: Tensor) -> Tensor:
-        loss = entry.body(model, *batch)
-        model.backward(loss)
-        return loss
-
+    step = step_of(entry.body)
     step(model, *entry.make_batch(0))
     return {row.name: row.holders for row in model.table.rows() if row.aliases}
 

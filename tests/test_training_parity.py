@@ -6,16 +6,16 @@ compared in test_seed_jobs.py.
 
 from __future__ import annotations
 
-import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import modelparallel as smp
 from distributed_run import assert_equal_over, distributed_run
-from parity import assert_parity, reference_run
+from parity import assert_same_training, reference_run
 from rank_tests import RankTests, on
 from small_models import mean_loss
+from training import gentle_sgd
 
 PP2_TP2 = RankTests(8, {"pipeline_parallel_degree": 2, "tensor_parallel_degree": 2, "microbatches": 4}, timeout=120)
 TP4 = RankTests(8, {"tensor_parallel_degree": 4}, timeout=120, is_slow=True)
@@ -62,10 +62,6 @@ def make_images(num_samples: int, seed: int, dtype: torch.dtype = torch.float64)
     return images, torch.randint(0, 10, (num_samples,), generator=generator)
 
 
-def sgd(parameters):
-    return torch.optim.SGD(parameters, lr=0.05, momentum=0.9)
-
-
 def adam(parameters):
     return torch.optim.Adam(parameters, lr=0.01)
 
@@ -82,9 +78,7 @@ def check(make_marked, make_optimizer, num_samples: int = 8, dtype: torch.dtype 
         num_replicas=smp.dp_size(),
     )
     actual = distributed_run(lambda: make_marked(dtype), batches, mean_loss, make_optimizer=make_optimizer, **arguments)
-    assert actual.losses == pytest.approx(expected.losses, rel=1e-12 if dtype == torch.float64 else 1e-5)
-    assert_parity(actual.gradients, expected.gradients, dtype=dtype)
-    assert_parity(actual.weights, expected.weights, dtype=dtype)
+    assert_same_training(actual, expected, dtype=dtype)
     assert_equal_over(smp.WORLD, actual.weights)
 
 
@@ -102,34 +96,34 @@ def with_all_split(dtype: torch.dtype) -> Net:
 
 @on(PP2_TP2, SPREAD)
 def test_c043_tensor_and_pipeline_parallelism_equal_one_process():
-    check(with_split_fc1, sgd)
+    check(with_split_fc1, gentle_sgd)
     check(with_split_fc1, adam)
 
 
 @on(PP2_TP2)
 def test_c043_in_single_precision():
-    check(with_split_fc1, sgd, dtype=torch.float32)
+    check(with_split_fc1, gentle_sgd, dtype=torch.float32)
 
 
 @on(PP2_TP2, SPREAD, PP4)
 def test_c043_with_all_layers_split_and_other_reductions():
-    check(with_all_split, sgd, bucket_cap_mb=0.0001)
+    check(with_all_split, gentle_sgd, bucket_cap_mb=0.0001)
     check(with_all_split, adam, overlapping_allreduce=False)
 
 
 @on(PP2_TP2, PP4)
 def test_c043_with_batches_that_do_not_divide():
-    check(with_split_fc1, sgd, num_samples=7)
+    check(with_split_fc1, gentle_sgd, num_samples=7)
     check(with_split_fc1, adam, num_samples=2)
 
 
 @on(TP4)
 def test_c044_tensor_parallelism_equals_one_process():
-    check(with_all_split, sgd)
+    check(with_all_split, gentle_sgd)
     check(with_all_split, adam)
     check(with_split_fc1, adam, num_samples=3)
 
 
 @on(TP4)
 def test_c044_in_single_precision():
-    check(with_all_split, sgd, dtype=torch.float32)
+    check(with_all_split, gentle_sgd, dtype=torch.float32)

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 import modelparallel as smp
 from modelparallel.tensor_parallel.distributed_module import using_tp_group
-from parity import assert_parity, reference_run
+from parity import assert_ranks_train_as_one, reference_run
 from pool import run_ranks
-from split_layers import F64, imaginary
+from split_layers import F64, imaginary, settings
+from training import sgd, step_of
 
 V, LENGTH = 13, 6
 MODELS: dict[str, dict[str, Any]] = {
@@ -67,16 +68,6 @@ def loss_of(model: nn.Module, ids: Tensor, masked: Tensor, labels: Tensor, last:
     return model((ids, masked, last, None, labels))
 
 
-def make_sgd(parameters: Any) -> torch.optim.Optimizer:
-    return torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
-
-
-def settings(tp: int, pp: int = 1, microbatches: int = 1, **more: Any) -> dict[str, Any]:
-    return {
-        "tensor_parallel_degree": tp, "pipeline_parallel_degree": pp, "microbatches": microbatches, "ddp": True, **more,
-    }  # fmt: skip
-
-
 def gradients_of(model: Any) -> dict[str, Tensor]:
     """Of all stages and slices."""
     found: dict[str, Tensor] = {}
@@ -97,14 +88,8 @@ def train(kind: str, num_samples: int) -> tuple[list[float], dict[str, Tensor], 
     is_prescaled = smp.state.cfg.prescaled_batch
     size, rank = (smp.rdp_size(), smp.rdp_rank()) if is_prescaled else (smp.dp_size(), smp.dp_rank())
     model = smp.DistributedModel(make_model(kind))
-    optimizer = smp.DistributedOptimizer(make_sgd(model.parameters()))
-
-    @smp.step
-    def train_step(model: Any, *inputs: Tensor) -> Tensor:
-        loss = loss_of(model, *inputs)
-        model.backward(loss)
-        return loss
-
+    optimizer = smp.DistributedOptimizer(sgd(model.parameters()))
+    train_step = step_of(loss_of)
     losses, gradients = [], {}
     for inputs in batches(kind, num_samples * size):
         own = slice(rank * num_samples, (rank + 1) * num_samples)
@@ -141,11 +126,7 @@ def test_c074_training_equals_one_process(kind: str, num_ranks: int, parameters:
         batches(kind, num_samples * num_replicas),
         loss_of,
         num_microbatches=parameters["microbatches"],
-        make_optimizer=make_sgd,
+        make_optimizer=sgd,
         num_replicas=num_replicas,
     )
-    for _, gradients, weights in found:
-        assert_parity(gradients, expected.gradients, dtype=F64)
-        assert_parity(weights, expected.weights, dtype=F64)
-    losses = torch.tensor([losses for losses, _, _ in found]).mean(0)
-    torch.testing.assert_close(losses, torch.tensor(expected.losses))
+    assert_ranks_train_as_one(found, expected, dtype=F64)

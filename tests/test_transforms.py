@@ -22,9 +22,9 @@ from torch.func import (
     vmap,
 )
 
+from engine_models import WIDTH, Stack, square, vectors
 from engine_runs import Case, compare, outcomes, run_case
 from pool import run_ranks
-from test_engine_random import WIDTH, Stack, square, vectors
 
 
 def scaled(v: Tensor) -> Tensor:

@@ -6,9 +6,7 @@ from __future__ import annotations
 
 import copy
 import io
-import logging
 import pickle
-from contextlib import contextmanager
 
 import pytest
 import torch
@@ -17,6 +15,7 @@ from torch import nn
 
 import modelparallel as smp
 from distributed_run import own_share
+from logs import logged_lines
 from modelparallel.errors import (
     AbsentTensorError,
     DivergenceError,
@@ -29,6 +28,7 @@ from parity import assert_parity
 from pool import run_ranks
 from rank_tests import RankTests, on
 from small_models import make_classifier
+from training import forward_step, square_step, step_of
 
 ONE = RankTests(1, {"microbatches": 2})
 PP2 = RankTests(2, {"pipeline_parallel_degree": 2, "microbatches": 2})
@@ -75,23 +75,7 @@ def td_loss(online, target, x):
     return F.mse_loss(online(x), goal)
 
 
-@smp.step
-def td_step(online, target, x):
-    loss = td_loss(online, target, x)
-    online.backward(loss)
-    return loss
-
-
-@smp.step
-def own_step(model, x):
-    loss = model(x).square().mean()
-    model.backward(loss)
-    return loss
-
-
-@smp.step
-def look(model, x):
-    return model(x)
+td_step = step_of(td_loss)
 
 
 def wrapped(module: nn.Module, **options):
@@ -104,23 +88,6 @@ def wrapped(module: nn.Module, **options):
 
 def trained(model, lr: float = 0.2):
     return smp.DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=lr))
-
-
-@contextmanager
-def caught_log():
-    """The lines that the library logs inside, on this rank."""
-    lines: list[str] = []
-
-    class Keep(logging.Handler):
-        def emit(self, record):
-            lines.append(record.getMessage())
-
-    handler = Keep()
-    logging.getLogger("modelparallel").addHandler(handler)
-    try:
-        yield lines
-    finally:
-        logging.getLogger("modelparallel").removeHandler(handler)
 
 
 def names_here(model) -> list[str]:
@@ -175,7 +142,7 @@ def test_target_networks_follow_by_every_idiom():
 @on(PP2, PP3)
 def test_models_of_one_structure_are_partitioned_alike_wherever_they_are_used():
     frozen = smp.DistributedModel(net(3).requires_grad_(False))
-    look(frozen, batch(0))  # an earlier step, without gradients
+    forward_step(frozen, batch(0))  # an earlier step, without gradients
     online = smp.DistributedModel(net())
     optimizer = trained(online)
     td_step(online, frozen, batch(1))
@@ -183,10 +150,10 @@ def test_models_of_one_structure_are_partitioned_alike_wherever_they_are_used():
     assert names_here(online) == names_here(frozen)
     assert online.partition_plan == frozen.partition_plan
     other = smp.DistributedModel(Net(num_layers=6).double())  # another structure: a plan of its own
-    look(other, batch(2))
+    forward_step(other, batch(2))
     assert other.partition_plan != online.partition_plan
     twin = smp.DistributedModel(net(5), same_as=online)
-    look(twin, batch(3))
+    forward_step(twin, batch(3))
     assert names_here(twin) == names_here(online)
     with pytest.raises(PartitionError, match="not of one structure"):
         smp.DistributedModel(net(), same_as=other)
@@ -199,7 +166,7 @@ def test_same_as_names_a_model_that_has_to_be_there():
     online = smp.DistributedModel(Net(num_layers=3).double())
     target = smp.DistributedModel(Net(num_layers=3).double(), same_as=online)
     with pytest.raises(PartitionError, match="same_as names is not partitioned"):
-        look(target, batch(0))
+        forward_step(target, batch(0))
     td_step(online, target, batch(0))
     assert names_here(target) == names_here(online)
 
@@ -209,10 +176,10 @@ def test_partitions_by_hand_that_differ_are_warned_of():
     online, target, third = (smp.DistributedModel(net(seed)) for seed in range(3))
     for model, home in ((online, 1), (target, 0)):
         smp.set_partition(model.get_module().head, home)
-    with caught_log() as lines:
+    with logged_lines() as lines:
         td_step(online, target, batch(0))
     assert any("different partitions" in line for line in lines) == (smp.rank() == 0)
-    look(third, batch(0))  # nothing was said of this one
+    forward_step(third, batch(0))  # nothing was said of this one
     assert names_here(third) == names_here(online)
     smp.copy_weights(target, online)  # through whole values
     assert_parity(target.state_dict(), online.state_dict(), dtype=torch.float64)
@@ -225,13 +192,13 @@ def test_averages_are_those_of_one_process():
     averaged = torch.optim.swa_utils.get_ema_multi_avg_fn(0.75)
     optimizer = trained(model)
     smp.average_weights(average, model, 0.75)  # before the partition, of equal weights
-    with caught_log():
-        look(average, batch(0))
+    with logged_lines():
+        forward_step(average, batch(0))
         plain_average(batch(0))
         average.eval(), plain_average.eval()
     for step in range(2):
         optimizer.zero_grad()
-        own_step(model, batch(step))
+        square_step(model, batch(step))
         optimizer.step()
         for name, value in model.state_dict().items():  # the training itself is compared elsewhere
             plain.state_dict()[name].copy_(value)
@@ -250,7 +217,7 @@ def test_averages_are_those_of_one_process():
     late = wrapped(net(9))
     smp.copy_weights(late, model)  # one of them is not partitioned
     assert_parity(late.state_dict(), model.state_dict(), dtype=torch.float64)
-    assert torch.equal(look(late, batch(7)).concat(), look(model, batch(7)).concat())
+    assert torch.equal(forward_step(late, batch(7)).concat(), forward_step(model, batch(7)).concat())
 
 
 @on(HALF)
@@ -261,8 +228,8 @@ def test_small_steps_of_an_average_in_half_precision_add_up():
             value.fill_(1.5)
         for value in average.get_module().parameters():
             value.fill_(1.0)
-    look(model, batch(0).half())
-    look(average, batch(0).half())
+    forward_step(model, batch(0).half())
+    forward_step(average, batch(0).half())
     for _ in range(400):
         smp.average_weights(average, model, 0.9995)
     expected = 1.5 - 0.5 * 0.9995**400
@@ -276,8 +243,8 @@ def test_masters_follow_a_copy():
     source, target = smp.DistributedModel(net(1).float()), smp.DistributedModel(net(2).float())
     optimizer = trained(target, lr=0.0)
     optimizer.zero_grad()
-    own_step(target, batch(0).half())
-    look(source, batch(0).half())
+    square_step(target, batch(0).half())
+    forward_step(source, batch(0).half())
     optimizer.step()
     smp.copy_weights(target, source)
     optimizer.step()
@@ -312,7 +279,7 @@ def test_copies_of_a_wrapped_model_name_the_way_out():
         for dump in (pickle.dumps, lambda value: torch.save(value, io.BytesIO())):
             with pytest.raises(UnsupportedError, match="save_checkpoint"):
                 dump(model)
-        look(model, batch(0))
+        forward_step(model, batch(0))
     if smp.pp_size() == 1:
         averaged.update_parameters(module)
         assert torch.equal(copy.deepcopy(module)(batch(1)), module(batch(1)))
@@ -374,7 +341,7 @@ WRITES = {
 def test_reading_a_weight_of_another_stage_is_an_error_that_names_it():
     module = net()
     model = smp.DistributedModel(module)
-    look(model, batch(0))
+    forward_step(model, batch(0))
     here = set(names_here(model))
     assert 0 < len(here) < len(list(module.parameters()))
     for name, parameter in model.virtual_named_parameters():
@@ -400,7 +367,7 @@ def test_writes_to_any_weight_are_those_of_one_process():
     """Every stage runs the line, also the random ones: what the home writes is right."""
     plain, module = net(), net()
     model = smp.DistributedModel(module)
-    look(model, batch(0))
+    forward_step(model, batch(0))
     plain.load_state_dict(model.state_dict())
     for title, write in WRITES.items():
         for target in (plain, module):
@@ -421,10 +388,10 @@ def test_writes_to_any_weight_are_those_of_one_process():
 @on(PP2)
 def test_a_partitioned_model_is_converted_and_taken_back():
     model = smp.DistributedModel(net())
-    look(model, batch(0))
+    forward_step(model, batch(0))
     model.float()
     assert {p.dtype for p in model.get_module().parameters()} == {torch.float32}
-    look(model, batch(0).float())
+    forward_step(model, batch(0).float())
     model.cpu()
     assert {type(p) for p in model.get_module().parameters()} == {nn.Parameter}
     assert all(bool(p.isfinite().all()) for p in model.get_module().parameters())
@@ -439,7 +406,7 @@ def test_zip_with_a_whole_list_is_an_error():
     model = smp.DistributedModel(module)
     for _, _ in zip(plain.parameters(), model.parameters(), strict=True):  # before the partition
         pass
-    look(model, batch(0))
+    forward_step(model, batch(0))
     pairs = (
         lambda: zip(plain.parameters(), model.parameters()),  # noqa: B905
         lambda: zip(model.parameters(), plain.parameters()),  # noqa: B905
@@ -463,9 +430,9 @@ def test_zip_with_a_whole_list_is_an_error():
 @on(PP2, PP3, TP2, PP2_TP2, DP2)
 def test_weights_of_the_first_rank_count_where_seeds_differ():
     expected = net(20)
-    with caught_log() as lines:
+    with logged_lines() as lines:
         model = wrapped(net(20 + smp.rank()))
-        look(model.eval(), batch(0))
+        forward_step(model.eval(), batch(0))
     assert_parity(model.state_dict(), expected.state_dict(), dtype=torch.float64)
     warnings = [line for line in lines if "began with different weights" in line]
     if smp.mp_size() > 1 and smp.rank() == 0:
@@ -479,9 +446,9 @@ def test_what_rank_0_has_loaded_counts_everywhere():
     module = net(1)
     if smp.rank() == 0:
         module.head.load_state_dict(net(30).head.state_dict())
-    with caught_log() as lines:
+    with logged_lines() as lines:
         model = smp.DistributedModel(module)
-        look(model.eval(), batch(0))
+        forward_step(model.eval(), batch(0))
     assert_parity(
         {name: value for name, value in model.state_dict().items() if name.startswith("head")},
         {name: value for name, value in net(30).state_dict().items() if name.startswith("head")},
@@ -489,20 +456,20 @@ def test_what_rank_0_has_loaded_counts_everywhere():
     )
     if smp.rank() == 0:
         assert any("2 of 37" in line and "'head.weight' first" in line for line in lines), lines
-    with caught_log() as lines:
-        look(smp.DistributedModel(net(2)), batch(0))
+    with logged_lines() as lines:
+        forward_step(smp.DistributedModel(net(2)), batch(0))
     assert not any("different weights" in line for line in lines)
 
 
 @on(PP2)
 def test_parts_that_were_loaded_on_purpose_stay():
     model = smp.DistributedModel(net(1))
-    look(model.eval(), batch(0))
+    forward_step(model.eval(), batch(0))
     part = model.local_state_dict()
     other = smp.DistributedModel(net(2)).eval()
-    with caught_log() as lines:
+    with logged_lines() as lines:
         other.load_state_dict(part, same_partition_load=True)
-        look(other, batch(0))
+        forward_step(other, batch(0))
     assert not any("different weights" in line for line in lines)
     assert_parity(other.state_dict(), model.state_dict(), dtype=torch.float64)
 
@@ -511,12 +478,12 @@ def test_parts_that_were_loaded_on_purpose_stay():
 def test_another_model_on_another_rank_is_named():
     model = smp.DistributedModel(Net(num_layers=2 + smp.rank()))
     with pytest.raises(DivergenceError, match="Build the model alike"):
-        look(model, batch(0))
+        forward_step(model, batch(0))
 
 
 @on(TP2)
 def test_slices_that_were_drawn_from_other_numbers_are_named():
-    with caught_log() as lines:
+    with logged_lines() as lines:
         for seed in (5, 5 + smp.rank()):
             torch.manual_seed(seed)
             smp.DistributedModel(nn.Sequential(smp.nn.DistributedLinear(4, 4), nn.Tanh()))
@@ -539,7 +506,7 @@ def test_what_is_replaced_before_the_first_step_is_trained():
         target.body[0].weight = nn.Parameter(net(5).body[0].weight.detach().clone())
         target.body[3].weight = target.body[6].weight  # tied
     optimizer, plain_optimizer = trained(model), torch.optim.SGD(plain.parameters(), lr=0.2)
-    own_step(model, batch(0))
+    square_step(model, batch(0))
     for part in batch(0).split(4):
         (plain(part).square().mean() / 2).backward()
     optimizer.step()
@@ -560,26 +527,26 @@ def test_what_is_replaced_too_late_is_named():
 
     for change, name in ((head, "head.weight"), (weight, "body.0.weight"), (tie, "head.weight")):
         model = smp.DistributedModel(net())
-        own_step(model, batch(0))
+        square_step(model, batch(0))
         change(model.get_module())
         if smp.pp_size() == 1 and change is tie:  # all are here, and reduced
-            own_step(model, batch(1))
+            square_step(model, batch(1))
             continue
         with pytest.raises(StepUsageError, match=rf"'{name}.*(put into the model|lives on another stage)"):
-            own_step(model, batch(1))
+            square_step(model, batch(1))
 
 
 @on(ONE, PP2)
 def test_modules_without_weights_are_exchanged_at_any_time():
     module = net()
     model = smp.DistributedModel(module)
-    own_step(model, batch(0))
+    square_step(model, batch(0))
     module.body[2] = nn.ReLU()
     plain = net()
     plain.load_state_dict(model.state_dict())
     plain.body[2] = nn.ReLU()
     expected = torch.cat([plain(part) for part in batch(1).split(4)])
-    assert_parity({"": look(model, batch(1)).concat()}, {"": expected}, dtype=torch.float64)
+    assert_parity({"": forward_step(model, batch(1)).concat()}, {"": expected}, dtype=torch.float64)
 
 
 class Late(nn.Module):
@@ -600,12 +567,12 @@ def test_lazy_modules_and_modules_of_the_first_forward_name_the_way_out():
         smp.DistributedModel(nn.Sequential(nn.Linear(8, 8), nn.LazyLinear(3)))
     model = smp.DistributedModel(Late().double())
     with pytest.raises(PartitionError, match=r"parameter 'head.weight.*\(and 1 more\)"):
-        own_step(model, batch(0))
+        square_step(model, batch(0))
     torch.manual_seed(1)
     module = nn.Sequential(Late().double(), nn.LazyLinear(3, dtype=torch.float64))
     expected = module(batch(0))
     model = smp.DistributedModel(module)
-    assert_parity({"": look(model, batch(0)).concat()}, {"": expected.detach()}, dtype=torch.float64)
+    assert_parity({"": forward_step(model, batch(0)).concat()}, {"": expected.detach()}, dtype=torch.float64)
 
 
 # Two models with equal names inside

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pool import run_ranks
+from training import square_loss, step_of
 
 WIDTH = 8
 SEEN: list[float] = []
@@ -46,13 +45,7 @@ def train(kind: type[nn.Module]) -> tuple[dict[str, Tensor], int]:
 
     torch.manual_seed(2)
     model = smp.DistributedModel(nn.Sequential(*[kind() for _ in range(4)]).double())
-
-    @smp.step
-    def step(model: Any, x: Tensor) -> Tensor:
-        loss = model(x).square().mean()
-        model.backward(loss)
-        return loss
-
+    step = step_of(square_loss)
     x = torch.randn(8, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     for _ in range(2):
         model.zero_grad()

@@ -4,24 +4,21 @@ steps.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import random
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 
-from engine_runs import scatter
+from engine_runs import SCHEDULES, scatter
 from modelparallel.config.table import Config
 from parity import ReferenceResult, assert_parity, reference_run
 from pool import preload, run_ranks
-from zoo_catalogue import NUM_STAGES, ZOO, split_document, table
+from training import step_of
+from zoo_catalogue import NUM_STAGES, ZOO, as_entry_wants, make_model, split_document, table
 
-# What the configuration's `pipeline` may be (with a backward).
-SCHEDULES = ("simple", "interleaved", "zero_bubble")
 SETTINGS: dict[str, dict[str, Any]] = {
     **{schedule: {"pipeline": schedule} for schedule in SCHEDULES},
     "no_pushes": {"pipeline": SCHEDULES[-1], "push_limit_bytes": 0},
@@ -53,21 +50,6 @@ class Trained:
     num_local_parameters: int
 
 
-@contextlib.contextmanager
-def as_entry_wants(name: str) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(ZOO[name].default_dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-def make_model(name: str) -> torch.nn.Module:
-    torch.manual_seed(7)
-    return ZOO[name].make_model().double().train()
-
-
 def train(names: tuple[str, ...], optimizer: str, is_scattered: bool = False) -> dict[str, Trained]:
     """The body of a rank: trains the models one after another."""
     results: dict[str, Trained] = {}
@@ -88,13 +70,7 @@ def _train_one(name: str, optimizer: str, is_scattered: bool) -> Trained:
     if is_scattered:
         scatter(model)
     wrapped = smp.DistributedOptimizer(OPTIMIZERS[optimizer](model.parameters()))
-
-    @smp.step
-    def train_step(model: Any, *batch: Any) -> Any:
-        loss = entry.body(model, *batch)
-        model.backward(loss)
-        return loss
-
+    train_step = step_of(entry.body)
     losses, gradients = [], {}
     torch.manual_seed(13)
     random.seed(13)
@@ -215,7 +191,7 @@ def test_neighbours_on_different_stages(name: str) -> None:
 def test_every_schedule_is_run() -> None:
     pattern = Config.model_json_schema()["properties"]["pipeline"]["pattern"]
     accepted = set(pattern.strip("^$()").split("|")) - {"_only_forward"}
-    assert accepted == set(SCHEDULES), "enter the schedule in SCHEDULES, above"
+    assert accepted == set(SCHEDULES), "enter the schedule in SCHEDULES of engine_runs.py"
 
 
 def test_the_quick_ones_are_a_third_of_the_zoo() -> None:

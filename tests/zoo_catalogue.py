@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
+
+import torch
 
 from zoo import PLAIN, Entry
 from zoo_media import AUDIO, MIXED, TORCH, VISION
@@ -32,6 +36,21 @@ RECORDED: dict[str, str] = {
 }
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "models.md"
 BEGIN, END = "<!-- table: written by tests/zoo_catalogue.py -->\n", "<!-- end of the table -->\n"
+
+
+@contextlib.contextmanager
+def as_entry_wants(name: str) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(ZOO[name].default_dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def make_model(name: str) -> torch.nn.Module:
+    torch.manual_seed(7)
+    return ZOO[name].make_model().double().train()
 
 
 def table() -> str:
