@@ -128,24 +128,12 @@ class DistributedTransformerLMHead(OptionsModule):
             initializer_range,
             is_split=is_split,
         )
-        self.transformer = DistributedTransformer(
-            num_layers,
-            num_attention_heads,
-            attention_head_size,
-            hidden_size,
-            intermediate_size,
-            attention_dropout_prob,
-            hidden_dropout_prob,
-            activation,
-            layernorm_epsilon,
-            initializer_range,
-            use_normal_initialization,
-            causal_mask_size,
-            add_cross_attention,
-            pre_layernorm,
-            post_layernorm,
-            **self.options.as_arguments(),
-        )
+        arguments = (
+            num_layers, num_attention_heads, attention_head_size, hidden_size, intermediate_size,
+            attention_dropout_prob, hidden_dropout_prob, activation, layernorm_epsilon, initializer_range,
+            use_normal_initialization, causal_mask_size, add_cross_attention, pre_layernorm, post_layernorm,
+        )  # fmt: skip
+        self.transformer = DistributedTransformer(*arguments, **self.options.as_arguments())
         self.transformer.is_inner = True
         self.lm_head: nn.Module | None = None
         if add_lm_head:

@@ -249,25 +249,13 @@ class DistributedTransformer(_EntriesModule):
         self.input_layernorm: nn.Module | None = None
         if has_both if has_input is None else has_input:
             self.input_layernorm = DistributedLayerNorm(*norm, is_inner=True)
+        arguments = (
+            num_attention_heads, attention_head_size, hidden_size, intermediate_size, attention_dropout_prob,
+            hidden_dropout_prob, activation, layernorm_epsilon, initializer_range, use_normal_initialization,
+            causal_mask_size, add_cross_attention, pre_layernorm, post_layernorm,
+        )  # fmt: skip
         layers = [
-            DistributedTransformerLayer(
-                num_attention_heads,
-                attention_head_size,
-                hidden_size,
-                intermediate_size,
-                attention_dropout_prob,
-                hidden_dropout_prob,
-                activation,
-                layernorm_epsilon,
-                initializer_range,
-                use_normal_initialization,
-                causal_mask_size,
-                add_cross_attention,
-                pre_layernorm,
-                post_layernorm,
-                **self.options.for_layer(index),
-            )
-            for index in range(num_layers)
+            DistributedTransformerLayer(*arguments, **self.options.for_layer(index)) for index in range(num_layers)
         ]
         for layer in layers:
             layer.is_inner = True
