@@ -138,7 +138,7 @@ class _GatherGroup:
                 entry.had_gradient = entry.inner.sharded.grad is not None
 
 
-Replace = Callable[[Sequence[tuple[str, nn.Parameter, nn.Parameter, nn.Parameter]]], None]
+Replace = Callable[[nn.Parameter, nn.Parameter, nn.Parameter], None]
 
 
 class ShardedParameters:
@@ -151,7 +151,7 @@ class ShardedParameters:
         gathers_by_visit: ``sdp_gather`` is "visit".
         max_live: ``sdp_max_live_parameters``: elements that may be gathered at a time.
         place: called with a module before the parameters in it are sharded; they may get storage only then.
-        replace: is told (name, old parameter, sharded parameter, gathered parameter) of those of each group.
+        replace: is told (old parameter, sharded parameter, gathered parameter) of each.
 
     Making it replaces the parameters in the modules, group by group: the old ones have no use afterwards, and nobody
     should keep them. Collective over the mesh, as are all methods that say so; each rank calls them in the same order.
@@ -246,13 +246,11 @@ class ShardedParameters:
         inner.free()
         inner.keep_place([item.name for item in items])
         self._all.append(group)
-        replaced = []
         for item, entry in zip(items, entries, strict=True):
             old, item.parameter = item.parameter, None
             assert old is not None and entry.inner.whole is not None
             entry.inner.take_hooks(old)
-            replaced.append((item.name, old, entry.inner.sharded, entry.inner.whole))
-        replace(replaced)
+            replace(old, entry.inner.sharded, entry.inner.whole)
 
     @property
     def shard_group(self) -> Group:

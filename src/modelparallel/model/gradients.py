@@ -90,7 +90,7 @@ class ModelGradients:
         # Counted here as well as in the reducer: before the partition there is none.
         self._num_no_sync = 0
         #: What is announced inside ``model.join()``.
-        self.joining = ModelJoin(runtime, self)
+        self.joining = ModelJoin(runtime, table, self)
 
     def start(self, module: nn.Module, units: Sequence[str], cast: Callable[[nn.Module, set[int]], None]) -> None:
         """The local parameters are in place: make them, and the buffers, equal on all holders, shard those that are to
@@ -400,10 +400,6 @@ class ModelGradients:
             self.shards.forget_gradients(set_to_none=set_to_none)
 
     # Buffers, and ranks with fewer batches
-
-    def parameters(self) -> Iterator[tuple[ParameterRow, nn.Parameter]]:
-        """(row, parameter) of the whole model."""
-        return self._table.parameters()
 
     def _synchronise_buffers(self, is_training: bool) -> None:
         if not self._broadcasts_buffers or self._runtime.session.groups.dp.size == 1 or not is_training:

@@ -18,11 +18,9 @@ from modelparallel.data_parallel import JoinEvents
 from modelparallel.errors import SMPConfigError, StepUsageError
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from modelparallel.comm.groups import Group
     from modelparallel.data_parallel import GradientReducer
-    from modelparallel.plan.rows import ParameterRow
+    from modelparallel.parameters.table import ParameterTable
     from modelparallel.training.participants import ParameterHolder
     from modelparallel.training.runtime import Runtime
 
@@ -36,9 +34,6 @@ class JoinedGradients(Protocol):
     @property
     def reducer(self) -> GradientReducer | None:
         """None before the partition."""
-
-    def parameters(self) -> Iterator[tuple[ParameterRow, nn.Parameter]]:
-        """The parameters that this rank holds."""
 
     def send_buffers(self) -> None:
         """Broadcast the buffers."""
@@ -56,9 +51,10 @@ class JoinedGradients(Protocol):
 class ModelJoin:
     """The events of one model inside ``join``; made with the model, at work inside the context manager."""
 
-    def __init__(self, runtime: Runtime, gradients: JoinedGradients) -> None:
+    def __init__(self, runtime: Runtime, table: ParameterTable, gradients: JoinedGradients) -> None:
         session = runtime.session
         self._runtime = runtime
+        self._table = table
         self._gradients = gradients
         self._divides_by_initial = True
         # Those whose updates are collective over the data-parallel ranks, inside the context manager.
@@ -93,12 +89,7 @@ class ModelJoin:
 
     def _follow_optimizers(self) -> None:
         """A rank that runs out of batches goes on updating its shards, since nobody else has their state."""
-        own = {id(parameter) for _, parameter in self._gradients.parameters()}
-        self._optimizers = [
-            optimizer
-            for optimizer in self._runtime.live_optimizers()
-            if any(id(parameter) in own for parameter in optimizer.all_parameters())
-        ]
+        self._optimizers = self._runtime.optimizers_of(self._table)
         if not self._optimizers:
             raise StepUsageError(
                 "model.join() with shard_optimizer_state: wrap the optimizer in smp.DistributedOptimizer before, since "

@@ -1,4 +1,4 @@
-"""Sharding the parameters of a wrapped model: the groups, the plan, and who must be told of the new parameters.
+"""Sharding the parameters of a wrapped model: the groups and the plan.
 
 [Note: faces] ``fully_shard`` puts other parameters in the place of those of the model: a shard (a ``DTensor``), and,
 while it is gathered, a plain one. To everybody else the shard is *the* parameter: table, optimizers, state dicts. The
@@ -68,13 +68,6 @@ def shard_parameters(
     )
     place(module, {id(known.parameter) for known in plan.parameters})
     groups = ShardingGroups(shard, replicate, session.groups.tp, session.groups.dp.size)
-
-    def replace(replaced: Sequence[tuple[str, nn.Parameter, nn.Parameter, nn.Parameter]]) -> None:
-        for name, old, sharded, whole in replaced:
-            table.replace_tensor(name, sharded, (whole,))
-            runtime.engine.replace_tensor(old, (sharded, whole))
-            runtime.note_replacement(name, old, sharded)
-
     result = ShardedParameters(
         None if runtime.is_pipelined else module,
         plan.groups,
@@ -86,10 +79,8 @@ def shard_parameters(
         max_live=config.sdp_max_live_parameters,
         timeout_seconds=config.timeout_seconds,
         place=lambda part: place(part, set()),
-        replace=replace,
+        replace=runtime.index.replace,
     )
-    for optimizer in runtime.live_optimizers():
-        optimizer.replace_parameters()
     if session.groups.world.rank_in_group == 0:
         _log(result, table, by_visit, config)
     return result

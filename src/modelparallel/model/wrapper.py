@@ -30,7 +30,8 @@ from modelparallel.model.planning import PlannedModel
 from modelparallel.model.precision import ModelPrecision
 from modelparallel.model.sharding import check_can_shard
 from modelparallel.model.views import alias_inherited_forwards, attach_module_attribute
-from modelparallel.nn.huggingface import prepare_families
+from modelparallel.nn.huggingface import new_names_of, prepare_families
+from modelparallel.parameters.retired import retire_replaced
 from modelparallel.parameters.table import ParameterTable
 from modelparallel.partitioning import find_units, log_plan, work_of_call
 from modelparallel.pipeline.left_behind import leave_behind
@@ -130,8 +131,9 @@ class DistributedModel(PlannedModel):
             module = replace_marked_modules(module, active.groups.tp, config.match_weights, config.prescaled_batch)
         if not config.match_weights:
             check_drawn_slices(module, active)
-        runtime.note_replaced(before, module)
-        del before  # whole parameters, which may be about to be sharded
+        after = dict(module.named_parameters(remove_duplicate=False))
+        retire_replaced(before, after, new_names_of(module, before))
+        del before, after  # whole parameters, which may be about to be sharded
         for optimizer in runtime.live_optimizers():
             optimizer.replace_parameters()
         self.module = module
@@ -362,7 +364,7 @@ class DistributedModel(PlannedModel):
         self.gradients.start(self.module, at_home, self._precision.cast_module)
         self._is_partitioned = True
         for optimizer in runtime.live_optimizers():
-            optimizer.keep_local_parameters(self)
+            optimizer.settle()
         loads, self._loads = self._loads, []
         for load in loads:
             load()
@@ -415,11 +417,7 @@ class DistributedModel(PlannedModel):
 
     def optimizer_of_parameters(self) -> ParameterHolder | None:
         """The wrapped optimizer that holds parameters of this model; None if there is none. Local."""
-        own = {id(parameter) for _, parameter in self._table.parameters()}
-        for optimizer in reversed(self._runtime.live_optimizers()):
-            if any(id(parameter) in own for parameter in optimizer.all_parameters()):
-                return optimizer
-        return None
+        return next(reversed(self._runtime.optimizers_of(self._table)), None)
 
     # Moving
 

@@ -57,9 +57,9 @@ class FlatGroups:
 
     def parameters(self) -> list[list[nn.Parameter]]:
         """The parameters of the models that are on this rank, by group."""
-        models = self._optimizer.targets.models()
+        runtime = self._optimizer._runtime
         return [
-            [parameter for parameter in group if all(model.is_local(parameter) for model in models)]
+            [parameter for parameter in group if runtime.index.is_local(parameter, runtime.engine.stage)]
             for group in self._optimizer.all_groups()
         ]
 

@@ -12,7 +12,6 @@ from modelparallel.training import gradient_norm
 
 if TYPE_CHECKING:
     from modelparallel.optimizer.targets import Targets
-    from modelparallel.plan.rows import ParameterRow
     from modelparallel.training.runtime import Runtime
 
 
@@ -25,7 +24,7 @@ class DistributedNorms:
     def whole(self, parameters: Sequence[torch.Tensor], values: torch.Tensor, is_maximum: bool) -> torch.Tensor:
         """The rows of sliced parameters, combined over the slices; collective over TP_GROUP."""
         tp = self._runtime.session.groups.tp
-        rows = [self._row(parameter) for parameter in parameters]
+        rows = [self._targets.row_of(parameter) for parameter in parameters]
         sliced = torch.tensor([row is not None and row.split is not None for row in rows], dtype=torch.bool)
         if tp.size == 1 or not bool(sliced.any()):
             return values
@@ -41,12 +40,3 @@ class DistributedNorms:
     def gradient_norm(self, parameters: Sequence[torch.Tensor]) -> torch.Tensor:
         """The one norm; collective as `smp.clip_grad_norm_` is."""
         return gradient_norm.total_norm(self._runtime, gradient_norm.parts_of(self._runtime, parameters), 2.0)
-
-    def _row(self, tensor: torch.Tensor) -> ParameterRow | None:
-        target = self._targets.of_tensor(tensor)
-        parameter = tensor if target is None else target.parameter
-        for model in self._runtime.models:
-            row = model.table.row_of(parameter)
-            if row is not None:
-                return row
-        return None

@@ -17,7 +17,6 @@ from modelparallel.errors import SMPConfigError
 from modelparallel.job.messages import allgather
 from modelparallel.parameters.shards import local_part
 from modelparallel.parameters.table import PARTIAL_KEY
-from modelparallel.plan.rows import ParameterRow
 from modelparallel.torch_compat.private_parts import version_of
 from modelparallel.training.participants import ParameterHolder
 
@@ -206,7 +205,7 @@ def _put_together(
     own_tp_rank = optimizer._runtime.session.groups.tp.rank_in_group
     by_index: dict[int, dict[int, tuple[int, dict[str, Any]]]] = {}
     for index, tp_rank, start, stop, values in pieces:
-        row = row_of(optimizer, parameters[index])
+        row = optimizer._runtime.index.row_of(parameters[index])
         is_split = row is not None and row.split is not None
         if not is_split or tp_rank == own_tp_rank:
             by_index.setdefault(index, {}).setdefault(start, (stop, values))
@@ -256,8 +255,7 @@ def _values_of_same_shard(
     held = tuple(values[RANGE_KEY])
     own = None if target is None or target.shard is None else (target.shard.start, target.shard.stop)
     if own != held:
-        row = row_of(optimizer, parameter)
-        name = row.name if row is not None else "?"
+        name = optimizer._runtime.index.names_of([parameter])[0]
         raise SMPConfigError(
             f"optimizer.load_state_dict: the state holds shards (it was saved with gather_if_shard=False), elements "
             f"{held[0]} to {held[1]} of '{name}', and this rank updates {own}: load the shards on the ranks that saved "
@@ -269,19 +267,13 @@ def _values_of_same_shard(
 # Slices and stages
 
 
-def row_of(optimizer: StatefulOptimizer, parameter: torch.Tensor) -> ParameterRow | None:
-    """What the wrapped models know of a parameter of the optimizer; None for a foreign one. Local."""
-    rows = (model.table.row_of(parameter) for model in optimizer._runtime.models)
-    return next((row for row in rows if row is not None), None)
-
-
 def _merged(optimizer: StatefulOptimizer, local: Mapping[int, Mapping[str, Any]]) -> dict[int, dict[str, Any]]:
     """The whole state from the ``local`` ones of an MP_GROUP; collective over it."""
     groups = optimizer._runtime.session.groups
     own = (
         groups.pp.rank_in_group,
         groups.tp.rank_in_group,
-        names_of(optimizer, optimizer.all_parameters()),
+        optimizer._runtime.index.names_of(optimizer.all_parameters()),
         dict(local),
     )
     parts = allgather(own, CommGroup.MP_GROUP)
@@ -301,7 +293,7 @@ def _merged(optimizer: StatefulOptimizer, local: Mapping[int, Mapping[str, Any]]
     result = {}
     for index in sorted(slices):
         by_rank = [slices[index][tp_rank] for tp_rank in sorted(slices[index])]
-        row = row_of(optimizer, parameters[index])
+        row = optimizer._runtime.index.row_of(parameters[index])
         split = row.split if row is not None else None
         merged = dict(by_rank[0])
         if split is not None:
@@ -313,14 +305,8 @@ def _merged(optimizer: StatefulOptimizer, local: Mapping[int, Mapping[str, Any]]
     return result
 
 
-def names_of(optimizer: StatefulOptimizer, parameters: Iterable[torch.Tensor]) -> list[str]:
-    """The names in their models of parameters of the optimizer; "" for foreign ones. Local."""
-    rows = (row_of(optimizer, parameter) for parameter in parameters)
-    return [row.name if row is not None else "" for row in rows]
-
-
 def _local_part(optimizer: StatefulOptimizer, parameter: nn.Parameter, value: Any) -> Any:
-    row = row_of(optimizer, parameter)
+    row = optimizer._runtime.index.row_of(parameter)
     if row is None or row.split is None or not isinstance(value, torch.Tensor):
         return value
     split = row.split

@@ -23,6 +23,7 @@ from modelparallel.training.participants import Participant, Target
 
 if TYPE_CHECKING:
     from modelparallel.parameters.shards import ParameterShards, Shard
+    from modelparallel.plan.rows import ParameterRow
     from modelparallel.training.runtime import Runtime
 
 
@@ -32,15 +33,16 @@ class Targets:
     def __init__(self, optimizer: torch.optim.Optimizer, runtime: Runtime) -> None:
         self._optimizer = optimizer
         self._runtime = runtime
-        self._by_tensor: dict[int, Target] = {}
-        self._by_parameter: dict[int, list[Target]] = {}
+        self._index = runtime.index
+        self._by_tensor: dict[torch.Tensor, Target] = {}
+        self._by_parameter: dict[torch.Tensor, list[Target]] = {}
         # The models that parameters of this optimizer belong to; those without any here, too.
         self._models: list[Participant] = []
         # The gradients of the sources that were collected last, with their versions; held, so that another tensor
         # cannot be taken for one of them.
         self._collected: list[tuple[torch.Tensor | None, int]] | None = None
         # What was made from them, by target, with its version then.
-        self._made: dict[int, tuple[torch.Tensor, int]] = {}
+        self._made: dict[torch.Tensor, tuple[torch.Tensor, int]] = {}
 
     # What there is
 
@@ -55,7 +57,7 @@ class Targets:
 
     def of_parameter(self, parameter: torch.Tensor) -> Sequence[Target]:
         """The targets of a parameter of a model, ascending."""
-        targets = self._by_parameter.get(id(parameter))
+        targets = self._by_parameter.get(parameter)
         if targets is not None:
             return targets
         if not isinstance(parameter, nn.Parameter) or self._is_shared_out(parameter):
@@ -64,13 +66,16 @@ class Targets:
 
     def has(self, parameter: torch.Tensor) -> bool:
         """Whether something else is updated in place of this parameter of a model."""
-        targets = self._by_parameter.get(id(parameter))
-        return targets is not None and (not targets or targets[0].parameter is parameter)
+        return parameter in self._by_parameter
 
     def of_tensor(self, tensor: torch.Tensor) -> Target | None:
         """The target that stands in the groups as ``tensor``."""
-        target = self._by_tensor.get(id(tensor))
-        return target if target is not None and target.tensor is tensor else None
+        return self._by_tensor.get(tensor)
+
+    def row_of(self, tensor: torch.Tensor) -> ParameterRow | None:
+        """The row of the parameter that stands in the groups as ``tensor``; None for a foreign one."""
+        target = self.of_tensor(tensor)
+        return self._index.row_of(tensor if target is None else target.parameter)
 
     def masters(self) -> list[Target]:
         """The targets that are masters."""
@@ -91,32 +96,27 @@ class Targets:
 
     def settle(self, parameters_of_all_ranks: Iterable[nn.Parameter]) -> None:
         """Put targets into the groups for the parameters of models that are in place; the others wait."""
-        everything = list(parameters_of_all_ranks)
-        self._models = [
-            model
-            for model in self._runtime.models
-            if any(model.table.row_of(parameter) is not None for parameter in everything)
-        ]
+        self._models = self._index.owners_of(parameters_of_all_ranks)
         for group in self._optimizer.param_groups:
             parameters = group["params"]
             settled: list[nn.Parameter] = []
             for parameter in parameters:
-                if id(parameter) in self._by_tensor:
+                if parameter in self._by_tensor:
                     settled.append(parameter)
                     continue
                 targets = self._make(parameter)
                 if targets is None:
                     settled.append(parameter)
                     continue
-                self._by_parameter[id(parameter)] = targets
-                self._by_tensor.update({id(target.tensor): target for target in targets})
+                self._by_parameter[parameter] = targets
+                self._by_tensor.update({target.tensor: target for target in targets})
                 self._optimizer.state.pop(parameter, None)
                 settled.extend(target.tensor for target in targets)
             parameters[:] = settled
 
     def _make(self, parameter: nn.Parameter) -> list[Target] | None:
         """None: the parameter is its own target, or its model is not in place yet."""
-        owner = next((model for model in self._models if model.table.row_of(parameter) is not None), None)
+        owner = self._index.owner_of(parameter)
         if owner is None or not owner.partitioned:
             return None
         shards = owner.gradients.shards
@@ -175,7 +175,7 @@ class Targets:
             gradients = [local_part(target.tensor.grad) for target in members if target.tensor.grad is not None]
             unscale(gradients, scale, overflow)
         self._collected = _gradients_of(members)
-        self._made = {id(target.tensor): (own, version_of(own)) for target in members
+        self._made = {target.tensor: (own, version_of(own)) for target in members
                       if target.has_own_gradient and (own := local_part(target.tensor.grad)) is not None}  # fmt: skip
         return overflow
 
@@ -186,13 +186,12 @@ class Targets:
         if self._collected is None:
             return
         for target in members:
-            made = self._made.get(id(target.tensor))
+            made = self._made.get(target.tensor)
             own = local_part(target.tensor.grad)
             if made is None or target.source.grad is None or own is None:
                 continue
             if own is not made[0] or version_of(own) != made[1]:
-                rows = (model.table.row_of(target.parameter) for model in self._models)
-                name = next((row.name for row in rows if row is not None), "?")
+                name = self._index.names_of([target.parameter])[0]
                 raise StepUsageError(
                     f"gradients were changed at the parameters of the model ('{name}' is one of them) after those of "
                     "the optimizer had been made from them and clipped or changed, too: with fp16 and bf16 these are "
@@ -203,7 +202,7 @@ class Targets:
     def _members(self) -> list[Target]:
         """The targets of all tensors that are in the groups now."""
         return [
-            self._by_tensor.get(id(tensor)) or Target(tensor, tensor, tensor)
+            self._by_tensor.get(tensor) or Target(tensor, tensor, tensor)
             for group in self._optimizer.param_groups
             for tensor in group["params"]
         ]

@@ -21,12 +21,12 @@ from modelparallel.optimizer.flat_groups import FlatGroups
 from modelparallel.optimizer.norms import DistributedNorms
 from modelparallel.optimizer.probe import OptimizerProbe, needs_probe
 from modelparallel.optimizer.targets import Targets, check_may_be_divided, updates_each_element_alone
+from modelparallel.parameters.retired import name_before, replacement_of
 from modelparallel.precision import LossScaler, half_dtype
 from modelparallel.torch_compat.private_parts import version_of
 from modelparallel.training import gradient_norm
 from modelparallel.training import runtime as runtime_module
 from modelparallel.training.memory_report import explaining_memory, note_update
-from modelparallel.training.participants import Participant
 from modelparallel.training.runtime import Runtime
 
 logger = logging.getLogger("modelparallel")
@@ -84,6 +84,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
         # Not torch.optim.Optimizer.__init__: groups and state are those of the inner optimizer.
         self.__dict__["optimizer"] = optimizer
         self._runtime = runtime_module.current()
+        self._index = self._runtime.index
         check_may_be_divided(optimizer, self._runtime)
         self._all: list[list[nn.Parameter]] = []
         self._waiting_state: tuple[Mapping[str, Any], bool] | None = None
@@ -101,10 +102,8 @@ class DistributedOptimizer(torch.optim.Optimizer):
         self._probe = self._make_probe() if needs_probe(optimizer) else None
         if half_dtype(self._runtime.session.config) is not None and hasattr(type(optimizer), "zero_grad"):
             self._clear_by_inner()
-        self.replace_parameters()
+        self.settle()
         self._runtime.optimizers.append(weakref.ref(self))
-        self._keep_local_parameters_of_all()
-        self._settle_targets()
 
     def replace_parameters(self) -> None:
         """Take the new parameters for those that tensor parallelism has replaced since the optimizer was built. Local.
@@ -119,13 +118,13 @@ class DistributedOptimizer(torch.optim.Optimizer):
             for number, parameters in enumerate(groups):
                 kept = []
                 for parameter in parameters:
-                    replacement = self._runtime.replacement_of(parameter)
-                    if replacement is None:
+                    name = name_before(parameter)
+                    if name is None:
                         kept.append(parameter)
                         continue
                     self.optimizer.state.pop(parameter, None)
-                    name = self._runtime.name_before(parameter)
-                    there, other = present.get(id(replacement), number), self._name_of(replacement)
+                    replacement = _existing_replacement(parameter, name)
+                    there, other = present.get(id(replacement), number), self._index.names_of([replacement])[0]
                     if id(replacement) not in present:
                         if id(replacement) not in first:
                             kept.append(replacement)
@@ -136,10 +135,6 @@ class DistributedOptimizer(torch.optim.Optimizer):
                             "groups of the optimizer: put them in one, or build the optimizer after wrapping"
                         )
                 parameters[:] = kept
-
-    def _name_of(self, parameter: nn.Parameter) -> str:
-        row = optimizer_states.row_of(self, parameter)
-        return "" if row is None else row.name
 
     def _note_new_groups(self) -> None:
         """Remember the parameters of groups that were added since, perhaps to the inner optimizer."""
@@ -270,9 +265,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; after the partition of the model it keeps what this rank holds. Local."""
         self.optimizer.add_param_group(param_group)
-        self._note_new_groups()
-        self._keep_local_parameters_of_all()
-        self._settle_targets()
+        self.settle()
 
     def __getattr__(self, name: str) -> Any:
         if name == "optimizer":
@@ -288,13 +281,10 @@ class DistributedOptimizer(torch.optim.Optimizer):
     def _check_parameters(self) -> None:
         """At the first update: the parameters should be those of wrapped models."""
         self._has_checked_parameters = True
-        models = self._runtime.models
         parameters = list(self.all_parameters())
         self._refuse_slices(parameters)
-        foreign = [
-            parameter for parameter in parameters if all(model.table.row_of(parameter) is None for model in models)
-        ]
-        if not models or not foreign:
+        foreign = [parameter for parameter in parameters if self._index.owner_of(parameter) is None]
+        if not self._runtime.models or not foreign:
             return
         shapes = ", ".join(str(tuple(parameter.shape)) for parameter in foreign[:3]) + ("..." if foreign[3:] else "")
         remedy = (
@@ -316,8 +306,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
         """An optimizer that is known to look at whole parameters must not be given slices."""
         if self._probe is not None or hasattr(self.optimizer, "norms") or updates_each_element_alone(self.optimizer):
             return
-        rows = [row for model in self._runtime.models for parameter in parameters
-                if (row := model.table.row_of(parameter)) is not None and row.split is not None]  # fmt: skip
+        rows = [row for row in map(self._index.row_of, parameters) if row is not None and row.split is not None]
         if rows and self._runtime.session.groups.tp.size > 1:
             raise SMPConfigError(
                 f"{type(self.optimizer).__name__} looks at parameters as a whole, but of {len(rows)} of them "
@@ -334,12 +323,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
         is_divided = session.groups.mp.size > 1 or runtime.shares_out_parameters
         if not is_divided and not (session.config.fp16 or session.config.bf16):
             return None
-
-        def row_of(tensor: torch.Tensor) -> Any:
-            target = self.targets.of_tensor(tensor)
-            return optimizer_states.row_of(self, tensor if target is None else target.parameter)
-
-        return OptimizerProbe(self.optimizer, row_of, self._around_call, is_divided=is_divided)
+        return OptimizerProbe(self.optimizer, self.targets.row_of, self._around_call, is_divided=is_divided)
 
     def _around_call(self, name: str) -> Callable[[], None]:
         """A method of the inner optimizer beside ``step`` begins; the result is for its end."""
@@ -412,10 +396,9 @@ class DistributedOptimizer(torch.optim.Optimizer):
         """``model.backward(loss)`` of the model whose parameters these are, and as collective. Source: smp-api section
         18.
         """
-        for model in self._runtime.models:
-            if any(model.table.row_of(parameter) is not None for parameter in self.all_parameters()):
-                model.backward(loss)
-                break
+        models = self._index.owners_of(self.all_parameters())
+        if models:
+            models[0].backward(loss)
         else:
             loss.backward()
         if update_master_grads:
@@ -476,18 +459,14 @@ class DistributedOptimizer(torch.optim.Optimizer):
 
     def param_name_to_index(self) -> dict[str, int]:
         """Position of each parameter in the whole model's optimizer, by its name. Local. Source: smp-api section 18."""
-        names = optimizer_states.names_of(self, self.all_parameters())
+        names = self._index.names_of(self.all_parameters())
         return {name: index for index, name in enumerate(names) if name}
 
     @property
     def _param_index_to_param_local(self) -> dict[int, nn.Parameter]:
         """The parameters of this rank, by their position in the whole model's optimizer."""
-        models = self._runtime.models
-        return {
-            index: parameter
-            for index, parameter in enumerate(self.all_parameters())
-            if all(model.is_local(parameter) for model in models)
-        }
+        everything = enumerate(self.all_parameters())
+        return {number: parameter for number, parameter in everything if self._is_local(parameter)}
 
     # Partition
 
@@ -500,20 +479,16 @@ class DistributedOptimizer(torch.optim.Optimizer):
         """All parameters given to the optimizer, also those that live on other stages. Local."""
         return (parameter for group in self.all_groups() for parameter in group)
 
-    def keep_local_parameters(self, model: Participant) -> None:
-        """Drop the parameters of ``model`` that live on other stages, in place. Called by the library."""
-        self._note_new_groups()
-        for group in self.optimizer.param_groups:
-            kept = [parameter for parameter in group["params"] if model.is_local(parameter)]
-            for parameter in group["params"]:
-                if not model.is_local(parameter):
-                    self.optimizer.state.pop(parameter, None)
-            group["params"][:] = kept
-        if model.partitioned:
-            self.settle()
-
     def settle(self) -> None:
-        """The parameters of a model are in place: masters and shards replace its parameters. Called by the library."""
+        """The parameters of a model are in place: those that live on other stages are dropped, and masters and shards
+        replace the others, in place. Called by the library.
+        """
+        self.replace_parameters()
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                if not self._is_local(parameter):
+                    self.optimizer.state.pop(parameter, None)
+            group["params"][:] = filter(self._is_local, group["params"])
         self._settle_targets()
         if self._waiting_state is not None and not self.has_unpartitioned_parameters():
             (state, gather_if_shard), self._waiting_state = self._waiting_state, None
@@ -523,27 +498,19 @@ class DistributedOptimizer(torch.optim.Optimizer):
         self.targets.settle(self.all_parameters())
         self.own_parts.mark_targets()
 
-    def _keep_local_parameters_of_all(self) -> None:
-        for model in self._runtime.models:
-            if model.partitioned and self._runtime.is_pipelined:
-                self.keep_local_parameters(model)
+    def _is_local(self, parameter: nn.Parameter) -> bool:
+        return self._index.is_local(parameter, self._runtime.engine.stage)
 
     def renew_targets(self) -> None:
         """The shards of a model have been cut anew, before the first step: take the new ones. Called by the library."""
         self.targets.clear()
-        models = self._runtime.models
         for group, everything in zip(self.optimizer.param_groups, self.all_groups(), strict=True):
-            group["params"][:] = [
-                parameter for parameter in everything if all(model.is_local(parameter) for model in models)
-            ]
+            group["params"][:] = filter(self._is_local, everything)
         self._settle_targets()
 
     def has_unpartitioned_parameters(self) -> bool:
         """Whether some of the parameters belong to a model whose partition is still to come. Local."""
-        if not self._runtime.is_pipelined:
-            return False
-        waiting = [model.table for model in self._runtime.models if not model.partitioned]
-        return any(table.row_of(parameter) is not None for table in waiting for parameter in self.all_parameters())
+        return any(not model.partitioned for model in self._index.owners_of(self.all_parameters()))
 
     # State dicts
 
@@ -587,6 +554,18 @@ class DistributedOptimizer(torch.optim.Optimizer):
 def wrapped_optimizers(runtime: Runtime) -> list[DistributedOptimizer]:
     """The wrapped optimizers of this process that still exist. Local."""
     return [optimizer for optimizer in runtime.live_optimizers() if isinstance(optimizer, DistributedOptimizer)]
+
+
+def _existing_replacement(parameter: nn.Parameter, name: str) -> nn.Parameter:
+    replacement = replacement_of(parameter)
+    if replacement is None:
+        raise SMPConfigError(
+            f"the optimizer holds parameter '{name}', which tensor parallelism has replaced by parameters of other "
+            "names and shapes when the model was wrapped, so that it would train nothing\n"
+            "  wrong: optimizer = SGD(model.parameters()); model = smp.DistributedModel(model)\n"
+            "  right: model = smp.DistributedModel(model); optimizer = SGD(model.parameters())"
+        )
+    return replacement
 
 
 def _names_beside_torch_s(inner_class: type) -> list[str]:

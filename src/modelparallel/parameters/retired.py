@@ -9,7 +9,7 @@ slice of it, values that a script reads or writes would be other ones than it th
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -44,14 +44,42 @@ class RetiredParameter(nn.Parameter):
 
 
 def retire(old: nn.Parameter, name: str, new: nn.Parameter | None) -> None:
-    """Let ``old`` stand for ``new``, and give its memory back if that holds its values."""
+    """Let ``old`` stand for ``new``, and give its memory back if that holds its values. Of a parameter of another class
+    it is noted alone, for optimizers.
+    """
+    mark: Any = old
+    mark.retired_for, mark.retired_name = new, name
     if type(old) is not nn.Parameter:
         return
     if new is not None and new.shape == old.shape:
         old.grad = None
         old.data = stand_in(old, old.device)
     old.__class__ = RetiredParameter
-    old.retired_for, old.retired_name = new, name  # type: ignore[attr-defined]
+
+
+def retire_replaced(
+    before: Mapping[str, nn.Parameter], after: Mapping[str, nn.Parameter], new_names: Mapping[str, str]
+) -> None:
+    """Modules of a model that is about to be wrapped were replaced: of its parameters before and after, by name, those
+    that are gone stand for what has their name now, or their new name.
+    """
+    kept = set(after.values())
+    for name, parameter in before.items():
+        if parameter not in kept:
+            retire(parameter, name, after.get(new_names.get(name, name)))
+
+
+def name_before(parameter: nn.Parameter) -> str | None:
+    """The name that a replaced parameter had in the model; None if it was not replaced."""
+    return getattr(parameter, "retired_name", None)
+
+
+def replacement_of(parameter: nn.Parameter) -> nn.Parameter | None:
+    """The parameter that stands in a wrapped model for one that was replaced; None if there is none."""
+    new: nn.Parameter | None = parameter.retired_for  # type: ignore[attr-defined]
+    while new is not None and name_before(new) is not None:
+        new = new.retired_for  # type: ignore[attr-defined]
+    return new
 
 
 def without_retired(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
@@ -69,9 +97,7 @@ def in_their_place(func: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, d
 
 
 def _replacement(retired: RetiredParameter, what: str) -> nn.Parameter:
-    new = retired.retired_for
-    while isinstance(new, RetiredParameter):
-        new = new.retired_for
+    new = replacement_of(retired)
     with DisableTorchFunctionSubclass():
         own_shape = torch.Size(retired.shape)
     if new is not None and (new.shape == own_shape or what in _OF_SLICES):

@@ -29,8 +29,8 @@ class ParameterTable:
         splits, scaled = _declared_by_layers(module)
         self._rows: dict[str, ParameterRow] = {}
         self._tensors: dict[str, torch.Tensor] = {}
-        self._names: dict[int, str] = {}
-        self._faces: dict[int, torch.Tensor] = {}  # further tensors that stand for one of the table
+        self._names: dict[int, str] = {}  # by id, of tensors that are held here
+        self._faces: list[torch.Tensor] = []  # further tensors that stand for one of the table
         aliases: dict[int, list[str]] = {}
         persistent = set(module.state_dict(keep_vars=True))
         for is_buffer, source in ((False, module.named_parameters), (True, module.named_buffers)):
@@ -73,9 +73,7 @@ class ParameterTable:
     def row_of(self, tensor: torch.Tensor) -> ParameterRow | None:
         """The row of a parameter or buffer, by identity; None for a foreign tensor."""
         name = self._names.get(id(tensor))
-        if name is None or (self._tensors[name] is not tensor and self._faces.get(id(tensor)) is not tensor):
-            return None
-        return self._rows[name]
+        return None if name is None else self._rows[name]
 
     def name_of(self, tensor: object) -> str | None:
         """The name of the row of a parameter or buffer; None for anything else. Quick: every step asks for all."""
@@ -97,7 +95,7 @@ class ParameterTable:
         self._tensors[name] = tensor
         for known in (tensor, *faces):
             self._names[id(known)] = name
-        self._faces.update((id(face), face) for face in faces)
+        self._faces.extend(faces)
 
     def set_homes(
         self, home_of: Callable[[str], int | None], copies_of: Callable[[str], Iterable[int]] = lambda name: ()

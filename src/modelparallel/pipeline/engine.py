@@ -6,6 +6,7 @@ import functools
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, NoReturn
 
@@ -184,9 +185,8 @@ class PipelineEngine:
         self._assigned_buffers: list[tuple[nn.Module, str, torch.Tensor | None]] = []
         self._loose_buffers: list[tuple[nn.Module, str]] = []  # without a home
         self._loose_values: dict[tuple[nn.Module, str], torch.Tensor | None] = {}
-        # By id: keeps the ids in `placed` from being given to other tensors.
-        self._kept: dict[int, torch.Tensor] = {}
-        self._entries_of: dict[int, list[PlacedModule]] = {}  # by the id of a parameter
+        # Where a parameter is in the lists of placed modules, by id.
+        self._places_of: dict[int, list[tuple[list[nn.Parameter], int]]] = {}
 
     @property
     def transport(self) -> StageTransport:
@@ -199,26 +199,19 @@ class PipelineEngine:
     def place_tensor(self, tensor: torch.Tensor, name: str, home: int) -> None:
         """Note the home of a parameter or stateful buffer. Call it before the other stages drop the storage."""
         self._homes.clear()
-        self.placed[id(tensor)] = PlacedTensor(name, home, tuple(tensor.shape), tensor.stride())
-        self._kept[id(tensor)] = tensor
+        self.placed[id(tensor)] = PlacedTensor(tensor, name, home, tuple(tensor.shape), tensor.stride())
 
     def replace_tensor(self, old: nn.Parameter, new: Sequence[nn.Parameter]) -> None:
         """Others have taken the place of ``old``, at its home; nothing here keeps it alive. No effect if it has none.
 
         ``new``: all that stand for it, the one that is asked whether it is trained first.
         """
-        entries = self._entries_of.pop(id(old), [])
-        for entry in entries:
-            entry.parameters = tuple(new[0] if known is old else known for known in entry.parameters)
-        if entries:
-            self._entries_of.setdefault(id(new[0]), []).extend(entries)
+        for parameters, place in self._places_of.pop(id(old), ()):
+            parameters[place] = new[0]
+            self._places_of.setdefault(id(new[0]), []).append((parameters, place))
         placed = self.placed.pop(id(old), None)
-        if placed is None:
-            return
-        self._kept.pop(id(old), None)
-        for tensor in new:
-            self.placed[id(tensor)] = placed
-            self._kept[id(tensor)] = tensor
+        if placed is not None:
+            self.placed.update((id(tensor), replace(placed, tensor=tensor)) for tensor in new)
 
     def place_buffer(self, owner: nn.Module, name: str) -> None:
         """Note that glue may assign a new value to this placed buffer (``self.average = 0.9 * self.average + ...``)."""
@@ -293,8 +286,8 @@ class PipelineEngine:
         if not is_compiled and not entry.watch.has_replaced_forward():
             doors.Door(self, entry)
         self._entries.append(entry)
-        for parameter in entry.parameters:
-            self._entries_of.setdefault(id(parameter), []).append(entry)
+        for place, parameter in enumerate(entry.parameters):
+            self._places_of.setdefault(id(parameter), []).append((entry.parameters, place))
         self._entry_of[id(module)] = entry
 
     def place_inside(self, module: nn.Module, name: str, around: PlacedModule) -> None:

@@ -166,11 +166,10 @@ def parts_of(runtime: Runtime, tensors: Iterable[torch.Tensor]) -> list[_Counted
 
     Where an optimizer updates masters or shards it is their gradients, without the scale of the loss.
     """
-    models = runtime.models
     optimizers = [optimizer for optimizer in runtime.live_optimizers() if not optimizer.targets.are_trivial]
     for optimizer in optimizers:
         optimizer.collect_gradients()
-    for model in models:
+    for model in runtime.models:
         if model.gradients.shards is not None:
             model.gradients.shards.collect_gradients()
     parts: list[_CountedGradient] = []
@@ -178,17 +177,17 @@ def parts_of(runtime: Runtime, tensors: Iterable[torch.Tensor]) -> list[_Counted
         targets = (other.targets.of_tensor(tensor) for other in optimizers)
         own_target = next((target for target in targets if target is not None), None)
         parameter: Any = own_target.parameter if own_target is not None else tensor
-        owner = next((model for model in models if model.table.row_of(parameter) is not None), None)
+        owner = runtime.index.owner_of(parameter)
+        holder = next((other for other in optimizers if other.targets.has(parameter)), None)
         members: Sequence[tuple[torch.Tensor, Shard | None]] = [(tensor, None)]
         if own_target is not None:
             members = [(tensor, own_target.shard)]
-        elif (holder := next((other for other in optimizers if other.targets.has(parameter)), None)) is not None:
+        elif holder is not None:
             members = [(target.tensor, target.shard) for target in holder.targets.of_parameter(parameter)]
         elif owner is not None and owner.gradients.shards is not None and owner.gradients.shards.has(parameter):
             members = [(shard.tensor, shard) for shard in owner.gradients.shards.shards_of(parameter)]
         row = owner.table.row_of(parameter) if owner is not None else None
-        is_updated = own_target is not None or any(other.targets.has(parameter) for other in optimizers)
-        scale = 1.0 if owner is None or is_updated else owner.loss_scale
+        scale = 1.0 if owner is None or own_target is not None or holder is not None else owner.loss_scale
         parts.extend(
             _part(runtime, member.grad, row, shard, scale) for member, shard in members if member.grad is not None
         )
@@ -237,12 +236,11 @@ def _parameters_of_gradients(runtime: Runtime, gradients: Sequence[torch.Tensor]
 
     Raises SMPConfigError for weights, and for gradients of which only some are ours: nobody could add them up rightly.
     """
-    tensors = [tensor for model in runtime.models for _, tensor in model.table.parameters()]
-    own = {id(tensor) for tensor in tensors}
+    tensors: list[torch.Tensor] = [tensor for model in runtime.models for _, tensor in model.table.parameters()]
     tensors += [tensor for one in runtime.live_optimizers() for group in one.param_groups for tensor in group["params"]]
     known = {_memory_of(tensor.grad): tensor for tensor in reversed(tensors) if tensor.grad is not None}
     parameters = [known.get(_memory_of(gradient)) for gradient in gradients]
-    are_weights = [id(gradient) in own for gradient in gradients]
+    are_weights = [_is_weight(runtime, gradient) for gradient in gradients]
     if all(parameter is None for parameter in parameters) and not any(are_weights):
         return gradients
     if any(parameter is None for parameter in parameters):
@@ -254,6 +252,11 @@ def _parameters_of_gradients(runtime: Runtime, gradients: Sequence[torch.Tensor]
             "(p.grad for p in model.parameters()), or use smp.clip_grad_norm_(model, float('inf'))"
         )
     return [parameter for parameter in parameters if parameter is not None]
+
+
+def _is_weight(runtime: Runtime, tensor: torch.Tensor) -> bool:
+    row = runtime.index.row_of(tensor)
+    return row is not None and not row.is_buffer
 
 
 def _memory_of(tensor: torch.Tensor) -> object:
@@ -275,15 +278,14 @@ def intercept_clipping(runtime: Runtime) -> None:
         return groups.mp.size > 1 or has_masters or runtime.shares_out_parameters
 
     def are_ours(parameters: Sequence[torch.Tensor]) -> bool:
-        models, parameters = runtime.models, without_retired(parameters)
+        parameters = without_retired(parameters)
         if not can_matter():
             return False
         if not parameters:  # a stage without any of them takes part in the sum
-            return any(model.partitioned for model in models)
-        own = {id(parameter) for model in models for _, parameter in model.table.parameters()}
-        return any(id(tensor) in own for tensor in parameters) or any(
-            optimizer.targets.of_tensor(tensor) is not None
-            for optimizer in runtime.live_optimizers()
+            return any(model.partitioned for model in runtime.models)
+        targets = [optimizer.targets for optimizer in runtime.live_optimizers()]
+        return any(
+            _is_weight(runtime, tensor) or any(each.of_tensor(tensor) is not None for each in targets)
             for tensor in parameters
         )
 

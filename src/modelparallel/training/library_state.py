@@ -12,7 +12,6 @@ import torch
 
 from modelparallel.job import session
 from modelparallel.nn.huggingface import translations_of
-from modelparallel.tensor_parallel.distributed_module import DistributedModule
 from modelparallel.training import runtime
 
 if TYPE_CHECKING:
@@ -54,13 +53,8 @@ def get_distribution_axis(param: torch.Tensor) -> int | None:
     Local call, for a parameter or buffer of a model wrapped by ``smp.DistributedModel``. Raises
     ``NotInitializedError`` before ``smp.init()``. See smp-api section 18.
     """
-    for model in runtime.current().models:
-        for module in model.module.modules():
-            if isinstance(module, DistributedModule):
-                for name, spec in module.split_tensors().items():
-                    if getattr(module, name, None) is param:
-                        return spec.dim
-    return None
+    row = runtime.current().index.row_of(param)
+    return None if row is None or row.split is None else row.split.dim
 
 
 def rmsg(message: object) -> str:

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from modelparallel.parameters.shards import ParameterShards, Shard
     from modelparallel.parameters.table import ParameterTable
     from modelparallel.plan.partition import PartitionPlan
-    from modelparallel.plan.rows import ParameterRow
 
 
 class JoinedUpdates(Protocol):
@@ -59,9 +58,6 @@ class ParticipantGradients(Protocol):
 
     def flat_tensors(self) -> list[torch.Tensor]:
         """The buckets and flat buffers."""
-
-    def parameters(self) -> Iterator[tuple[ParameterRow, nn.Parameter]]:
-        """The parameters that this rank holds."""
 
     def set_aside(self) -> None:
         """A step with weighted losses begins: its gradients are kept apart from earlier ones."""
@@ -100,9 +96,6 @@ class Participant(Protocol):
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """What this rank holds."""
-
-    def is_local(self, tensor: torch.Tensor) -> bool:
-        """Whether this rank holds the parameter or buffer; of foreign tensors, it does."""
 
     def title_of(self, name: str) -> str:
         """The name of a module or tensor among all wrapped models."""
@@ -198,11 +191,8 @@ class ParameterHolder(Protocol):
     def replace_parameters(self) -> None:
         """Take the new parameters in place of the replaced ones."""
 
-    def keep_local_parameters(self, model: Participant) -> None:
-        """Drop the parameters of ``model`` that live on other stages."""
-
     def settle(self) -> None:
-        """The parameters of a model are in place."""
+        """The parameters of a model are in place: take what this rank updates for them."""
 
     def renew_targets(self) -> None:
         """The shards of a model have been cut anew: take the new ones."""

@@ -9,20 +9,17 @@ import weakref
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
-
 from modelparallel.comm.stages.channels import PairChannels
 from modelparallel.comm.stages.gloo import GlooTransport
-from modelparallel.errors import SMPConfigError
 from modelparallel.job import session
-from modelparallel.nn.huggingface import new_names_of
-from modelparallel.parameters.retired import retire
+from modelparallel.parameters.index import ParameterIndex
 from modelparallel.pipeline.engine import PipelineEngine
 from modelparallel.recomputation.offload import HostStore
 from modelparallel.training.data_of_ranks import InputChecks
 from modelparallel.training.event_files import EventFile
 
 if TYPE_CHECKING:
+    from modelparallel.parameters.table import ParameterTable
     from modelparallel.training.participants import ParameterHolder, Participant, RunningStep
 
 logger = logging.getLogger("modelparallel")
@@ -65,6 +62,7 @@ class Runtime:
             of.closers.append(self._write_at_exit)
         #: The wrapped models of this process, in the order of wrapping.
         self.models: list[Participant] = []
+        self.index: ParameterIndex[Participant] = ParameterIndex(self.models, self.engine.replace_tensor)
         self.step: RunningStep | None = None
         self.input_checks = InputChecks()
         self.num_steps = 0
@@ -80,11 +78,6 @@ class Runtime:
         self.optimizers: list[weakref.ref[ParameterHolder]] = []
         #: The checkpoint that was last saved in the background (``checkpoints.writing.PendingSave``).
         self.background_save: Any = None
-        # Parameters that tensor parallelism has replaced, by identity: (name, the old one, the new one if there is
-        # one).
-        # An optimizer that was built before wrapping holds the old ones; nothing else may keep them alive.
-        self._replaced: dict[int, tuple[str, weakref.ref[nn.Parameter], nn.Parameter | None]] = {}
-        self._replaced_by: dict[int, list[int]] = {}  # the keys of those whose place a parameter has taken, by its id
 
     @staticmethod
     def _pair_channels(of: session.Session) -> PairChannels | None:
@@ -117,51 +110,6 @@ class Runtime:
             global_rank, pipeline = self.session.identity.global_rank, self.session.groups.pp.ranks
             self._event_file.write(global_rank, pipeline, self.num_steps, self._transport, error)
 
-    def note_replaced(self, before: Mapping[str, nn.Parameter], model: nn.Module) -> None:
-        """Compare the parameters of a model, by name, before and after modules were replaced."""
-        after = dict(model.named_parameters(remove_duplicate=False))
-        kept = {id(parameter) for parameter in after.values()}
-        renamed = new_names_of(model, before)
-        for name, parameter in before.items():
-            if id(parameter) not in kept:
-                new = after.get(renamed.get(name, name))
-                self._replaced[id(parameter)] = (name, weakref.ref(parameter), new)
-                if new is not None:
-                    self._replaced_by.setdefault(id(new), []).append(id(parameter))
-                retire(parameter, name, new)
-
-    def note_replacement(self, name: str, old: nn.Parameter, new: nn.Parameter) -> None:
-        """``new`` has taken the place of ``old``, and of what that has replaced before."""
-        identities = self._replaced_by.pop(id(old), [])
-        for identity in identities:
-            earlier, reference, _ = self._replaced[identity]
-            self._replaced[identity] = (earlier, reference, new)
-        self._replaced[id(old)] = (name, weakref.ref(old), new)
-        self._replaced_by.setdefault(id(new), []).extend([*identities, id(old)])
-        retire(old, name, new)
-
-    def name_before(self, parameter: nn.Parameter) -> str:
-        """The name of a replaced parameter in the model as it was built."""
-        return self._replaced[id(parameter)][0]
-
-    def replacement_of(self, parameter: nn.Parameter) -> nn.Parameter | None:
-        """The parameter that stands for ``parameter`` in the wrapped model; None if it was not replaced.
-
-        Raises SMPConfigError if it is gone.
-        """
-        entry = self._replaced.get(id(parameter))
-        if entry is None or entry[1]() is not parameter:
-            return None
-        name, _, replacement = entry
-        if replacement is None:
-            raise SMPConfigError(
-                f"the optimizer holds parameter '{name}', which tensor parallelism has replaced by parameters of other "
-                "names and shapes when the model was wrapped, so that it would train nothing\n"
-                "  wrong: optimizer = SGD(model.parameters()); model = smp.DistributedModel(model)\n"
-                "  right: model = smp.DistributedModel(model); optimizer = SGD(model.parameters())"
-            )
-        return replacement
-
     @property
     def is_pipelined(self) -> bool:
         """Whether there is more than one stage."""
@@ -179,6 +127,14 @@ class Runtime:
         alive = [(reference, optimizer) for reference in self.optimizers if (optimizer := reference()) is not None]
         self.optimizers = [reference for reference, _ in alive]
         return [optimizer for _, optimizer in alive]
+
+    def optimizers_of(self, table: ParameterTable) -> list[ParameterHolder]:
+        """The wrapped optimizers that hold parameters of the model of this table."""
+        return [
+            optimizer
+            for optimizer in self.live_optimizers()
+            if any(table.row_of(parameter) is not None for parameter in optimizer.all_parameters())
+        ]
 
 
 def current() -> Runtime:

@@ -138,7 +138,7 @@ def optimizer_contents(optimizer: DistributedOptimizer, prefix: str) -> Contents
 def named_parameters(optimizer: DistributedOptimizer) -> Iterator[tuple[nn.Parameter, ParameterRow]]:
     """The parameters of the whole model's optimizer that belong to a wrapped model, each once. Local."""
     for parameter in optimizer.all_parameters():
-        row = optimizer_states.row_of(optimizer, parameter)
+        row = optimizer._runtime.index.row_of(parameter)
         if row is not None:
             yield parameter, row
 
@@ -148,7 +148,7 @@ def group_settings(optimizer: DistributedOptimizer) -> list[dict[str, Any]]:
     result = []
     for group, everything in zip(optimizer.param_groups, optimizer.all_groups(), strict=True):
         settings = {key: value for key, value in group.items() if key != "params"}
-        result.append({**settings, "params": optimizer_states.names_of(optimizer, everything)})
+        result.append({**settings, "params": optimizer._runtime.index.names_of(everything)})
     return result
 
 

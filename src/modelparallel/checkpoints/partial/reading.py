@@ -170,7 +170,7 @@ def _best_source(entries: Mapping[str, Any], prefix: str, row: ParameterRow, ten
 
 def check_optimizer(optimizer: DistributedOptimizer, prefix: str, groups: Sequence[Mapping[str, Any]]) -> None:
     """Whether the groups of the checkpoint are those of ``optimizer``. Local. Raises CheckpointError."""
-    own = [optimizer_states.names_of(optimizer, group) for group in optimizer.all_groups()]
+    own = [optimizer._runtime.index.names_of(group) for group in optimizer.all_groups()]
     saved = [list(group["params"]) for group in groups]
     if [sorted(names) for names in saved] != [sorted(names) for names in own]:
         pairs = zip(saved, own, strict=False)

@@ -146,7 +146,7 @@ class PlacedModule:
     unit: int | None
     holders: tuple[int, ...]
     inner: Callable[..., Any] = lambda *args, **kwargs: None
-    parameters: tuple[nn.Parameter, ...] = ()
+    parameters: list[nn.Parameter] = field(default_factory=list)
     description: str = ""
     input_description: str = ""
     identity: object = field(default_factory=object)  # its part of a call's signature
@@ -161,7 +161,7 @@ class PlacedModule:
     side_writes: SideWrites = field(init=False)
 
     def __post_init__(self) -> None:
-        self.parameters = tuple(self.module.parameters())
+        self.parameters = list(self.module.parameters())
         self.watch = Watch(self.module, None if self.around is None else self.around.watch)
         self.description = f"module '{self.name}' ({type(self.module).__name__})"
         self.side_writes = SideWrites(self.module, self.home, self.description)

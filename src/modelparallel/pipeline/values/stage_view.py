@@ -19,10 +19,11 @@ from modelparallel.pipeline.values.buffers import BufferHabits
 from modelparallel.pipeline.values.structures import Structure
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PlacedTensor:
     """A parameter or buffer with a home. Shape and stride are those there: other stages hold an empty stand-in."""
 
+    tensor: torch.Tensor
     name: str
     home: int
     shape: tuple[int, ...]
