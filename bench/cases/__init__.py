@@ -18,6 +18,7 @@ from bench.cases import (
     sharded,
     tensor_parallel,
     transformer_block,
+    wrapping,
 )
 from bench.cases.case import Case
 
@@ -32,6 +33,7 @@ _MODULES = (
     sharded,
     tensor_parallel,
     transformer_block,
+    wrapping,
     language_models,
     memory,
     memory_ladder,

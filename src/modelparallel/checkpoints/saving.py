@@ -100,9 +100,14 @@ def save_checkpoint(
     if pending is None:
         return None
     if runtime.background_save is None:
-        runtime.session.finishers.append(lambda seconds: runtime.background_save.finish(seconds))
+        runtime.session.finishers.append(lambda seconds: _finish_last(runtime, seconds))
     runtime.background_save = pending
     return pending
+
+
+def _finish_last(runtime: Runtime, seconds: float) -> None:
+    if runtime.background_save is not None:
+        runtime.background_save.finish(seconds)
 
 
 def _chosen(runtime: Runtime, model: Any, optimizer: Any) -> tuple[list[DistributedModel], list[DistributedOptimizer]]:
@@ -159,7 +164,7 @@ def _check(
 
 def _settle_earlier(runtime: Runtime, if_saving: str) -> None:
     """An earlier save in the background ends first, on all ranks, or is an error on all."""
-    pending: PendingSave | None = runtime.background_save
+    pending = runtime.background_save
     if pending is None:
         return
     if if_saving == "refuse":

@@ -50,13 +50,23 @@ _THREAD_SECONDS = 30.0
 _TAG_OF_NOTHING = 5299  # nobody sends by it
 
 
+class Leaving(Protocol):
+    """What has threads that listen to other ranks."""
+
+    def say_goodbye(self) -> None:
+        """Called before the ranks meet."""
+
+    def close(self) -> None:
+        """Called afterwards."""
+
+
 class LeavingSession(Protocol):
     """What the end needs of the session of the process; `modelparallel.job.session.Session` is one."""
 
     ends_by_error: bool
     finishers: list[Callable[[float], None]]
     closers: list[Callable[[], None]]
-    transports: list[Any]
+    transports: list[Leaving]
 
     @property
     def config(self) -> Config: ...

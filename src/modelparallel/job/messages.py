@@ -232,10 +232,9 @@ def _known_to_peers(call: str, members: Group) -> AbstractContextManager[None]:
         for stage, global_rank in enumerate(ambient.groups.pp.ranks)
         if global_rank in members.ranks and global_rank != ambient.identity.global_rank
     ]
-    entered: AbstractContextManager[None] = ambient.runtime.engine.transport.in_group_call(
+    return ambient.runtime.in_group_call(
         f"{call} of {members.kind.value} group {list(members.ranks)}", f"{members.ranks}", stages
     )
-    return entered
 
 
 def _group(kind: GroupKind) -> Group:

@@ -10,9 +10,10 @@ import atexit
 import datetime
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -37,6 +38,21 @@ logger = logging.getLogger("modelparallel")
 DEVICE_VARIABLE = "MODELPARALLEL_DEVICE"
 
 
+class SharedRuntime(Protocol):
+    """What the step functions, models and optimizers of the process share; `training.runtime.Runtime` is one."""
+
+    @property
+    def models(self) -> Sequence[object]:
+        """The wrapped models."""
+
+    @property
+    def is_pipelined(self) -> bool:
+        """Whether there is more than one stage."""
+
+    def in_group_call(self, what: str, group: str, stages: Sequence[int]) -> AbstractContextManager[None]:
+        """The caller waits in a collective call outside the steps, which the other stages should know."""
+
+
 @dataclass
 class Session:
     """What `smp.init()` made."""
@@ -48,14 +64,13 @@ class Session:
     device: torch.device
     # All process groups, so that a second smp.init makes only those that are missing, and all are destroyed at the end.
     made_groups: MadeGroups
-    # What the wrappers share (`runtime.Runtime`); made by them when it is first needed.
-    runtime: Any = None
+    # Made by the wrappers when it is first needed.
+    runtime: SharedRuntime | None = None
     # Called at the end: first, with the seconds that each may take, those that finish what works in the background;
     # then, before the connections are closed, the others. The order does not matter.
     finishers: list[Callable[[float], None]] = field(default_factory=list)
     closers: list[Callable[[], None]] = field(default_factory=list)
-    # What has threads that listen to other ranks: `say_goodbye()` before the ranks meet, `close()` afterwards.
-    transports: list[Any] = field(default_factory=list)
+    transports: list[ending.Leaving] = field(default_factory=list)
     # The process is known to end by an error, which `sys` does not say of an exit code.
     ends_by_error: bool = False
     _has_default_group: bool = False

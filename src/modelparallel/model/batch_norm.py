@@ -86,13 +86,10 @@ class GroupBatchNorm(nn.SyncBatchNorm):
         return F.batch_norm(input, mean, variance, self.weight, self.bias, uses_batch, factor, self.eps)
 
 
-def synchronise_batch_norms(module: nn.Module, groups: Groups, *, has_equal_batches_over_tp: bool) -> None:
-    """Make every ``SyncBatchNorm`` of a model one over the right ranks, in place.
-
-    ``has_equal_batches_over_tp``: the ranks of a TP_GROUP feed the same batch. Raises SMPConfigError for a group of
-    ranks that do not all run the layer.
+def synchronise_batch_norms(module: nn.Module, groups: Groups, default: Group) -> None:
+    """Make every ``SyncBatchNorm`` of a model one over the right ranks, in place. ``default``: those that feed samples
+    of their own. Raises SMPConfigError for a group of ranks that do not all run the layer.
     """
-    default = groups.rdp if has_equal_batches_over_tp else groups.dp
     moved = []
     for name, part in module.named_modules():
         if not isinstance(part, nn.SyncBatchNorm):

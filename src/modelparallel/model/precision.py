@@ -15,23 +15,25 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from modelparallel.precision import cast_floating, cast_tensors, half_dtype, scaled_backward
+from modelparallel.precision import cast_floating, cast_tensors, scaled_backward
 from modelparallel.tensor_parallel.distributed_module import DistributedModule
 
 if TYPE_CHECKING:
     from modelparallel.config.reading import Config
+    from modelparallel.training.decisions import Decisions
     from modelparallel.training.participants import ParameterHolder, Participant
 
 
 class ModelPrecision:
     """The precision that one model trains in."""
 
-    def __init__(self, model: Participant, config: Config) -> None:
+    def __init__(self, model: Participant, config: Config, decisions: Decisions) -> None:
         self._model: Participant = weakref.proxy(model)
         self._config = config
-        self.half = half_dtype(self._config)
+        self._has_loss_scale = decisions.has_loss_scale
+        self.half = decisions.half
         #: Whether the model stays as it is until its parameters are sharded: shards are in full precision.
-        self.casts_when_placed = self._config.sharded_data_parallel_degree > 1
+        self.casts_when_placed = decisions.shards_parameters
         self._optimizer: weakref.ref[ParameterHolder] | None = None
 
     def cast_module(self, module: nn.Module, keep: set[int] | None = None) -> None:
@@ -56,13 +58,13 @@ class ModelPrecision:
         if self.half is None:
             return output
         result = cast_floating(output, torch.float32, only=self.half)
-        if not is_in_step and self._config.fp16 and torch.is_grad_enabled():
+        if not is_in_step and self._has_loss_scale and torch.is_grad_enabled():
             result = scaled_backward(result, self.loss_scale)
         return result
 
     def loss_scale(self) -> float:
         """What the loss of a backward is multiplied by now."""
-        if not self._config.fp16:
+        if not self._has_loss_scale:
             return 1.0
         optimizer = None if self._optimizer is None else self._optimizer()
         if optimizer is None:

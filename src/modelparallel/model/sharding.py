@@ -18,7 +18,6 @@ from modelparallel.comm.making import divide_group
 from modelparallel.data_parallel.sharding import ShardedParameters, ShardingGroups
 from modelparallel.data_parallel.sharding_plan import plan_sharding
 from modelparallel.errors import SMPConfigError
-from modelparallel.precision import half_dtype
 from modelparallel.torch_compat import has_own_compiled_call
 from modelparallel.torch_compat.dtensors import mend_dtensors
 
@@ -48,11 +47,11 @@ def shard_parameters(
     its storage and its values, but for ``others`` (identities): parameters that are sharded get theirs group by group.
     Collective over the data-parallel group; the values must be equal by now.
     """
-    session, config = runtime.session, runtime.session.config
-    if config.sharded_data_parallel_degree == 1:
+    session, config, decisions = runtime.session, runtime.session.config, runtime.decisions
+    if not decisions.shards_parameters:
         return None
     mend_dtensors()
-    by_visit = gathers_by_visit(config, is_pipelined=runtime.is_pipelined, finds_unused=finds_unused)
+    by_visit = decisions.gathers_by_visit(finds_unused=finds_unused)
     plan = plan_sharding(
         module,
         units,
@@ -74,7 +73,7 @@ def shard_parameters(
         plan.parameters,
         groups,
         device=session.device,
-        policy=_policy(config),
+        policy=_policy(decisions.half, config),
         gathers_by_visit=by_visit,
         max_live=config.sdp_max_live_parameters,
         timeout_seconds=config.timeout_seconds,
@@ -100,20 +99,7 @@ def check_can_shard(module: nn.Module, config: Config) -> None:
             )
 
 
-def gathers_by_visit(config: Config, *, is_pipelined: bool, finds_unused: bool) -> bool:
-    """What ``sdp_gather: auto`` means.
-
-    With a pipeline gradients stay whole until the end of the step in any case, and there are as many visits as
-    microbatches: gathering once costs the parameters' own bytes and saves all the gathering. Without, by visit, as
-    FSDP does; but not if it is said that ranks may use different parameters.
-    """
-    if config.sdp_gather == "auto":
-        return not is_pipelined and not finds_unused
-    return config.sdp_gather == "visit"
-
-
-def _policy(config: Config) -> MixedPrecisionPolicy:
-    half = half_dtype(config)
+def _policy(half: torch.dtype | None, config: Config) -> MixedPrecisionPolicy:
     reduced = torch.float32 if half is not None and config.fp32_grad_accumulation else None
     return MixedPrecisionPolicy(param_dtype=half, reduce_dtype=reduced)
 

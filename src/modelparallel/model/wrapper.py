@@ -142,9 +142,8 @@ class DistributedModel(PlannedModel):
         check_can_shard(module, config)
         self._units = find_units(module)
         take_off_compiled_calls(module, self._units)
-        is_prescaled = config.prescaled_batch and active.groups.tp.size > 1
-        synchronise_batch_norms(module, active.groups, has_equal_batches_over_tp=is_prescaled)
-        self.__dict__["_precision"] = ModelPrecision(self, active.config)
+        synchronise_batch_norms(module, active.groups, runtime.decisions.samples)
+        self.__dict__["_precision"] = ModelPrecision(self, config, runtime.decisions)
         if not self._precision.casts_when_placed:
             self._precision.cast_module(module)
         if not runtime.is_pipelined:

@@ -73,7 +73,7 @@ def full_state_dict(optimizer: StatefulOptimizer) -> dict[str, Any]:
 
 
 def _with_scaler(optimizer: StatefulOptimizer, result: dict[str, Any]) -> dict[str, Any]:
-    if optimizer._runtime.session.config.fp16:
+    if optimizer._runtime.decisions.has_loss_scale:
         result[SCALER_KEY] = optimizer.loss_scaler.state_dict()
     return result
 

@@ -17,7 +17,7 @@ from torch import nn
 
 from modelparallel.errors import SMPConfigError, StepUsageError
 from modelparallel.parameters.shards import local_part
-from modelparallel.precision import half_dtype, make_master, unscale, update_masters, write_back
+from modelparallel.precision import make_master, unscale, update_masters, write_back
 from modelparallel.torch_compat.private_parts import version_of
 from modelparallel.training.participants import Participant, Target
 
@@ -129,12 +129,12 @@ class Targets:
                     if other.targets is not self and not other.targets.are_trivial:
                         other.renew_targets()
             sources = [(shard.tensor, shard) for shard in shards.shards_of(parameter)]
-        half = half_dtype(self._runtime.session.config)
+        half, has_loss_scale = self._runtime.decisions.half, self._runtime.decisions.has_loss_scale
         targets = []
         for source, shard in sources:
             if half is not None and source.dtype == half:
                 targets.append(Target(parameter, source, make_master(source), shard))
-            elif self._runtime.session.config.fp16:
+            elif has_loss_scale:
                 twin = nn.Parameter(source.detach(), requires_grad=source.requires_grad)
                 targets.append(Target(parameter, source, twin, shard, is_twin=True))
             else:
@@ -272,7 +272,7 @@ def check_may_be_divided(optimizer: torch.optim.Optimizer, runtime: Runtime) -> 
     """Raise SMPConfigError for LBFGS where a rank has a part of the model, or masters take the parameters' place, and
     for SparseAdam where gradients are reduced.
     """
-    config = runtime.session.config
+    decisions = runtime.decisions
     if isinstance(optimizer, torch.optim.SparseAdam) and runtime.session.groups.dp.size > 1:
         raise SMPConfigError(
             "SparseAdam takes sparse gradients, but gradients become dense when they are reduced over the "
@@ -281,13 +281,13 @@ def check_may_be_divided(optimizer: torch.optim.Optimizer, runtime: Runtime) -> 
         )
     if not isinstance(optimizer, torch.optim.LBFGS):
         return
-    if runtime.session.groups.mp.size > 1 or runtime.shares_out_parameters:
+    if decisions.is_divided:
         raise SMPConfigError(
             "LBFGS looks at all parameters together, so that no rank may hold only a part of them: use another "
             "optimizer, or leave out pipeline_parallel_degree, tensor_parallel_degree, shard_optimizer_state and "
             "sharded_data_parallel_degree"
         )
-    if config.fp16 or config.bf16:
+    if decisions.half is not None:
         raise SMPConfigError(
             "LBFGS evaluates its closure within an update, where with fp16 and bf16 the fp32 masters are not in the "
             "model yet: leave out fp16 and bf16, or use another optimizer"

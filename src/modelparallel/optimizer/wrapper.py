@@ -22,7 +22,7 @@ from modelparallel.optimizer.norms import DistributedNorms
 from modelparallel.optimizer.probe import OptimizerProbe, needs_probe
 from modelparallel.optimizer.targets import Targets, check_may_be_divided, updates_each_element_alone
 from modelparallel.parameters.retired import name_before, replacement_of
-from modelparallel.precision import LossScaler, half_dtype
+from modelparallel.precision import LossScaler
 from modelparallel.torch_compat.private_parts import version_of
 from modelparallel.training import gradient_norm
 from modelparallel.training import runtime as runtime_module
@@ -88,7 +88,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
         check_may_be_divided(optimizer, self._runtime)
         self._all: list[list[nn.Parameter]] = []
         self._waiting_state: tuple[Mapping[str, Any], bool] | None = None
-        self.loss_scaler = scaler if self._runtime.session.config.fp16 else LossScaler(1.0, None)
+        self.loss_scaler = scaler if self._runtime.decisions.has_loss_scale else LossScaler(1.0, None)
         #: What the inner optimizer updates for the parameters.
         self.targets = Targets(optimizer, self._runtime)
         self.own_parts = FlatGroups(self)
@@ -100,7 +100,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
         # Whether some gradient here is not finite, once the gradients are collected.
         self._overflow: torch.Tensor | None = None
         self._probe = self._make_probe() if needs_probe(optimizer) else None
-        if half_dtype(self._runtime.session.config) is not None and hasattr(type(optimizer), "zero_grad"):
+        if self._runtime.decisions.half is not None and hasattr(type(optimizer), "zero_grad"):
             self._clear_by_inner()
         self.settle()
         self._runtime.optimizers.append(weakref.ref(self))
@@ -197,11 +197,11 @@ class DistributedOptimizer(torch.optim.Optimizer):
     def _update(self, closure: Callable[[], Any] | None) -> Any:
         if not self._has_checked_parameters:
             self._check_parameters()
-        config = self._runtime.session.config
-        clips = config.sharded_data_parallel_degree > 1
+        decisions = self._runtime.decisions
+        has_loss_scale, clips = decisions.has_loss_scale, decisions.shards_parameters
         # A closure may run the first step, in which the model is partitioned and shards take the parameters' place.
         is_settled = closure is None or not self.has_unpartitioned_parameters()
-        if self.targets.are_trivial and not clips and not config.fp16 and is_settled:
+        if self.targets.are_trivial and not clips and not has_loss_scale and is_settled:
             return (
                 self.optimizer.step()
                 if closure is None
@@ -214,14 +214,14 @@ class DistributedOptimizer(torch.optim.Optimizer):
         for model in self.targets.models():
             model.gradients.joining.announce_update(self)
         self.collect_gradients()
-        if config.fp16:
+        if has_loss_scale:
             self.overflow = self.step_was_skipped = self._agreed_overflow()
             self.loss_scaler.update_scale(self.overflow)
             if self.overflow:
                 self.targets.skip_update()
                 return result
         if clips:
-            self._global_grad_norm = self._clip(config.sdp_gradient_clipping)
+            self._global_grad_norm = self._clip(self._runtime.session.config.sdp_gradient_clipping)
         self.targets.refresh_masters()
         if closure is None or self._probe is None:
             self.optimizer.step()
@@ -319,11 +319,10 @@ class DistributedOptimizer(torch.optim.Optimizer):
     # Optimizers of unknown kind
 
     def _make_probe(self) -> OptimizerProbe | None:
-        session, runtime = self._runtime.session, self._runtime
-        is_divided = session.groups.mp.size > 1 or runtime.shares_out_parameters
-        if not is_divided and not (session.config.fp16 or session.config.bf16):
+        decisions = self._runtime.decisions
+        if not decisions.is_divided and decisions.half is None:
             return None
-        return OptimizerProbe(self.optimizer, self.targets.row_of, self._around_call, is_divided=is_divided)
+        return OptimizerProbe(self.optimizer, self.targets.row_of, self._around_call, is_divided=decisions.is_divided)
 
     def _around_call(self, name: str) -> Callable[[], None]:
         """A method of the inner optimizer beside ``step`` begins; the result is for its end."""
@@ -336,7 +335,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
         def after() -> None:
             if before == [version_of(tensor) for tensor in tensors]:
                 return
-            if self._runtime.shares_out_parameters:
+            if self._runtime.decisions.shares_out_parameters:
                 raise UnsupportedError(
                     f"{type(self.optimizer).__name__}.{name} changes parameters that are shared out among ranks, which "
                     "optimizer.step() alone may do: leave out shard_optimizer_state and sharded_data_parallel_degree"
@@ -351,16 +350,15 @@ class DistributedOptimizer(torch.optim.Optimizer):
         """Give masters and shards the gradients of the model, without the scale of the loss; local, and cheap if they
         have them.
         """
-        config = self._runtime.session.config
-        overflow = self.targets.collect_gradients(self.loss_scaler.loss_scale, is_checked=config.fp16)
+        is_checked = self._runtime.decisions.has_loss_scale
+        overflow = self.targets.collect_gradients(self.loss_scaler.loss_scale, is_checked=is_checked)
         if overflow is not None:
             self._overflow = overflow
 
     def _agreed_overflow(self) -> bool:
-        groups, overflow = self._runtime.session.groups, self._overflow
+        group, overflow = self._runtime.decisions.whole_model, self._found
         if overflow is None:
             overflow = torch.zeros((), device=self._runtime.session.device)
-        group = groups.world if self._runtime.shares_out_parameters else groups.mp
         self._overflow = None
         if group.size > 1:
             gradient_norm.reduce(overflow, group, dist.ReduceOp.MAX, self._runtime, "overflow")

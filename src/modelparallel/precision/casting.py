@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from modelparallel import trees
 from modelparallel.torch_compat.functions import unchanged, with_backward
-
-if TYPE_CHECKING:
-    from modelparallel.config.table import Config
-
-
-def half_dtype(config: Config) -> torch.dtype | None:
-    """What ``fp16`` or ``bf16`` train in; None: what the model is in."""
-    return torch.float16 if config.fp16 else torch.bfloat16 if config.bf16 else None
 
 
 def cast_tensors(module: nn.Module, dtype: torch.dtype, keep: set[int] | None = None) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.data import Dataset
@@ -21,6 +21,10 @@ from modelparallel import trees
 from modelparallel.comm.collectives.started import exchange_integers
 from modelparallel.errors import SMPConfigError
 from modelparallel.job import session
+from modelparallel.training.decisions import Decisions
+
+if TYPE_CHECKING:
+    from modelparallel.comm.groups import Groups
 
 #: Steps in which inputs are compared.
 _NUM_STEPS = 3
@@ -49,7 +53,7 @@ def data_sampler(dataset: Dataset[Any], **options: Any) -> DistributedSampler[An
             f"smp.data_sampler: a dataset of type {type(dataset).__name__} has no length: let its __iter__ skip the "
             "samples of others, by smp.dp_rank() of smp.dp_size()"
         )
-    group = active.groups.rdp if active.config.prescaled_batch else active.groups.dp
+    group = Decisions.of(active.config, active.groups).samples
     return DistributedSampler(dataset, num_replicas=group.size, rank=group.rank_in_group, **options)
 
 
@@ -90,7 +94,7 @@ class InputChecks:
             # Distinct from no tensors at all.
             self._checksum = checksum + 1 if tensors else 0
 
-    def compare_copies(self, groups: Any, *, is_prescaled: bool) -> str:
+    def compare_copies(self, groups: Groups, *, is_prescaled: bool) -> str:
         """What to say about the noted arguments; after a reduction of gradients. Collective over DP_GROUP."""
         checksum, self._checksum = self._checksum, None
         if checksum is None or not self._num_left_of_copies:

@@ -46,8 +46,7 @@ def agree_on_found_infs(runtime: Runtime) -> None:
         return any(optimizer is other for other in runtime.live_optimizers())
 
     def agree(overflow_by_device: dict[torch.device, torch.Tensor]) -> None:
-        groups, device = runtime.session.groups, runtime.session.device
-        group = groups.world if runtime.shares_out_parameters else groups.mp
+        group, device = runtime.decisions.whole_model, runtime.session.device
         total = torch.zeros((), dtype=torch.float32, device=device)
         for value in overflow_by_device.values():
             total = torch.maximum(total, value.to(device))

@@ -118,15 +118,14 @@ def total_norm(runtime: Runtime, parts: Sequence[_CountedGradient], norm_type: f
     order = float(norm_type)
     if not order > 0:
         raise SMPConfigError(f"norm_type: expected a number > 0 or inf, got {norm_type!r}")
-    groups, device = runtime.session.groups, runtime.session.device
-    is_shared_out = runtime.shares_out_parameters
+    decisions, device = runtime.decisions, runtime.session.device
+    is_shared_out, group = decisions.shares_out_parameters, decisions.whole_model
     if is_shared_out and any(model.gradients.joining.is_joining for model in runtime.models):
         raise StepUsageError(
             "the norm of the gradient is a sum over all ranks where parameters are shared out among them "
             "(shard_optimizer_state), but inside model.join() ranks that ran out of batches do not take part: clip "
             "without join(), or leave shard_optimizer_state out"
         )
-    group = groups.world if is_shared_out else groups.mp
     own = [part.exact for part in parts if (part.is_counted_in_world if is_shared_out else part.is_counted_in_copy)]
     total = torch.zeros((), dtype=torch.float64, device=device)
     with torch.no_grad():
@@ -271,11 +270,10 @@ def intercept_clipping(runtime: Runtime) -> None:
 
     Nothing changes for parameters of models that are not wrapped, and for jobs in which every rank holds all.
     """
-    groups = runtime.session.groups
 
     def can_matter() -> bool:
         has_masters = any(not optimizer.targets.are_trivial for optimizer in runtime.live_optimizers())
-        return groups.mp.size > 1 or has_masters or runtime.shares_out_parameters
+        return has_masters or runtime.decisions.is_divided
 
     def are_ours(parameters: Sequence[torch.Tensor]) -> bool:
         parameters = without_retired(parameters)

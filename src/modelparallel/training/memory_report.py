@@ -211,17 +211,18 @@ def predicted_memory(runtime: Runtime) -> MemoryEstimate:
         for row, buffer in model.table.buffers():
             if model.table.is_local(row, stage):
                 buffer_bytes += buffer.nbytes
-    is_half = config.fp16 or config.bf16
-    degree = config.sharded_data_parallel_degree
+    decisions, degree = runtime.decisions, config.sharded_data_parallel_degree
     settings = MemorySettings(
         optimizer_tensors=_optimizer_tensors(runtime),
-        has_masters=is_half,
+        has_masters=decisions.half is not None,
         parameter_shards=degree,
         gradient_shards=degree,
-        optimizer_shards=degree if degree > 1 else groups.rdp.size if config.shard_optimizer_state else 1,
+        optimizer_shards=decisions.optimizer_shards,
     )
     has_buckets = (
-        groups.dp.size > 1 and degree == 1 and not any(model.gradients.are_views_of_buckets for model in runtime.models)
+        groups.dp.size > 1
+        and not decisions.shards_parameters
+        and not any(model.gradients.are_views_of_buckets for model in runtime.models)
     )
     planned = [_planned_activations(model, stage) for model in runtime.models]
     return estimate_memory(
@@ -337,11 +338,11 @@ def _ways_out(runtime: Runtime, held: RankMemory) -> list[str]:
     if runtime.is_pipelined and config.active_microbatches > 1:
         activations.insert(1, f"fewer microbatches in flight (active_microbatches: {config.active_microbatches - 1})")
     state = []
-    if groups.dp.size > 1 and not config.shard_optimizer_state and config.sharded_data_parallel_degree == 1:
+    if groups.dp.size > 1 and not runtime.decisions.shares_out_parameters:
         state.append("share the optimizer state out (shard_optimizer_state: True)")
         state.append(f"share everything out (sharded_data_parallel_degree: {groups.dp.size})")
     state.append(f"more stages (pipeline_parallel_degree: {2 * config.pipeline_parallel_degree})")
-    if not (config.fp16 or config.bf16):
+    if runtime.decisions.half is None:
         state.append("half precision (bf16: True)")
     fixed = predicted.total - predicted.activations
     is_state = fixed > 2 * (held.activations or predicted.activations or fixed)

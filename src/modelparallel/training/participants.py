@@ -145,6 +145,21 @@ class Target:
         return self.tensor is not self.source
 
 
+class BackgroundSave(Protocol):
+    """A checkpoint that is written in the background."""
+
+    tag: str
+
+    def done(self) -> bool:
+        """Whether it is complete, or has failed."""
+
+    def wait(self) -> None:
+        """Wait until it is complete, on all ranks."""
+
+    def finish(self, seconds: float) -> None:
+        """The process ends: wait so long for it."""
+
+
 class HeldTargets(Protocol):
     """What an optimizer updates for the parameters, as other optimizers see it."""
 

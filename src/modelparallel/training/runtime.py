@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from modelparallel.comm.stages.channels import PairChannels
@@ -16,11 +17,13 @@ from modelparallel.parameters.index import ParameterIndex
 from modelparallel.pipeline.engine import PipelineEngine
 from modelparallel.recomputation.offload import HostStore
 from modelparallel.training.data_of_ranks import InputChecks
+from modelparallel.training.decisions import Decisions
 from modelparallel.training.event_files import EventFile
 
 if TYPE_CHECKING:
+    from modelparallel.config.reading import Config
     from modelparallel.parameters.table import ParameterTable
-    from modelparallel.training.participants import ParameterHolder, Participant, RunningStep
+    from modelparallel.training.participants import BackgroundSave, ParameterHolder, Participant, RunningStep
 
 logger = logging.getLogger("modelparallel")
 
@@ -52,10 +55,8 @@ class Runtime:
         if of.config.offload_activations:
             self._unused_store = HostStore(of.device, of.config.activation_loading_horizon)
             self.engine.activation_store = self._unused_store
-        if of.config.sharded_data_parallel_degree > 1 and of.config.sdp_gather == "visit":
-            self.engine.plans.lockstep_group = of.groups.dp  # each visit of a module gathers its parameters
-        elif of.groups.tp.size > 1:
-            self.engine.plans.lockstep_group = of.groups.tp
+        self._decided: tuple[Config, Decisions] = of.config, Decisions.of(of.config, of.groups)
+        self.engine.plans.lockstep_group = self.decisions.lockstep
         self.engine.plans.are_logged = of.groups.world.rank_in_group == 0  # not by every copy of the first stage
         self._transport = transport
         if self._event_file is not None and self._event_file.is_written_at_exit:
@@ -76,8 +77,8 @@ class Runtime:
         # messages from this process's.
         self.num_earlier_steps = 0
         self.optimizers: list[weakref.ref[ParameterHolder]] = []
-        #: The checkpoint that was last saved in the background (``checkpoints.writing.PendingSave``).
-        self.background_save: Any = None
+        #: The checkpoint that was last saved in the background.
+        self.background_save: BackgroundSave | None = None
 
     @staticmethod
     def _pair_channels(of: session.Session) -> PairChannels | None:
@@ -115,12 +116,17 @@ class Runtime:
         """Whether there is more than one stage."""
         return self.engine.num_stages > 1
 
+    def in_group_call(self, what: str, group: str, stages: Sequence[int]) -> AbstractContextManager[None]:
+        """While the caller waits in a collective call outside the steps; see `StageTransport`."""
+        return self.engine.transport.in_group_call(what, group, stages)
+
     @property
-    def shares_out_parameters(self) -> bool:
-        """Whether parameters may be shared out among ranks; by the configuration, so that all ranks say the same."""
+    def decisions(self) -> Decisions:
+        """What the configuration means; made anew if another ``smp.init`` has added to it."""
         config = self.session.config
-        has_copies = self.session.groups.dp.size > 1
-        return has_copies and (config.shard_optimizer_state or config.sharded_data_parallel_degree > 1)
+        if self._decided[0] is not config:
+            self._decided = config, Decisions.of(config, self.session.groups)
+        return self._decided[1]
 
     def live_optimizers(self) -> list[ParameterHolder]:
         """The wrapped optimizers that still exist."""
@@ -140,11 +146,9 @@ class Runtime:
 def current() -> Runtime:
     """The runtime of this process; raises NotInitializedError before smp.init()."""
     active = session.current()
-    runtime: Any = active.runtime
-    if runtime is None:
-        runtime = active.runtime = Runtime(active)
-    result: Runtime = runtime
-    return result
+    if not isinstance(active.runtime, Runtime):
+        active.runtime = Runtime(active)
+    return active.runtime
 
 
 def init(config: Mapping[str, Any] | str | None = None) -> None:

@@ -45,7 +45,6 @@ from modelparallel.job.messages import allgather
 from modelparallel.model import creation as construction
 from modelparallel.model.wrapper import DistributedModel
 from modelparallel.optimizer.wrapper import wrapped_optimizers
-from modelparallel.precision import half_dtype
 from modelparallel.training import runtime as runtime_module
 
 if TYPE_CHECKING:
@@ -191,7 +190,7 @@ class _Export:
         dtype = parameter.dtype if key is None else whole.described[key].dtype
         wanted, sharding = self.dtype, self.model.gradients.sharding
         if wanted is None and sharding is not None and isinstance(parameter, nn.Parameter) and sharding.has(parameter):
-            wanted = half_dtype(self.runtime.session.config)  # shards are in full precision, the model computes in half
+            wanted = self.runtime.decisions.half  # shards are in full precision, the model computes in half
         if wanted is not None and dtype.is_floating_point:
             dtype = wanted
         return TensorToWrite(dtype, tensor.shape)

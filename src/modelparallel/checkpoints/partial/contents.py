@@ -119,7 +119,7 @@ def _other_entries(model: DistributedModel) -> Iterator[tuple[str, Any]]:
 def optimizer_contents(optimizer: DistributedOptimizer, prefix: str) -> Contents:
     """What this rank should offer to write of ``optimizer``. Local."""
     result = Contents(objects={f"{prefix}.param_groups": group_settings(optimizer)})
-    if optimizer._runtime.session.config.fp16:
+    if optimizer._runtime.decisions.has_loss_scale:
         result.objects[f"{prefix}.{optimizer_states.SCALER_KEY}"] = optimizer.loss_scaler.state_dict()
     stage, inner = optimizer._runtime.engine.stage, optimizer.optimizer.state
     for parameter, row in named_parameters(optimizer):

@@ -226,7 +226,7 @@ class OptimizerLoad:
         )
         for identity, entry, key in self._objects_of:
             self._values[identity][entry] = entries[key]
-        if scaler in entries and optimizer._runtime.session.config.fp16:
+        if scaler in entries and optimizer._runtime.decisions.has_loss_scale:
             optimizer.loss_scaler.load_state_dict(entries[scaler])
         if self._masters_only:
             self._give_masters()
