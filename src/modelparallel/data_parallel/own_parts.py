@@ -26,11 +26,12 @@ if TYPE_CHECKING:
 def mark_own_parts(parameters: Sequence[nn.Parameter], sharded: ShardedParameters) -> None:
     """Give each parameter of a model the attributes that say what this rank keeps of it. Local."""
     group = sharded.shard_group
-    for parameter in parameters:
-        if sharded.has(parameter):
-            mark_own_part(parameter, parameter, local_part(parameter.detach()).reshape(-1))
-        else:
-            mark_own_part(parameter, parameter, own_part_of(parameter.detach(), group))
+    with torch.no_grad():  # a DTensor gives its local part at once then
+        for parameter in parameters:
+            if sharded.has(parameter):
+                mark_own_part(parameter, parameter, local_part(parameter).detach().reshape(-1))
+            else:
+                mark_own_part(parameter, parameter, own_part_of(parameter.detach(), group))
 
 
 def mark_own_part(tensor: Any, parameter: nn.Parameter, part: Any) -> None:

@@ -241,9 +241,7 @@ class ShardedParameters:
                 group.inner.take_off_hooks()
         if not self._is_pipelined:
             group.inner.notice_backward(lambda: self._notice(group))
-        # Once, so that the gathered parameters exist, which other parts of the library want to know.
-        inner.gather()
-        inner.free()
+        inner.make_whole()  # other parts of the library want to know the gathered parameters
         inner.keep_place([item.name for item in items])
         self._all.append(group)
         for item, entry in zip(items, entries, strict=True):

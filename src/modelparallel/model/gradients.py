@@ -85,6 +85,8 @@ class ModelGradients:
         # Steps that were left by an exception, where parameters are sharded.
         self._raised: RaisedSteps | None = None
         self._num_backward_steps = 0
+        # Whether something waits for storage until parameters are sharded.
+        self._has_late = False
         # Whether the weights of the data-parallel copies were compared.
         self._has_agreed = False
         # Counted here as well as in the reducer: before the partition there is none.
@@ -105,6 +107,7 @@ class ModelGradients:
             if self._tied_copies is not None:
                 self._tied_copies.make_equal()
         self._make_equal(lambda tensor: not is_deferred(tensor))
+        self._has_late = any(is_deferred(tensor) for _, tensor in self._everything())
         if groups.dp.size == 1:
             return
         self.sharding = shard_parameters(
@@ -152,6 +155,8 @@ class ModelGradients:
 
     def _place_late(self, part: nn.Module, others: set[int]) -> None:
         """Before parameters are sharded: those of ``part`` that wait for storage get it, but for ``others``."""
+        if not self._has_late:
+            return
         inside = [tensor for tensor in (*part.parameters(), *part.buffers()) if is_deferred(tensor)]
         rows = [(self._table.row_of(tensor), tensor) for tensor in inside if id(tensor) not in others]
         waiting = list(self._local((row, tensor) for row, tensor in rows if row is not None))

@@ -356,7 +356,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
             self._overflow = overflow
 
     def _agreed_overflow(self) -> bool:
-        group, overflow = self._runtime.decisions.whole_model, self._found
+        group, overflow = self._runtime.decisions.whole_model, self._overflow
         if overflow is None:
             overflow = torch.zeros((), device=self._runtime.session.device)
         self._overflow = None

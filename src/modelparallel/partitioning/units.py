@@ -63,9 +63,11 @@ def find_units(root: nn.Module) -> tuple[str, ...]:
 
 def has_weights(module: nn.Module) -> bool:
     """Whether ``module`` holds, somewhere inside, a parameter or the running statistics of a norm."""
-    if next(module.parameters(), None) is not None:
-        return True
-    return any(has_running_statistics(inner) for inner in module.modules())
+    return _has_own_weights(module) or any(map(_has_own_weights, module.modules()))
+
+
+def _has_own_weights(module: nn.Module) -> bool:
+    return any(own is not None for own in module._parameters.values()) or has_running_statistics(module)
 
 
 def is_whole(module: nn.Module) -> bool:

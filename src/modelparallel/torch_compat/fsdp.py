@@ -229,6 +229,16 @@ class FSDPGroup:
         self._inner.reduce_grads = self._inner.all_reduce_grads = reduces
         self._inner.reshard_after_backward = frees
 
+    def make_whole(self) -> None:
+        """Make the gathered parameters, without memory and values: the first gathering would. Local."""
+        self._inner.lazy_init()
+        num_ranks = self._inner.mesh_info.shard_mesh_size
+        for inner in self._inner.fsdp_params:
+            dtype = inner.param_dtype or inner.orig_dtype
+            inner.init_all_gather_outputs([inner._sharded_param_data.numel()], [dtype], num_ranks, self._device)
+            inner.init_unsharded_param()
+            inner.free_unsharded_param()
+
     @property
     def is_gathered(self) -> bool:
         """Whether the whole parameters are in memory."""
