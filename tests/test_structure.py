@@ -207,6 +207,15 @@ def test_no_module_is_named_after_nothing():
         assert "utils" not in words or relative(path) in UTILS, relative(path)
 
 
+def test_no_two_classes_have_one_name():
+    places = {}
+    for name, path in FILES.items():
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ClassDef):
+                places.setdefault(node.name, []).append(f"{place_of(name)}:{node.lineno}")
+    assert not {name: where for name, where in places.items() if len(where) > 1}
+
+
 def test_no_module_file_hides_a_public_function():
     import modelparallel
 

@@ -112,7 +112,7 @@ class Lookout:
                 self.waits[ident] = outer
 
     def words_of(self, peers: Sequence[int], since: float) -> str:
-        """What those that are waited for have said of where they stand, a line for each. Local.
+        """What the ranks that are waited for have said of where they stand, a line for each. Local.
 
         ``since``: what is older says nothing. Of many peers, those that do not wait themselves come first.
         """

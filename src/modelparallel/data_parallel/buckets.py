@@ -423,7 +423,7 @@ def flat_view(piece: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
 def fill_buckets(
     entries: Sequence[ReducedParameter], slots: Sequence[Slot], bucket_cap_mb: float
 ) -> list[tuple[list[Slot], Group]]:
-    """Put the slots into buckets, in the order in which they are to be launched; those of a bucket have one group,
+    """Put the slots into buckets, in the order in which they are to be launched; the slots of a bucket have one group,
     divisor, dtype and device.
 
     Backward makes the gradients in about the reverse of the order of the parameters, so the buckets are filled from

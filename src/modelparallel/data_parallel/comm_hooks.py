@@ -11,7 +11,7 @@ data-parallel group. So a state of None is replaced by the process group of the 
 ``process_group`` is None has that group during the call.
 
 On the CPU hooks are called when the backward is over, one after another: a hook of several collectives starts the later
-ones from a thread of gloo, so the order of those of two buckets would differ from rank to rank.
+ones from a thread of gloo, so the order of the collectives of two buckets would differ from rank to rank.
 """
 
 from __future__ import annotations

@@ -540,7 +540,7 @@ class GradientReducer:
             slot.num_present = max(1, slot.group_size * num_present // self._divisor)
 
     def shadow_reduction(self, divisor: int, num_present: int) -> None:
-        """Take part in a reduction of the others without gradients; those of this rank's shards are kept."""
+        """Take part in a reduction of the others without gradients; the gradients of this rank's shards are kept."""
         self._divide(divisor, num_present)
         for slot in self._slots.values():
             slot.is_silent = True

@@ -80,9 +80,9 @@ def next_start(
 
     Args:
         counts: the numbers of processes that the model can have, the largest first.
-        attempts: those that were, at least one, all failed.
+        attempts: the attempts so far, at least one, all failed.
         names: the devices of this host; empty for the CPU.
-        working: those of them that answer.
+        working: the devices among ``names`` that answer.
 
     Raises `LaunchError` if too few devices are left for the least number of processes.
     """

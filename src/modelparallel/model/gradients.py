@@ -95,8 +95,8 @@ class ModelGradients:
         self.joining = ModelJoin(runtime, table, self)
 
     def start(self, module: nn.Module, units: Sequence[str], cast: Callable[[nn.Module, set[int]], None]) -> None:
-        """The local parameters are in place: make them, and the buffers, equal on all holders, shard those that are to
-        be sharded, and from now on reduce gradients. Collective over the world.
+        """The local parameters are in place: make them, and the buffers, equal on all holders, shard the parameters
+        that are to be sharded, and from now on reduce gradients. Collective over the world.
 
         ``units``: the names of the modules in ``module`` that run here. ``cast(module, kept)``: casts what is not
         sharded and not ``kept`` (identities) to the precision that the model is to compute in.
@@ -154,7 +154,7 @@ class ModelGradients:
         self._broadcast(((row, tensor) for row, tensor in self._everything() if is_wanted(tensor)), is_checked=True)
 
     def _place_late(self, part: nn.Module, others: set[int]) -> None:
-        """Before parameters are sharded: those of ``part`` that wait for storage get it, but for ``others``."""
+        """Before parameters are sharded: the tensors of ``part`` that wait for storage get it, but for ``others``."""
         if not self._has_late:
             return
         inside = [tensor for tensor in (*part.parameters(), *part.buffers()) if is_deferred(tensor)]

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 class DistributedEmbedding(DistributedModule):
     """``nn.Embedding`` whose table is cut along the embedding dim: ids [N, S] (any shape) -> [N, S, embedding_dim].
 
-    Each of the t ranks of TP_GROUP calls it with its own ids, gathers those of all, looks up its slice of the width,
+    Each of the t ranks of TP_GROUP calls it with its own ids, gathers the ids of all, looks up its slice of the width,
     and gets all slices of its own rows back. The number of ids may differ from rank to rank. Construction is local;
     calls and backward are collective over TP_GROUP.
 
@@ -37,7 +37,7 @@ class DistributedEmbedding(DistributedModule):
         _weight: the full table to start from, (num_embeddings, embedding_dim); otherwise the full table is drawn and
             then sliced, so that it does not depend on t for one seed.
         initializer_range: the full table is drawn from N(0, initializer_range), or N(0, 1) if that is None.
-        _skip_allgather: the ids already are those of all ranks, [t*N, S], in rank order, equal on all ranks.
+        _skip_allgather: the ids of all ranks are given, [t*N, S], in rank order, equal on all ranks.
         _skip_scatter_and_merge: leave the result as it is inside, [t*N, S, embedding_dim / t].
 
     Raises:

@@ -200,7 +200,7 @@ class Targets:
                 )
 
     def _members(self) -> list[Target]:
-        """The targets of all tensors that are in the groups now."""
+        """The targets of all tensors in the groups as they are now."""
         return [
             self._by_tensor.get(tensor) or Target(tensor, tensor, tensor)
             for group in self._optimizer.param_groups

@@ -279,7 +279,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
         return self.__dict__
 
     def _check_parameters(self) -> None:
-        """At the first update: the parameters should be those of wrapped models."""
+        """At the first update: the parameters should belong to wrapped models."""
         self._has_checked_parameters = True
         parameters = list(self.all_parameters())
         self._refuse_slices(parameters)

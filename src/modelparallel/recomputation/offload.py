@@ -23,7 +23,7 @@ class TransferCounts:
     """How many tensors, and bytes, have gone to host memory and come back, for tests and reports.
 
     Attributes:
-        ahead: those of the loaded that came back before they were asked for.
+        ahead: how many of the loaded came back before they were asked for.
     """
 
     stored: int = 0

@@ -326,7 +326,7 @@ def _own_part(call: RegionCall, result: Any, outputs: Outputs | None, is_pipelin
 class RankSlice(torch.Tensor):
     """An output of a region that is only this rank's slice of the features: any use of it is an error that says so.
 
-    Modules return attention weights whether or not they are wanted; those of all heads are on no rank.
+    Modules return attention weights whether or not they are wanted, and no rank has the weights of all heads.
     """
 
     _smp_origin: str

@@ -142,7 +142,7 @@ def default_recompile_limit() -> int | None:
 
 
 def hook_registries(module: nn.Module) -> tuple[Mapping[int, Any], ...]:
-    """What holds the hooks of a module, of all modules in it, and those that are registered for all modules at once.
+    """The dictionaries of the hooks of a module, of all modules in it, and of the hooks for all modules at once.
 
     There is no public way to ask whether a module has hooks.
     """
@@ -557,7 +557,7 @@ class ThreadState:
         self._saved_tensor_hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
 
     def keep_dispatch_modes(self) -> None:
-        """Let :meth:`active` leave the dispatch modes as it finds them: those of here may be closed by then."""
+        """Let :meth:`active` leave the dispatch modes as it finds them: the modes of here may be closed by then."""
         self._dispatch_modes = None
 
     @contextmanager

@@ -17,11 +17,11 @@ from modelparallel.torch_compat import tensor_in_archive
 
 @dataclass(frozen=True)
 class ArchiveHead:
-    """What is known of an archive.
+    """What is known of an archive, the form in which ``torch.save`` writes a tensor.
 
     Attributes:
-        beginning: its bytes before those of the tensor's storage.
-        tensor: one like that in it, on the meta device.
+        beginning: its bytes before the bytes of the tensor's storage.
+        tensor: one like the tensor in it, on the meta device.
     """
 
     beginning: bytes

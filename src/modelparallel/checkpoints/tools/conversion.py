@@ -138,9 +138,9 @@ def convert_to_safetensors(
         path, tag, overwrite, translate, model_index, verify, trust_pickles: as of `convert_to_full`; of a file of
             weights the names stay what they are.
 
-    Of a tensor with several names the first is written; the others are in the header of the files, as
+    A tensor with several names is written under the first; the other names are in the header of the files, as
     ``safetensors.torch.save_model`` has it. (All are written if the configuration says ``tie_word_embeddings: false``,
-    since transformers would not tie them.) What is no tensor is left out. Errors as of `convert_to_full`.
+    since transformers would not tie them.) Entries that are no tensors are left out. Errors as of `convert_to_full`.
     """
     destination = os.fspath(destination)
     check_free(destination, overwrite)

@@ -212,7 +212,7 @@ def prepare_families(model: nn.Module, *, keeps_weights: bool) -> None:
     """Before modules of ``model`` are replaced: `register_families`; and where the script has skipped transformers'
     initialisation, tie what is around replaced modules as their configurations say.
 
-    Weights around them are tied only where they do not count, since those of the replaced ones are new.
+    Weights around them are tied only where they do not count, since the weights of the replaced modules are new.
     """
     register_families()
     if keeps_weights:

@@ -213,7 +213,7 @@ _names: dict[CodeType, frozenset[str]] = {}
 
 
 def _names_of(function: Any) -> frozenset[str]:
-    """All names of attributes and globals in the code of a function and those that are made in it."""
+    """All names of attributes and globals in the code of a function and of the functions that are made in it."""
     code = function.__code__
     known = _names.get(code)
     if known is None:

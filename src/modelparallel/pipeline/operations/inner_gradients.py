@@ -126,7 +126,9 @@ class _GradientCall:
     # At the stage whose graph it is
 
     def _walked(self, tensors: list[torch.Tensor], gradients: list[torch.Tensor]) -> tuple[Gradients, list[Crossing]]:
-        """(gradients of the inputs, those of received values) that come from ``tensors`` through the graphs here."""
+        """(gradients of the inputs, gradients of received values) that come from ``tensors`` through the graphs
+        here.
+        """
         cuts, received = self._program.pieces()
         versions = [self._versions(value, cuts) for value in self._inputs]
         ends = {id(version) for group in versions for version in group}

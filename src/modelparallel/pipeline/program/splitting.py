@@ -107,7 +107,7 @@ class SplitBackward:
         self._left, self._noted = [], []
 
     def _explore(self, roots: Sequence[Any], leaves: dict[int, torch.Tensor]) -> dict[Any, _Node]:
-        """All nodes below ``roots``, successors before predecessors; ``leaves`` gets those that are no weights."""
+        """All nodes below ``roots``, successors before predecessors; ``leaves`` gets the leaves that are no weights."""
         nodes: dict[Any, _Node] = {}
         pending: list[tuple[Any, bool]] = [(root, False) for root in roots]
         while pending:

@@ -62,7 +62,7 @@ def _shares(other: StageTensor, local: torch.Tensor) -> bool:
 
 
 def _covering(sharing: list[StageTensor]) -> StageTensor | None:
-    """The value whose elements include those of all others, if there is one."""
+    """The value whose elements include the elements of all others, if there is one."""
     if len(sharing) == 1:
         return None  # a copy of it alone is enough
     ends = {id(member): element_range(member.local) for member in sharing}

@@ -158,7 +158,7 @@ class TensorOwner(Protocol):
 
     @property
     def engine(self) -> object:
-        """Whose programs they are: the values of one engine may meet."""
+        """The engine that runs the program: values of one engine may meet."""
         ...
 
     def check_open(self) -> None:
