@@ -21,7 +21,7 @@ from modelparallel.tensor_parallel.contexts import tensor_parallelism
 __all__ = [
     "delay_param_initialization",
     "delayed_parameter_initialization",
-    "is_deferred",
+    "has_deferred",
     "model_creation",
     "place_deferred",
     "take_in",
@@ -106,11 +106,6 @@ def model_creation(
 
 # The argument of model_creation has the same name.
 _tensor_parallelism = tensor_parallelism
-
-
-def is_deferred(module: nn.Module) -> bool:
-    """Whether parameters or buffers of ``module`` wait for their storage. Local."""
-    return has_deferred(module)
 
 
 def take_in(module: nn.Module) -> AbstractContextManager[None]:

@@ -11,7 +11,7 @@ from torch import nn
 
 from modelparallel.errors import PartitionError, SMPConfigError, StepUsageError
 from modelparallel.job import registry
-from modelparallel.model import creation as construction
+from modelparallel.model import creation
 from modelparallel.model.known_parameters import KnownParameters
 from modelparallel.model.questions import ModelParameters
 from modelparallel.partitioning import Trace, check_plan, find_units, make_plan, trace_step, untouched
@@ -137,8 +137,8 @@ class PlannedModel(ModelParameters):
             for model in self._runtime.models:
                 if model.module is not self.module and not model.partitioned:
                     others.enter_context(untouched(model.module))
-            if any(construction.is_deferred(model.module) for model in self._runtime.models):
-                return construction.trace_shapes(lambda: trace_step(self.module, units, run))
+            if any(creation.has_deferred(model.module) for model in self._runtime.models):
+                return creation.trace_shapes(lambda: trace_step(self.module, units, run))
             device = self._runtime.session.device
             if device.type == "cuda" and self._trace_device == "gpu":
                 self.module.to(device)

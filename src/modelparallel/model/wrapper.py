@@ -17,7 +17,7 @@ from modelparallel import trees
 from modelparallel.data_parallel.launch_order import LaunchOrder
 from modelparallel.deferred.deferred import is_deferred
 from modelparallel.errors import CannotTraceError, SMPConfigError, StepUsageError, UnsupportedError
-from modelparallel.model import creation as construction
+from modelparallel.model import creation
 from modelparallel.model import states as model_states
 from modelparallel.model.absent_tensors import make_absent
 from modelparallel.model.arguments import check_arguments
@@ -127,7 +127,7 @@ class DistributedModel(PlannedModel):
         before, config = dict(module.named_parameters(remove_duplicate=False)), active.config
         prepare_families(module, keeps_weights=config.match_weights)
         agree_before_slicing(module, active)
-        with construction.take_in(module):
+        with creation.take_in(module):
             module = replace_marked_modules(module, active.groups.tp, config.match_weights, config.prescaled_batch)
         if not config.match_weights:
             check_drawn_slices(module, active)
@@ -148,7 +148,7 @@ class DistributedModel(PlannedModel):
             self._precision.cast_module(module)
         if not runtime.is_pipelined:
             if not self._precision.casts_when_placed:  # otherwise parameters are born sharded
-                construction.place_deferred(module, active.device)
+                creation.place_deferred(module, active.device)
             module.to(active.device)
         self._table = ParameterTable(module)
         self.begin_plan(same_as)
@@ -339,7 +339,7 @@ class DistributedModel(PlannedModel):
             log_plan(plan)
         self._table.set_homes(plan.home_of_tensor, plan.copies_of)
         if not self._precision.casts_when_placed:  # otherwise parameters are born sharded
-            construction.place_deferred(self.module, runtime.session.device, self.is_local)
+            creation.place_deferred(self.module, runtime.session.device, self.is_local)
         self._place_tensors()
         for owner, attribute in (name.rpartition(".")[::2] for name, _ in plan.tensors):
             if attribute in self.module.get_submodule(owner)._buffers:

@@ -42,7 +42,7 @@ from modelparallel.checkpoints.stores.local import Store
 from modelparallel.config.topology import CommGroup
 from modelparallel.errors import SMPConfigError, StepUsageError
 from modelparallel.job.messages import allgather
-from modelparallel.model import creation as construction
+from modelparallel.model import creation
 from modelparallel.model.wrapper import DistributedModel
 from modelparallel.optimizer.wrapper import wrapped_optimizers
 from modelparallel.training import runtime as runtime_module
@@ -114,7 +114,7 @@ def _check(model: DistributedModel, max_shard_size: int | str, dtype: torch.dtyp
     if dtype is not None and (dtype not in DTYPE_NAMES or not dtype.is_floating_point):
         raise SMPConfigError(f"smp.export_hf: dtype={dtype!r}: expected a floating-point dtype of torch, or None")
     parse_size(max_shard_size)
-    if not model.partitioned and (model._loads or construction.is_deferred(model.module)):
+    if not model.partitioned and (model._loads or creation.has_deferred(model.module)):
         raise StepUsageError(
             "smp.export_hf: the weights of the model are read or made when it is partitioned, in the first step: "
             "export it after that"

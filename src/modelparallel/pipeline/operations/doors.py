@@ -22,7 +22,7 @@ from typing import Any, Protocol
 from torch import nn
 
 from modelparallel.errors import UnsupportedError
-from modelparallel.pipeline.operations.placed_modules import Doorway, PlacedModule, origin_of
+from modelparallel.pipeline.operations.placed_modules import Doorway, PlacedModule, hook_origin
 from modelparallel.pipeline.operations.running_stage import RunningStage
 from modelparallel.pipeline.program.program import Program
 from modelparallel.pipeline.side_doors.kept_values import watched_hooks
@@ -87,7 +87,7 @@ def run(engine: PlacingStage, program: Program, entry: PlacedModule, args: Any, 
     """Call a module that code of the script sits on; every stage of the pipeline does, in the same order."""
     with engine.natively():  # what is done to local tensors on the way is not the script's
         program.fetch(Arguments(program, args, kwargs).inputs, entry.home, entry.input_description)
-    if any(origin_of(hook).startswith("torch.distributed.") for hooks in entry.watch.own for hook in hooks.values()):
+    if any(hook_origin(hook).startswith("torch.distributed.") for hooks in entry.watch.own for hook in hooks.values()):
         raise UnsupportedError(
             f"{entry.description} has a hook, or one inside it, and its parameters are gathered by hooks of its own "
             "(sdp_gather: visit), which cannot run in between: set sdp_gather to 'step'"

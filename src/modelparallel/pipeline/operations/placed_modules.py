@@ -80,10 +80,10 @@ def _has_foreign(hooks: Any) -> bool:
 
 
 def _is_foreign(hook: Any) -> bool:
-    return not origin_of(hook).startswith(_OWN_MACHINERY)
+    return not hook_origin(hook).startswith(_OWN_MACHINERY)
 
 
-def origin_of(hook: Any) -> str:
+def hook_origin(hook: Any) -> str:
     """The module of Python that a hook comes from, with a dot at the end."""
     while isinstance(hook, functools.partial):
         hook = hook.func
