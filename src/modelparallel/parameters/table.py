@@ -101,7 +101,7 @@ class ParameterTable:
         self, home_of: Callable[[str], int | None], copies_of: Callable[[str], Iterable[int]] = lambda name: ()
     ) -> None:
         """Complete the table: ``home_of`` gives the stage of a name, None for a constant that every stage holds,
-        ``copies_of`` further stages that hold a copy.
+        ``copies_of`` further stages that hold a tied copy.
 
         A tensor of several names has its home where the first of them is, and tied copies where the others are.
         """

@@ -1,8 +1,8 @@
 """Guests: units that are called inside other units (a position bias or an adapter that is handed to every block).
 
-A guest needs its weights wherever it is called, so every stage of one of its hosts holds a copy; the gradients of the
-copies are added up as those of tied weights are. Who is whose guest shows in the traced step only. What a copy writes
-to its buffers would stay on its stage: a guest with such buffers lives on one stage with all of its hosts.
+A guest needs its weights wherever it is called, so every stage of one of its hosts holds a tied copy; the gradients of
+the copies are added up as those of tied weights are. Who is whose guest shows in the traced step only. What a copy
+writes to its buffers would stay on its stage: a guest with such buffers lives on one stage with all of its hosts.
 """
 
 from __future__ import annotations

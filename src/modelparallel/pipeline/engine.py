@@ -331,7 +331,7 @@ class PipelineEngine:
         return any(id(part) in placed for part in module.modules() if part is not module)
 
     def has_copy(self, tensor: torch.Tensor) -> bool:
-        """Whether this stage holds a copy of a placed parameter of another one."""
+        """Whether this stage holds a tied copy of a placed parameter of another one."""
         return any(
             self.stage in entry.holders and any(tensor is known for known in entry.parameters)
             for entry in self._entries

@@ -58,7 +58,7 @@ class PartitionPlan:
         num_stages: the pipeline degree the plan is for.
         modules: (module name, stage), in execution order (module order where nothing was traced).
         tensors: (full tensor name, stage) of the parameters and changing buffers owned by modules above all units.
-        copies: (module or tensor, stages) of further stages that hold a copy, since modules there call or read it.
+        copies: (module or tensor, stages) of further stages that hold a tied copy, since modules there call or read it.
         origin: how the plan was made: ``"traced"``, ``"sizes"``, ``"manual"``, ``"loaded"``, or ``"as model 0"``.
         figures: one entry per stage, or empty.
         virtual_degree: pieces of the model on each stage.
@@ -132,7 +132,7 @@ class PartitionPlan:
         return self.home_of_module(name.rpartition(".")[0])
 
     def copies_of(self, name: str) -> tuple[int, ...]:
-        """The further stages that hold a copy of the module, parameter or buffer with this full name."""
+        """The further stages that hold a tied copy of the module, parameter or buffer with this full name."""
         places = (self._stages_of_copies.get(entry, ()) for entry in _enclosing(name))
         return next((stages for stages in places if stages), ())
 

@@ -70,7 +70,7 @@ class ParameterRow:
 
     ``name`` is its name in the user's model (the key of every state dict), ``aliases`` the other names of the same
     tensor. ``home`` is the pp_rank that holds it, None as long as the model is not partitioned and for constant
-    buffers, which every stage holds. ``tied_copies`` are the other pp_ranks that hold a copy of a shared parameter
+    buffers, which every stage holds. ``tied_copies`` are the other pp_ranks that hold a copy of a tied parameter
     (``tied_weights``), with which modules of theirs compute.
     """
 

@@ -83,5 +83,5 @@ class StageView(Protocol):
         ...
 
     def has_copy(self, tensor: torch.Tensor) -> bool:
-        """Whether this stage holds a copy of a placed parameter of another one."""
+        """Whether this stage holds a tied copy of a placed parameter of another one."""
         ...
