@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import modelparallel as smp
-from distributed_run import mean_over_replicas, own_device, own_share
+from distributed_run import mean_over_copies, own_device, own_share
 from sharded_training import TiedGPT
 
 GLOBAL_BATCH = 8
@@ -57,6 +57,6 @@ def train(model: Any, optimizer: Any, steps: range) -> list[float]:
         tokens = torch.randint(0, 13, (GLOBAL_BATCH, 6), generator=generator)
         tokens, targets = (part.to(own_device()) for part in own_share((tokens[:, :-1], tokens[:, 1:])))
         optimizer.zero_grad()
-        losses.append(mean_over_replicas(train_step(model, tokens, targets).reduce_mean()))
+        losses.append(mean_over_copies(train_step(model, tokens, targets).reduce_mean()))
         optimizer.step()
     return losses

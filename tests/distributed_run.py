@@ -39,7 +39,7 @@ def distributed_run(
     for step in range(len(batches) if num_steps is None else num_steps):
         batch = own_share(batches[step % len(batches)])
         optimizer.zero_grad()
-        losses.append(mean_over_replicas(train_step(model, *batch).reduce_mean()))
+        losses.append(mean_over_copies(train_step(model, *batch).reduce_mean()))
         if step == 0:
             gradients = merged_gradients(model)
         optimizer.step()
@@ -59,7 +59,7 @@ def own_share(batch: tuple[Any, ...]) -> tuple[Any, ...]:
     )
 
 
-def mean_over_replicas(loss: Tensor) -> float:
+def mean_over_copies(loss: Tensor) -> float:
     """The mean of a number over the data-parallel ranks."""
     total = loss.detach().double().clone()
     dist.all_reduce(total, group=smp.get_dp_process_group())

@@ -22,7 +22,7 @@ def half_reference_run(
 ) -> tuple[list[float], list[float], dict[str, Tensor]]:
     """(losses, norms of the gradients, masters at the end), with fp32 masters beside a model in ``dtype``.
 
-    batches: the unions over all ranks; each is cut into ``num_parts`` parts (replicas times microbatches), whose mean
+    batches: the unions over all ranks; each is cut into ``num_parts`` parts (copies times microbatches), whose mean
     gradient is taken. loss_of: ``loss_of(output, *rest)`` of the output in float32.
     """
     model = make_model()

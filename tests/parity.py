@@ -105,7 +105,7 @@ def reference_run(
     num_microbatches: int = 1,
     make_optimizer: Callable[[Any], torch.optim.Optimizer],
     num_steps: int | None = None,
-    num_replicas: int = 1,
+    num_copies: int = 1,
 ) -> ReferenceResult:
     """Train the plain model in this process, microbatch by microbatch.
 
@@ -115,7 +115,7 @@ def reference_run(
     body: ``body(model, *microbatch) -> loss``, the mean over the samples of the microbatch.
     num_microbatches: per rank, as the configuration's ``microbatches``; a batch that does not divide is split as
         ``torch.tensor_split`` does and weighted by samples; empty microbatches are skipped.
-    num_replicas: data-parallel ranks whose batches are joined in ``batches`` (BatchNorm sees microbatches of one).
+    num_copies: data-parallel ranks whose batches are joined in ``batches`` (BatchNorm sees microbatches of one).
     num_steps: number of steps; the batches are reused in turn when there are fewer. Default: one step per batch.
     """
     model = make_model()
@@ -127,7 +127,7 @@ def reference_run(
         num_samples = next(argument.shape[0] for argument in batch if isinstance(argument, Tensor) and argument.ndim)
         optimizer.zero_grad()
         mean = 0.0
-        for microbatch in _microbatches(batch, num_replicas, num_microbatches):
+        for microbatch in _microbatches(batch, num_copies, num_microbatches):
             share = next(item.shape[0] for item in microbatch if isinstance(item, Tensor) and item.ndim) / num_samples
             loss = body(model, *microbatch)
             (loss * share).backward()
@@ -144,14 +144,14 @@ def reference_run(
     )
 
 
-def _microbatches(batch: tuple[Any, ...], num_replicas: int, num_microbatches: int) -> list[tuple[Any, ...]]:
+def _microbatches(batch: tuple[Any, ...], num_copies: int, num_microbatches: int) -> list[tuple[Any, ...]]:
     pieces: list[tuple[Any, ...]] = []
-    for replica in range(num_replicas):
+    for copy in range(num_copies):
         for microbatch in range(num_microbatches):
             piece = []
             for argument in batch:
                 if isinstance(argument, Tensor) and argument.ndim:
-                    own = argument.tensor_split(num_replicas)[replica]
+                    own = argument.tensor_split(num_copies)[copy]
                     argument = own.tensor_split(num_microbatches)[microbatch]
                 piece.append(argument)
             if all(item.shape[0] for item in piece if isinstance(item, Tensor) and item.ndim):

@@ -1,7 +1,7 @@
 """What a script calls of ``smp``, on plain torch: the reference of random scripts.
 
 The whole model is in this process, microbatches run one after another, ``backward`` runs at once. Data-parallel
-replicas are processes whose gradients are averaged at the end of a step; they start from the weights of the first.
+copies are processes whose gradients are averaged at the end of a step; they start from the weights of the first.
 """
 
 from __future__ import annotations

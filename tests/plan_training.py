@@ -69,10 +69,10 @@ def train(name: str, kind: str) -> tuple[list[float], dict[str, Tensor], dict[st
 
     losses, gradients = [], {}
     is_prescaled = smp.job.session.current().config.prescaled_batch
-    replica, num_replicas = (smp.rdp_rank(), smp.rdp_size()) if is_prescaled else (smp.dp_rank(), smp.dp_size())
-    own = slice(replica * NUM_SAMPLES, (replica + 1) * NUM_SAMPLES)
+    copy, num_copies = (smp.rdp_rank(), smp.rdp_size()) if is_prescaled else (smp.dp_rank(), smp.dp_size())
+    own = slice(copy * NUM_SAMPLES, (copy + 1) * NUM_SAMPLES)
     for step in range(3):
-        batch = batch_of(step, NUM_SAMPLES * num_replicas)
+        batch = batch_of(step, NUM_SAMPLES * num_copies)
         mine = [part[own] for part in batch]
         optimizer.zero_grad()
         losses.append(float(train_step(model, *mine).reduce_mean()))
@@ -124,18 +124,18 @@ def train_all(names: Sequence[str], kind: str) -> dict[str, Any]:
 
 def check_training(names: Sequence[str], num_ranks: int, parameters: dict[str, Any], kind: str) -> None:
     ranks = run_ranks(train_all, num_ranks, names, kind, parameters=parameters, timeout=170)
-    num_replicas = num_ranks // parameters.get("pipeline_parallel_degree", 1)
+    num_copies = num_ranks // parameters.get("pipeline_parallel_degree", 1)
     if parameters.get("prescaled_batch"):
-        num_replicas //= parameters["tensor_parallel_degree"]
+        num_copies //= parameters["tensor_parallel_degree"]
     for name in names:
         make, _, batch_of, loss_of = setup_of(name)
         expected = reference_run(
             make,
-            [batch_of(step, NUM_SAMPLES * num_replicas) for step in range(3)],
+            [batch_of(step, NUM_SAMPLES * num_copies) for step in range(3)],
             loss_of,
             num_microbatches=parameters.get("microbatches", 1),
             make_optimizer=make_optimizer(kind),
-            num_replicas=num_replicas,
+            num_copies=num_copies,
         )
         for results in ranks:
             _, gradients, weights = results[name]

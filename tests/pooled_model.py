@@ -41,7 +41,7 @@ def make_pooled(num_rows: int) -> Pooled:
 
 
 def pooled_batch(num_rows: int, step: int) -> tuple[Tensor, Tensor]:
-    """Of all replicas together."""
+    """Of all copies together."""
     generator = torch.Generator().manual_seed(step)
     shape = (4 * smp.dp_size(), 3)
     return torch.randint(0, num_rows, shape, generator=generator), torch.randint(0, 5, shape[:1], generator=generator)

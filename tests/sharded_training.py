@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 import modelparallel as smp
-from distributed_run import mean_over_replicas, own_share
+from distributed_run import mean_over_copies, own_share
 from modelparallel.comm.ending import let_threads_finish
 from modelparallel.model import states as model_states
 from parity import ReferenceResult, assert_parity, reference_run
@@ -174,7 +174,7 @@ def train(
             loss.backward()
         else:
             loss = train_step(model, *own_share(batch)).reduce_mean()
-        losses.append(mean_over_replicas(loss))
+        losses.append(mean_over_copies(loss))
         gradients = gradients or merged_gradients(model)
         optimizer = optimizer or ShardOptimizer(model, make_optimizer)
         optimizer.step()
@@ -239,7 +239,7 @@ def check(
     num_microbatches = smp.num_microbatches() if num_microbatches is None else num_microbatches
     expected = reference_run(
         make_model, batches, body, make_optimizer=make_optimizer, num_microbatches=num_microbatches,
-        num_replicas=smp.dp_size(),
+        num_copies=smp.dp_size(),
     )  # fmt: skip
 
     def make_marked() -> nn.Module:

@@ -45,7 +45,7 @@ class Layout:
 
     num_stages: int = 2
     tensor_parallel: int = 1
-    replicas: int = 1
+    copies: int = 1
     num_microbatches: int = 2
     schedule: str = "interleaved"
     virtual: int = 1
@@ -55,12 +55,12 @@ class Layout:
 
     @property
     def num_ranks(self) -> int:
-        return self.num_stages * self.tensor_parallel * self.replicas
+        return self.num_stages * self.tensor_parallel * self.copies
 
     @property
     def num_batches(self) -> int:
         """How many ranks are fed batches of their own."""
-        return self.tensor_parallel * self.replicas
+        return self.tensor_parallel * self.copies
 
     def parameters(self) -> dict[str, Any]:
         more: dict[str, Any] = {}

@@ -119,16 +119,16 @@ NAMED_BY_TORCH = [r"got mixed torch.Tensor and DTensor", r"FSDP does not support
 
 
 def judge(layout: Layout, ranks: Sequence[Seen], expected: Sequence[Seen]) -> Verdict:
-    """Compare every rank with its replica of the plain program; an error must come before the first wrong number."""
-    if any(replica.error for replica in expected):
+    """Compare every rank with its copy of the plain program; an error must come before the first wrong number."""
+    if any(member.error for member in expected):
         return Verdict("invalid", expected[0].error)
-    leaves = torch.utils._pytree.tree_leaves([value for replica in expected for _, value in replica.values])
+    leaves = torch.utils._pytree.tree_leaves([value for member in expected for _, value in member.values])
     if not all(bool(leaf.isfinite().all()) for leaf in leaves if isinstance(leaf, torch.Tensor)):
         return Verdict("invalid", "it diverges")
     errors = [seen.error for seen in ranks if seen.error]
     try:
         for rank, seen in enumerate(ranks):
-            wanted = expected[replica_of(layout, rank)]
+            wanted = expected[copy_of(layout, rank)]
             compare(layout, f"rank {rank}", seen, wanted, is_whole=not errors)
         compare_gradients(layout, ranks, expected[0])
     except AssertionError as error:
@@ -149,10 +149,10 @@ def judge(layout: Layout, ranks: Sequence[Seen], expected: Sequence[Seen]) -> Ve
     return Verdict("raw", first.error + "\n" + first.trace[-1500:])
 
 
-def replica_of(layout: Layout, rank: int) -> int:
-    """The replica whose batches a rank is fed: the default placement, D P T with the last one fastest."""
-    per_replica = layout.num_stages * layout.tensor_parallel
-    return rank // per_replica * layout.tensor_parallel + rank % layout.tensor_parallel
+def copy_of(layout: Layout, rank: int) -> int:
+    """The copy whose batches a rank is fed: the default placement, D P T with the last one fastest."""
+    per_copy = layout.num_stages * layout.tensor_parallel
+    return rank // per_copy * layout.tensor_parallel + rank % layout.tensor_parallel
 
 
 def compare(layout: Layout, where: str, seen: Seen, wanted: Seen, *, is_whole: bool) -> None:
@@ -163,7 +163,7 @@ def compare(layout: Layout, where: str, seen: Seen, wanted: Seen, *, is_whole: b
         if name.startswith("gradients"):
             continue
         if name.startswith(("weights", "copy")):
-            if where == "rank 0" or layout.replicas * layout.tensor_parallel == 1:
+            if where == "rank 0" or layout.copies * layout.tensor_parallel == 1:
                 try:
                     assert_parity(value, right, dtype=torch.float64)
                 except AssertionError as error:
@@ -197,14 +197,14 @@ def compare_gradients(layout: Layout, ranks: Sequence[Seen], wanted: Seen) -> No
 
 
 def expected_of(layout: Layout, texts: Sequence[str]) -> list[list[Seen]]:
-    """Per script what each replica sees on plain torch."""
+    """Per script what each copy sees on plain torch."""
     found = run_ranks(run_scripts, layout.num_batches, texts, layout.num_microbatches, True, timeout=120)
-    return [list(replicas) for replicas in zip(*found, strict=True)]
+    return [list(copies) for copies in zip(*found, strict=True)]
 
 
 def verdicts(layout: Layout, texts: Sequence[str]) -> list[Verdict]:
     expected = expected_of(layout, texts)
-    found = [Verdict("invalid", replicas[0].error) if replicas[0].error else None for replicas in expected]
+    found = [Verdict("invalid", copies[0].error) if copies[0].error else None for copies in expected]
     while left := [index for index, verdict in enumerate(found) if verdict is None]:
         try:
             ranks = run_ranks(

@@ -29,7 +29,7 @@ class Shape:
 
 
 def shape(pp: int, tp: int, dp: int, **more: Any) -> Shape:
-    """``dp``: replicas of the whole model."""
+    """``dp``: copies of the whole model."""
     parameters = {
         "pipeline_parallel_degree": pp, "tensor_parallel_degree": tp, "ddp": True, "microbatches": 2,
         "sdp_param_persistence_threshold": 0, "sdp_gradient_clipping": 1e6, "timeout_seconds": 60, **more,

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import modelparallel as smp
-from distributed_run import mean_over_replicas, own_share
+from distributed_run import mean_over_copies, own_share
 from half_reference import half_reference_run
 from modelparallel.errors import DivergenceError, SMPConfigError
 from parity import assert_parity
@@ -45,7 +45,7 @@ def everything(model):
 def backward(model, batch) -> float:
     """One backward of a wrapped model on this rank's share, or of a plain one on all: the mean loss."""
     if isinstance(model, smp.DistributedModel):
-        return mean_over_replicas(train_step(model, *own_share(batch)).reduce_mean())
+        return mean_over_copies(train_step(model, *own_share(batch)).reduce_mean())
     loss = gpt_loss(model, *batch)
     loss.backward()
     return float(loss.detach())

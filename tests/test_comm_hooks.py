@@ -51,7 +51,7 @@ def test_the_stock_all_reduce_gives_the_gradients_of_one_process():
         token_loss,
         num_microbatches=2,
         make_optimizer=sgd_of_trained,
-        num_replicas=smp.dp_size(),
+        num_copies=smp.dp_size(),
     )
     for as_views in (False, True):
         for cap in (CAP, 25):

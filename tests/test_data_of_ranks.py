@@ -72,7 +72,7 @@ def test_placeholders_and_equal_data_are_fine():
 
 
 @on(DP2, TP2, PP2_DP2)
-def test_replicas_that_are_fed_equal_data_are_told_the_words():
+def test_copies_that_are_fed_equal_data_are_told_the_words():
     step = make_step()
     with listening() as lines:
         for index in range(3):

@@ -325,7 +325,7 @@ def test_any_module_is_exported_under_its_own_names():
     assert set(tensors_in(folder)) == set(state) - {"head.weight"}
     net = make_net(2).to(state["scale"].dtype)
     load_model(net, f"{folder}/model.safetensors")  # of safetensors, which also knows which names are tied
-    running = ("running", "num_batches")  # of each replica
+    running = ("running", "num_batches")  # of each copy
     expected = {name: value for name, value in state.items() if not any(word in name for word in running)}
     torch.testing.assert_close({name: net.state_dict()[name] for name in expected}, expected, **EXACT)
     for is_early in (True, False):

@@ -23,10 +23,10 @@ CASES_PER_SET = 6
 SEED = os.environ.get("FUZZ_SEED", "")
 
 LAYOUTS = [
-    *[(Layout(2), 8), (Layout(3), 3), (Layout(2, replicas=2), 2), (Layout(1, tensor_parallel=2), 2)],
-    *[(Layout(2, tensor_parallel=2), 1), (Layout(1, replicas=2), 1), (Layout(1, replicas=2, sharding="parameters"), 1)],
-    *[(Layout(2, replicas=2, sharding="parameters"), 1), (Layout(1, replicas=2, sharding="optimizer"), 2)],
-    (Layout(2, replicas=2, sharding="optimizer"), 1),
+    *[(Layout(2), 8), (Layout(3), 3), (Layout(2, copies=2), 2), (Layout(1, tensor_parallel=2), 2)],
+    *[(Layout(2, tensor_parallel=2), 1), (Layout(1, copies=2), 1), (Layout(1, copies=2, sharding="parameters"), 1)],
+    *[(Layout(2, copies=2, sharding="parameters"), 1), (Layout(1, copies=2, sharding="optimizer"), 2)],
+    (Layout(2, copies=2, sharding="optimizer"), 1),
 ]
 
 
@@ -64,7 +64,7 @@ EXCLUDED: list[tuple[str, Callable[[Layout], bool], str, str]] = [
     ),
     (
         "by contract", lambda layout: layout.num_batches > 1, r"KeepBuffer",
-        "buffers of replicas are those of the first one, as with torch's DDP",
+        "buffers of copies are those of the first one, as with torch's DDP",
     ),
 ]  # fmt: skip
 
@@ -107,12 +107,12 @@ def make_program(rng: random.Random) -> Program:
 def smaller_layouts(layout: Layout) -> Iterator[Layout]:
     for name, value in (
         ("num_stages", 2), ("num_microbatches", 1), ("num_microbatches", 2), ("schedule", "interleaved"),
-        ("virtual", 1), ("is_recomputed", False), ("replicas", 1), ("tensor_parallel", 1), ("sharding", ""),
+        ("virtual", 1), ("is_recomputed", False), ("copies", 1), ("tensor_parallel", 1), ("sharding", ""),
         ("homes", (0, 1)),
     ):  # fmt: skip
         current = getattr(layout, name)
         is_less = current > value if isinstance(value, int) else current not in (value, ())
-        if is_less and not (layout.sharding and name == "replicas"):
+        if is_less and not (layout.sharding and name == "copies"):
             yield replace(layout, **{name: value})
 
 

@@ -235,8 +235,8 @@ def edit_between_clips():
                     classification_step(model, *halves[0])
                 classification_step(model, *halves[1])
             else:
-                replicas = zip(tokens.tensor_split(smp.dp_size()), targets.tensor_split(smp.dp_size()), strict=True)
-                for own_tokens, own_targets in replicas:
+                copies = zip(tokens.tensor_split(smp.dp_size()), targets.tensor_split(smp.dp_size()), strict=True)
+                for own_tokens, own_targets in copies:
                     for own in zip(own_tokens.tensor_split(2), own_targets.tensor_split(2), strict=True):
                         (F.cross_entropy(model(own[0]), own[1]) / smp.dp_size()).backward()
             with torch.no_grad():

@@ -1,4 +1,4 @@
-"""One norm over stages, slices and replicas, by ours and by torch's function (design.md; smp-api section 7)."""
+"""One norm over stages, slices and copies, by ours and by torch's function (design.md; smp-api section 7)."""
 
 from __future__ import annotations
 

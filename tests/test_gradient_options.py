@@ -65,21 +65,21 @@ def freeze(model: nn.Module, step: int) -> None:
     model.branches[3].requires_grad_(step > 0)
 
 
-def batch(replica: int, step: int) -> tuple[Tensor, Tensor]:
-    """The microbatches use another branch on each replica, or none (4); step 2: none anywhere."""
-    generator = torch.Generator().manual_seed(10 * replica + step)
+def batch(copy: int, step: int) -> tuple[Tensor, Tensor]:
+    """The microbatches use another branch on each copy, or none (4); step 2: none anywhere."""
+    generator = torch.Generator().manual_seed(10 * copy + step)
     tokens = torch.randint(0, 9, (4, 3), generator=generator)
-    branches = [4, 4] if step == 2 else [(replica + step) % 5, (2 * replica + step + 1) % 5]
+    branches = [4, 4] if step == 2 else [(copy + step) % 5, (2 * copy + step + 1) % 5]
     return tokens, torch.tensor(branches).repeat_interleave(2)
 
 
 def expected_gradients(steps: list[int], freezes: int) -> dict[str, Tensor | None]:
-    """Of the mean over replicas, summed over the steps."""
+    """Of the mean over copies, summed over the steps."""
     plain = make_net()
     freeze(plain, freezes)
     for step in steps:
-        for replica in range(smp.dp_size()):
-            tokens, branch = batch(replica, step)
+        for copy in range(smp.dp_size()):
+            tokens, branch = batch(copy, step)
             for part in zip(tokens.tensor_split(2), branch.tensor_split(2), strict=True):
                 (token_loss(plain, *part) / 2 / smp.dp_size()).backward()
     return {

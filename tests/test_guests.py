@@ -146,7 +146,7 @@ def test_a_guest_that_the_partition_did_not_see_is_refused_by_name() -> None:
     assert any("module 'guest' is on pp_rank" in error and "skip_tracing" in error for error in errors), errors
 
 
-# With replicas of the data, sharded parameters and optimizers, and one parameter in checkpoints
+# With copies of the data, sharded parameters and optimizers, and one parameter in checkpoints
 
 
 def train() -> Any:
@@ -183,9 +183,9 @@ def batches() -> list[tuple[Tensor, ...]]:
 @pytest.mark.parametrize(
     "more", [{}, {"shard_optimizer_state": True}, {"sharded_data_parallel_degree": 2, "sdp_gradient_clipping": 1000.0}]
 )
-def test_guests_train_with_replicas_of_the_data(more: dict[str, Any]) -> None:
+def test_guests_train_with_copies_of_the_data(more: dict[str, Any]) -> None:
     parameters = {"pipeline_parallel_degree": 2, "microbatches": 2, "ddp": True, **more}
-    expected = reference_run(make_net, batches(), squares, num_microbatches=2, num_replicas=2, make_optimizer=adam)
+    expected = reference_run(make_net, batches(), squares, num_microbatches=2, num_copies=2, make_optimizer=adam)
     expected.weights.update({f"holders of guest.{name}": torch.tensor(2.0) for name in ("weight", "bias")})
     for result, holders in run_ranks(train, 4, parameters=parameters):
         assert {name: set(stages) for name, stages in holders.items()} == {

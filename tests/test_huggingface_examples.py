@@ -97,7 +97,7 @@ def test_examples_train_as_the_plain_model_does(kind):
 
     found = run_ranks(train, 2, kind, parameters=settings(2))
     batch = batch_of(kind, 4)
-    expected = reference_run(keep, [batch] * 3, loss_of, make_optimizer=sgd, num_replicas=2).weights
+    expected = reference_run(keep, [batch] * 3, loss_of, make_optimizer=sgd, num_copies=2).weights
     if kind == "vit":
         encoder = load_script("examples/huggingface/vit.py").weights_of_stack(made[0].vit.encoder)
         rest = {name: tensor for name, tensor in expected.items() if not name.startswith("vit.encoder.")}

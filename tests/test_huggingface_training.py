@@ -66,17 +66,17 @@ def train(kinds, num_samples, is_optimizer_first=False):
 
 def check(num_ranks, parameters, kinds=tuple(KINDS), num_samples=4, **more):
     results = run_ranks(train, num_ranks, kinds, num_samples, parameters=parameters, timeout=120, **more)
-    num_replicas = num_ranks // parameters["pipeline_parallel_degree"]
+    num_copies = num_ranks // parameters["pipeline_parallel_degree"]
     for name in kinds:
         kind = KINDS[name]
         with in_float64():
             expected = reference_run(
                 kind.make,
-                kind.batches(num_samples * num_replicas),
+                kind.batches(num_samples * num_copies),
                 kind.loss,
                 num_microbatches=parameters["microbatches"],
                 make_optimizer=sgd,
-                num_replicas=num_replicas,
+                num_copies=num_copies,
             )
         for result in results:
             _, gradients, weights = result[name]

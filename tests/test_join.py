@@ -50,9 +50,9 @@ def make_net() -> nn.Module:
     return Net().double()
 
 
-def batch(replica: int, step: int) -> tuple[Tensor, Tensor]:
+def batch(member: int, step: int) -> tuple[Tensor, Tensor]:
     """Of 4 or 6 samples, so that microbatches have 2 or 3: those of odd steps use every layer."""
-    generator = torch.Generator().manual_seed(100 * replica + step)
+    generator = torch.Generator().manual_seed(100 * member + step)
     size = 6 if step % 2 else 4
     x = torch.randn(size, 4, generator=generator, dtype=torch.float64)
     return x, torch.randint(0, 3, (size,), generator=generator)
@@ -60,35 +60,35 @@ def batch(replica: int, step: int) -> tuple[Tensor, Tensor]:
 
 def simulate(counts: Sequence[int], *, by_initial: bool, num_microbatches: int, broadcasts: bool = True) -> Any:
     """What DDP documents: the gradients of those with batches, summed and divided by all or by them; buffers are those
-    of the first with batches. ``counts``: batches of each replica.
+    of the first with batches. ``counts``: batches of each copy.
     """
     model = make_net()
-    replicas = [copy.deepcopy(model) for _ in counts]
+    copies = [copy.deepcopy(model) for _ in counts]
     optimizer = sgd(model.parameters())
     for step in range(max(counts)):
-        working = [replica for replica, count in enumerate(counts) if step < count]
-        source = copy.deepcopy(dict(replicas[working[0]].named_buffers()))
+        working = [member for member, count in enumerate(counts) if step < count]
+        source = copy.deepcopy(dict(copies[working[0]].named_buffers()))
         optimizer.zero_grad()
-        for index, replica in enumerate(replicas):
-            for name, buffer in replica.named_buffers():
+        for index, member in enumerate(copies):
+            for name, buffer in member.named_buffers():
                 if broadcasts:
                     buffer.copy_(source[name])
             if index not in working:
                 continue
             with torch.no_grad():
-                for own, parameter in zip(replica.parameters(), model.parameters(), strict=True):
+                for own, parameter in zip(member.parameters(), model.parameters(), strict=True):
                     own.copy_(parameter)
-            replica.zero_grad()
+            member.zero_grad()
             x, y = batch(index, step)
             parts = zip(x.tensor_split(num_microbatches), y.tensor_split(num_microbatches), strict=True)
             for part in parts:
-                (classification_loss(replica, *part) / num_microbatches).backward()
-            for own, parameter in zip(replica.parameters(), model.parameters(), strict=True):
+                (classification_loss(member, *part) / num_microbatches).backward()
+            for own, parameter in zip(member.parameters(), model.parameters(), strict=True):
                 if own.grad is not None:
                     share = own.grad / (len(counts) if by_initial else len(working))
                     parameter.grad = share if parameter.grad is None else parameter.grad + share
         optimizer.step()
-    final = replicas[counts.index(max(counts))]
+    final = copies[counts.index(max(counts))]
     return {**dict(model.state_dict()), **dict(final.named_buffers())}
 
 
@@ -98,16 +98,16 @@ def wrapped(**arguments: Any) -> Any:
     return smp.DistributedModel(net, **{"bucket_cap_mb": CAP, **arguments})
 
 
-def replica_index() -> int:
+def copy_index() -> int:
     return smp.rdp_rank() if smp.tp_size() > 1 else smp.dp_rank()
 
 
 def run_joined(model: Any, counts: Sequence[int], *, as_step: bool, **arguments: Any) -> None:
     optimizer = smp.DistributedOptimizer(sgd(model.parameters()))
     with model.join(**arguments):
-        for step in range(counts[replica_index()]):
+        for step in range(counts[copy_index()]):
             optimizer.zero_grad()
-            x, y = batch(replica_index(), step)
+            x, y = batch(copy_index(), step)
             if as_step:
                 classification_step(model, x, y)
             else:
@@ -126,8 +126,8 @@ def verify(model: Any, expected: dict[str, Tensor]) -> None:
     assert_equal_over(smp.CommGroup.RDP_GROUP, dict(model.local_named_buffers()))
 
 
-def counts_of(num_replicas: int) -> list[list[int]]:
-    return [[2, 4], [4, 1], [3, 3]] if num_replicas == 2 else [[2, 5, 3], [1, 2, 4], [3, 1, 3]]
+def counts_of(num_copies: int) -> list[list[int]]:
+    return [[2, 4], [4, 1], [3, 3]] if num_copies == 2 else [[2, 5, 3], [1, 2, 4], [3, 1, 3]]
 
 
 @on(DP3, PP2)
@@ -146,7 +146,7 @@ def test_ranks_with_different_numbers_of_batches():
 
 @on(TP2)
 def test_c049_two_tp_groups_run_different_numbers_of_steps():
-    # Two replicas of two ranks; the ranks of one feed the same batches, so that it counts as one replica.
+    # Two copies of two ranks; the ranks of one feed the same batches, so that it counts as one copy.
     for counts in counts_of(2):
         for by_initial in (True, False):
             expected = simulate(counts, by_initial=by_initial, num_microbatches=2)
@@ -163,8 +163,8 @@ def test_training_goes_on_after_join():
     model = wrapped(backward_passes_per_step=2)
     optimizer = smp.DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1))
     with model.join():
-        for step in range(2 * counts[replica_index()] - 1):
-            classification_step(model, *batch(replica_index(), step))
+        for step in range(2 * counts[copy_index()] - 1):
+            classification_step(model, *batch(copy_index(), step))
             if step % 2:
                 optimizer.step()
                 optimizer.zero_grad()
@@ -173,9 +173,9 @@ def test_training_goes_on_after_join():
     plain = make_net()
     plain.load_state_dict(model.state_dict())
     for half in range(2):
-        classification_step(model, *batch(replica_index(), half))
-        for replica in range(smp.dp_size()):
-            x, y = batch(replica, half)
+        classification_step(model, *batch(copy_index(), half))
+        for member in range(smp.dp_size()):
+            x, y = batch(member, half)
             for part in zip(x.tensor_split(2), y.tensor_split(2), strict=True):
                 (classification_loss(plain, *part) / 2 / smp.dp_size()).backward()
     wanted = {name: parameter.grad for name, parameter in plain.named_parameters()}
@@ -194,9 +194,9 @@ def test_ranks_without_batches_go_on_updating_their_shards():
                 pass
             optimizer = smp.DistributedOptimizer(sgd(model.parameters()))
             with model.join(divide_by_initial_world_size=by_initial):
-                for step in range(counts[replica_index()]):
+                for step in range(counts[copy_index()]):
                     optimizer.zero_grad()
-                    classification_step(model, *batch(replica_index(), step))
+                    classification_step(model, *batch(copy_index(), step))
                     optimizer.step()
             expected = simulate(counts, by_initial=by_initial, num_microbatches=2, broadcasts=False)
             verify(model, expected)
@@ -218,7 +218,7 @@ def test_switched_off_or_ended_by_the_first():
     model = wrapped()
     with model.join(enable=False):
         assert not model.gradients.joining.is_joining
-        classification_step(model, *batch(replica_index(), 0))
+        classification_step(model, *batch(copy_index(), 0))
     with pytest.raises(RuntimeError, match="exhausted"):
         run_joined(model, [2, 5, 3], as_step=True, throw_on_early_termination=True)
     assert not model.gradients.joining.is_joining
@@ -229,7 +229,7 @@ def test_switched_off_or_ended_by_the_first():
 @on(DP3)
 def test_different_orders_are_noticed():
     model = wrapped()
-    x, y = batch(replica_index(), 0)
+    x, y = batch(copy_index(), 0)
     with pytest.raises(DivergenceError, match="different things"), model.join():
         loss = classification_loss(model, x, y)
         if smp.dp_rank() == 0:

@@ -1,4 +1,4 @@
-"""``model.backward(loss, weight=number of tokens)``: microbatches and replicas with different numbers of tokens give
+"""``model.backward(loss, weight=number of tokens)``: microbatches and copies with different numbers of tokens give
 the mean over all of them, to the last digits, in gradients, weights and losses.
 """
 

@@ -244,7 +244,7 @@ def test_c041_no_sync_accumulates_until_the_first_pass_outside():
 
 
 @on(MB3, PP2)
-def test_no_sync_is_harmless_with_one_replica():
+def test_no_sync_is_harmless_with_one_copy():
     model = smp.DistributedModel(make_classifier())
     with model.no_sync():
         train_step(model, *own_batch(0))
@@ -360,10 +360,10 @@ def make_branching() -> Branching:
 
 @on(PP2, PP3, PP4, PP2_DP2, ZERO_BUBBLE_DP2, *OTHER_SCHEDULES)
 def test_c045_skips_repeated_modules_and_branches_equal_one_process():
-    num_replicas = smp.dp_size()
-    batches = [make_batch(4 * num_replicas, seed=seed) for seed in range(4)]
+    num_copies = smp.dp_size()
+    batches = [make_batch(4 * num_copies, seed=seed) for seed in range(4)]
     expected = reference_run(
-        make_branching, batches, mean_loss, make_optimizer=sgd, num_microbatches=2, num_replicas=num_replicas
+        make_branching, batches, mean_loss, make_optimizer=sgd, num_microbatches=2, num_copies=num_copies
     )
     actual = distributed_run(make_branching, batches, mean_loss, make_optimizer=sgd)
     assert_same_training(actual, expected, dtype=torch.float64)
@@ -461,8 +461,8 @@ class WithStatistics(nn.Sequential):
 
 
 @on(DP2, PP2_DP2)
-def test_batch_statistics_are_those_of_the_first_replica():
-    """As DDP's ``broadcast_buffers``: before each training step every replica takes those of the first."""
+def test_batch_statistics_are_those_of_the_first_copy():
+    """As DDP's ``broadcast_buffers``: before each training step every copy takes those of the first."""
 
     def run(**arguments):
         torch.manual_seed(0)
@@ -476,7 +476,7 @@ def test_batch_statistics_are_those_of_the_first_replica():
     expected = {}
     for step in range(3):
         for part in make_batch(4, seed=100 * step + (smp.dp_rank() if step == 2 else 0))[0].chunk(2):
-            norm(part)  # before the last step those of the first replica; then this one's own batch
+            norm(part)  # before the last step those of the first copy; then this one's own batch
     expected = dict(norm.named_buffers())
     shared, apart = run(), run(broadcast_buffers=False)
     for name, buffer in shared.items():

@@ -31,7 +31,7 @@ DP3 = RankTests(3, SHARDED)
 DP4 = RankTests(4, SHARDED, is_slow=True)
 TP2 = RankTests(4, {**SHARDED, "tensor_parallel_degree": 2})
 PP2 = RankTests(4, {**SHARDED, "pipeline_parallel_degree": 2})
-REPLICAS = RankTests(4, {**SHARDED, "pipeline_parallel_degree": 2, "tied_weights": "replicate"}, is_slow=True)
+COPIES = RankTests(4, {**SHARDED, "pipeline_parallel_degree": 2, "tied_weights": "replicate"}, is_slow=True)
 ZERO_BUBBLE = RankTests(4, {**SHARDED, "pipeline_parallel_degree": 2, "pipeline": "zero_bubble"}, is_slow=True)
 
 
@@ -88,14 +88,14 @@ class Run:
 
 
 @functools.cache
-def reference(make_optimizer: Any, num_replicas: int, num_microbatches: int = 2) -> dict[str, Tensor]:
+def reference(make_optimizer: Any, num_copies: int, num_microbatches: int = 2) -> dict[str, Tensor]:
     return reference_run(
         make_model,
         [batch(step) for step in range(NUM_STEPS)],
         token_loss,
         num_microbatches=num_microbatches,
         make_optimizer=make_optimizer,
-        num_replicas=num_replicas,
+        num_copies=num_copies,
     ).weights
 
 
@@ -106,7 +106,7 @@ def verify(run: Run, make_optimizer: Any, num_microbatches: int = 2) -> None:
     assert_equal_over(smp.CommGroup.RDP_GROUP, local)
 
 
-ALL = (DP2, DP3, DP4, TP2, PP2, REPLICAS, ZERO_BUBBLE)
+ALL = (DP2, DP3, DP4, TP2, PP2, COPIES, ZERO_BUBBLE)
 
 
 @on(*ALL)
@@ -211,7 +211,7 @@ def accumulate(run: Run, *, by: str) -> None:
         run.model.zero_grad()
 
 
-@on(DP2, TP2, PP2, REPLICAS)
+@on(DP2, TP2, PP2, COPIES)
 def test_gradients_of_several_steps_add_up_in_the_shards():
     for by, arguments in (("no_sync", {}), ("passes", {"backward_passes_per_step": 2}), ("shards", {})):
         run = Run(adam, **arguments)
@@ -462,7 +462,7 @@ def test_gradients_and_shards_take_the_memory_that_the_documentation_says():
 # With smp.DistributedOptimizer.
 
 
-@on(DP2, DP3, TP2, PP2, REPLICAS)
+@on(DP2, DP3, TP2, PP2, COPIES)
 def test_c062_the_wrapped_optimizer_trains_on_shards():
     for make_optimizer, cap in ((adam, CAP), (sgd_of_trained, 25), (adafactor, CAP)):
         if make_optimizer is adafactor and smp.tp_size() > 1:

@@ -21,7 +21,7 @@ def test_reference_equals_the_whole_batch_also_when_split_unevenly():
     x, y = torch.randn(10, 5, dtype=torch.float64), torch.randint(0, 3, (10,))
     settings = {"make_optimizer": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9), "num_steps": 3}
     whole = reference_run(make_net, [(x, y, 2.0)], body, **settings)
-    split = reference_run(make_net, [(x, y, 2.0)], body, num_microbatches=3, num_replicas=2, **settings)
+    split = reference_run(make_net, [(x, y, 2.0)], body, num_microbatches=3, num_copies=2, **settings)
     assert_same_training(split, whole, dtype=torch.float64)
     assert whole.losses[-1] < whole.losses[0] and set(whole.weights) == {"0.weight", "0.bias", "2.weight", "2.bias"}
 

@@ -115,8 +115,8 @@ def test_c090_files_newest_user_content_and_the_number_that_is_kept():
 
 
 @on(PP2_DP2)
-def test_replicas_share_the_writing():
-    """No tensor is written twice, and both replicas write."""
+def test_copies_share_the_writing():
+    """No tensor is written twice, and both copies write."""
     folder = shared_folder()
     model, optimizer = make_job(0)
     train(model, optimizer, range(1))

@@ -45,11 +45,11 @@ def make_model() -> nn.Module:
     return Awkward().double()
 
 
-def batch(step: int, num_replicas: int) -> tuple[Tensor, Tensor]:
-    """Rows of all replicas; `use` is off in the last microbatch of replica 0 and, in step 1, everywhere."""
+def batch(step: int, num_copies: int) -> tuple[Tensor, Tensor]:
+    """Rows of all copies; `use` is off in the last microbatch of copy 0 and, in step 1, everywhere."""
     generator = torch.Generator().manual_seed(step)
-    tokens = torch.randint(0, 12, (4 * num_replicas, 5), generator=generator)
-    use = torch.ones(4 * num_replicas, dtype=torch.long)
+    tokens = torch.randint(0, 12, (4 * num_copies, 5), generator=generator)
+    use = torch.ones(4 * num_copies, dtype=torch.long)
     use[2:4] = 0
     if step == 1:
         use[:] = 0
@@ -99,7 +99,7 @@ def train(overlap: bool, backward_passes: int) -> Any:
 def test_gradients_equal_on_all_ranks_and_to_one_process(
     num_ranks: int, tp: int, overlap: bool, backward_passes: int
 ) -> None:
-    num_replicas = num_ranks // 2
+    num_copies = num_ranks // 2
     parameters = {
         "pipeline_parallel_degree": 2, "tensor_parallel_degree": tp, "ddp": True, "timeout_seconds": 60,
         "microbatches": NUM_MICROBATCHES // backward_passes,
@@ -107,11 +107,11 @@ def test_gradients_equal_on_all_ranks_and_to_one_process(
     ranks = run_ranks(train, num_ranks, overlap, backward_passes, parameters=parameters)
     expected = reference_run(
         make_model,
-        [batch(step, num_replicas) for step in range(NUM_STEPS)],
+        [batch(step, num_copies) for step in range(NUM_STEPS)],
         token_loss,
         num_microbatches=NUM_MICROBATCHES,
         make_optimizer=make_optimizer,
-        num_replicas=num_replicas,
+        num_copies=num_copies,
     )
     per_rank = torch.tensor([rank[0] for rank in ranks], dtype=torch.float64).reshape(num_ranks, NUM_STEPS, -1).mean(2)
     first_stage = [index for index, rank in enumerate(ranks) if rank[5] == 0]
@@ -133,7 +133,7 @@ def test_gradients_equal_on_all_ranks_and_to_one_process(
             if gradient is None:
                 merged[name] = torch.zeros_like(expected.gradients[name])
             elif split and name in merged and merged[name].shape != expected.gradients[name].shape:
-                if rank[3] == rank[4]:  # the first replica of the slice
+                if rank[3] == rank[4]:  # the first copy of the slice
                     merged[name] = torch.cat([merged[name], gradient], dim=1)
             elif name not in merged:
                 merged[name] = gradient

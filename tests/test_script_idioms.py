@@ -22,11 +22,11 @@ PP2 = Layout(2, num_microbatches=2)
 LAYOUTS = {
     "pp2": PP2,
     "pp3": Layout(3, num_microbatches=3, schedule="simple"),
-    "dp2": Layout(1, replicas=2, num_microbatches=2),
-    "optimizer shards": Layout(1, replicas=2, sharding="optimizer", num_microbatches=2),
-    "sharded": Layout(1, replicas=2, sharding="parameters", num_microbatches=2),
-    "pp2, sharded": Layout(2, replicas=2, sharding="parameters", num_microbatches=2),
-    "pp2, optimizer shards": Layout(2, replicas=2, sharding="optimizer", num_microbatches=2, schedule="zero_bubble"),
+    "dp2": Layout(1, copies=2, num_microbatches=2),
+    "optimizer shards": Layout(1, copies=2, sharding="optimizer", num_microbatches=2),
+    "sharded": Layout(1, copies=2, sharding="parameters", num_microbatches=2),
+    "pp2, sharded": Layout(2, copies=2, sharding="parameters", num_microbatches=2),
+    "pp2, optimizer shards": Layout(2, copies=2, sharding="optimizer", num_microbatches=2, schedule="zero_bubble"),
 }
 # One list of DTensors and plain tensors, since what is read between the modules of a pipeline stays whole.
 TORCH_REFUSES = {("pp2, sharded", "clear: foreach")}
@@ -45,7 +45,7 @@ def test_idioms_are_as_in_one_process(layout):
 
 @pytest.mark.slow
 @on(DP2)
-def test_what_one_replica_has_loaded_after_wrapping_counts_everywhere_or_nowhere():
+def test_what_one_copy_has_loaded_after_wrapping_counts_everywhere_or_nowhere():
     torch.manual_seed(0)
     model = smp.DistributedModel(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double())
     optimizer = smp.DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1))

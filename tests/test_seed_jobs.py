@@ -19,38 +19,38 @@ pytest.importorskip("torchvision")
 pytest.importorskip("torchnet.dataset")  # here, so that the pool imports it once for all
 
 SCRIPTS = list(PARAMETERS)
-REPLICAS = {"train_tensor_parallel": 8, "train_tensor_pipeline_parallel": 4}
+COPIES = {"train_tensor_parallel": 8, "train_tensor_pipeline_parallel": 4}
 REPLACED = {"train_tensor_parallel": {"fc1", "fc2"}, "train_tensor_pipeline_parallel": {"fc1"}}
 
 
-def union_batches(num_replicas, dtype):
+def union_batches(num_copies, dtype):
     """Step by step the batches of all data-parallel ranks, one after another; each rank has a contiguous shard."""
     batch_size = BATCH_SIZES[dtype]
-    images, targets = make_digits(batch_size * NUM_STEPS * num_replicas, dtype)
+    images, targets = make_digits(batch_size * NUM_STEPS * num_copies, dtype)
     size = batch_size * NUM_STEPS
     for step in range(NUM_STEPS):
         rows = torch.cat(
             [
                 torch.arange(size * dp_rank, size * (dp_rank + 1))[step * batch_size :][:batch_size]
-                for dp_rank in range(num_replicas)
+                for dp_rank in range(num_copies)
             ]
         )
         yield images[rows], targets[rows]
 
 
 def check(script, results, dtype):
-    num_replicas = REPLICAS[script]
+    num_copies = COPIES[script]
     reference = reference_run(
         lambda: make_net(script, dtype),
-        list(union_batches(num_replicas, dtype)),
+        list(union_batches(num_copies, dtype)),
         lambda model, data, target: F.nll_loss(model(data), target),
         num_microbatches=PARAMETERS[script].get("microbatches", 1),
-        num_replicas=num_replicas,
+        num_copies=num_copies,
         make_optimizer=lambda parameters: torch.optim.Adadelta(parameters, lr=4.0),
     )
     losses = {dp_rank: values for dp_rank, values, _, _ in results}
-    assert sorted(losses) == list(range(num_replicas))
-    mean = [sum(values) / num_replicas for values in zip(*losses.values(), strict=True)]
+    assert sorted(losses) == list(range(num_copies))
+    mean = [sum(values) / num_copies for values in zip(*losses.values(), strict=True)]
     assert mean == pytest.approx(reference.losses, rel=1e-9 if dtype == torch.float64 else 1e-5)
     for _, values, weights, classes in results:
         assert len(values) == NUM_STEPS

@@ -106,14 +106,14 @@ def test_c062_each_element_of_the_state_is_on_one_holder_and_they_are_balanced()
     assert all("exp_avg" in values for values in optimizer.state.values())
     sizes = [values["exp_avg"].numel() for values in optimizer.state.values()]
     local = sum(parameter.numel() for parameter in model.parameters())
-    over_replicas = smp.allgather((sum(sizes), smp.pp_rank(), smp.tp_rank()), smp.DP_GROUP)
+    over_copies = smp.allgather((sum(sizes), smp.pp_rank(), smp.tp_rank()), smp.DP_GROUP)
     whole = sum(parameter.numel() for parameter in make_net().parameters())
-    of_stage = smp.allgather(sum(size for size, *_ in over_replicas), smp.PP_GROUP)
+    of_stage = smp.allgather(sum(size for size, *_ in over_copies), smp.PP_GROUP)
     if smp.tp_size() == 1:
         assert sum(of_stage) == whole
     buckets = len(sizes) + 1
     assert abs(sum(sizes) - local / smp.dp_size()) <= buckets + (local if smp.tp_size() > 1 else 0)
-    assert max(size for size, *_ in over_replicas) - min(size for size, *_ in over_replicas) <= 2 * buckets
+    assert max(size for size, *_ in over_copies) - min(size for size, *_ in over_copies) <= 2 * buckets
 
 
 @on(*ALL)
@@ -283,7 +283,7 @@ def test_masters_of_shards_and_an_overflow_on_one_rank():
     assert all(torch.equal(whole[name].half(), value) for name, value in before.items())
 
 
-def build_without_replicas():
+def build_without_copies():
     model = smp.DistributedModel(nn.Linear(3, 3))
     optimizer = smp.DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=1.0))
     model(torch.ones(1, 3)).sum().backward()
@@ -292,4 +292,4 @@ def build_without_replicas():
 
 
 def test_one_process_shares_nothing_out():
-    assert run_ranks(build_without_replicas, 1, parameters={"ddp": True, **SHARDED}) == [True]
+    assert run_ranks(build_without_copies, 1, parameters={"ddp": True, **SHARDED}) == [True]

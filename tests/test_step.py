@@ -278,17 +278,17 @@ def test_c028_uneven_batches_are_exact():
 
 @on(DP2, PP2_DP2)
 def test_c028_uneven_batches_are_exact_with_data_parallelism():
-    """The replicas' losses count alike, also where one has fewer samples than microbatches and the other has not."""
+    """The copies' losses count alike, also where one has fewer samples than microbatches and the other has not."""
     sizes = [(4, 4), (5, 5), (2, 2), (1, 1), (2, 2), (7, 7)]
     batches = [make_batch(sum(pair), seed=index) for index, pair in enumerate(sizes)]
-    expected = reference_run(make_classifier, batches, mean_loss, make_optimizer=sgd, num_replicas=2)
+    expected = reference_run(make_classifier, batches, mean_loss, make_optimizer=sgd, num_copies=2)
     actual = distributed_run(make_classifier, batches, mean_loss, make_optimizer=sgd)
     assert_same_training(actual, expected, dtype=torch.float64)
 
 
 @on(DP2, PP2_DP2)
-def test_c028_replicas_with_different_numbers_of_samples():
-    """As with DDP, gradients are averaged over the replicas; one has 2 samples for 3 microbatches, the other 5."""
+def test_c028_copies_with_different_numbers_of_samples():
+    """As with DDP, gradients are averaged over the copies; one has 2 samples for 3 microbatches, the other 5."""
     model = smp.DistributedModel(make_classifier())
     x, y = make_batch(7)
     parts = [(x[:2], y[:2]), (x[2:], y[2:])]

@@ -300,7 +300,7 @@ def test_an_exception_on_one_stage_ends_the_others_with_a_named_error():
 
 
 @on(APART_DP)
-def test_an_exception_on_one_replica_ends_the_others_with_a_named_error():
+def test_an_exception_on_one_copy_ends_the_others_with_a_named_error():
     model = smp.DistributedModel(make_classifier())
     x, y = make_batch(8)
     train_step(model, x, y)

@@ -1,4 +1,4 @@
-"""``SyncBatchNorm`` in a distributed model: parity with BatchNorm on the union of the batches of all replicas."""
+"""``SyncBatchNorm`` in a distributed model: parity with BatchNorm on the union of the batches of all copies."""
 
 from __future__ import annotations
 
@@ -50,23 +50,23 @@ def make_synchronised() -> nn.Module:
     return nn.SyncBatchNorm.convert_sync_batchnorm(make_plain())
 
 
-def batch(step: int, num_replicas: int) -> tuple[Tensor, Tensor]:
+def batch(step: int, num_copies: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(step)
-    size = 6 * num_replicas
+    size = 6 * num_copies
     x = torch.randn(size, 2, 4, 4, generator=generator, dtype=torch.float64)
     return x, torch.randint(0, 3, (size,), generator=generator)
 
 
-def reference(num_replicas: int) -> ReferenceResult:
-    """BatchNorm over the union, for each microbatch, of what all replicas have of it."""
+def reference(num_copies: int) -> ReferenceResult:
+    """BatchNorm over the union, for each microbatch, of what all copies have of it."""
     model = make_plain()
     optimizer = sgd(model.parameters())
     losses, gradients = [], {}
     for step in range(NUM_STEPS):
         optimizer.zero_grad()
         parts = [
-            [own.tensor_split(NUM_MICROBATCHES) for own in value.tensor_split(num_replicas)]
-            for value in batch(step, num_replicas)
+            [own.tensor_split(NUM_MICROBATCHES) for own in value.tensor_split(num_copies)]
+            for value in batch(step, num_copies)
         ]
         mean = 0.0
         for microbatch in range(NUM_MICROBATCHES):
@@ -81,15 +81,15 @@ def reference(num_replicas: int) -> ReferenceResult:
     return ReferenceResult(losses, gradients, {name: value.clone() for name, value in model.state_dict().items()})
 
 
-def verify(found: ReferenceResult, num_replicas: int) -> None:
-    expected = reference(num_replicas)
+def verify(found: ReferenceResult, num_copies: int) -> None:
+    expected = reference(num_copies)
     assert_parity(found.gradients, expected.gradients, dtype=torch.float64)
     assert_parity(found.weights, expected.weights, dtype=torch.float64)
     torch.testing.assert_close(torch.tensor(found.losses), torch.tensor(expected.losses), rtol=1e-6, atol=0)
 
 
 @on(DP3, PP2, ZERO_BUBBLE, TP2)
-def test_statistics_are_those_of_the_batches_of_all_replicas():
+def test_statistics_are_those_of_the_batches_of_all_copies():
     batches = [batch(step, smp.dp_size()) for step in range(NUM_STEPS)]
     for overlap in (True, False):
         found = distributed_run(

@@ -187,13 +187,13 @@ def test_c073_training_equals_one_process_on_the_union_of_the_batches(kind, num_
     make_model, make_batches = MODELS[kind]
     num_samples = 4
     with_warning = run_ranks(train, num_ranks, kind, num_samples, order, parameters=parameters)
-    num_replicas = num_ranks // parameters["pipeline_parallel_degree"]
+    num_copies = num_ranks // parameters["pipeline_parallel_degree"]
     expected = reference_run(
         make_model,
-        make_batches(num_samples * num_replicas),
+        make_batches(num_samples * num_copies),
         classification_loss,
         num_microbatches=parameters["microbatches"],
         make_optimizer=sgd,
-        num_replicas=num_replicas,
+        num_copies=num_copies,
     )
     assert_ranks_train_as_one(with_warning, expected, dtype=F64)

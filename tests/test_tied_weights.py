@@ -44,14 +44,14 @@ def train(optimizer: str, size: int) -> Any:
 def test_copies_of_tied_weights_train_like_one(
     schedule: str, num_stages: int, num_ranks: int, optimizer: str, size: int
 ) -> None:
-    num_replicas = num_ranks // num_stages
+    num_copies = num_ranks // num_stages
     parameters = {
-        "pipeline_parallel_degree": num_stages, "microbatches": 4 if size == 8 and num_replicas == 1 else 2,
-        "pipeline": schedule, "tied_weights": "replicate", "memory_weight": 0.0, "ddp": num_replicas > 1,
+        "pipeline_parallel_degree": num_stages, "microbatches": 4 if size == 8 and num_copies == 1 else 2,
+        "pipeline": schedule, "tied_weights": "replicate", "memory_weight": 0.0, "ddp": num_copies > 1,
     }  # fmt: skip
     expected = reference_run(
         make_tied, batches(4, size), loss_of, num_microbatches=parameters["microbatches"],
-        num_replicas=num_replicas, make_optimizer=OPTIMIZERS[optimizer],
+        num_copies=num_copies, make_optimizer=OPTIMIZERS[optimizer],
     )  # fmt: skip
     ranks = run_ranks(train, num_ranks, optimizer, size, parameters=parameters)
     for result, holders, _, is_sequential in ranks:
@@ -62,7 +62,7 @@ def test_copies_of_tied_weights_train_like_one(
         assert holders["embedding.weight"] == (0, num_stages - 1)
         assert is_sequential  # no stage is visited twice
     copies = [shared["embedding.weight"] for _, _, shared, _ in ranks if "embedding.weight" in shared]
-    assert len(copies) == 2 * num_replicas
+    assert len(copies) == 2 * num_copies
     for copy in copies:
         assert torch.equal(copy, copies[0])
 

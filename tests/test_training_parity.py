@@ -75,7 +75,7 @@ def check(make_marked, make_optimizer, num_samples: int = 8, dtype: torch.dtype 
         mean_loss,
         make_optimizer=make_optimizer,
         num_microbatches=smp.num_microbatches(),
-        num_replicas=smp.dp_size(),
+        num_copies=smp.dp_size(),
     )
     actual = distributed_run(lambda: make_marked(dtype), batches, mean_loss, make_optimizer=make_optimizer, **arguments)
     assert_same_training(actual, expected, dtype=dtype)

@@ -118,15 +118,15 @@ CASES = [
 def test_c074_training_equals_one_process(kind: str, num_ranks: int, parameters: dict[str, Any]) -> None:
     num_samples = 3 if parameters["microbatches"] == 3 else 4
     found = run_ranks(train, num_ranks, kind, num_samples, parameters=parameters, timeout=90)
-    num_replicas = num_ranks // parameters["pipeline_parallel_degree"]
+    num_copies = num_ranks // parameters["pipeline_parallel_degree"]
     if parameters.get("prescaled_batch"):
-        num_replicas //= parameters["tensor_parallel_degree"]
+        num_copies //= parameters["tensor_parallel_degree"]
     expected = reference_run(
         lambda: make_whole(kind),
-        batches(kind, num_samples * num_replicas),
+        batches(kind, num_samples * num_copies),
         loss_of,
         num_microbatches=parameters["microbatches"],
         make_optimizer=sgd,
-        num_replicas=num_replicas,
+        num_copies=num_copies,
     )
     assert_ranks_train_as_one(found, expected, dtype=F64)

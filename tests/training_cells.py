@@ -20,7 +20,7 @@ from pool import run_ranks
 NUM_STEPS = 10
 VOCABULARY, WIDTH, LENGTH, HEADS = 40, 32, 12, 4
 MICROBATCHES = 2
-SAMPLES = 4  # per replica: two for each microbatch
+SAMPLES = 4  # per copy: two for each microbatch
 MAX_NORM = 0.5
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 LOSS_SCALE = {"fp32": 1.0, "bf16": 1.0, "fp16": 1024.0}
@@ -28,7 +28,7 @@ LOSS_SCALE = {"fp32": 1.0, "bf16": 1.0, "fp16": 1024.0}
 
 @dataclass(frozen=True)
 class Cell:
-    """``sharding``: ddp (all replicas whole), optimizer (shard_optimizer_state), sdp (sharded data parallelism)."""
+    """``sharding``: ddp (all copies whole), optimizer (shard_optimizer_state), sdp (sharded data parallelism)."""
 
     num_ranks: int
     pp: int
@@ -116,9 +116,9 @@ def make_gpt() -> GPT:
     return GPT()
 
 
-def make_batches(num_replicas: int) -> list[tuple[Tensor, Tensor]]:
+def make_batches(num_copies: int) -> list[tuple[Tensor, Tensor]]:
     generator = torch.Generator().manual_seed(12)
-    shape = (SAMPLES * num_replicas, LENGTH + 1)
+    shape = (SAMPLES * num_copies, LENGTH + 1)
     drawn = [torch.randint(0, VOCABULARY, shape, generator=generator) for _ in range(NUM_STEPS)]
     return [(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()) for tokens in drawn]
 
@@ -169,13 +169,13 @@ def train_on_rank(cell: Cell, is_late: bool = False) -> tuple[list[float], list[
 
 @functools.cache
 def reference(
-    precision: str, num_replicas: int, device: str = "cpu"
+    precision: str, num_copies: int, device: str = "cpu"
 ) -> tuple[list[float], list[float], dict[str, Tensor]]:
     """The same in one process."""
-    batches = [tuple(tensor.to(device) for tensor in batch) for batch in make_batches(num_replicas)]
+    batches = [tuple(tensor.to(device) for tensor in batch) for batch in make_batches(num_copies)]
     return half_reference_run(
         lambda: make_gpt().to(device), batches, loss_of, dtype=HALF.get(precision, torch.float32), make_optimizer=sgd,
-        num_parts=num_replicas * MICROBATCHES, loss_scale=LOSS_SCALE[precision], max_norm=MAX_NORM,
+        num_parts=num_copies * MICROBATCHES, loss_scale=LOSS_SCALE[precision], max_norm=MAX_NORM,
     )  # fmt: skip
 
 
