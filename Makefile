@@ -65,15 +65,16 @@ test-fast: $(VENV)/.stamp-test
 test-all: $(VENV)/.stamp-dev $(DATA)/MNIST/.stamp
 	@$(BIN)/python -m pytest -q $(ARGS)
 
-# What has to do with transformers, once more with its next major version (which lies beside the environment's own).
-NEXT_TRANSFORMERS ?= transformers>=5,<6
-$(VENV)/transformers-next/.stamp: $(VENV)/.stamp-test
-	@echo "setup: $(NEXT_TRANSFORMERS)"
-	@$(PIP) install --upgrade --target $(@D) '$(NEXT_TRANSFORMERS)'
+# What has to do with transformers, once more with the oldest version that is supported (which lies beside the
+# environment's own).
+OLDEST_TRANSFORMERS ?= transformers==4.57.*
+$(VENV)/transformers-oldest/.stamp: $(VENV)/.stamp-test
+	@echo "setup: $(OLDEST_TRANSFORMERS)"
+	@$(PIP) install --upgrade --target $(@D) '$(OLDEST_TRANSFORMERS)'
 	@touch $@
 
-test-transformers: $(VENV)/transformers-next/.stamp
-	@PYTHONPATH=$(abspath $(VENV))/transformers-next $(BIN)/python -m pytest -q \
+test-transformers: $(VENV)/transformers-oldest/.stamp
+	@PYTHONPATH=$(abspath $(VENV))/transformers-oldest $(BIN)/python -m pytest -q \
 	  tests/test_huggingface.py tests/test_huggingface_training.py tests/test_huggingface_examples.py \
 	  tests/test_plan_families.py $(ARGS)
 

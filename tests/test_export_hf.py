@@ -145,7 +145,9 @@ def test_a_trained_gpt2_is_loaded_by_plain_transformers_with_the_same_logits():
             assert type(loaded) is transformers.GPT2LMHeadModel
             assert not any(report.values()), report
             torch.testing.assert_close(plain_logits(loaded, some_ids()), logits, **TOLERANCE)
-            loaded.save_pretrained(f"{folder}-plain", max_shard_size=3000)
+            plain = make_gpt2(1)  # transformers 5 saves what it has loaded in another order
+            plain.load_state_dict(loaded.state_dict())
+            plain.save_pretrained(f"{folder}-plain", max_shard_size=3000)
             ours, theirs = (json.loads(Path(f"{folder}{end}/config.json").read_text()) for end in ("", "-plain"))
             assert ours == theirs
             ours, theirs = (

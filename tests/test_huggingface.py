@@ -154,6 +154,22 @@ def test_a_head_that_a_file_leaves_out_is_the_embedding():
     assert "lm_head.weight" not in gptj.translate_hf_state_dict_to_smdistributed_gptj(short)
 
 
+def test_the_head_of_gptneox_is_known_by_both_of_its_names():
+    to_transformers, to_ours = functions_of("gptneox")
+    ours = to_ours(KINDS["gptneox"].make().state_dict())
+    named = {}
+    for version, name in (("5.13.0", "embed_out.weight"), ("5.14.0", "lm_head.weight")):
+        with mock.patch.object(transformers, "__version__", version):
+            named[name] = to_transformers(ours)
+        assert list(named[name])[-1] == name and len(named[name]) == len(ours)
+    for version in ("5.13.0", "5.14.0"):
+        with mock.patch.object(transformers, "__version__", version):
+            for name, state in named.items():
+                assert_same(to_ours(state), ours)
+                tied = to_ours({key: tensor for key, tensor in state.items() if key != name})
+                assert tied["lm_head.weight"] is state["gpt_neox.embed_in.weight"]
+
+
 def storages(*states):
     return {
         tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for s in states for tensor in s.values()

@@ -166,9 +166,9 @@ HUGGING_FACE_UNITS = {
     "bert.pooler.dense cls.predictions.transform.dense cls.predictions.transform.LayerNorm cls.predictions.decoder "
     "cls.seq_relationship",
     "GPT2LMHeadModel": "transformer.wte transformer.wpe transformer.h.0 transformer.h.1 transformer.ln_f lm_head",
-    "T5ForConditionalGeneration": "shared encoder.block.0 encoder.block.1 encoder.final_layer_norm decoder.block.0 "
-    "decoder.block.1 decoder.final_layer_norm lm_head",
-    "ViTForImageClassification": "vit.embeddings.patch_embeddings.projection vit.encoder.layer.0 vit.encoder.layer.1 "
+    "T5ForConditionalGeneration": "shared encoder.embed_tokens encoder.block.0 encoder.block.1 "
+    "encoder.final_layer_norm decoder.embed_tokens decoder.block.0 decoder.block.1 decoder.final_layer_norm lm_head",
+    "ViTForImageClassification": "vit.embeddings.patch_embeddings.projection vit.layers.0 vit.layers.1 "
     "vit.layernorm classifier",
     "MixtralForCausalLM": "model.embed_tokens model.layers.0 model.layers.1 model.norm lm_head",
     "ConvNextForImageClassification": "convnext.embeddings.patch_embeddings convnext.embeddings.layernorm "

@@ -40,7 +40,9 @@ def make(name: str, **config: Any) -> Callable[[], nn.Module]:
         import transformers
 
         model_class = getattr(transformers, name)
-        model: nn.Module = model_class(model_class.config_class(**config))
+        settings = model_class.config_class(**config)
+        settings._experts_implementation = "eager"  # the default of transformers 5 does not know double precision
+        model: nn.Module = model_class(settings)
         return model
 
     return build
@@ -189,8 +191,8 @@ ENCODERS: dict[str, Entry] = {
                      _unmasked_loss),
     "longformer": _encoder("LongformerForMaskedLM", "tied weights; windows of 4", attention_window=[4, 4, 4],
                            max_position_embeddings=64, pad_token_id=1),
-    "mobilebert": _encoder("MobileBertForMaskedLM", TIED, embedding_size=8, true_hidden_size=16,
-                           intra_bottleneck_size=8, num_feedforward_networks=2),
+    "mobilebert": _encoder("MobileBertForMaskedLM", TIED, embedding_size=8, intra_bottleneck_size=8,
+                           num_feedforward_networks=2),
     "modernbert": _encoder("ModernBertForMaskedLM", "tied weights; eager or sdpa attention", pad_token_id=0,
                            global_attn_every_n_layers=2, local_attention=4, reference_compile=False,
                            attn_implementation="sdpa"),
@@ -253,7 +255,7 @@ EXPERTS: dict[str, Entry] = {
     ),
     "dbrx": _own_sizes(
         "DbrxForCausalLM", "mixture of experts", d_model=16, n_heads=2, n_layers=3, max_seq_len=32,
-        attn_config={"kv_n_heads": 1, "clip_qkv": 8.0},
+        attn_config={"kv_n_heads": 1, "clip_qkv": 8.0, "rope_theta": 1e4},
         ffn_config={"ffn_hidden_size": 16, "moe_num_experts": 3, "moe_top_k": 2},
     ),
     "gpt_oss": _experts("GptOssForCausalLM", num_local_experts=3, num_experts_per_tok=2, head_dim=8, sliding_window=4,

@@ -1,50 +1,51 @@
-"""A family of transformers that is not split out of the box, through three hooks: ViTEncoder (transformers 4.x) becomes
-smp.nn.DistributedTransformer.
+"""A family of transformers that is not split out of the box, through three hooks: each ViTLayer becomes
+smp.nn.DistributedTransformerLayer.
 
     modelparallel run --nproc 2 examples/huggingface/vit.py
 """
 
 import torch
-from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.vit.configuration_vit import ViTConfig
-from transformers.models.vit.modeling_vit import ViTEncoder, ViTForImageClassification
+from transformers.models.vit.modeling_vit import ViTForImageClassification, ViTLayer
 
 import smdistributed.modelparallel.torch as smp
 
 
-class SplitViTEncoder(smp.nn.DistributedTransformer):
-    """DistributedTransformer that can take over the weights of a ViTEncoder (config ``_match_weights``)."""
+class SplitViTLayer(smp.nn.DistributedTransformerLayer):
+    """DistributedTransformerLayer that can take over the weights of a ViTLayer (config ``_match_weights``)."""
 
     def copy_weights_from(self, module):
-        self.copy_state(weights_of_stack(module), "ViTEncoder")
+        self.copy_state(weights_of_layer(module), "ViTLayer")
 
 
-def weights_of_stack(encoder):
-    """The weights of a ViTEncoder under the names of DistributedTransformer."""
-    weights = {}
-    for index, layer in enumerate(encoder.layer):
-        attention = layer.attention.attention
-        renamed = {
-            "attention.pre_layernorm": layer.layernorm_before,
-            "attention.dense": layer.attention.output.dense,
-            "output.pre_layernorm": layer.layernorm_after,
-            "output.dense1": layer.intermediate.dense,
-            "output.dense2": layer.output.dense,
-        }
-        for name, part in renamed.items():
-            weights.update({f"seq_layers.{index}.{name}.{kind}": value for kind, value in part.named_parameters()})
-        for kind in ("weight", "bias") if attention.query.bias is not None else ("weight",):
-            parts = [getattr(part, kind) for part in (attention.query, attention.key, attention.value)]
-            weights[f"seq_layers.{index}.attention.qkv.{kind}"] = torch.cat(parts)
+def weights_of_layer(layer):
+    """The weights of a ViTLayer under the names of DistributedTransformerLayer."""
+    attention = layer.attention
+    if hasattr(layer, "mlp"):
+        queries_keys_values = attention.q_proj, attention.k_proj, attention.v_proj
+        projection, dense1, dense2 = attention.o_proj, layer.mlp.fc1, layer.mlp.fc2
+    else:  # transformers 4
+        inner = attention.attention
+        queries_keys_values = inner.query, inner.key, inner.value
+        projection, dense1, dense2 = attention.output.dense, layer.intermediate.dense, layer.output.dense
+    renamed = {
+        "attention.pre_layernorm": layer.layernorm_before,
+        "attention.dense": projection,
+        "output.pre_layernorm": layer.layernorm_after,
+        "output.dense1": dense1,
+        "output.dense2": dense2,
+    }
+    weights = {f"{name}.{kind}": value for name, part in renamed.items() for kind, value in part.named_parameters()}
+    for kind, _ in queries_keys_values[0].named_parameters():
+        weights[f"attention.qkv.{kind}"] = torch.cat([getattr(part, kind) for part in queries_keys_values])
     return weights
 
 
 def init_hook(config):
-    """The arguments of ViTEncoder -> those of DistributedTransformer."""
+    """The arguments of ViTLayer -> those of DistributedTransformerLayer."""
     if config.hidden_act not in ("gelu", "relu"):
         raise ValueError(f"ViTConfig.hidden_act={config.hidden_act!r} is not supported")
     arguments = {
-        "num_layers": config.num_hidden_layers,
         "num_attention_heads": config.num_attention_heads,
         "attention_head_size": config.hidden_size // config.num_attention_heads,
         "hidden_size": config.hidden_size,
@@ -62,21 +63,22 @@ def init_hook(config):
     return (), arguments
 
 
-def forward_hook(hidden_states, head_mask=None):
-    """The arguments of a call of ViTEncoder -> the one tuple that DistributedTransformer takes."""
-    if head_mask is not None and any(mask is not None for mask in head_mask):
-        raise ValueError("head_mask is not supported")
+def forward_hook(hidden_states, mask=None, **options):
+    """The arguments of a call of ViTLayer -> the one tuple that DistributedTransformerLayer takes."""
+    given = [name for name, value in {"mask": mask, **options}.items() if value is not None]
+    if given:
+        raise ValueError(f"not supported: {', '.join(given)}")
     return ((hidden_states, None),), {}
 
 
 def return_hook(output):
-    """What DistributedTransformer gives -> what ViTModel expects of ViTEncoder."""
-    return BaseModelOutput(last_hidden_state=output[0])
+    """What DistributedTransformerLayer gives -> what ViTModel expects of ViTLayer."""
+    return output[0]
 
 
 def register():
     """Before the model is built: instances record their arguments from then on."""
-    smp.tp_register_with_module(ViTEncoder, SplitViTEncoder, init_hook, forward_hook, return_hook)
+    smp.tp_register_with_module(ViTLayer, SplitViTLayer, init_hook, forward_hook, return_hook)
 
 
 @smp.step

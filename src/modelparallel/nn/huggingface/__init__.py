@@ -23,7 +23,7 @@ from modelparallel.nn.huggingface.translation import NameLayout, Place, StateDic
 from modelparallel.nn.lm_head import DistributedTransformerLMHead
 from modelparallel.nn.transformer import DistributedTransformer
 
-_OLDEST, _TOO_NEW = Version("4.57"), Version("6.dev0")
+_TOO_NEW = Version("6.dev0")
 
 
 @dataclass(frozen=True)
@@ -169,9 +169,6 @@ def register_families() -> None:
 
     With a version of transformers that is not supported, warns and registers nothing.
     """
-    transformers = sys.modules.get("transformers")
-    if transformers is None:
-        return
     imported = [
         (getattr(module, class_name), family)
         for path, classes in _FAMILIES
@@ -181,8 +178,8 @@ def register_families() -> None:
     new = [(module_class, family) for module_class, family in imported if not registry.is_registered(module_class)]
     if not new:
         return
-    version = Version(transformers.__version__)
-    if not _OLDEST <= version < _TOO_NEW:
+    version = translation.transformers_version()
+    if not translation.OLDEST_VERSION <= version < _TOO_NEW:
         warnings.warn(
             f"transformers {version} is not supported by tensor parallelism (4.57 to 5.x are): models of transformers "
             "are not replaced; register classes with smp.tp_register_with_module",

@@ -157,11 +157,6 @@ class EncoderAnswer:
         return _as_result(self.result, is_dict, last_hidden_state=module.own_forward(batch)[0])
 
 
-def transformers_major() -> int:
-    """The first number of the installed version."""
-    return int(importlib.import_module("transformers").__version__.split(".")[0])
-
-
 def drop_empty_cache(given: dict[str, Any]) -> None:
     """Forget a cache of keys and values that holds nothing: the model around makes one unasked."""
     for name in ("past_key_values", "cache"):

@@ -32,7 +32,6 @@ LAYOUT = NameLayout(
     ),
     after=(linear("ln_f", "transformer.output_layernorm"),),
     head=linear("lm_head", "lm_head"),
-    tied=("lm_head.weight", "transformer.wte.weight"),
     hf_order=(
         "ln_1",
         "attn.bias",
@@ -160,7 +159,7 @@ def block_call(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[
 
 def block_result(output: tuple[Any, ...]) -> Any:
     """The return hook of GPT2Block: transformers 4 expects a tuple, 5 the hidden states alone."""
-    return output[0] if answers.transformers_major() >= 5 else (output[0],)
+    return output[0] if translation.transformers_version().major >= 5 else (output[0],)
 
 
 def get_hf_gpt2_transformer_layer_hooks() -> tuple[Any, Any, Any]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from packaging.version import Version
+
 from modelparallel.nn.huggingface import options, translation
 from modelparallel.nn.huggingface.translation import NameLayout, StateDict, linear
 
@@ -22,8 +24,9 @@ LAYOUT = NameLayout(
         linear("mlp.dense_4h_to_h", "output.dense2"),
     ),
     after=(linear("final_layer_norm", "transformer.output_layernorm"),),
-    head=linear("embed_out", "lm_head"),
-    tied=("embed_out.weight", "gpt_neox.embed_in.weight"),
+    head=linear("lm_head", "lm_head"),
+    former_head=linear("embed_out", "lm_head"),
+    renamed_in=Version("5.14.dev0"),
     hf_order=(
         "input_layernorm",
         "post_attention_layernorm",

@@ -123,7 +123,7 @@ def arguments_of(module: nn.Module, place: Place) -> ConstructorArguments:
 
 def is_head_tied(module: nn.Module, place: Place) -> bool:
     """Whether the weight of the head is that of the embedding."""
-    head, embedding = (module.get_parameter(name) for name in place.layout.tied)
+    head, embedding = (module.get_parameter(name) for name in place.tied)
     return head is embedding
 
 

@@ -13,17 +13,20 @@ its values and the memory of the old ones is free as soon as nobody else holds t
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
 import torch
+from packaging.version import Version
 
 from modelparallel.errors import TensorParallelError
 
 StateDict = dict[str, Any]
 Translate = Callable[..., StateDict]
+OLDEST_VERSION = Version("4.57")
 
 # The order in which smp.nn's modules of a layer register their parameters.
 _SMP_ORDER = tuple(
@@ -35,6 +38,12 @@ _SMP_ORDER = tuple(
     )
     for name in names
 )
+
+
+def transformers_version() -> Version:
+    """The one in use; where transformers has not been imported, the oldest that is supported."""
+    transformers = sys.modules.get("transformers")
+    return OLDEST_VERSION if transformers is None else Version(transformers.__version__)
 
 
 class Form(Enum):
@@ -132,7 +141,7 @@ class NameLayout:
     ``before``, ``layer``, ``after``: what comes before, in and after each layer of ``hf_layers``. ``hf_order``: the
     names in a layer in the order of transformers, buffers included. ``buffers``: older versions of transformers kept
     causal masks in the state dict. ``head``: of the causal language model, whose body then is called ``hf_body``;
-    ``tied``: its weight, and the embedding that it may be, in transformers.
+    ``former_head``: what transformers called it before the version ``renamed_in``, and does in files until today.
     """
 
     hf_layers: str
@@ -144,9 +153,16 @@ class NameLayout:
     hf_body: str = "transformer"
     head: Rule | None = None
     has_head_bias: bool = False
-    tied: tuple[str, str] = ("", "")
+    former_head: Rule | None = None
+    renamed_in: Version = OLDEST_VERSION
     buffer_names: tuple[str, ...] = ()
     buffers: Buffers | None = None
+
+    @property
+    def heads(self) -> tuple[Rule, ...]:
+        """The head under each of its names, the first of which is that of the version in use."""
+        found = [rule for rule in (self.head, self.former_head) if rule is not None]
+        return tuple(found if transformers_version() >= self.renamed_in else reversed(found))
 
 
 @dataclass(frozen=True)
@@ -177,6 +193,12 @@ class Place:
         """What stands before the names of the body in transformers."""
         return f"{self.prefix}{self.layout.hf_body}." if self.has_head else self.prefix
 
+    @property
+    def tied(self) -> tuple[str, str]:
+        """The weights in transformers of the head, and of the embedding that it may be."""
+        layout = self.layout
+        return f"{self.prefix}{layout.heads[0].hf[0]}.weight", f"{self.hf_body}{layout.before[0].hf[0]}.weight"
+
     def parts(self, state: Mapping[str, Any]) -> Iterator[Part]:
         """All entries, in the order of both sides but for that inside a layer, with the layers that ``state``, of
         either side, has.
@@ -191,8 +213,8 @@ class Place:
         for index in sorted({int(match[1]) for name in state if (match := pattern.match(name))}):
             yield self._layer(f"{hf}.{index}.", f"{smp}.{index}.", index)
         last = [entry for rule in layout.after for entry in rule.entries(self.hf_body, self.prefix)]
-        if self.has_head and layout.head is not None:
-            last += layout.head.entries(self.prefix, self.prefix)
+        if self.has_head:
+            last += [entry for rule in layout.heads for entry in rule.entries(self.prefix, self.prefix)]
         yield Part(last)
 
     def _layer(self, hf_prefix: str, smp_prefix: str, index: int) -> Part:
@@ -234,7 +256,7 @@ def to_hf(state: Mapping[str, Any], places: Sequence[Place], max_seq_len: int | 
         for part in place.parts(state):
             named: StateDict = {}
             for entry in part.entries:
-                if entry.smp in state:
+                if entry.smp in state and entry.smp not in used:
                     named.update(zip(entry.hf, entry.to_hf(state), strict=True))
                     used.add(entry.smp)
             if part.index is not None and named:
@@ -299,9 +321,12 @@ def with_tied_head(state: Mapping[str, Any], place: Place) -> StateDict:
     transformers leaves tied tensors out of its files. Only where the head's bias, if it has one, is there, and nothing
     that the layout does not know: that would be another head.
     """
-    head, embedding = (place.prefix + name for name in place.layout.tied)
+    if not place.has_head:
+        return dict(state)
+    head, embedding = place.tied
     bias = head.removesuffix("weight") + "bias"
-    is_left_out = place.has_head and head not in state and embedding in state
+    weights = [f"{place.prefix}{rule.hf[0]}.weight" for rule in place.layout.heads]
+    is_left_out = embedding in state and not any(weight in state for weight in weights)
     if not is_left_out or (place.layout.has_head_bias and bias not in state) or unknown_names(state, place):
         return dict(state)
     items = [(name, value) for name, value in state.items() if name != bias]
