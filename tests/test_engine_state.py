@@ -235,6 +235,32 @@ def test_what_the_trace_writes_to_its_inputs_is_gone_after_it() -> None:
     check(writes_in_the_trace, 2, auto_partition=True)
 
 
+def hook_once(net: Any, x: Tensor) -> Tensor:
+    if not net.is_on:
+        net.is_on = True
+        net.layers[4].register_forward_hook(lambda module, args, output: output * 1.5)
+    return x
+
+
+def hooks_in_the_trace() -> Any:
+    import modelparallel as smp
+
+    torch.manual_seed(1)
+    model = smp.DistributedModel(Turns(hook_once, 0).double())
+
+    @smp.step
+    def train(model: Any, x: Tensor) -> Any:
+        loss = model(x).square().mean()
+        model.backward(loss)
+        return loss
+
+    return [readable(train(model, data(step, SIZE))) for step in range(2)], gradients_of(model)
+
+
+def test_hooks_that_the_trace_registers_are_gone_after_it() -> None:
+    check(hooks_in_the_trace, 2, auto_partition=True)
+
+
 class Normed(nn.Module):
     """Calls a BatchNorm, from the step ``since`` on once more after the other stage was visited."""
 

@@ -132,6 +132,7 @@ class KeptState:
 
     def __init__(self, modules: Iterable[nn.Module], functions: Iterable[Any]) -> None:
         self._modules: list[tuple[nn.Module, dict[str, Any]]] = []
+        self._hooks: list[tuple[Any, dict[int, Any]]] = []
         self._containers: list[tuple[Any, Any]] = []
         self._cells: list[tuple[Any, Any]] = []
         self._globals: list[tuple[dict[str, Any], str, Any]] = []
@@ -153,6 +154,7 @@ class KeptState:
                 self._keep(value)
             self._keep(forward_of(module))
         for hooks in hook_registries(root):
+            self._hooks.append((hooks, dict(hooks)))
             for hook in hooks.values():
                 self._keep(hook)
 
@@ -212,14 +214,14 @@ class KeptState:
         )
 
     def restore(self) -> None:
-        """Put back what has changed since, but for large tensors."""
+        """Put back what has changed since, the hooks of modules too, but not large tensors."""
         for module, own in self._modules:
             for name in [name for name in vars(module) if name not in OF_EVERY_MODULE and name not in own]:
                 del module.__dict__[name]
             for name, value in own.items():
                 if vars(module).get(name, MISSING) is not value:
                     module.__dict__[name] = value
-        for container, content in self._containers:
+        for container, content in (*self._hooks, *self._containers):
             if not _hold_the_same(container, content, operator.is_):
                 refill(container, content)
         for cell, content in self._cells:
