@@ -209,7 +209,7 @@ def run_rank(life: Life, global_rank: int, store: str, log: str, pipe: Connectio
 
 def _end() -> None:
     """What the interpreter does at its end, in its order."""
-    threading._shutdown()
+    threading._shutdown()  # type: ignore[attr-defined]
     try:
         session.shutdown()
     except BaseException:

@@ -299,7 +299,7 @@ class Box:
     others: tuple[Any, ...] = ()
 
 
-class Bag(dict):  # type: ignore[type-arg]
+class Bag(dict):
     """A dict subclass with attributes."""
 
     def __getattr__(self, name: str) -> Any:

@@ -89,7 +89,7 @@ def masked_ids(num_samples: int, generator: torch.Generator) -> tuple[torch.Tens
 
 def language_batches(num_samples: int) -> list[tuple[torch.Tensor, ...]]:
     generator = torch.Generator().manual_seed(1)
-    batches = []
+    batches: list[tuple[torch.Tensor, ...]] = []
     for _ in range(3):
         ids, mask = masked_ids(num_samples, generator)
         batches.append((ids, mask, ids.masked_fill(mask == 0, -100)))

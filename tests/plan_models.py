@@ -14,7 +14,7 @@ F64 = torch.float64
 class Attention(nn.Module):
     """Grouped-query attention; ``is_fused``: one weight holds queries, keys and values, of their own sizes."""
 
-    def __init__(self, width: int, num_heads: int, num_kv_heads: int, head_dim: int, is_fused: bool):
+    def __init__(self, width: int, num_heads: int, num_kv_heads: int, head_dim: int, is_fused: bool) -> None:
         super().__init__()
         self.head_dim = head_dim
         self.group = num_heads // num_kv_heads
@@ -43,7 +43,7 @@ class Attention(nn.Module):
 class GatedMlp(nn.Module):
     """``is_packed``: gate and up are one weight."""
 
-    def __init__(self, width: int, inner: int, is_packed: bool):
+    def __init__(self, width: int, inner: int, is_packed: bool) -> None:
         super().__init__()
         self.is_packed = is_packed
         if is_packed:
@@ -59,7 +59,7 @@ class GatedMlp(nn.Module):
 
 
 class Expert(nn.Module):
-    def __init__(self, width: int, inner: int):
+    def __init__(self, width: int, inner: int) -> None:
         super().__init__()
         self.up = nn.Linear(width, inner, bias=False)
         self.down = nn.Linear(inner, width, bias=False)
@@ -71,12 +71,12 @@ class Expert(nn.Module):
 class Mixture(nn.Module):
     """Each token goes to the expert with the highest score; other ranks' tokens may go to other experts."""
 
-    def __init__(self, width: int, num_experts: int):
+    def __init__(self, width: int, num_experts: int) -> None:
         super().__init__()
         self.router = nn.Linear(width, num_experts)
         self.experts = nn.ModuleList([Expert(width, 8) for _ in range(num_experts)])
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         tokens = x.flatten(0, 1)
         scores = self.router(tokens).softmax(-1)
         best = scores.argmax(-1)
@@ -89,7 +89,7 @@ class Mixture(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, width: int, is_fused: bool, is_mixture: bool):
+    def __init__(self, width: int, is_fused: bool, is_mixture: bool) -> None:
         super().__init__()
         self.attn = Attention(width, 8, 4, 4, is_fused)
         self.mlp = Mixture(width, 3) if is_mixture else GatedMlp(width, 8, is_fused)
@@ -106,7 +106,7 @@ class Tower(nn.Module):
 
     def __init__(
         self, is_fused: bool = False, is_mixture: bool = False, is_tied: bool = False, is_shared: bool = False
-    ):
+    ) -> None:
         super().__init__()
         self.table = nn.Embedding(13, 16, padding_idx=1)
         self.positions = nn.Parameter(0.1 * torch.randn(1, 5, 16))

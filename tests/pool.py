@@ -56,7 +56,7 @@ def declare_torchvision_operators() -> None:
             library = torch.library.Library("torchvision", "DEF")
             for name in ("nms", "qnms"):
                 library.define(name + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-            declare_torchvision_operators.library = library  # keeps the declarations alive
+            declare_torchvision_operators.library = library  # type: ignore[attr-defined]  # keeps the declarations alive
     else:
         declare()
 
@@ -171,7 +171,7 @@ def preload() -> None:
     A fork server that was started before is ended, and the next run starts another one: a few seconds, once, against
     the seconds that each rank would need to import transformers.
     """
-    server = multiprocessing.forkserver._forkserver
+    server: Any = multiprocessing.forkserver._forkserver
     if server._forkserver_pid is not None and not set(_wanted()) <= set(server._preload_modules):
         server._stop()
 
@@ -181,9 +181,10 @@ def _wanted() -> list[str]:
     return [name for name in used if "." not in name or ".modeling_" in name or name.startswith("modelparallel.")]
 
 
-def _fork_server() -> multiprocessing.context.BaseContext:
+def _fork_server() -> multiprocessing.context.ForkServerContext:
     context = multiprocessing.get_context("forkserver")
-    if multiprocessing.forkserver._forkserver._forkserver_pid is None:  # not started yet
+    server: Any = multiprocessing.forkserver._forkserver
+    if server._forkserver_pid is None:  # not started yet
         context.set_forkserver_preload(ALWAYS_PRELOADED + _wanted())
         before = os.environ.get("PYTHONPATH")
         # Python before 3.13 does not hand sys.path to the server, only to its children.

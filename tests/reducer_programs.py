@@ -39,6 +39,7 @@ def pairs() -> Group:
         process_group = dist.new_group(ranks)
         if dist.get_rank() in ranks:
             mine = Group(GroupKind.RDP, ranks, ranks.index(dist.get_rank()), process_group)
+    assert mine is not None, "an odd number of ranks"
     return mine
 
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-import smdistributed.modelparallel.torch as smp
+import smdistributed.modelparallel.torch
 from scripts import load_script
 
+smp: Any = smdistributed.modelparallel.torch  # an alias that takes the place of the package
 #: Of a data-parallel rank. In fp32 it takes many samples for Adadelta not to magnify the rounding of small gradients.
 BATCH_SIZES = {torch.float32: 64, torch.float64: 16}
 NUM_STEPS = 5
@@ -47,7 +49,7 @@ def make_net(script: str, dtype: torch.dtype) -> torch.nn.Module:
         torch.set_default_dtype(torch.float32)
 
 
-def train(script: str, dtype: torch.dtype) -> tuple[int, list[float], dict[str, torch.Tensor], list[type]]:
+def train(script: str, dtype: torch.dtype) -> tuple[int, list[float], dict[str, torch.Tensor], dict[str, str]]:
     """What the script does up to its training loop, with made-up digits, some for each data-parallel rank and step.
 
     Returns (dp_rank, this rank's losses, the full weights after the steps, the classes of the four layers).

@@ -45,7 +45,7 @@ def test_import_as_and_from_import_forms():
 
     assert smp is modelparallel and alias_nn is modelparallel.nn
     assert DistributedLinear is modelparallel.nn.DistributedLinear
-    assert smp.model.DistributedModel is smp.DistributedModel
+    assert smp.model.DistributedModel is smp.DistributedModel  # type: ignore[attr-defined]
 
 
 def test_an_unknown_path_is_an_ordinary_import_error():
@@ -71,7 +71,7 @@ def test_exception_classes_can_be_listed_where_toolkits_look():
 
     names = {name for name in dir(exceptions) if isinstance(getattr(exceptions, name), type)}
     assert {"SMPError", "SMPConfigError", "StepUsageError", "PartitionError"} <= names
-    assert set(exceptions.__all__) == {
+    assert set(exceptions.__all__) == {  # type: ignore[attr-defined]
         name for name, value in vars(modelparallel.errors).items() if isinstance(value, type)
     }
 

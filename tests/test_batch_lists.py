@@ -216,4 +216,4 @@ def test_an_argument_that_cannot_travel_is_named():
 
     text = "argument 'options' .defaultdict. cannot travel" if smp.pp_rank() == 0 else "argument 'options'"
     with pytest.raises(StepUsageError if smp.pp_rank() == 0 else CommunicationError, match=text):
-        step(model, X.double(), collections.defaultdict(lambda: None, size=2))
+        step(model, X.double(), collections.defaultdict(lambda: 0, size=2))

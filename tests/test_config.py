@@ -80,7 +80,7 @@ SEED_PIPELINE = {
 def load(parameters: object = None, environment: object = None, **environ: str) -> Config:
     if environment is not None:
         environ["SM_HP_MP_PARAMETERS"] = environment if isinstance(environment, str) else json.dumps(environment)
-    return load_config(parameters, environ)  # type: ignore[arg-type]
+    return load_config(parameters, environ)
 
 
 def distribution(parameters: object = SEED_TENSOR, mpi: object = MPI) -> dict[str, object]:
@@ -108,7 +108,7 @@ def test_defaults() -> None:
 
 def test_configuration_is_frozen() -> None:
     with pytest.raises(ValueError, match="frozen"):
-        load().microbatches = 3  # type: ignore[misc]
+        load().microbatches = 3
 
 
 def test_derived_defaults() -> None:

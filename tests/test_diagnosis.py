@@ -196,7 +196,7 @@ def talk_all_the_time(layout: str, num_steps: int) -> str:
         told += 1
         tell(self, waiting)
 
-    transport.StageTransport._tell_of = counted  # type: ignore[method-assign]
+    transport.StageTransport._tell_of = counted
     model = wrapped(layout)
     train = smp.step(talks)
     try:

@@ -106,6 +106,7 @@ class Log:
     """What nobody follows out of a module: a list would be part of its output, and carry state between microbatches."""
 
     __slots__ = ("seen",)
+    seen: list[str]
 
 
 LOG = Log()

@@ -220,7 +220,8 @@ def test_shapes_that_depend_on_values() -> None:
 
 
 def test_functions_are_told_apart() -> None:
-    shape, grad = torch.Tensor.shape.__get__, torch.Tensor.requires_grad  # type: ignore[attr-defined]
+    grad: Any = torch.Tensor.requires_grad
+    shape = torch.Tensor.shape.__get__  # type: ignore[attr-defined]
     assert traits_of(shape).is_metadata and traits_of(shape).name == "shape"
     assert traits_of(torch.Tensor.shape.__get__) is traits_of(shape)  # type: ignore[attr-defined]
     assert traits_of(grad.__get__).is_special and traits_of(grad.__set__).is_special

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import weakref
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pytest
@@ -23,7 +24,6 @@ from safetensors.torch import load_file, load_model, save_file
 import modelparallel as smp
 from distributed_run import shared_folder
 from huggingface_models import KINDS, gpt2_config, masked_ids
-from modelparallel.checkpoints.huggingface import exporting
 from modelparallel.checkpoints.huggingface.names import _place_of
 from modelparallel.checkpoints.huggingface.safetensors_files import (
     SafetensorsWriter,
@@ -141,7 +141,8 @@ def test_a_trained_gpt2_is_loaded_by_plain_transformers_with_the_same_logits():
         smp.export_hf(folder, model, max_shard_size=3000)
         logits = logits_of(model, some_ids())
         if smp.rank() == 0:
-            loaded, report = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+            auto: Any = transformers.AutoModelForCausalLM
+            loaded, report = auto.from_pretrained(folder, output_loading_info=True)
             assert type(loaded) is transformers.GPT2LMHeadModel
             assert not any(report.values()), report
             torch.testing.assert_close(plain_logits(loaded, some_ids()), logits, **TOLERANCE)
@@ -250,7 +251,8 @@ def planned_families_come_back(*families: str) -> None:
         smp.export_hf(folder, model)
         logits = logits_of(model, some_ids())
         if smp.rank() == 0:
-            loaded, report = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+            auto: Any = transformers.AutoModelForCausalLM
+            loaded, report = auto.from_pretrained(folder, output_loading_info=True)
             assert not any(report.values()), (name, report)
             torch.testing.assert_close(plain_logits(loaded, some_ids()), logits, **TOLERANCE)
             assert all(not torch.equal(value, expected[key]) for key, value in loaded.state_dict().items())
@@ -511,7 +513,7 @@ def test_a_rank_holds_one_whole_tensor_at_a_time():
         return tensor
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(exporting.WholeTensors, "put_together", watched)
+        patch.setattr(WholeTensors, "put_together", watched)
         smp.export_hf(new_path(), model, max_shard_size=3000)
     assert sizes
     everything = [count for counts in smp.allgather(sizes, smp.WORLD) for count in counts]

@@ -7,6 +7,7 @@ import json
 import os
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -254,7 +255,11 @@ def test_configurations_are_data_and_switches_allow_more():
     model, _ = make(1)
     train_step(model, torch.arange(8))
     generation = GenerationConfig(max_new_tokens=3)
-    content = {"config": GPT2Config(n_embd=32, dtype=torch.float16), "own": OwnConfig(n_layer=3), "how": generation}
+    content: dict[str, Any] = {
+        "config": GPT2Config(n_embd=32, dtype=torch.float16),
+        "own": OwnConfig(n_layer=3),
+        "how": generation,
+    }
     is_open = config.trust_pickles or bool(config.allowed_types)
     if is_open:
         content["foreign"] = Foreign()

@@ -63,7 +63,7 @@ def test_schedules(schedule):
     verify(Cell(2, 2, 1, "ddp", "fp32", False), "cuda", pipeline=schedule)
 
 
-def groups_on_rank() -> tuple[str, float, int]:
+def groups_on_rank() -> tuple[str, float, int | None]:
     total = torch.full((3,), 2.0, device=own_device())
     dist.all_reduce(total, group=smp.get_world_process_group())
     (memory,) = smp.memory_report().ranks

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from typing import Any
 
 import pytest
 import torch
@@ -156,7 +157,7 @@ def reference(clear, edit=None):
     return train(net, net, sgd(net.parameters()), clear, edit)
 
 
-def wrapped():
+def wrapped() -> tuple[Any, Any, Any]:
     model = smp.DistributedModel(make_net(), bucket_cap_mb=3e-4)
     return model, model.get_module(), smp.DistributedOptimizer(sgd(model.parameters()))
 

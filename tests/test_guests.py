@@ -154,7 +154,7 @@ def train() -> Any:
     from modelparallel.training import runtime
 
     result = distributed_run(make_net, batches(), squares, make_optimizer=adam)
-    (wrapped,) = runtime.current().models
+    wrapped: Any = runtime.current().models[0]
     result.weights.update(own_names(smp.allgather(list(wrapped.local_state_dict()), smp.PP_GROUP)))
     return result, {row.name: row.holders for row in wrapped.table.rows() if row.tied_copies}
 

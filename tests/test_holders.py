@@ -48,7 +48,8 @@ class Net(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         context = Context(gate=torch.sigmoid(self.gate(x)), inner=Context(shift=x.mean(0)))
         context.values["inner"].values["shift"] = self.gate(x).mean(0)
-        for reader, linear in self.blocks:
+        for pair in self.blocks:
+            reader, linear = pair.children()
             x = linear(reader(x, context))
         return self.inner(x)
 

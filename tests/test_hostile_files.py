@@ -26,7 +26,7 @@ from modelparallel.checkpoints.huggingface.safetensors_reading import stored_ten
 from modelparallel.checkpoints.partial.dcp_storage import read_metadata
 from modelparallel.checkpoints.stores import completion
 from modelparallel.checkpoints.stores.completion_record import CompletionRecord, UnknownFormatError, digest_of_values
-from modelparallel.checkpoints.stores.file_streams import FileRecord
+from modelparallel.checkpoints.stores.file_streams import FileRecord, new_digest
 from modelparallel.checkpoints.stores.opening import open_store
 from modelparallel.errors import CheckpointCorruptError, CheckpointError, LaunchError
 from modelparallel.errors.foreign_text import one_line, parse_json, printable
@@ -58,7 +58,7 @@ def good_values(moment=100.0):
     return {
         "format": 1, "time": moment, "kind": "partial", "num_steps": 3, "num_models": 1,
         "shape": {"pp": 1, "tp": 1, "rdp": 1},
-        "models": [{}], "files": {"a": {"size": 1, "xxh3_128": completion.new_digest().hexdigest()}},
+        "models": [{}], "files": {"a": {"size": 1, "xxh3_128": new_digest().hexdigest()}},
     }  # fmt: skip
 
 

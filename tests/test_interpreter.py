@@ -311,4 +311,4 @@ def test_an_error_in_a_body_reaches_the_one_who_resumed_it() -> None:
         raise KeyError("inside")
 
     with pytest.raises(KeyError, match="inside"):
-        ThreadBody(program, body, ThreadState(), WorkerPool()).resume()  # type: ignore[arg-type]
+        ThreadBody(program, body, ThreadState(), WorkerPool()).resume()

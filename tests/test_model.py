@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -160,7 +161,7 @@ def test_c036_the_first_step_call_partitions_and_runs_the_hooks_once():
 @on(*FLAT)
 def test_hooks_without_pipelining_run_once_at_the_first_call():
     model = smp.DistributedModel(make_classifier())
-    events = []
+    events: list[Any] = []
     model.register_post_partition_hook(lambda hooked, optimizer: events.append(("partition", optimizer)))
     model.register_post_step_hook(lambda hooked, optimizer: events.append(("step", optimizer)))
     x, y = make_batch(4)

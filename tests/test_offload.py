@@ -54,7 +54,7 @@ def make(num_blocks: int = 4, *, is_marked: bool, **options: Any) -> Any:
     torch.manual_seed(1)
     made = nn.Sequential(*(Block(**options) for _ in range(num_blocks))).double().train()
     model = smp.DistributedModel(made)
-    for block in made[num_blocks // 2 :]:
+    for block in list(made)[num_blocks // 2 :]:
         smp.set_partition(block, smp.pp_size() - 1)
     if is_marked:
         smp.set_activation_checkpointing(model.get_module())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import pytest
 import torch
@@ -68,6 +69,9 @@ class OwnOptimizer(torch.optim.Optimizer):
     def update_all(self):
         for p in self.trained():
             self.update(p)
+
+    def update(self, p):
+        raise NotImplementedError
 
 
 class Signs(OwnOptimizer):
@@ -210,7 +214,7 @@ def train(model, optimizer, num_steps, how):
     return {name: value.clone() for name, value in model.state_dict().items()}
 
 
-def wrapped(make):
+def wrapped(make) -> tuple[Any, Any]:
     model = smp.DistributedModel(make_net())
     return model, smp.DistributedOptimizer(make(model.parameters()))
 

@@ -351,7 +351,7 @@ def random_steps_of_shards(seed, cap, overlap):
 
     model = Branches()
     reducer, shards = sharded_reducer(model, group_of, bucket_cap_mb=cap, overlap=overlap)
-    total = {name: None for name, _ in model.named_parameters()}
+    total: dict[str, Any] = {name: None for name, _ in model.named_parameters()}
     for step in range(8):
         pieces = [
             [

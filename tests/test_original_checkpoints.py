@@ -193,7 +193,10 @@ def test_another_number_of_ranks_is_refused(tmp_path):
 def write_sharded(folder: Path, num_shards: int) -> dict[str, torch.Tensor]:
     """The layout that the converter of the original's examples reads; returns what is in it."""
     generator = torch.Generator().manual_seed(0)
-    shapes = [{"module.a.weight": (3, 5), "module.a.bias": (3,)}, {"module.b": (7,)}]
+    shapes: list[dict[str, tuple[int, ...]]] = [
+        {"module.a.weight": (3, 5), "module.a.bias": (3,)},
+        {"module.b": (7,)},
+    ]
     whole = {name: torch.randn(shape, generator=generator) for group in shapes for name, shape in group.items()}
     buffers = {"module.mean": torch.randn(2, generator=generator), "module.count": torch.tensor(3)}
     place = folder / "t_partial"

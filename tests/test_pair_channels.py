@@ -60,7 +60,7 @@ def train(has_channels: bool, may_exit: bool) -> tuple[list[Tensor], dict[str, T
             sent.append(payload.numel())
             return post(peer, payload)
 
-        channels.send = count  # type: ignore[method-assign]
+        channels.send = count
     torch.manual_seed(1)
     net = Skips(may_exit=may_exit).double()
     model = smp.DistributedModel(net)

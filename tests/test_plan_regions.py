@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from unittest import mock
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import nn
 
 import modelparallel as smp
 from communication_bytes import CountSentBytes
+from modelparallel.comm.collectives.split import all_gather
 from modelparallel.errors import TensorParallelError
 from modelparallel.parameters.table import ParameterTable
 from modelparallel.tensor_parallel.replace import replace_marked_modules
@@ -440,15 +442,14 @@ def test_a_mask_is_gathered_once_for_all_layers():
     model = planned(make_tower("separate"), TOWERS["separate"][1])
     ids = tower_batch(0, 2)[0]
     sent = []
-    original = region_arguments.all_gather
-    region_arguments.all_gather = lambda tensor, *args, **more: (
-        sent.append(tensor.dtype) or original(tensor, *args, **more)
-    )
-    try:
+
+    def noted(tensor, *args, **more):
+        sent.append(tensor.dtype)
+        return all_gather(tensor, *args, **more)
+
+    with mock.patch.object(region_arguments, "all_gather", noted):
         model(ids)
         model(ids)
-    finally:
-        region_arguments.all_gather = original
     assert sent.count(torch.bool) == 2, "one mask for each call"
     memo = model.module.layers[0].attn.planned.memo
     assert not len(memo), "the masks are gone, and what was gathered of them too"

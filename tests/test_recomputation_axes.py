@@ -146,7 +146,7 @@ class Quiet(nn.Module):
         return x + self.drop(self.down(torch.tanh(self.up(self.norm(x)))))
 
 
-def run_compiled() -> dict[tuple[str, str], tuple[list[float], dict[str, Tensor]]]:
+def run_compiled() -> dict[tuple[str, str], tuple[list[float], dict[str, Tensor | None]]]:
     train_step = step_of(square_loss)
     found = {}
     for backend in ("none", "aot_eager", "eager"):
@@ -154,7 +154,7 @@ def run_compiled() -> dict[tuple[str, str], tuple[list[float], dict[str, Tensor]
             torch.manual_seed(1)
             made = nn.Sequential(*(Quiet() for _ in range(4))).to(F64).train()
             model = smp.DistributedModel(made, compile=False if backend == "none" else {"backend": backend})
-            for block in made[2:]:
+            for block in list(made)[2:]:
                 smp.set_partition(block, smp.pp_size() - 1)
             if strategy != "none":
                 smp.set_activation_checkpointing(model.get_module(), strategy=strategy)

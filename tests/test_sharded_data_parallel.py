@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -78,7 +79,7 @@ def squares(model, samples):
 @on(DP2, PARTLY, HYBRID, TP2, HALF, BROAD)
 def test_scripts_of_the_original_find_the_parts_of_this_rank():
     torch.manual_seed(4)
-    module = nn.Sequential(nn.Linear(6, 7), nn.Tanh(), nn.Linear(7, 4), nn.Linear(4, 1, bias=False)).float()
+    module: Any = nn.Sequential(nn.Linear(6, 7), nn.Tanh(), nn.Linear(7, 4), nn.Linear(4, 1, bias=False)).float()
     if smp.tp_size() > 1:
         smp.set_tensor_parallelism(module[2])
     model = smp.DistributedModel(module)
@@ -99,7 +100,7 @@ def test_scripts_of_the_original_find_the_parts_of_this_rank():
     assert [sum(p.ds_tensor.ds_numel for p in group["params"]) for group in optimizer.param_groups] == ends
     parts = {
         id(parameter): flat[offsets[id(parameter)] : offsets[id(parameter)] + parameter.ds_tensor.ds_numel]
-        for group, flat in zip(optimizer.fp16_groups, optimizer.fp32_partitioned_groups_flat, strict=True)
+        for group, flat in zip(list[Any](optimizer.fp16_groups), optimizer.fp32_partitioned_groups_flat, strict=True)
         for parameter in group
     }
     shard_ranks = torch.distributed.get_process_group_ranks(optimizer.ds_param_shard_group)

@@ -162,7 +162,7 @@ def recorder(module: nn.Module, index: int) -> None:
         put(index, out)
         return out
 
-    module.forward = forward  # type: ignore[method-assign]
+    module.forward = forward
 
 
 def keep_average(inner: Inner, y: Tensor) -> Tensor:
@@ -262,7 +262,7 @@ def run_script(name: str) -> dict[str, Any]:
     script = SCRIPTS[name]
     SEEN.clear()
     LIST.clear()
-    METER.__init__()  # type: ignore[misc]
+    METER.__init__()
     torch.manual_seed(3)
     net = Net().double()
     for block in net.blocks:
@@ -359,6 +359,7 @@ class Box:
     """An object that the library does not look into."""
 
     __slots__ = ("value",)
+    value: Any
 
 
 BOX = Box()

@@ -41,7 +41,7 @@ class Trainer:
         self.model = model
 
     @smp.step
-    def train_step(model, x, y):
+    def train_step(model: Any, x, y):  # a step function is no method
         loss = mean_loss(model, x, y)
         model.backward(loss)
         return loss

@@ -367,6 +367,23 @@ def test_the_use_of_another_test_file_is_found():
     assert {"test_a", "test_c", "test_d", "test_e"} <= names
 
 
+def is_annotated(function):
+    arguments = function.args
+    named = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs, arguments.vararg, arguments.kwarg]
+    missing = [a for a in named if a is not None and a.annotation is None and a.arg not in ("self", "cls")]
+    return not missing and function.returns is not None
+
+
+def test_what_tests_share_is_annotated():
+    """mypy checks the body of every function, but not the calls of one without annotations."""
+    wrong = []
+    for path in (ROOT / "tests").glob("*.py"):
+        if not path.stem.startswith("test_"):
+            functions = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)]
+            wrong += [f"tests/{path.name}:{node.lineno} {node.name}" for node in functions if not is_annotated(node)]
+    assert not wrong, "\n".join(wrong)
+
+
 def test_version_is_one():
     import modelparallel
     from modelparallel.version import __version__

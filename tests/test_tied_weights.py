@@ -28,7 +28,7 @@ def train(optimizer: str, size: int) -> Any:
     from modelparallel.training import runtime
 
     engine = runtime.current().engine
-    (wrapped,) = runtime.current().models
+    wrapped: Any = runtime.current().models[0]
     local = {name: value.detach().clone() for name, value in wrapped.local_named_parameters()}
     shared = {name: local[name] for name in local if name in ("embedding.weight", "blocks.0.0.bias")}
     assert_equal_over(smp.RDP_GROUP, shared)

@@ -34,7 +34,10 @@ def run(folder: Path, parameters: dict, *arguments: str) -> tuple[list[float], l
     finished = subprocess.run(command, cwd=folder, env=environ, capture_output=True, text=True, timeout=150)
     assert finished.returncode == 0, finished.stdout[-3000:] + finished.stderr[-3000:]
     log = (folder / "job" / "logs" / "rank_0.log").read_text()
-    return tuple([float(loss) for loss in re.findall(rf"{{'{name}': ([0-9.]+)", log)] for name in ("loss", "eval_loss"))
+    training, evaluation = (
+        [float(loss) for loss in re.findall(rf"{{'{name}': ([0-9.]+)", log)] for name in ("loss", "eval_loss")
+    )
+    return training, evaluation
 
 
 def plain_loss(folder: Path) -> float:

@@ -44,6 +44,7 @@ def run_stack(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     torch.manual_seed(77)
     output = module((x, None))[0]
     output.sin().sum().backward()
+    assert x.grad is not None
     return output.detach(), x.grad
 
 

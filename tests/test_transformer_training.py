@@ -47,7 +47,7 @@ def make_whole(kind: str) -> nn.Module:
 
 def batches(kind: str, num_samples: int) -> list[tuple[Tensor, ...]]:
     generator = torch.Generator().manual_seed(41)
-    result = []
+    result: list[tuple[Tensor, ...]] = []
     for _ in range(3):
         ids, labels = torch.randint(V, (2, num_samples, LENGTH), generator=generator)
         masked = (torch.rand(num_samples, LENGTH, generator=generator) < 0.2).long()

@@ -208,7 +208,7 @@ def export(turn: Turn, folder: Path) -> None:
             turn.late()
             return put_together(self, wanted)
 
-        WholeTensors.put_together = put_together_late  # type: ignore[method-assign]
+        WholeTensors.put_together = put_together_late
     smp.export_hf(str(folder / "weights"), model)
 
 
@@ -350,7 +350,7 @@ def waits_long(folder: str) -> list[str]:
         if "is alive" in lines[-1]:
             flag.touch()
 
-    lookout.logger.warning = note  # type: ignore[method-assign, assignment]
+    lookout.logger.warning = note
     smp.init({"ddp": True, "timeout_seconds": 30})
     turn = Turn(flag)
     turn.is_on = True

@@ -330,7 +330,7 @@ class DenseNet(nn.Module):
         x = self.stem(x)
         for index, block in enumerate(self.blocks):
             features = [x]
-            for layer in block:
+            for layer in block.children():
                 features.append(layer(torch.cat(features, dim=1)))
             x = torch.cat(features, dim=1)
             if index == 0:
