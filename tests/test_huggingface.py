@@ -159,11 +159,11 @@ def test_the_head_of_gptneox_is_known_by_both_of_its_names():
     ours = to_ours(KINDS["gptneox"].make().state_dict())
     named = {}
     for version, name in (("5.13.0", "embed_out.weight"), ("5.14.0", "lm_head.weight")):
-        with mock.patch.object(transformers, "__version__", version):
+        with mock.patch.object(sys.modules["transformers"], "__version__", version):
             named[name] = to_transformers(ours)
         assert list(named[name])[-1] == name and len(named[name]) == len(ours)
     for version in ("5.13.0", "5.14.0"):
-        with mock.patch.object(transformers, "__version__", version):
+        with mock.patch.object(sys.modules["transformers"], "__version__", version):
             for name, state in named.items():
                 assert_same(to_ours(state), ours)
                 tied = to_ours({key: tensor for key, tensor in state.items() if key != name})
