@@ -76,7 +76,8 @@ $(VENV)/transformers-oldest/.stamp: $(VENV)/.stamp-test
 test-transformers: $(VENV)/transformers-oldest/.stamp
 	@PYTHONPATH=$(abspath $(VENV))/transformers-oldest $(BIN)/python -m pytest -q \
 	  tests/test_huggingface.py tests/test_huggingface_training.py tests/test_huggingface_examples.py \
-	  tests/test_plan_families.py $(ARGS)
+	  tests/test_plan_families.py tests/test_recorded_values.py tests/test_export_hf.py tests/test_trainer.py \
+	  $(ARGS)
 
 # CASES random programs on random pipelines, and CASES random scripts with side doors (hooks, kept values, edited
 # gradients, copies) at random degrees, compared with one process. A failing one is made small and printed.

@@ -220,9 +220,9 @@ def test_c025_hugging_face_outputs_keep_type_and_keys():
     for _ in range(3):  # the later ones are planned
         output = outputs(model, x, y)
         torch.testing.assert_close(output.loss.reduce_mean(), F.nll_loss(make_classifier()(x), y).detach())
+    assert isinstance(output["loss"], smp.StepOutput) and output.loss is output["loss"]
     assert type(output) is CausalLMOutputWithPast and isinstance(output, dict)
     assert list(output.keys()) == ["loss", "logits", "past_key_values"]
-    assert isinstance(output["loss"], smp.StepOutput) and output.loss is output["loss"]  # type: ignore[comparison-overlap]
     assert isinstance(output["past_key_values"], tuple) and isinstance(output["past_key_values"][0], tuple)
     torch.testing.assert_close(output["logits"].concat(), make_classifier()(x).detach())
     torch.testing.assert_close(output["past_key_values"][0][1].concat(), make_classifier()(x).detach())

@@ -1,6 +1,6 @@
 """Hugging Face's Trainer, which knows this API by itself: no line of the script speaks of parallelism.
 
-    pip install "transformers[torch]>=4.57,<6"
+    pip install "transformers[torch]==4.57.6"
     modelparallel run --nproc 2 --parameters '{"pipeline_parallel_degree": 2, "microbatches": 2, "ddp": true}' \
         examples/huggingface/trainer.py
     modelparallel run ... examples/huggingface/trainer.py trainer-output/checkpoint-4
@@ -14,15 +14,6 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
 
-class TrainerWithOptimizer(Trainer):
-    """Late versions of transformers 5 forget the optimizer in such a job; with others this is a Trainer like any."""
-
-    def create_scheduler(self, *args, **kwargs):
-        if self.optimizer is None:
-            self.create_optimizer()
-        return super().create_scheduler(*args, **kwargs)
-
-
 def main():
     torch.manual_seed(1)
     config = GPT2Config(vocab_size=64, n_positions=16, n_embd=32, n_layer=2, n_head=2, use_cache=False)
@@ -31,7 +22,7 @@ def main():
         "trainer-output", max_steps=6, save_steps=2, eval_strategy="steps", eval_steps=3, logging_steps=1,
         learning_rate=1e-3, report_to=[], disable_tqdm=True,
     )  # fmt: skip
-    trainer = TrainerWithOptimizer(GPT2LMHeadModel(config), arguments, train_dataset=data, eval_dataset=data[:16])
+    trainer = Trainer(GPT2LMHeadModel(config), arguments, train_dataset=data, eval_dataset=data[:16])
     trainer.train(resume_from_checkpoint=sys.argv[1] if len(sys.argv) > 1 else None)
     trainer.evaluate()
     trainer.save_model()
