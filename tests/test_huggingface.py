@@ -11,6 +11,7 @@ import subprocess
 import sys
 import warnings
 import weakref
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -538,9 +539,8 @@ def check_saving(folder):
 
 def test_save_pretrained_of_a_translated_dict_gives_a_file_that_transformers_loads(tmp_path):
     found = run_ranks(check_saving, 2, str(tmp_path), parameters={"tensor_parallel_degree": 2, "ddp": True})
-    for model_class, folder, state in zip(
-        (GPTJForCausalLM, GPT2LMHeadModel), (tmp_path, tmp_path / "gpt2"), found[0], strict=True
-    ):
+    classes: list[Any] = [GPTJForCausalLM, GPT2LMHeadModel]
+    for model_class, folder, state in zip(classes, (tmp_path, tmp_path / "gpt2"), found[0], strict=True):
         loaded, report = model_class.from_pretrained(folder, output_loading_info=True, dtype=F64)
         assert not report["missing_keys"] and not report["unexpected_keys"]
         assert_same(loaded.state_dict(), state)

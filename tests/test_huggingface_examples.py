@@ -29,8 +29,9 @@ def make_vit():
 
 def make_t5(kind):
     torch.manual_seed(2)
-    sizes = {"vocab_size": 13, "d_model": 16, "d_kv": 4, "d_ff": 24, "num_layers": 2, "num_heads": 4}
-    config = T5Config(**sizes, dropout_rate=0.0, feed_forward_proj=kind, decoder_start_token_id=0, use_cache=False)
+    options = {"vocab_size": 13, "d_model": 16, "d_kv": 4, "d_ff": 24, "num_layers": 2, "num_heads": 4,
+               "decoder_start_token_id": 0, "use_cache": False}  # fmt: skip
+    config = T5Config(**options, dropout_rate=0.0, feed_forward_proj=kind)
     return T5ForConditionalGeneration(config).double()
 
 

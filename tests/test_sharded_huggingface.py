@@ -21,7 +21,7 @@ def make_llama():
     torch.manual_seed(5)
     config = LlamaConfig(
         vocab_size=13, hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=16, pad_token_id=1, attn_implementation="eager",
+        num_key_value_heads=2, max_position_embeddings=16, pad_token_id=1, **{"attn_implementation": "eager"},
     )  # fmt: skip
     return LlamaForCausalLM(config)
 

@@ -215,7 +215,8 @@ def test_c025_hugging_face_outputs_keep_type_and_keys():
     @smp.step
     def outputs(model, x, y):
         logits = model(x)
-        return CausalLMOutputWithPast(loss=F.nll_loss(logits, y), logits=logits, past_key_values=((logits, logits),))
+        cache: Any = {"past_key_values": ((logits, logits),)}
+        return CausalLMOutputWithPast(loss=F.nll_loss(logits, y), logits=logits, **cache)
 
     for _ in range(3):  # the later ones are planned
         output = outputs(model, x, y)
