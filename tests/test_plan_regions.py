@@ -525,3 +525,29 @@ def test_heads_that_do_not_divide_are_refused_by_name():
         TensorParallelError, match=r"out_features of module 'layers.0.mlp.gate_up' .* is 6, not divisible"
     ):
         smp.DistributedModel(fused)
+
+
+class Added(nn.Module):
+    """Writes into what its row-wise layer returns."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(4, 4), nn.Linear(4, 4, bias=False)
+
+    def forward(self, x):
+        return self.down(self.up(x)).add_(x)
+
+
+@on(TP2)
+def test_code_of_the_model_may_write_to_the_sum_of_a_row_wise_layer():
+    torch.manual_seed(0)
+    plain = Added().double()
+    model = planned(nn.Sequential(copy.deepcopy(plain)), {"*.up": "colwise", "*.down": "rowwise"})
+    for step in range(3):
+        x = (torch.randn(3, 4, dtype=F64) + smp.tp_rank()).requires_grad_()
+        own = x.detach().clone().requires_grad_()
+        output, expected = model(x), plain(own)
+        torch.testing.assert_close(output, expected, rtol=1e-12, atol=1e-12, msg=f"call {step}")
+        output.square().sum().backward()
+        expected.square().sum().backward()
+        torch.testing.assert_close(x.grad, own.grad, rtol=1e-12, atol=1e-12)

@@ -53,6 +53,7 @@ from modelparallel.tensor_parallel.region_arguments import (
 from modelparallel.torch_compat import DisableTorchFunctionSubclass
 from modelparallel.torch_compat.functions import TensorFunction
 from modelparallel.torch_compat.generators import default_generator
+from modelparallel.torch_compat.private_parts import version_of
 
 if TYPE_CHECKING:
     from modelparallel.comm.groups import Group
@@ -97,6 +98,7 @@ class RegionCall:
         self.is_prescaled = is_prescaled
         self.is_cheap = is_cheap
         self.sums: list[torch.Tensor] = []
+        self._versions: list[int | None] = []
         #: Of the numbers that all ranks draw alike in this call; 0 if nothing is drawn.
         self.seed = 0
         self._shared_state: torch.Tensor | None = None
@@ -129,7 +131,15 @@ class RegionCall:
     def note(self, output: torch.Tensor) -> torch.Tensor:
         """``output`` is what a row-wise layer returns."""
         self.sums.append(output)
+        self._versions.append(_version(output))
         return output
+
+    @property
+    def only_sum(self) -> torch.Tensor | None:
+        """What the one row-wise layer of the region has returned, if nobody has written to it since."""
+        if len(self.sums) != 1 or self._versions[0] is None or _version(self.sums[0]) != self._versions[0]:
+            return None
+        return self.sums[0]
 
     def own_rows(self, tensor: torch.Tensor, what: str) -> torch.Tensor:
         """The caller's rows of a replicated tensor."""
@@ -288,11 +298,12 @@ def _look_at(call: RegionCall, result: Any) -> Outputs:
             if tensors
             else f"region '{call.name}' returns no tensor"
         )
-    tail = None
-    if len(call.sums) == 1:
-        places = [index for index, tensor in enumerate(tensors) if tensor is call.sums[0]]
-        tail = places[0] if len(places) == 1 else None
-    return Outputs(tail, is_slice)
+    places = [index for index, tensor in enumerate(tensors) if tensor is call.only_sum]
+    return Outputs(places[0] if len(places) == 1 else None, is_slice)
+
+
+def _version(tensor: torch.Tensor) -> int | None:
+    return None if tensor.is_inference() else version_of(tensor)  # inference tensors do not count it
 
 
 def _own_part(call: RegionCall, result: Any, outputs: Outputs | None, is_pipelined: bool) -> Any:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 def sum_parts(tensor: torch.Tensor, group: Group) -> torch.Tensor:
     """The sum of ``tensor`` over all ranks. Backward: the gradient as it is."""
-    return tensor if group.size == 1 else with_backward(tensor, _summed, share, group)
+    return tensor if group.size == 1 else with_backward(tensor, summed, share, group)
 
 
 def share(tensor: torch.Tensor, group: Group) -> torch.Tensor:
@@ -89,7 +89,8 @@ def summed_features(tensor: torch.Tensor, group: Group) -> torch.Tensor:
     return start_reduce_blocks(tensor.chunk(group.size, -1), group).wait()
 
 
-def _summed(tensor: torch.Tensor, group: Group) -> torch.Tensor:
+def summed(tensor: torch.Tensor, group: Group) -> torch.Tensor:
+    """The sum of ``tensor`` over all ranks."""
     return start_all_reduce(tensor, group).wait()
 
 

@@ -26,7 +26,7 @@ from modelparallel.comm.collectives.replicated import (
     gathered_rows,
     scale_gradient,
     share,
-    sum_parts,
+    summed,
     summed_features,
 )
 from modelparallel.comm.collectives.started import (
@@ -111,13 +111,19 @@ def all_reduce(tensor: torch.Tensor, group: Group, *, has_equal_gradients: bool 
     That is right where each rank's gradient is that of its own share of the loss, so that the true one is their sum.
     ``has_equal_gradients``: the ranks' gradients are known to be equal, so that the sum needs no message.
     """
-    total = sum_parts(tensor, group)
-    return scale_gradient(total, float(group.size)) if has_equal_gradients else share(total, group)
+    if group.size == 1:
+        return tensor
+    # One map, and not two one after the other: code of a model may write to the sum, which must be no view.
+    return with_backward(tensor, summed, _sum_of_equal if has_equal_gradients else all_reduce, group)
 
 
 def average_gradient(tensor: torch.Tensor, group: Group) -> torch.Tensor:
     """``tensor`` itself, equal on all ranks. Backward: the mean of all ranks' gradients."""
     return share(scale_gradient(tensor, 1.0 / group.size), group)
+
+
+def _sum_of_equal(gradient: torch.Tensor, group: Group) -> torch.Tensor:
+    return share(gradient * float(group.size), group)
 
 
 def _gather_rows(rows: torch.Tensor, group: Group, counts: Sequence[int]) -> torch.Tensor:
