@@ -161,8 +161,8 @@ class NameLayout:
     @property
     def heads(self) -> tuple[Rule, ...]:
         """The head under each of its names, the first of which is that of the version in use."""
-        found = [rule for rule in (self.head, self.former_head) if rule is not None]
-        return tuple(found if transformers_version() >= self.renamed_in else reversed(found))
+        heads = [rule for rule in (self.head, self.former_head) if rule is not None]
+        return tuple(heads if transformers_version() >= self.renamed_in else reversed(found))
 
 
 @dataclass(frozen=True)
