@@ -162,7 +162,7 @@ class NameLayout:
     def heads(self) -> tuple[Rule, ...]:
         """The head under each of its names, the first of which is that of the version in use."""
         heads = [rule for rule in (self.head, self.former_head) if rule is not None]
-        return tuple(heads if transformers_version() >= self.renamed_in else reversed(found))
+        return tuple(heads if transformers_version() >= self.renamed_in else reversed(heads))
 
 
 @dataclass(frozen=True)
