@@ -3,6 +3,7 @@
 #   PYTHON=...   interpreter that makes the environment (default: python3). If it can import torch, that torch is used.
 #   VENV=...     an environment of your own to install into; default .venv, which is created.
 #   TORCH=...    another version of torch than the one in constraints.txt, for a new environment.
+#   JOBS=2       how many files of tests run at once; 0: one, in this process, for a debugger.
 #   ARGS=...     extra arguments of pytest or of the benches;  ONLY=name, QUICK=1: see bench.
 
 PYTHON ?= python3
@@ -10,6 +11,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := PIP_CONSTRAINT=$(abspath $(VENV))/constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore $(BIN)/pip -qq
 DATA ?= data
+JOBS ?= 2
+AT_ONCE := -n $(JOBS) --dist loadfile
 MAKEFLAGS += --no-print-directory
 
 .PHONY: setup demo test test-all test-fast test-transformers fuzz lint docs package bench help
@@ -56,14 +59,14 @@ demo: $(VENV)/.stamp-demo $(DATA)/MNIST/.stamp
 	@$(BIN)/python examples/mnist/demo.py --data $(DATA) $(ARGS)
 
 test: $(VENV)/.stamp-test
-	@$(BIN)/python -m pytest -q -m "not slow" $(ARGS)
+	@$(BIN)/python -m pytest -q -m "not slow" $(AT_ONCE) $(ARGS)
 
 # Those that start no process, in a minute: while you write.
 test-fast: $(VENV)/.stamp-test
 	@$(BIN)/python -m pytest -q -rfE -m "not slow" --without-ranks $(ARGS)
 
 test-all: $(VENV)/.stamp-dev $(DATA)/MNIST/.stamp
-	@$(BIN)/python -m pytest -q $(ARGS)
+	@$(BIN)/python -m pytest -q $(AT_ONCE) $(ARGS)
 
 # What has to do with transformers, once more with the oldest version that is supported (which lies beside the
 # environment's own).

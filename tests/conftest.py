@@ -3,11 +3,13 @@
 import multiprocessing.forkserver
 import multiprocessing.process
 import subprocess
+from collections.abc import Iterator
 from typing import Any, NoReturn
 
 import pytest
 
 import pool  # sets the environment of all ranks and declares torchvision's operators; transformers breaks without
+from modelparallel.job import session
 
 __all__ = ["pool"]
 
@@ -26,6 +28,13 @@ def pytest_configure(config: pytest.Config) -> None:
         multiprocessing.process.BaseProcess.start = skip_instead
         multiprocessing.forkserver.ensure_running = skip_instead
         subprocess.Popen.__init__ = skip_instead
+
+
+@pytest.fixture(autouse=True)
+def no_session_stays() -> Iterator[None]:
+    """A test that calls smp.init does so in a process of its own: the tests of a process share nothing."""
+    yield
+    assert not session.is_initialized(), "this test has left a session in the process of the tests"
 
 
 def skip_instead(*args: Any, **kwargs: Any) -> NoReturn:

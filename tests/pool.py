@@ -123,7 +123,7 @@ def run_ranks(
     num_ranks: int,
     *args: Any,
     parameters: dict[str, Any] | None = None,
-    timeout: float = 60,
+    timeout: float = 300,
     environ: Mapping[str, str] | None = None,
     return_failures: bool = False,
     grace: float = 10,

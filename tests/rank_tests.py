@@ -37,10 +37,10 @@ class RankTests:
     """
 
     def __init__(
-        self, num_ranks: int, parameters: dict[str, Any], timeout: float = 60, *, is_slow: bool = False
+        self, num_ranks: int, parameters: dict[str, Any], timeout: float = 300, *, is_slow: bool = False
     ) -> None:
         # A short wait, so that a test that fails on one rank does not keep the others for minutes.
-        self.parameters = {"ddp": True, "timeout_seconds": 20, **parameters}
+        self.parameters = {"ddp": True, "timeout_seconds": 40, **parameters}
         self.num_ranks = num_ranks
         self.timeout = timeout
         self.is_slow = is_slow

@@ -86,7 +86,7 @@ def test_parameters_are_born_sharded_with_the_values_of_eager_construction(num_r
 )
 def test_c094_late_models_train_as_those_built_at_once(cell):
     late, at_once = (
-        run_ranks(train_on_rank, cell.num_ranks, cell, is_late, parameters=cell.parameters(), timeout=120)
+        run_ranks(train_on_rank, cell.num_ranks, cell, is_late, parameters=cell.parameters())
         for is_late in (True, False)
     )
     for (losses, norms, weights), (expected_losses, expected_norms, expected) in zip(late, at_once, strict=True):

@@ -143,7 +143,7 @@ def settings(num_stages: int, schedule: str) -> dict[str, Any]:
 def test_shapes_change_between_steps_and_microbatches(
     names: tuple[str, ...], num_stages: int, schedule: str, is_trimmed: bool
 ) -> None:
-    ranks = run_ranks(run_rounds, num_stages, names, is_trimmed, parameters=settings(num_stages, schedule), timeout=170)
+    ranks = run_ranks(run_rounds, num_stages, names, is_trimmed, parameters=settings(num_stages, schedule))
     for name in names:
         losses, weights = plain(name, is_trimmed)
         for rank in ranks:

@@ -53,7 +53,7 @@ WAIT = {"message_timeout_seconds": 20}
 SINGLE = RankTests(1, WAIT)
 _PP2_TP2 = {"pipeline_parallel_degree": 2, "tensor_parallel_degree": 2, "microbatches": 2, "_match_weights": True}
 PP2_TP2 = RankTests(4, {**_PP2_TP2, **WAIT})
-PP2_TP2_MORE = RankTests(4, {**_PP2_TP2, **WAIT}, timeout=150)
+PP2_TP2_MORE = RankTests(4, {**_PP2_TP2, **WAIT})
 SHARDED = RankTests(2, {"sharded_data_parallel_degree": 2, "sdp_param_persistence_threshold": 20, **WAIT})
 BF16 = RankTests(2, {"pipeline_parallel_degree": 2, "microbatches": 2, "bf16": True, **WAIT})
 BF16_SHARDED = RankTests(

@@ -106,9 +106,7 @@ def expected_of(layout: Layout, programs: Sequence[Program]) -> dict[int, Outcom
 
 def run(layout: Layout, programs: Mapping[int, Program]) -> list[dict[int, Outcome]]:
     """Per rank the outcomes by number."""
-    return run_ranks(
-        run_programs, layout.num_stages, programs, layout.is_placed, parameters=layout.parameters(), timeout=150
-    )
+    return run_ranks(run_programs, layout.num_stages, programs, layout.is_placed, parameters=layout.parameters())
 
 
 def is_documented(layout: Layout, program: Program, outcomes: Sequence[Outcome]) -> bool:

@@ -65,7 +65,7 @@ def train(kinds, num_samples, is_optimizer_first=False):
 
 
 def check(num_ranks, parameters, kinds=tuple(KINDS), num_samples=4, **more):
-    results = run_ranks(train, num_ranks, kinds, num_samples, parameters=parameters, timeout=120, **more)
+    results = run_ranks(train, num_ranks, kinds, num_samples, parameters=parameters, **more)
     num_copies = num_ranks // parameters["pipeline_parallel_degree"]
     for name in kinds:
         kind = KINDS[name]

@@ -88,7 +88,7 @@ def test_batches_and_programs_that_differ_between_pipelines(is_tied: bool, more:
         "tensor_parallel_degree": 2, "pipeline_parallel_degree": 2, "microbatches": 2, "ddp": True,
         "timeout_seconds": 20, **more,
     }  # fmt: skip
-    found = run_ranks(train, 4, is_tied, parameters=parameters, timeout=90)
+    found = run_ranks(train, 4, is_tied, parameters=parameters)
     expected = expected_weights(is_tied)
     for weights, counts in found:
         assert_parity(weights, expected, dtype=F64)

@@ -29,8 +29,8 @@ SHARDED = RankTests(2, {**M, "sharded_data_parallel_degree": 2, "sdp_param_persi
 BY_VISIT = RankTests(
     2, {**M, "sharded_data_parallel_degree": 2, "sdp_param_persistence_threshold": 0, "sdp_gather": "visit"}
 )
-PP2_DP2 = RankTests(4, {**M, "pipeline_parallel_degree": 2}, timeout=120)
-PP3 = RankTests(3, {**M, "pipeline_parallel_degree": 3, "microbatches": 4}, timeout=120)
+PP2_DP2 = RankTests(4, {**M, "pipeline_parallel_degree": 2})
+PP3 = RankTests(3, {**M, "pipeline_parallel_degree": 3, "microbatches": 4})
 ALL = (LOCAL, PP2, DP2, TP2, OWNERS, SHARDED, BY_VISIT, PP2_DP2, PP3)
 
 

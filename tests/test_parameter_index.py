@@ -16,6 +16,7 @@ from modelparallel.optimizer.wrapper import DistributedOptimizer
 from modelparallel.parameters.index import ParameterIndex
 from modelparallel.parameters.retired import name_before, replacement_of, retire_replaced
 from modelparallel.parameters.table import ParameterTable
+from pool import run_ranks
 
 
 @dataclass
@@ -113,12 +114,13 @@ def test_optimizers_find_what_modules_that_were_replaced_had():
     assert name_before(same) is None and name_before(after_a) is None
 
 
-def test_a_parameter_without_a_counterpart_is_an_error_of_the_optimizer():
-    import modelparallel as smp
-
+def wraps_an_optimizer_of_a_parameter_that_is_gone():
     gone = nn.Parameter(torch.ones(2))
     optimizer = torch.optim.SGD([gone], lr=0.1)
     retire_replaced({"gone": gone}, {}, {})
-    smp.init({})
     with pytest.raises(SMPConfigError, match="the optimizer holds parameter 'gone'"):
         DistributedOptimizer(optimizer)
+
+
+def test_a_parameter_without_a_counterpart_is_an_error_of_the_optimizer():
+    run_ranks(wraps_an_optimizer_of_a_parameter_that_is_gone, 1, parameters={})

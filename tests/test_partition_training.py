@@ -46,7 +46,7 @@ def train(names: list[str]) -> dict[str, Any]:
 def train_and_compare(names: list[str], num_stages: int, **parameters: Any) -> dict[str, Any]:
     """Run on that many stages and assert that all is as in one process; returns the plans."""
     parameters |= {"pipeline_parallel_degree": num_stages, "microbatches": NUM_MICROBATCHES, "timeout_seconds": 60}
-    ranks = run_ranks(train, num_stages, names, parameters=parameters, timeout=120)
+    ranks = run_ranks(train, num_stages, names, parameters=parameters)
     for name in names:
         entry = ZOO[name]
         expected = reference_run(
@@ -90,7 +90,7 @@ def test_a_memory_limit_moves_modules_and_is_kept() -> None:
 def test_a_limit_that_cannot_be_kept_stops_every_rank_before_training() -> None:
     parameters = {"pipeline_parallel_degree": 2, "microbatches": 2, "memory_limit": 10_000, "timeout_seconds": 60}
     with pytest.raises(RankError, match=r"memory_limit=10000: no split over 2 stages") as caught:
-        run_ranks(train, 2, ["llama"], parameters=parameters, timeout=60)
+        run_ranks(train, 2, ["llama"], parameters=parameters)
     assert all(isinstance(failure.exception, PartitionError) for failure in caught.value.failures)
 
 
@@ -122,7 +122,7 @@ def sent_activations(names: list[str]) -> dict[str, Any]:
 def test_the_predicted_traffic_is_what_is_sent() -> None:
     names = ["llama", "gpt2_tied", "t5", "unet", "called_twice"]
     parameters = {"pipeline_parallel_degree": 2, "microbatches": 2, "timeout_seconds": 60}
-    ranks = run_ranks(sent_activations, 2, names, parameters=parameters, timeout=120)
+    ranks = run_ranks(sent_activations, 2, names, parameters=parameters)
     for name in names:
         sent = {**ranks[0][name][0], **ranks[1][name][0]}
         assert (

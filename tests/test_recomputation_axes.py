@@ -120,7 +120,7 @@ SETTINGS = [
 def test_c083_same_training_with_every_axis(kind: str, hows: list[str], num_ranks: int, more: dict[str, Any]) -> None:
     is_split = "tensor_parallel_degree" in more
     parameters = {"microbatches": 4, "ddp": True, "timeout_seconds": 20, **more}
-    found = run_ranks(run_all, num_ranks, kind, hows, is_split, parameters=parameters, timeout=170)
+    found = run_ranks(run_all, num_ranks, kind, hows, is_split, parameters=parameters)
     for results in found:
         expected = results[0]
         for how, result in zip(hows, results[1:], strict=True):
@@ -173,7 +173,7 @@ def test_compiled_modules_are_recomputed(num_stages: int, schedule: str) -> None
         "pipeline_parallel_degree": num_stages, "microbatches": 4, "pipeline": schedule, "timeout_seconds": 60,
         **({"auto_partition": False, "default_partition": 0} if num_stages > 1 else {}),
     }  # fmt: skip
-    for found in run_ranks(run_compiled, num_stages, parameters=parameters, timeout=170):
+    for found in run_ranks(run_compiled, num_stages, parameters=parameters):
         expected = found["none", "none"]
         for how, (losses, gradients) in found.items():
             assert losses == pytest.approx(expected[0], rel=1e-12), how

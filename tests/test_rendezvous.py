@@ -55,13 +55,13 @@ def stranger(trace, knows_where):
 @pytest.mark.slow
 def test_a_stranger_in_the_place_of_a_rank_is_not_listened_to(tmp_path):
     trace = tmp_path / "trace"
-    first, _ = run_ranks(stranger, 2, str(trace), False, return_failures=True, timeout=60)
+    first, _ = run_ranks(stranger, 2, str(trace), False, return_failures=True)
     assert isinstance(first.exception, CommunicationError)
     assert "took part as rank 1 in the process group" in str(first.exception)
     assert "does not know the secret of this job" in str(first.exception)
     assert not trace.exists()
     # One that does belong to the job, and tells what cannot be read, makes nobody open a pickle either.
-    first, _ = run_ranks(stranger, 2, str(trace), True, return_failures=True, timeout=60)
+    first, _ = run_ranks(stranger, 2, str(trace), True, return_failures=True)
     assert isinstance(first, RankFailure) and not trace.exists()
 
 

@@ -38,8 +38,8 @@ REPLICATE = RankTests(4, {**BASE, "microbatches": 4, "pipeline": "zero_bubble", 
 ONE = RankTests(4, {**BASE, "microbatches": 1})
 VISIT = RankTests(4, {**BASE, "microbatches": 2, "sdp_gather": "visit"}, is_slow=True)
 VISIT_BUBBLE = RankTests(4, {**BASE, "microbatches": 4, "sdp_gather": "visit", "pipeline": "zero_bubble"})
-PP_TP = RankTests(8, {**BASE, "tensor_parallel_degree": 2, "microbatches": 2}, timeout=120)
-PP_HYBRID = RankTests(8, {**BASE, "microbatches": 4, "pipeline": "zero_bubble"}, timeout=120)
+PP_TP = RankTests(8, {**BASE, "tensor_parallel_degree": 2, "microbatches": 2})
+PP_HYBRID = RankTests(8, {**BASE, "microbatches": 4, "pipeline": "zero_bubble"})
 
 
 def mark_blocks(model: nn.Module) -> None:

@@ -212,18 +212,21 @@ def test_c025_hugging_face_outputs_keep_type_and_keys():
     model = smp.DistributedModel(make_classifier())
     x, y = make_batch(8)
 
-    @smp.step
-    def outputs(model, x, y):
-        logits = model(x)
+    def output_of(logits, y):
         cache: Any = {"past_key_values": ((logits, logits),)}
         return CausalLMOutputWithPast(loss=F.nll_loss(logits, y), logits=logits, **cache)
+
+    @smp.step
+    def outputs(model, x, y):
+        return output_of(model(x), y)
 
     for _ in range(3):  # the later ones are planned
         output = outputs(model, x, y)
         torch.testing.assert_close(output.loss.reduce_mean(), F.nll_loss(make_classifier()(x), y).detach())
     assert isinstance(output["loss"], smp.StepOutput) and output.loss is output["loss"]
     assert type(output) is CausalLMOutputWithPast and isinstance(output, dict)
-    assert list(output.keys()) == ["loss", "logits", "past_key_values"]
+    names = list(output_of(make_classifier()(x), y).keys())  # transformers 5.24 has another one for the cache
+    assert list(output.keys()) == names and len(names) == 3
     assert isinstance(output["past_key_values"], tuple) and isinstance(output["past_key_values"][0], tuple)
     torch.testing.assert_close(output["logits"].concat(), make_classifier()(x).detach())
     torch.testing.assert_close(output["past_key_values"][0][1].concat(), make_classifier()(x).detach())

@@ -38,7 +38,7 @@ def run(folder: Path, parameters: dict, *arguments: str) -> tuple[list[float], l
     command = [sys.executable, "-m", "modelparallel", "run", "--nproc", "2", "--device", "cpu", "--job-dir", "job"]
     command += ["--timeout", "120", "--parameters", json.dumps(parameters), str(SCRIPT), *arguments]
     environ = {**os.environ, "OMP_NUM_THREADS": "1"}
-    finished = subprocess.run(command, cwd=folder, env=environ, capture_output=True, text=True, timeout=150)
+    finished = subprocess.run(command, cwd=folder, env=environ, capture_output=True, text=True, timeout=500)
     assert finished.returncode == 0, finished.stdout[-3000:] + finished.stderr[-3000:]
     log = (folder / "job" / "logs" / "rank_0.log").read_text()
     training, evaluation = (

@@ -17,8 +17,8 @@ from rank_tests import RankTests, on
 from small_models import mean_loss
 from training import gentle_sgd
 
-PP2_TP2 = RankTests(8, {"pipeline_parallel_degree": 2, "tensor_parallel_degree": 2, "microbatches": 4}, timeout=120)
-TP4 = RankTests(8, {"tensor_parallel_degree": 4}, timeout=120, is_slow=True)
+PP2_TP2 = RankTests(8, {"pipeline_parallel_degree": 2, "tensor_parallel_degree": 2, "microbatches": 4})
+TP4 = RankTests(8, {"tensor_parallel_degree": 4}, is_slow=True)
 SPREAD = RankTests(
     8,
     {
@@ -29,10 +29,9 @@ SPREAD = RankTests(
         "optimize": "memory",
         "memory_weight": 1.0,
     },
-    timeout=120,
     is_slow=True,
 )
-PP4 = RankTests(8, {"pipeline_parallel_degree": 4, "microbatches": 3}, timeout=120)
+PP4 = RankTests(8, {"pipeline_parallel_degree": 4, "microbatches": 3})
 NUM_STEPS = 3
 
 

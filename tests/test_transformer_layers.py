@@ -274,7 +274,7 @@ def check_all(settings: dict[str, Any], part: str) -> None:
 @pytest.mark.parametrize("part", ["attention", "layers", "lm_head"])
 @pytest.mark.parametrize("tp", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_c077_each_class_equals_its_reference(tp, part, settings):
-    run_ranks(check_all, tp, settings, part, timeout=120)
+    run_ranks(check_all, tp, settings, part)
 
 
 def check_hidden_shapes() -> None:

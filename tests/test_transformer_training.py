@@ -117,7 +117,7 @@ CASES = [
 @pytest.mark.parametrize(("kind", "num_ranks", "parameters"), CASES, ids=lambda value: str(value))
 def test_c074_training_equals_one_process(kind: str, num_ranks: int, parameters: dict[str, Any]) -> None:
     num_samples = 3 if parameters["microbatches"] == 3 else 4
-    found = run_ranks(train, num_ranks, kind, num_samples, parameters=parameters, timeout=90)
+    found = run_ranks(train, num_ranks, kind, num_samples, parameters=parameters)
     num_copies = num_ranks // parameters["pipeline_parallel_degree"]
     if parameters.get("prescaled_batch"):
         num_copies //= parameters["tensor_parallel_degree"]

@@ -104,7 +104,7 @@ def expected(name: str, num_microbatches: int, optimizer: str) -> ReferenceResul
 @functools.cache
 def expected_with_draws(group: tuple[str, ...], num_microbatches: int, optimizer: str) -> dict[str, ReferenceResult]:
     """The same training in one process with the library, whose random numbers depend on the number of the step."""
-    trained = run_ranks(train, 1, group, optimizer, parameters={"microbatches": num_microbatches}, timeout=60)[0]
+    trained = run_ranks(train, 1, group, optimizer, parameters={"microbatches": num_microbatches})[0]
     return {name: ReferenceResult(one.losses, one.gradients, one.weights) for name, one in trained.items()}
 
 
@@ -127,7 +127,7 @@ def pipelined(
     }  # fmt: skip
     if is_scattered:
         parameters |= {"auto_partition": False, "default_partition": 0}
-    return run_ranks(train, num_stages, group, optimizer, is_scattered, parameters=parameters, timeout=150)
+    return run_ranks(train, num_stages, group, optimizer, is_scattered, parameters=parameters)
 
 
 def check(name: str, num_stages: int, optimizer: str, setting: str, *, is_scattered: bool = False) -> None:
