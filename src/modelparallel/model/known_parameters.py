@@ -42,7 +42,7 @@ class KnownParameters:
         self._names = self._names_now()
 
     def _names_now(self) -> list[str | None]:
-        return [*map(self._table.name_of, map(dict.get, *self._parameter_places))]
+        return self._table.names_of(map(dict.get, *self._parameter_places))
 
     def is_changed(self) -> bool:
         """Whether another parameter or module is in some place. Local, and quick: each step asks, of all places."""

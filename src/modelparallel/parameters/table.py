@@ -76,8 +76,12 @@ class ParameterTable:
         return None if name is None else self._rows[name]
 
     def name_of(self, tensor: object) -> str | None:
-        """The name of the row of a parameter or buffer; None for anything else. Quick: every step asks for all."""
+        """The name of the row of a parameter or buffer; None for anything else."""
         return self._names.get(id(tensor))
+
+    def names_of(self, tensors: Iterable[object]) -> list[str | None]:
+        """The same for each of ``tensors``. Quick: every step asks for all."""
+        return [*map(self._names.get, map(id, tensors))]
 
     def row_named(self, name: str) -> ParameterRow | None:
         """The row with this name or alias."""

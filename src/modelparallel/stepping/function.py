@@ -62,6 +62,10 @@ class StepFunction:
         named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_KEYWORD)
         parameters = self._signature.parameters.values()
         self._takes_names = all(parameter.kind in named for parameter in parameters)
+        # With so many arguments, none by name, they are for the first parameters: no need to bind, which takes longer.
+        usual = [parameter.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD for parameter in parameters]
+        num_required = sum(parameter.default is inspect.Parameter.empty for parameter in parameters)
+        self._positional = range(num_required, len(usual) + 1) if all(usual) else range(0)
         self._variadic = next((p.name for p in parameters if p.kind is inspect.Parameter.VAR_POSITIONAL), None)
         self._lists = ListReader()
         self._said: set[Hashable] = set()
@@ -199,6 +203,8 @@ class StepFunction:
 
     def _named_arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """Arguments by name; those of ``*args`` and ``**kwargs`` parameters under names of their own."""
+        if not kwargs and len(args) in self._positional:
+            return dict(zip(self._signature.parameters, args, strict=False))
         bound = self._signature.bind(*args, **kwargs)
         named: dict[str, Any] = {}
         for name, value in bound.arguments.items():
