@@ -40,7 +40,7 @@ def distributed_run(
         batch = own_share(batches[step % len(batches)])
         optimizer.zero_grad()
         losses.append(mean_over_copies(train_step(model, *batch).reduce_mean()))
-        if step == 0:
+        if step == 0 and not smp.state.cfg.shard_optimizer_state:  # there a rank has its part of them only
             gradients = merged_gradients(model)
         optimizer.step()
     return ReferenceResult(losses, gradients, model.state_dict())

@@ -47,6 +47,17 @@ class Unit(nn.Module):
         return self.drop(torch.tanh(self.linear(x)))
 
 
+class Checkpointed(Unit):
+    """A layer whose forward is a region, as layers of transformers 5 are."""
+
+    def __init__(self, region: Region) -> None:
+        super().__init__()
+        self.region = region
+
+    def forward(self, x: Tensor) -> Any:
+        return self.region(functools.partial(Unit.forward, self), x)
+
+
 class Net(nn.Module):
     """Six units, a norm with running statistics, a weight and a buffer; ``forward`` is a program of this file."""
 
@@ -215,12 +226,19 @@ def batch(step: int) -> tuple[Tensor]:
     return (torch.randn(8, WIDTH, generator=torch.Generator().manual_seed(step), dtype=torch.float64),)
 
 
+def with_regions_inside(region: Region) -> Net:
+    net = Net(spanning, plain)
+    net.b, net.d, net.e = (Checkpointed(region) for _ in range(3))
+    return net
+
+
 def make_cases() -> dict[str, Case]:
     """All programs, in all spellings."""
     cases = {}
     for how, region in REGIONS.items():
         for name, program in PROGRAMS.items():
             cases[f"{name}/{how}"] = Case(functools.partial(Net, program, region), batch, mean_square)
+        cases[f"inside/{how}"] = Case(functools.partial(with_regions_inside, region), batch, mean_square)
         cases[f"loss/{how}"] = Case(
             functools.partial(Net, spanning, plain), batch, functools.partial(loss_in_region, region=region)
         )

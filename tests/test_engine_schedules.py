@@ -24,7 +24,10 @@ MIN_STEPS = 3
 QUICK = list(OWN_CASES)
 # Programs that stay in discovery order where a stage is visited several times, and why.
 GOES_OTHER_WAYS = {"loops", "by_microbatch"}  # the microbatches of the discovery step differ
-CARRIES_STATE = {"evaluates", "into_plain", "into_plain_views", "in_place_first", "in_place_first_read_again"}
+CARRIES_STATE = {
+    "evaluates", "into_plain", "into_plain_views", "in_place_first", "in_place_first_read_again",
+    "llama_checkpointed",  # transformers 5 puts a hook on the embedding, and what a hook keeps is not known
+}  # fmt: skip
 
 
 @functools.cache

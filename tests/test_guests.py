@@ -191,6 +191,6 @@ def test_guests_train_with_copies_of_the_data(more: dict[str, Any]) -> None:
         assert {name: set(stages) for name, stages in holders.items()} == {
             "guest.weight": {0, 1}, "guest.bias": {0, 1},
         }  # fmt: skip
-        if "shard_optimizer_state" not in more:  # there a rank has its part of the reduced gradients only
+        if "shard_optimizer_state" not in more:
             assert_parity(result.gradients, expected.gradients, dtype=torch.float64)
         assert_parity(result.weights, expected.weights, dtype=torch.float64)

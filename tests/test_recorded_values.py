@@ -172,6 +172,8 @@ def _by_microbatch(parts: list[Any]) -> Any:
         return parts
     if isinstance(first, dict):
         return {key: _by_microbatch([part[key] for part in parts]) for key in first}
+    if any(len(part) != len(first) for part in parts):
+        return parts  # one for each picture, say
     return type(first)(_by_microbatch(list(items)) for items in zip(*parts, strict=True))
 
 

@@ -576,6 +576,8 @@ class PipelineEngine:
         if function_class is CheckpointFunction and (self.is_in_region or (program is not None and not self.is_native)):
             return self._reentrant_checkpoint(args[0], args[2:])
         if self.is_native or program is None:
+            if program is not None and function_class is CheckpointFunction:
+                program.is_whole_backward = True  # see _checkpoint
             return apply(*args, **kwargs)
         if any(isinstance(value, StageTensor) for value in args) or self.has_placed(program, args, kwargs):
             if (hooked := module_of_backward_hook(function_class)) is not None:
