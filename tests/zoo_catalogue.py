@@ -23,7 +23,7 @@ _NO_ATTENTIONS = (
     "fnet mamba mamba2 falcon_mamba convnext convnextv2 convnext_drop_path resnet regnet mobilenet_v1 poolformer cvt "
     "levit focalnet patch_tsmixer"
 ).split()
-_ROUTED = "mixtral qwen2_moe qwen3_moe olmoe phimoe granitemoe dbrx gpt_oss switch jamba".split()
+_ROUTED = "mixtral qwen2_moe qwen3_moe olmoe phimoe granitemoe dbrx gpt_oss switch jamba deepseek_v2 llama4".split()
 RECORDED: dict[str, str] = {
     **{
         name: "hidden states, attentions"
@@ -32,7 +32,6 @@ RECORDED: dict[str, str] = {
     },
     **dict.fromkeys(_NO_ATTENTIONS, "hidden states"),
     **dict.fromkeys(_ROUTED, "hidden states, attentions, router logits"),
-    "siglip": "",  # it keeps what its towers have recorded to itself
 }
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "models.md"
 BEGIN, END = "<!-- table: written by tests/zoo_catalogue.py -->\n", "<!-- end of the table -->\n"
