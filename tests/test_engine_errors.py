@@ -322,6 +322,13 @@ def sleeps(model: Any, x: Tensor) -> Tensor:
     return finish(model, model(x))
 
 
+def backward_in_a_hook(model: Any, x: Tensor) -> Tensor:
+    output = model(x)
+    for parameter in model.local_parameters():
+        parameter.register_hook(lambda gradient: model.backward(gradient.sum()))
+    return finish(model, output)
+
+
 def calls_on_one(model: Any, x: Tensor) -> Tensor:
     import modelparallel as smp
 
@@ -384,6 +391,12 @@ def test_killed_stage_ends_the_others_within_seconds() -> None:
     assert not isinstance(found[0], RankFailure), found[0]
     error, seconds = found[0]
     assert error.startswith("CommunicationError: pp_rank 0") and "the connection is gone" in error and seconds < 5
+
+
+def test_backward_in_a_hook_of_the_backward_is_named() -> None:
+    texts = [text for text, _ in run_ranks(ask, 2, backward_in_a_hook, parameters=PARAMETERS)]
+    assert any("StepUsageError: model.backward was called while no microbatch runs its forward" in t for t in texts)
+    assert not any(text == "no error" for text in texts), texts
 
 
 # After the step

@@ -49,7 +49,11 @@ class ModelBackward:
         step.has_backward = True
         engine = self._runtime.engine
         program = engine.program or engine.local_program
-        assert program is not None
+        if program is None:
+            raise StepUsageError(
+                "model.backward was called while no microbatch runs its forward, as in a hook of the backward of a "
+                "pipeline: call it in the step function, or in what that calls"
+            )
         if step.loss_weights.note(weight is not None) and weight is not None:
             with engine.natively():
                 self._begin_weights(step, weight)
