@@ -52,7 +52,7 @@ LADDER = (
 INSIDE = {
     "checkpoints": ("stores", "partial", "huggingface", "whole", "tools", "files"),
     "comm": ("files", "collectives stages"),
-    "launch": ("rehearsal", "files"),
+    "launch": ("rehearsal clusters", "files"),
     "nn": ("files", "huggingface"),
     "pipeline": ("schedule", "values", "side_doors", "program", "operations", "recompute", "files"),
 }

@@ -1,0 +1,88 @@
+"""What a job for other machines is, as data."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+InputMode = Literal["File", "FastFile"]
+
+#: Changes when an older `modelparallel node` could not read a description any more.
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class DataChannel:
+    """Where the data of a channel is: an absolute path, or a URL that fsspec opens (s3://, gs://, https://, ...).
+
+    With the mode "FastFile" nothing is fetched: the script gets the location in SM_CHANNEL_URL_<NAME>.
+    """
+
+    location: str
+    input_mode: InputMode = "File"
+
+    @property
+    def is_url(self) -> bool:
+        """Whether it has to be fetched to be a file."""
+        return "://" in self.location and not self.location.startswith("file://")
+
+
+@dataclass(frozen=True)
+class ClusterJob:
+    """Everything that is decided before a job is submitted; equal for all kinds of clusters.
+
+    Attributes:
+        name: checked for the cluster by its `check`.
+        source_dir: the code, a directory of the submitting machine; `entry_point` is relative to it.
+        processes_per_node: equal on all nodes.
+        arguments: the script's full command line.
+        hyperparameters: what is published in SM_HPS and SM_HP_*, with `mp_parameters` if the job is model parallel.
+        parameters: the checked model parallel parameters, None for a job that is not model parallel.
+        secrets: the variable that the script finds -> where its value is, as the cluster takes it: `env:VAR`,
+            `file:PATH`, `secret-name/key`, `aws-secretsmanager:ARN`. Never the value.
+        requirements: a file of `source_dir` with packages to install on the nodes.
+        dependencies: further directories or files that are put beside the code.
+        instance_type: as given (`ml.p4d.24xlarge`); None where nobody said.
+        max_seconds: after which the job is stopped; None: what the cluster allows.
+        checkpoints: where the job folder's `checkpoints` leads: an absolute path or a URL; None: the job folder.
+        output: where the outputs go at the end, if not into the job folder: a URL or a path.
+        service_options: further arguments of the estimator that a cluster may use (volume_size, subnets, ...).
+    """
+
+    name: str
+    entry_point: str
+    source_dir: Path
+    num_nodes: int
+    processes_per_node: int
+    arguments: tuple[str, ...] = ()
+    hyperparameters: Mapping[str, Any] = field(default_factory=dict)
+    parameters: Mapping[str, Any] | None = None
+    channels: Mapping[str, DataChannel] = field(default_factory=dict)
+    environment: Mapping[str, str] = field(default_factory=dict)
+    secrets: Mapping[str, str] = field(default_factory=dict)
+    requirements: str | None = None
+    dependencies: tuple[Path, ...] = ()
+    custom_mpi_options: str = ""
+    instance_type: str | None = None
+    device: str = "auto"
+    max_seconds: float | None = None
+    max_restarts: int = 0
+    checkpoints: str | None = None
+    output: str | None = None
+    service_options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def num_processes(self) -> int:
+        return self.num_nodes * self.processes_per_node
+
+
+def node_description(job: ClusterJob) -> str:
+    """The file that `modelparallel node` reads on each node (job.json). It holds no value of a secret."""
+    record = asdict(job)
+    # Known to the submitting machine alone, and of no use elsewhere.
+    for name in ("source_dir", "dependencies", "service_options"):
+        del record[name]
+    return json.dumps({"format": FORMAT, **record}, indent=2, default=str) + "\n"
