@@ -56,6 +56,7 @@ class JobRecord:
         folder: where logs and outputs are, if the submitting machine can see them: a path or a URL; else "".
         submitted: in seconds since 1970.
         digest: of what was rendered.
+        model: where the script's model is found after the job: a path or a URL; "" if nobody knows.
     """
 
     name: str
@@ -66,6 +67,7 @@ class JobRecord:
     folder: str
     submitted: float
     digest: str
+    model: str = ""
 
     @property
     def address(self) -> str:
@@ -104,8 +106,21 @@ class Cluster(BaseModel, ABC):
     #: The word for it: `kind = "slurm"`.
     kind: ClassVar[str]
 
-    #: The name in the cluster file; the kind for an object made in Python.
+    #: The arguments of the estimator that it finds in `ClusterJob.service_options` and acts on.
+    service_arguments: ClassVar[tuple[str, ...]] = ()
+
+    #: The name in the cluster file; "" for an object made in Python.
     name: str = Field(default="", exclude=True)
+
+    @property
+    def title(self) -> str:
+        """What the user calls it: its name, else its kind."""
+        return self.name or self.kind
+
+    @property
+    def devices_per_node(self) -> int | None:
+        """Accelerators of each node, where the cluster's own keys say it."""
+        return None
 
     @abstractmethod
     def check(self, job: ClusterJob) -> None:

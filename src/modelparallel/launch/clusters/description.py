@@ -49,7 +49,8 @@ class ClusterJob:
         max_seconds: after which the job is stopped; None: what the cluster allows.
         checkpoints: where the job folder's `checkpoints` leads: an absolute path or a URL; None: the job folder.
         output: where the outputs go at the end, if not into the job folder: a URL or a path.
-        service_options: further arguments of the estimator that a cluster may use (volume_size, subnets, ...).
+        service_options: further arguments of the estimator, by their names: role, image_uri, sagemaker_session,
+            volume_size, subnets, ... A cluster takes those of its `service_arguments`, before its own keys.
     """
 
     name: str
