@@ -15,10 +15,10 @@ JOBS ?= 2
 AT_ONCE := -n $(JOBS) --dist loadfile
 MAKEFLAGS += --no-print-directory
 
-.PHONY: setup demo test test-all test-fast test-transformers fuzz lint docs package bench help
+.PHONY: setup demo test test-all test-fast test-clusters test-transformers fuzz lint docs package bench help
 
 help:
-	@echo "make setup | demo | test | test-fast | test-all | test-transformers | fuzz [CASES=500] [SEED=1] | lint | docs | package | bench [ONLY=name] [QUICK=1]"
+	@echo "make setup | demo | test | test-fast | test-all | test-clusters | test-transformers | fuzz [CASES=500] [SEED=1] | lint | docs | package | bench [ONLY=name] [QUICK=1]"
 
 setup: $(VENV)/.stamp-test
 
@@ -67,6 +67,11 @@ test-fast: $(VENV)/.stamp-test
 
 test-all: $(VENV)/.stamp-dev $(DATA)/MNIST/.stamp
 	@$(BIN)/python -m pytest -q $(AT_ONCE) $(ARGS)
+
+# Several hosts (network namespaces, which need root) and the engines of clusters, one file at a time, since most of them
+# start processes on all cores. What the machine refuses is skipped, with the reason.
+test-clusters: $(VENV)/.stamp-test
+	@$(BIN)/python -m pytest -q $(ARGS) tests/clusters
 
 # What has to do with transformers, once more with the oldest version that is supported (which lies beside the
 # environment's own).
