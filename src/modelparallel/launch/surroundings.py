@@ -15,6 +15,7 @@ from modelparallel.config.reading import ENVIRONMENT_KEY, ENVIRONMENT_WITHOUT_EF
 from modelparallel.errors import LaunchError, SMPError
 from modelparallel.errors.foreign_text import one_line
 from modelparallel.job.discovery import LAUNCHER_VARIABLES, discover_process
+from modelparallel.launch.clusters.secrets import TOKEN_SHAPE
 from modelparallel.launch.devices import VISIBLE_VARIABLE, num_gpus, resolve_device
 from modelparallel.launch.environment import OUTER_RANK_VARIABLES
 from modelparallel.launch.mpi_backend import find_mpirun
@@ -37,7 +38,7 @@ _SECRETS = (
     # token=abc, "api_key": "abc"
     (re.compile(rf"""(?<!\w)(?=\w*{_SECRET_NAME})(\w+["']?\s*[=:]\s*){_VALUE}"""), rf"\1{_HIDDEN}"),
     # What has the shape of a token: a known beginning, or long and of letters and digits.
-    (re.compile(r"\b(?:hf_|gh[a-z]_|github_pat_|glpat-|sk-|xox[a-z]-|AKIA|ASIA|eyJ)[\w-]{8,}"), _HIDDEN),
+    (TOKEN_SHAPE, _HIDDEN),
     (re.compile(r"(?<![\w+=-])(?=[\w+=-]*\d)(?=[\w+=-]*[A-Za-z])[\w+=-]{32,}"), _HIDDEN),
 )
 
