@@ -11,15 +11,15 @@ import copy
 import dataclasses
 import functools
 from collections import UserDict
-from collections.abc import Callable, Hashable, Iterator
-from typing import Any, cast
+from collections.abc import Callable, Iterator
+from typing import Any
 
 Path = tuple[Any, ...]
 
 
 def is_container(value: object) -> bool:
     """Whether :func:`map_leaves` looks inside ``value``."""
-    return _is_container_class(cast(Hashable, type(value)))
+    return _is_container_class(type(value))  # type: ignore[arg-type]
 
 
 @functools.lru_cache(maxsize=1024)

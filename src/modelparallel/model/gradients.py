@@ -267,6 +267,8 @@ class ModelGradients:
         if self.has_begun:
             return
         self.has_begun = True
+        if self._tied_copies is None and self.reducer is None and self.sharding is None:
+            return
         # These look at the parameters themselves; the engine would take that for glue of the program.
         with self._runtime.engine.natively():
             if self._tied_copies is not None:

@@ -26,7 +26,7 @@ from modelparallel.precision import LossScaler
 from modelparallel.torch_compat.private_parts import version_of
 from modelparallel.training import gradient_norm
 from modelparallel.training import runtime as runtime_module
-from modelparallel.training.memory_report import explaining_memory, note_update
+from modelparallel.training.memory_report import ExplainedMemory, note_update
 from modelparallel.training.runtime import Runtime
 
 logger = logging.getLogger("modelparallel")
@@ -182,7 +182,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
         then; with sharded parameters or optimizer state over the world; else local. Source: smp-api section 7.
         """
         self._runtime.num_updates += 1
-        with explaining_memory(self._runtime, "in optimizer.step()"):
+        with ExplainedMemory(self._runtime, "in optimizer.step()"):
             result = self._update(closure)
         note_update(self._runtime, self._runtime.memory_path)
         if self._probe is not None and self._probe.doubt is not None and not self._has_said_doubt:

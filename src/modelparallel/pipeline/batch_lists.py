@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 
@@ -48,8 +48,7 @@ class SampleList(list[Any]):
     """
 
 
-@dataclass(frozen=True)
-class Reading:
+class Reading(NamedTuple):
     """What the arguments of a call hold. ``lengths``: (argument, batch length) of what is split; ``cut``: the paths of
     the lists that are cut by samples; ``notices``: what the user should hear once, by what it is about.
     """
@@ -121,6 +120,9 @@ class ListReader:
 
         Raises StepUsageError for a list of which it is unclear how it is split.
         """
+        lengths = self._lengths_of_tensors(arguments, axes, whole, num_microbatches)
+        if lengths is not None:
+            return Reading(lengths, frozenset(), {})
         walk = _CallContents(axes, num_microbatches)
         for name, value in arguments.items():
             if name in whole:
@@ -136,6 +138,32 @@ class ListReader:
         else:
             walk.take_all()
         return Reading(walk.lengths, frozenset(walk.cut), walk.notices)
+
+    def _lengths_of_tensors(
+        self, arguments: Mapping[str, Any], axes: Mapping[str, int], whole: set[str], num_microbatches: int
+    ) -> list[tuple[str, int]] | None:
+        """What :meth:`read` finds in the usual batch, in a fraction of the time: tensors of one length, beside what is
+        not split and needs no word. None: it takes a longer look.
+        """
+        lengths: list[tuple[str, int]] = []
+        for name, value in arguments.items():
+            if name in whole:
+                continue
+            if isinstance(value, torch.Tensor):
+                if name in axes:
+                    return None
+                if value.ndim:
+                    lengths.append((name, value.shape[0]))
+            elif trees.is_container(value):
+                return None
+            elif num_microbatches > 1:
+                kind = type(value)
+                # "": it was looked at, and there is nothing to say.
+                if kind not in _PLAIN and self._looked_at.get(((name,), kind)) != "":
+                    return None
+        if num_microbatches > 1 and any(length != lengths[0][1] for _, length in lengths):
+            return None
+        return lengths
 
     def _read_lists(self, walk: _CallContents, num_microbatches: int) -> None:
         known_lengths = {length for _, length in walk.lengths}

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -13,14 +12,13 @@ from modelparallel.errors import StepUsageError
 from modelparallel.pipeline.batch_lists import ListReader, SampleList, SlicedObject, place
 
 
-@dataclass(frozen=True)
-class Microbatches:
+class Microbatches(NamedTuple):
     """The arguments of each microbatch, and the weight of each: its share of the samples (they sum to 1)."""
 
     arguments: tuple[dict[str, Any], ...]
     weights: tuple[float, ...]
     #: What the user should hear once about the arguments, by what it is about.
-    notices: Mapping[Hashable, str] = field(default_factory=dict)
+    notices: Mapping[Hashable, str]
 
 
 def slice_objects(
@@ -29,7 +27,7 @@ def slice_objects(
     """Replace every object that has ``smp_slice`` by its slices."""
 
     def cut(name: str, value: Any) -> Any:
-        if hasattr(value, "smp_slice") and not isinstance(value, type):
+        if _has_slices(value):
             axis = axes.get(name, 0)
             return SlicedObject(
                 tuple(value.smp_slice(num_microbatches, index, axis) for index in range(num_microbatches))
@@ -39,6 +37,17 @@ def slice_objects(
         return value
 
     return {name: value if name in whole else cut(name, value) for name, value in arguments.items()}
+
+
+def _has_slices(value: Any) -> bool:
+    if isinstance(value, torch.nn.Module) and "smp_slice" not in vars(value):
+        return hasattr(type(value), "smp_slice")  # not by __getattr__ of modules, which takes a microsecond
+    return hasattr(value, "smp_slice") and not isinstance(value, type)
+
+
+def _is_opaque(value: Any) -> bool:
+    """Whether every microbatch gets it as it is."""
+    return not isinstance(value, (torch.Tensor, SlicedObject)) and not trees.is_container(value)
 
 
 def split(
@@ -61,6 +70,7 @@ def split(
     reading = (reader or ListReader()).read(arguments, axes, whole, num_microbatches, variadic)
     sizes = _sizes(reading.lengths, num_microbatches, is_uneven_allowed=is_uneven_allowed)
     total = sum(sizes)
+    num_parts = len(sizes)
 
     def cut(path: trees.Path, value: Any, index: int) -> Any:
         if path in reading.cut:
@@ -71,11 +81,19 @@ def split(
         parts = {key: cut((*path, key), child, index) for key, child in pairs}
         return value if all(parts[key] is child for key, child in pairs) else trees.rebuild(value, parts)
 
-    result = [
-        {name: value if name in whole else cut((name,), value, index) for name, value in arguments.items()}
-        for index in range(len(sizes))
-    ]
-    return Microbatches(tuple(result), tuple(size / total for size in sizes), reading.notices)
+    result: list[dict[str, Any]] = [{} for _ in sizes]
+    for name, value in arguments.items():
+        parts: Sequence[Any]
+        if name in whole or (not reading.cut and _is_opaque(value)):
+            parts = [value] * num_parts
+        elif (quick := _equal_parts(value, axes.get(name, 0), num_parts)) is not None:
+            parts = quick
+        else:
+            parts = [cut((name,), value, index) for index in range(num_parts)]
+        for microbatch, part in zip(result, parts, strict=True):
+            microbatch[name] = part
+    weights = (1.0,) if num_parts == 1 else tuple([size / total for size in sizes])
+    return Microbatches(tuple(result), weights, reading.notices)
 
 
 def _sizes(lengths: Sequence[tuple[str, int]], num_microbatches: int, *, is_uneven_allowed: bool) -> list[int]:
@@ -120,6 +138,20 @@ def _rows(value: Any, index: int, sizes: Sequence[int]) -> Any:
     start, length = _range(len(value), index, sizes)
     rows = value[start : start + length]
     return list(rows) if isinstance(value, SampleList) else rows
+
+
+def _equal_parts(value: Any, axis: int, num_parts: int) -> Sequence[torch.Tensor] | None:
+    """What :func:`_part` gives for a plain tensor that divides, by one call of torch; None for anything else."""
+    if (
+        type(value) is not torch.Tensor
+        or value.ndim == 0
+        or value.requires_grad
+        or value.layout is not torch.strided
+        or value.is_nested
+        or value.shape[axis] % num_parts
+    ):
+        return None
+    return [part.data for part in ((value,) if num_parts == 1 else value.chunk(num_parts, axis))]
 
 
 def _part(leaf: Any, axis: int, index: int, sizes: Sequence[int], path: trees.Path) -> Any:

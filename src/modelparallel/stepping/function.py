@@ -25,16 +25,14 @@ from modelparallel.pipeline.program.randomness import RandomFrames
 from modelparallel.pipeline.side_doors.kept_state import KeptState
 from modelparallel.stepping.output import merge_outputs
 from modelparallel.torch_compat import DisableTorchFunctionSubclass
-from modelparallel.torch_compat.generators import SavedGenerators, drawn_from
+from modelparallel.torch_compat.generators import SavedGenerators, drawn_from, drawn_number
 from modelparallel.training import runtime as runtime_module
-from modelparallel.training.memory_report import explaining_memory
+from modelparallel.training.memory_report import ExplainedMemory
 from modelparallel.training.participants import RunningStep
 from modelparallel.training.runtime import Runtime
 
 if TYPE_CHECKING:
     from modelparallel.config.reading import Config
-
-_MAX_SEED = (1 << 62) - 1
 
 
 class StepFunction:
@@ -62,6 +60,7 @@ class StepFunction:
         named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_KEYWORD)
         parameters = self._signature.parameters.values()
         self._takes_names = all(parameter.kind in named for parameter in parameters)
+        self._names = tuple(self._signature.parameters)
         # With so many arguments, none by name, they are for the first parameters: no need to bind, which takes longer.
         usual = [parameter.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD for parameter in parameters]
         num_required = sum(parameter.default is inspect.Parameter.empty for parameter in parameters)
@@ -102,12 +101,12 @@ class StepFunction:
         arguments = self._named_arguments(args, kwargs)
         if not runtime.is_pipelined or runtime.engine.stage == 0:
             arguments = slice_objects(arguments, config.microbatches, self._axes, self._whole)
-        doing = f"in {self._name}, call {runtime.num_steps + 1} of a step function"
-        with explaining_memory(runtime, doing):
+        explained = ExplainedMemory(runtime, "in {}, call {} of a step function", self._name, runtime.num_steps + 1)
+        with explained:
             partition_models(runtime, arguments, lambda: self._trace(runtime, arguments, config))
         runtime.num_steps += 1
         try:
-            with explaining_memory(runtime, doing):
+            with explained:
                 return self._step(runtime, arguments)
         except BaseException as error:
             runtime.note_failure(error)
@@ -119,7 +118,7 @@ class StepFunction:
         config = runtime.session.config
         number = runtime.num_steps - 1
         # Drawn, so that a script which resumes, and puts the state of torch's generator back, has the same numbers.
-        seed = int(torch.randint(_MAX_SEED, (), device="cpu")) if config.seed is None else config.seed
+        seed = drawn_number() if config.seed is None else config.seed
         if runtime.is_pipelined:
             arguments, seed = self._shared(runtime, arguments, seed, number)
         if runtime.session.groups.dp.size > 1 and runtime.engine.stage == 0:
@@ -204,7 +203,7 @@ class StepFunction:
     def _named_arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """Arguments by name; those of ``*args`` and ``**kwargs`` parameters under names of their own."""
         if not kwargs and len(args) in self._positional:
-            return dict(zip(self._signature.parameters, args, strict=False))
+            return dict(zip(self._names, args, strict=False))
         bound = self._signature.bind(*args, **kwargs)
         named: dict[str, Any] = {}
         for name, value in bound.arguments.items():

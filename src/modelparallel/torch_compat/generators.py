@@ -9,6 +9,10 @@ from typing import Any
 
 import torch
 
+_CPU = torch.device("cpu")
+_MAX_NUMBER = (1 << 62) - 1
+_NUMBER = torch.empty((), dtype=torch.int64, device=_CPU)
+
 
 def default_generator(device: torch.device) -> torch.Generator:
     """The generator that operations on ``device`` draw from."""
@@ -19,7 +23,12 @@ def default_generator(device: torch.device) -> torch.Generator:
 
 def drawn_from(device: torch.device) -> list[torch.device]:
     """Where code draws whose tensors are on ``device``: on the CPU, and there."""
-    return [torch.device("cpu"), device] if device.type == "cuda" else [torch.device("cpu")]
+    return [_CPU, device] if device.type == "cuda" else [_CPU]
+
+
+def drawn_number() -> int:
+    """A number from torch's generator on the CPU: what ``torch.randint`` gives, in half the time. For one thread."""
+    return int(_NUMBER.random_(_MAX_NUMBER).item())
 
 
 def states_of(devices: Sequence[torch.device]) -> list[torch.Tensor]:

@@ -6,9 +6,9 @@ import json
 import logging
 import math
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -299,15 +299,25 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and ("can't allocate memory" in text or "not enough memory" in text)
 
 
-@contextmanager
-def explaining_memory(runtime: Runtime, doing: str) -> Iterator[None]:
-    """Raise OutOfMemoryError, with what is known, in place of an error inside that says that memory ran out."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise explain_out_of_memory(runtime, error, doing) from error
+class ExplainedMemory:
+    """A context in which OutOfMemoryError, with what is known, takes the place of an error that says that memory ran
+    out. ``doing``: what is done in it, with ``{}`` for the ``parts``.
+    """
+
+    __slots__ = ("_doing", "_parts", "_runtime")
+
+    # A class and not a generator: each step enters some, which would take it a microsecond each.
+    def __init__(self, runtime: Runtime, doing: str, *parts: object) -> None:
+        self._runtime, self._doing, self._parts = runtime, doing, parts
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if isinstance(error, (RuntimeError, MemoryError)) and is_out_of_memory(error):
+            raise explain_out_of_memory(self._runtime, error, self._doing.format(*self._parts)) from error
 
 
 def explain_out_of_memory(runtime: Runtime, error: BaseException, doing: str) -> OutOfMemoryError:
