@@ -13,7 +13,7 @@ SHOWN = re.findall(r"^::: modelparallel\.([\w.]+)$", REFERENCE, re.M)
 COMPATIBILITY = (DOCS / "compatibility.md").read_text()
 # Modules whose names have entries of their own; names that are only another name.
 MODULES = {"amp", "model", "nn", "optimizers", "patches", "huggingface"}
-IN_TEXT = {"WORLD", "MP_GROUP", "DP_GROUP", "TP_GROUP", "PP_GROUP", "RDP_GROUP", "__version__"}
+IN_TEXT = {"WORLD", "MP_GROUP", "DP_GROUP", "TP_GROUP", "PP_GROUP", "RDP_GROUP", "EXIT_PREEMPTED", "__version__"}
 
 
 def exported(package):

@@ -49,6 +49,7 @@ from modelparallel.job.messages import (
     tp_rank,
     tp_size,
 )
+from modelparallel.job.preemption import EXIT_PREEMPTED
 from modelparallel.model import DistributedModel
 from modelparallel.model.creation import delay_param_initialization, delayed_parameter_initialization, model_creation
 from modelparallel.model.placing import set_partition
@@ -75,6 +76,7 @@ from modelparallel.tensor_parallel.contexts import (
 from modelparallel.training.data_of_ranks import data_sampler
 from modelparallel.training.gradient_norm import clip_grad_norm_
 from modelparallel.training.memory_report import memory_report
+from modelparallel.training.preemption import preemption_requested
 from modelparallel.training.runtime import init, is_initialized
 from modelparallel.version import __version__
 
@@ -87,6 +89,7 @@ RDP_GROUP = CommGroup.RDP_GROUP
 
 __all__ = [
     "DP_GROUP",
+    "EXIT_PREEMPTED",
     "MP_GROUP",
     "PP_GROUP",
     "RDP_GROUP",
@@ -149,6 +152,7 @@ __all__ = [
     "patches",
     "pp_rank",
     "pp_size",
+    "preemption_requested",
     "rank",
     "rdp_rank",
     "rdp_size",

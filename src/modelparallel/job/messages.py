@@ -198,7 +198,7 @@ def allgather(obj: Any, group: CommGroup) -> list[Any]:
 def told_by_all(obj: Any, group: CommGroup, purpose: str) -> list[Any]:
     """`allgather` for a purpose of the library, which a wait that fails names."""
     members = _group(_kind(group, CommGroup, "group"))
-    with _known_to_peers(purpose, members):
+    with known_to_peers(purpose, members):
         return _messenger().allgather(obj, members, purpose)
 
 
@@ -208,7 +208,7 @@ def barrier(group: CommGroup = CommGroup.WORLD) -> None:
     Other processes are not waited for. Raises what `send` raises. Source: smp-api section 3.
     """
     members = _group(_kind(group, CommGroup, "group"))
-    with _known_to_peers("smp.barrier", members):
+    with known_to_peers("smp.barrier", members):
         _messenger().barrier(members)
 
 
@@ -222,7 +222,7 @@ def mp_barrier() -> None:
     barrier(CommGroup.MP_GROUP)
 
 
-def _known_to_peers(call: str, members: Group) -> AbstractContextManager[None]:
+def known_to_peers(call: str, members: Group) -> AbstractContextManager[None]:
     """Let the other stages of the pipeline know what this rank waits in: they may wait for it inside a step."""
     ambient = session.current()
     if ambient.runtime is None or not ambient.runtime.is_pipelined:

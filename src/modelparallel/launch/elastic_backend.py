@@ -23,6 +23,8 @@ from modelparallel.launch.spec import JobSpec
 from modelparallel.launch.supervision import GRACE
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+#: Those that the agent handles; the others are handled in signals.py.
+_SIGNALS_OF_AGENT = (signal.SIGINT, signal.SIGQUIT)
 _SIGNALS_VARIABLE = "TORCHELASTIC_SIGNALS_TO_HANDLE"
 
 
@@ -75,6 +77,7 @@ def run(job: JobSpec, environment: Mapping[str, str], port: int) -> tuple[int, d
         "monitor_interval": 0.1,
         "logs_specs": _JobLogsSpecs(job.folder, environment),
         "shutdown_timeout": int(GRACE),
+        "signals_to_handle": ",".join(number.name for number in _SIGNALS_OF_AGENT),
     }
     loopback_meeting.register()
     known = inspect.signature(LaunchConfig).parameters

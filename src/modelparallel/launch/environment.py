@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from modelparallel.job.preemption import FILE_VARIABLE
 from modelparallel.job.session import DEVICE_VARIABLE
 from modelparallel.launch.attempts import MAX_RESTARTS_VARIABLE, RESTART_COUNT_VARIABLE
 from modelparallel.launch.processes import JOB_VARIABLE
@@ -168,6 +169,7 @@ def job_environment(
         "MASTER_PORT": str(port),
         JOB_VARIABLE: str(job.folder.description),
         DIRECTORY_VARIABLE: str(job.folder.events),
+        FILE_VARIABLE: str(job.folder.preemption_file),
         RESTART_COUNT_VARIABLE: str(restart_count),
         MAX_RESTARTS_VARIABLE: str(job.max_restarts),
     }

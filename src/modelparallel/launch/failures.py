@@ -9,6 +9,7 @@ import json
 import re
 import signal
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -122,6 +123,16 @@ def first_failure(
         return candidate.is_consequence or is_ended, candidate.time
 
     return min(candidates, key=order).failure
+
+
+def was_preempted(folder: JobFolder, num_processes: int) -> bool:
+    """Whether a rank has left because of a preemption, of a job whose processes have all finished."""
+    for global_rank in range(num_processes):
+        with suppress(OSError, ValueError):
+            record = json.loads(folder.finished_file(global_rank).read_text(encoding="utf-8"))
+            if isinstance(record, dict) and record.get("is_preempted"):
+                return True
+    return False
 
 
 def failed_ends(exit_codes: Mapping[int, int]) -> list[str]:

@@ -38,7 +38,7 @@ DEFAULT_PARENT = "modelparallel-jobs"
 _WRITTEN = {
     "logs": re.compile(r"(rank_\d+|launcher|elastic|mpirun)\.log"),
     "status": re.compile(
-        r"job\.json|store|rank_\d+\.(started|error|finished|elastic)\.(json|partial)|rank_\d+\.partial"
+        r"job\.json|store|preempt(\.asks)?|rank_\d+\.(started|error|finished|elastic)\.(json|partial)|rank_\d+\.partial"
     ),
     "events": re.compile(r"rank\d+\.(jsonl|partial|memory\.json)"),
     "attempts": re.compile(r"attempts\.(json|partial)"),
@@ -148,6 +148,11 @@ class JobFolder:
 
     def finished_file(self, global_rank: int) -> Path:
         return self.status / f"rank_{global_rank}.finished.json"
+
+    @property
+    def preemption_file(self) -> Path:
+        """It is there when the script is to save and leave; see [Note: preemption] in job/preemption.py."""
+        return self.status / "preempt"
 
     @property
     def links_file(self) -> Path:

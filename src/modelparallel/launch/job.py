@@ -12,16 +12,18 @@ from dataclasses import replace
 from typing import TextIO
 
 from modelparallel.errors import LaunchError
+from modelparallel.job.preemption import EXIT_PREEMPTED
 from modelparallel.job.private_files import write_private
 from modelparallel.job.rendezvous import STORE_VARIABLE
 from modelparallel.launch.attempts import Attempt, history, next_start, write_attempts
 from modelparallel.launch.devices import device_names, working_devices
 from modelparallel.launch.environment import job_environment, resource_config
-from modelparallel.launch.failures import JobInterrupted, failed_ends, first_failure
+from modelparallel.launch.failures import JobInterrupted, failed_ends, first_failure, was_preempted
 from modelparallel.launch.folder import checked_job_name
 from modelparallel.launch.memory_summary import memory_summary
 from modelparallel.launch.processes import end_leftovers, guarded
 from modelparallel.launch.rendezvous_port import reserved_port, store_file
+from modelparallel.launch.signals import asked_by_signal, ended_by_signal
 from modelparallel.launch.spec import JobResult, JobSpec, check_script
 from modelparallel.launch.supervision import RankMonitor
 
@@ -57,6 +59,7 @@ def run_job(job: JobSpec, output: TextIO | None = None, monitor: RankMonitor | N
         monitor = monitor or RankMonitor()
         monitor.attach(folder, output or sys.stdout, job.timeout)
         stack.callback(monitor.detach)
+        stack.enter_context(asked_by_signal(monitor))
         monitor.say(_opening_line(job))
         for line in _notices(job):
             monitor.say(line)
@@ -67,8 +70,9 @@ def run_job(job: JobSpec, output: TextIO | None = None, monitor: RankMonitor | N
         message = result.message
         if len(attempts) > 1:
             # The traceback stays the last thing that is shown.
+            how = "was preempted" if result.is_preempted else "was stopped" if result.is_stopped else "failed"
             message = (
-                f"job {job.name} {'was stopped' if result.is_stopped else 'failed'} in attempt {len(attempts)} of "
+                f"job {job.name} {how} in attempt {len(attempts)} of "
                 f"{job.max_restarts + 1}, after {seconds:.1f} s:\n"
                 f"{history(attempts, folder)}\n{message}"
             )
@@ -78,7 +82,7 @@ def run_job(job: JobSpec, output: TextIO | None = None, monitor: RankMonitor | N
             restarts = f", in attempt {len(attempts)} of {job.max_restarts + 1}" if len(attempts) > 1 else ""
             monitor.say(f"job {job.name} finished in {seconds:.1f} s{restarts}")
             message = ""
-        else:
+        elif not result.is_preempted:
             try:
                 write_private(folder.failure_file, message.encode(errors="backslashreplace").decode() + "\n")
             except OSError as error:  # the caller has the message
@@ -163,10 +167,12 @@ def _run_backend(
     if job.backend == "mpi":
         from modelparallel.launch import mpi_backend
 
-        return mpi_backend.run(job, environment, monitor)
+        with ended_by_signal(monitor):
+            return mpi_backend.run(job, environment, monitor)
     from modelparallel.launch import elastic_backend  # imports torch's agent, which takes a second
 
-    return elastic_backend.run(job, environment, port)
+    with ended_by_signal(monitor):
+        return elastic_backend.run(job, environment, port)
 
 
 def _describe(job: JobSpec) -> None:
@@ -219,7 +225,7 @@ def _outcome(
     if interrupted is not None:
         message = f"job {job.name} was stopped by {interrupted.signal.name} after {seconds:.1f} s"
         return JobResult(128 + interrupted.signal, seconds, job.folder, message=message, is_stopped=True)
-    if monitor.stop_reason is not None:
+    if monitor.stop_reason is not None and not (code == 0 and was_preempted(job.folder, job.num_processes)):
         is_timeout = monitor.has_timed_out
         message = f"job {job.name} was stopped after {seconds:.1f} s: {monitor.stop_reason}"
         exit_code = TIMEOUT_EXIT_CODE if is_timeout else 143
@@ -230,10 +236,22 @@ def _outcome(
             monitor.say(line)
         code = 0
     if code == 0:
+        if was_preempted(job.folder, job.num_processes):
+            return _preempted(job, seconds)
         return JobResult(0, seconds, job.folder)
     failure = first_failure(job.folder, monitor.deaths, {**exit_codes, **monitor.exit_codes}, job.num_processes)
     if failure is None:
         message = f"job {job.name} failed (exit code {code}); see {job.folder.logs}"
         return JobResult(code, seconds, job.folder, message=message)
     exit_code = failure.process_exit_code or code or 1
+    if exit_code == EXIT_PREEMPTED:  # a script that leaves by os._exit
+        return _preempted(job, seconds)
     return JobResult(exit_code, seconds, job.folder, failure, failure.render(job.num_processes, seconds))
+
+
+def _preempted(job: JobSpec, seconds: float) -> JobResult:
+    message = (
+        f"job {job.name} was preempted after {seconds:.1f} s: its script has left with exit code {EXIT_PREEMPTED}, and "
+        "goes on when the job is started again"
+    )
+    return JobResult(EXIT_PREEMPTED, seconds, job.folder, message=message, is_stopped=True)

@@ -9,11 +9,8 @@ import signal
 import subprocess
 import sys
 import sysconfig
-import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
-from types import FrameType
 
 from modelparallel.errors import LaunchError
 from modelparallel.job.private_files import open_private
@@ -47,7 +44,7 @@ def run(job: JobSpec, environment: Mapping[str, str], monitor: RankMonitor) -> t
         *worker_command(job),
     ]
     log_path = job.folder.mpirun_log
-    with open(log_path, "wb", opener=open_private) as log, _signals_as_interruptions():
+    with open(log_path, "wb", opener=open_private) as log:
         process = subprocess.Popen(
             command,
             env=full_environment,
@@ -107,24 +104,6 @@ def _end(process: "subprocess.Popen[bytes]") -> None:
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-
-
-@contextmanager
-def _signals_as_interruptions() -> Iterator[None]:
-    """Turn SIGTERM and SIGHUP into `JobInterrupted`; a program that runs jobs in threads handles its signals itself."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def interrupt(signal_number: int, frame: FrameType | None) -> None:
-        raise JobInterrupted(signal_number)
-
-    previous = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def _end_with_parent(launcher: int) -> None:

@@ -168,6 +168,9 @@ def guarded(description: Path) -> Iterator[None]:
 
 
 def _guard(description: Path, launcher: int) -> None:
+    # Batch systems send these to all processes of a job, and the launcher ends this one.
+    for number in (signal.SIGUSR1, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     try:
         watched: WatchedProcess | None = WatchedProcess(launcher)
     except ProcessLookupError:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from modelparallel.errors import LaunchError
+from modelparallel.job.preemption import EXIT_PREEMPTED
 from modelparallel.launch.attempts import Attempt
 from modelparallel.launch.devices import Device
 from modelparallel.launch.failures import RankFailure
@@ -60,7 +61,8 @@ class JobResult:
 
     Attributes:
         exit_code: 0, or the exit code of the first failing process (128 + signal number if it was killed by a signal),
-            124 after the timeout, 130 after Ctrl-C, 143 after SIGTERM; of the last of the `attempts`.
+            124 after the timeout, 130 after Ctrl-C, 143 after SIGTERM, 85 when the script was told of a preemption and
+            has saved its state; of the last of the `attempts`.
         seconds: how long all attempts together took.
         failure: the first failing process of the last attempt.
         is_stopped: the job was ended from outside, so that a restart was not due.
@@ -73,6 +75,11 @@ class JobResult:
     message: str = ""
     is_stopped: bool = False
     attempts: tuple[Attempt, ...] = ()
+
+    @property
+    def is_preempted(self) -> bool:
+        """Whether the script has saved its state and left, since the job was to be preempted."""
+        return self.exit_code == EXIT_PREEMPTED
 
 
 def check_script(script: Path, what: str = "entry point") -> None:

@@ -14,9 +14,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TextIO
 
+from modelparallel.job.preemption import ASKS_SUFFIX
 from modelparallel.launch.folder import JobFolder
 from modelparallel.launch.output import Console, LogRelay
 from modelparallel.launch.processes import WatchedProcess, end_leftovers, wait_for_any
+from modelparallel.launch.worker import STACKS_SIGNAL
 
 #: Seconds that processes have to end after a failure or a SIGTERM before they are killed.
 GRACE = 5.0
@@ -43,6 +45,9 @@ class RankMonitor:
         self._failed_at: float | None = None
         self._stop_at: float | None = None
         self._was_terminated = False
+        self._preemption: str | None = None
+        self._is_preemption_told = False
+        self._preemption_ends_at: float | None = None
         self._spares: list[int] = []
         self._troubles: set[str] = set()
 
@@ -85,7 +90,7 @@ class RankMonitor:
         self.deaths, self.exit_codes = {}, {}
         self._started.clear()
         self._failed_at = self._stop_at = None
-        self._was_terminated = False
+        self._was_terminated = self._is_preemption_told = False
         self._closing.clear()
         self._thread = threading.Thread(target=self._run, name="modelparallel-monitor", daemon=True)
         self._thread.start()
@@ -98,6 +103,20 @@ class RankMonitor:
         """Stop the job soon; may be called from any thread."""
         if self.stop_reason is None:
             self.stop_reason = reason
+
+    def request_preemption(self, reason: str, *, ends_after: float | None = None) -> None:
+        """Ask the script to save and leave, in this attempt and later ones; the job is stopped if it has not left after
+        so many seconds. Sets values only, so that a handler of a signal may call it.
+        """
+        if self._preemption is None:
+            self._preemption = reason
+        if ends_after is not None:
+            self._preemption_ends_at = time.monotonic() + ends_after
+
+    @property
+    def script_asks(self) -> bool:
+        """Whether the script of this attempt has called `smp.preemption_requested`."""
+        return os.path.exists(f"{self._folder.preemption_file}{ASKS_SUFFIX}")
 
     @property
     def has_processes(self) -> bool:
@@ -161,15 +180,32 @@ class RankMonitor:
                 self.exit_codes[global_rank] = process.exit_code
             process.close()
 
+    def _tell_preemption(self) -> None:
+        if self._preemption is None or self._is_preemption_told:
+            return
+        self._folder.preemption_file.touch(mode=0o600)
+        self._is_preemption_told = True
+        self._console.say(
+            f"{self._preemption}: the job is to be preempted; "
+            + (
+                "its script is told, to save and leave"
+                if self.script_asks
+                else "its script learns it if it calls smp.preemption_requested(), which it has not done yet"
+            )
+        )
+
     def _enforce(self) -> None:
+        self._tell_preemption()
         now = time.monotonic()
+        if self._preemption_ends_at is not None and now > self._preemption_ends_at:
+            self.request_stop(f"{self._preemption}: its script was asked to save and leave, and has not left in time")
         if self._deadline is not None and now > self._deadline and self.stop_reason is None:
             self.has_timed_out = True
             self.stop_reason = (
                 f"it ran longer than its timeout of {self._timeout:g} s; the stacks of all ranks are in their logs, "
                 f"{self._folder.logs}"
             )
-            self._signal_all(signal.SIGUSR1)  # the bootstrap has asked faulthandler to print the stacks
+            self._signal_all(STACKS_SIGNAL)  # the bootstrap has asked faulthandler to print the stacks
             self._stop_at = now + _STACK_SECONDS
         if self.stop_reason is not None:
             self._stop_at = self._stop_at or now
@@ -190,4 +226,4 @@ class RankMonitor:
 
     def _signal_all(self, signal_number: int) -> None:
         for process in list(self._alive.values()):
-            process.signal(signal_number, with_group=signal_number != signal.SIGUSR1)
+            process.signal(signal_number, with_group=signal_number != STACKS_SIGNAL)

@@ -28,6 +28,11 @@ from pathlib import Path
 from typing import Any
 
 _PR_SET_PDEATHSIG = 1
+#: The launcher sends it to a rank for the stacks of its threads. Not SIGUSR1, by which batch systems ask all processes
+#: of a job to save, and which scripts use.
+STACKS_SIGNAL: int = signal.SIGRTMIN if sys.platform == "linux" else signal.SIGUSR2
+#: modelparallel.EXIT_PREEMPTED, which cannot be imported before the script has begun.
+_EXIT_PREEMPTED = 85
 
 
 def main() -> None:
@@ -39,7 +44,10 @@ def main() -> None:
     _end_with_launcher(job["launcher"])
     faulthandler.enable()
     # The launcher asks for the stacks of a job that runs out of time.
-    faulthandler.register(signal.SIGUSR1, all_threads=True)
+    faulthandler.register(STACKS_SIGNAL, all_threads=True)
+    # Meant for the launcher, which batch systems do not tell from the processes that it has started, nor these from
+    # theirs: see [Note: preemption] in job/preemption.py.
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     _write(status / f"rank_{global_rank}.started.json", {"pid": os.getpid(), "time": time.time()})
     os.chdir(job["working_directory"])
     sys.argv = [script, *arguments]
@@ -55,7 +63,8 @@ def main() -> None:
             _start_rehearsal(job)
         _run_as_main(script)
     except BaseException as error:
-        exit_codes.append(_code_of(error))
+        code = _code_of(error)
+        exit_codes.append(0 if code == _EXIT_PREEMPTED else code)
         _record_and_leave(error, status, global_rank)
     else:
         exit_codes.append(0)
@@ -120,9 +129,11 @@ def _record_and_leave(error: BaseException, status: Path, global_rank: int) -> N
     """Write down why the script ended, show it as Python would, and exit with its code."""
     exit_code = _code_of(error)
     if isinstance(error, SystemExit):
-        if exit_code == 0:
-            _note(status / f"rank_{global_rank}.finished.json", {"time": time.time()})
-            raise error
+        if exit_code in (0, _EXIT_PREEMPTED):
+            # Whoever has started this process must not end the others, which may still save.
+            is_preempted = exit_code == _EXIT_PREEMPTED
+            _note(status / f"rank_{global_rank}.finished.json", {"time": time.time(), "is_preempted": is_preempted})
+            raise SystemExit(0)
         text = "" if isinstance(error.code, int) else str(error.code)
         summary, shown = f"it exited with code {exit_code}" + (f": {text}" if text else ""), text
     else:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from modelparallel.comm.stages.channels import PairChannels
 from modelparallel.comm.stages.gloo import GlooTransport
 from modelparallel.job import session
+from modelparallel.job.preemption import PreemptionNotice
 from modelparallel.parameters.index import ParameterIndex
 from modelparallel.pipeline.engine import PipelineEngine
 from modelparallel.recomputation.offload import HostStore
@@ -79,6 +80,8 @@ class Runtime:
         self.optimizers: list[weakref.ref[ParameterHolder]] = []
         #: The checkpoint that was last saved in the background.
         self.background_save: BackgroundSave | None = None
+        #: Made when the script asks for the first time.
+        self.preemption: PreemptionNotice | None = None
 
     @staticmethod
     def _pair_channels(of: session.Session) -> PairChannels | None:
