@@ -532,3 +532,32 @@ def test_failed_fit_raises_with_the_traceback(tmp_path, no_rehearsal, capsys):
         job.fit()
     assert caught.value.exit_code == 1
     assert caught.value.failure.global_rank == 0
+
+
+def test_the_handle_of_a_local_job_says_how_it_is_and_what_it_printed(tmp_path):
+    write_script(
+        tmp_path,
+        """
+        import os, sys, time
+        rank = int(os.environ["RANK"])
+        print("rank", rank, "is here", flush=True)
+        if os.path.exists("fail"):
+            sys.exit(3)
+        """,
+    )
+    two = {**seed_distribution({"ddp": True}), "mpi": {"enabled": True, "processes_per_host": 2}}
+    job = PyTorch("train.py", source_dir=tmp_path, distribution=two, job_dir=tmp_path / "job")
+    job.fit(wait=False)
+    handle = job.latest_training_job
+    assert list(handle.logs(rank=1, follow=True)) == ["[rank 1] rank 1 is here"]
+    handle.wait(300)
+    assert (handle.status().state, handle.status().exit_code) == ("succeeded", 0)
+    assert sorted(handle.logs()) == ["[rank 0] rank 0 is here", "[rank 1] rank 1 is here"]
+    for wrong in ({"rank": 2}, {"node": 1}):
+        with pytest.raises(LaunchError, match=r"rank 2|node 1"):
+            handle.logs(**wrong)
+    (tmp_path / "fail").touch()
+    with pytest.raises(JobFailedError):
+        job.fit()
+    status = job.latest_training_job.status()
+    assert (status.state, status.exit_code) == ("failed", 3) and "rank" in status.reason

@@ -1,4 +1,4 @@
-"""Launching jobs on this machine: the estimator, the command line, the launch contract, and rehearsal on a CPU.
+"""Launching jobs, here and on clusters: the estimator, the command line, the launch contract, and rehearsal on a CPU.
 
     from modelparallel.launch import PyTorch
     PyTorch(entry_point="train.py", instance_type="local", distribution={...}).fit({"train": "data/train"})
@@ -6,19 +6,26 @@
 docs/launching.md and docs/rehearsal.md say what a script finds.
 """
 
-from modelparallel.launch.estimator import Estimator, HuggingFace, JobHandle, PyTorch
+from modelparallel.launch.clusters.cluster import Cluster, JobStatus, Rendered
+from modelparallel.launch.estimator import Estimator, HuggingFace, PyTorch
 from modelparallel.launch.failures import JobFailedError, RankFailure
 from modelparallel.launch.job import run_job
+from modelparallel.launch.job_handle import JobHandle
 from modelparallel.launch.spec import JobResult, JobSpec
+from modelparallel.launch.submitted import SubmittedJob
 
 __all__ = [
+    "Cluster",
     "Estimator",
     "HuggingFace",
     "JobFailedError",
     "JobHandle",
     "JobResult",
     "JobSpec",
+    "JobStatus",
     "PyTorch",
     "RankFailure",
+    "Rendered",
+    "SubmittedJob",
     "run_job",
 ]

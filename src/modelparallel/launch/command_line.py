@@ -10,8 +10,10 @@
 
     modelparallel checkpoint inspect checkpoints
 
+    modelparallel submit --cluster gpu --nodes 2 train.py --epochs 3
+
 docs/launching.md has every option of the first, docs/schedules.md shows what the second prints, docs/diagnosis.md the
-third and the fourth, docs/checkpoints.md the last.
+third and the fourth, docs/checkpoints.md the fifth, docs/clusters.md the last and those that follow such a job.
 """
 
 import math
@@ -27,6 +29,7 @@ from modelparallel.config.reading import parse_parameters, validate_parameters
 from modelparallel.errors import LaunchError, ScheduleError, SMPError
 from modelparallel.launch.channels import channel_options, input_channels
 from modelparallel.launch.checkpoint_commands import checkpoint_app
+from modelparallel.launch.cluster_commands import register
 from modelparallel.launch.devices import check_devices, resolve_device
 from modelparallel.launch.explain import explain as explain_job
 from modelparallel.launch.folder import JobFolder, default_folder, new_job_name
@@ -182,6 +185,9 @@ def env(
     Nothing runs, and what cannot be found out is said in its place: the exit code is 0.
     """
     typer.echo(surroundings(parameters, os.environ))
+
+
+register(app)
 
 
 def _job(

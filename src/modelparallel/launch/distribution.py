@@ -8,6 +8,9 @@ from typing import Any
 from modelparallel.config.reading import Config, nearest, parse_parameters, short, validate_parameters
 from modelparallel.errors import SMPConfigError
 
+#: Distributions that only say that there is a process per device.
+PLAIN_DISTRIBUTIONS = ("torch_distributed", "pytorchddp")
+
 
 @dataclass(frozen=True)
 class ValidatedDistribution:
@@ -79,6 +82,24 @@ def validate_distribution(
     published = {**parameters, **config.given}
     published["partitions"] = published["pipeline_parallel_degree"] = config.pipeline_parallel_degree
     return ValidatedDistribution(config, per_host, num_processes, options, published)
+
+
+def is_plain(distribution: Mapping[str, Any]) -> bool:
+    """Whether processes are to be started, one per device, and the rest is the script's: `{"torch_distributed":
+    {"enabled": True}}`, or `pytorchddp` in its place.
+
+    Raises `SMPConfigError` for one of these that is wrong. Local. Source: the launch files of the cloud SDK.
+    """
+    name = next((name for name in PLAIN_DISTRIBUTIONS if name in distribution), None)
+    if name is None:
+        return False
+    section = _section(distribution, "distribution", required=(name,))[name]
+    optional = ("custom_mpi_options", "processes_per_host") if name == "pytorchddp" else ()
+    where = f"distribution[{name!r}]"
+    enabled = _section(section, where, required=("enabled",), optional=optional)["enabled"]
+    if _need(enabled, bool, f"{where}['enabled']") is not True:
+        raise SMPConfigError(f"{where}: enabled must be True, got {enabled!r}: leave distribution out for one process")
+    return True
 
 
 def _need(value: Any, kind: type, where: str) -> Any:

@@ -1,35 +1,48 @@
-"""The estimator: launch files written for the cloud run on this machine (smp-config sections 2, 3 and 5).
+"""The estimator: launch files written for the cloud run on this machine, or on a cluster (smp-config sections 2, 3, 5).
 
     PyTorch(entry_point="train.py", instance_type="local", distribution={...}).fit({"train": "data/train"})
 
-The arguments of the original are accepted; those that have nothing to act on here are named once in the log.
+The arguments of the original are accepted; those that have nothing to act on where the job runs are named once in the
+log.
 """
+
+from __future__ import annotations
 
 import inspect
 import logging
 import os
-import threading
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TextIO, cast
+from typing import Any, cast
 
 from modelparallel.config.reading import nearest
 from modelparallel.errors import LaunchError, NotBuiltError, SMPConfigError
 from modelparallel.launch.channels import input_channels, local_path
+from modelparallel.launch.cluster_jobs import (
+    LOCAL_INSTANCE_TYPES,
+    check_job,
+    checkpoint_location,
+    chosen_cluster,
+    cluster_channels,
+    devices_per_node,
+    in_container,
+    say_what_has_no_effect,
+)
+from modelparallel.launch.clusters.cluster import Cluster, Rendered
+from modelparallel.launch.clusters.description import ClusterJob
 from modelparallel.launch.devices import check_devices, resolve_device
-from modelparallel.launch.distribution import validate_distribution
+from modelparallel.launch.distribution import is_plain, validate_distribution
 from modelparallel.launch.environment import command_arguments
-from modelparallel.launch.failures import JobFailedError
 from modelparallel.launch.folder import JobFolder, checked_job_name, default_folder, new_job_name
-from modelparallel.launch.job import run_job
+from modelparallel.launch.job_handle import JobHandle
 from modelparallel.launch.process_counts import checked_range, fitting_counts
-from modelparallel.launch.spec import Backend, JobResult, JobSpec, check_script
-from modelparallel.launch.supervision import RankMonitor
+from modelparallel.launch.spec import Backend, JobSpec, check_script
+from modelparallel.launch.submitted import SubmittedJob, find_job, submit_job
 
 logger = logging.getLogger("modelparallel.launch")
 
-#: Arguments of the original that are accepted and have nothing to act on, on one machine.
-ARGUMENTS_WITHOUT_EFFECT = (
+#: Arguments of the original that are accepted, and on which only some kinds of clusters act.
+SERVICE_ARGUMENTS = (
     "role",
     "framework_version",
     "py_version",
@@ -68,92 +81,39 @@ ARGUMENTS_WITHOUT_EFFECT = (
     "compiler_config",
     "training_repository_access_mode",
 )
-FIT_ARGUMENTS_WITHOUT_EFFECT = ("logs", "experiment_config")
+FIT_ARGUMENTS_WITHOUT_EFFECT = ("experiment_config",)
 
-LOCAL_INSTANCE_TYPES = {None: "auto", "local": "auto", "local_cpu": "cpu", "local_gpu": "cuda"}
-_CONTAINER_BASE = "/opt/ml"
 _BACKEND_VARIABLE = "MODELPARALLEL_BACKEND"
 
 
-class JobHandle:
-    """A job that was started by `fit`."""
-
-    def __init__(self, spec: JobSpec) -> None:
-        self.spec = spec
-        self.name = spec.name
-        self.folder = spec.folder
-        self._monitor = RankMonitor()
-        self._result: JobResult | None = None
-        self._error: BaseException | None = None
-        self._thread: threading.Thread | None = None
-
-    def run(self, output: TextIO | None = None) -> JobResult:
-        """Run the job to its end in this thread.
-
-        Raises:
-            JobFailedError: the job was started and failed.
-            LaunchError: it could not be started.
-        """
-        self._result = run_job(self.spec, output, self._monitor)
-        return self._checked()
-
-    def start(self, output: TextIO | None = None) -> None:
-        """Run the job in a thread of its own; returns at once."""
-
-        def work() -> None:
-            try:
-                self._result = run_job(self.spec, output, self._monitor)
-            except BaseException as error:
-                self._error = error
-
-        self._thread = threading.Thread(target=work, name=f"job-{self.name}")
-        self._thread.start()
-
-    def wait(self) -> JobResult:
-        """Wait for the end of a job that was started by `start`. Raises what `run` raises."""
-        if self._thread is not None:
-            self._thread.join()
-        if self._error is not None:
-            raise self._error
-        return self._checked()
-
-    def stop(self) -> None:
-        """Ask the job to end; `wait` then raises `JobFailedError` with exit code 143."""
-        self._monitor.request_stop("stop() was called")
-
-    @property
-    def is_running(self) -> bool:
-        """Whether the thread of `start` still runs the job."""
-        return self._thread is not None and self._thread.is_alive()
-
-    def _checked(self) -> JobResult:
-        if self._result is None:
-            raise LaunchError(f"job {self.name} has not been run: call fit()")
-        result = self._result
-        if result.exit_code != 0:
-            raise JobFailedError(result.message, result.exit_code, result.failure, result.folder, result.attempts)
-        return result
-
-
 class PyTorch:
-    """A training job on this machine, described as for the cloud.
+    """A training job on this machine or on a cluster, described as for the cloud.
 
-    Every other argument of the original is accepted and named in the log; an unknown one is an error.
+    Every other argument of the original is accepted: the clusters that know it act on it (docs/clusters.md), elsewhere
+    it is named in the log; an unknown one is an error.
 
     Args:
         entry_point: the Python script, relative to `source_dir` if that is given.
         source_dir: directory of the code; it is the script's working directory. Default: the directory of the script.
-        instance_type: "local" (GPUs if there are any, else a rehearsal on the CPU), "local_cpu" or "local_gpu". Any
-            other type stops in `fit` before a process starts.
-        instance_count: 1.
+        instance_type: "local" (GPUs if there are any, else a rehearsal on the CPU), "local_cpu" or "local_gpu": this
+            machine. "ml.*": SageMaker. "slurm", "slurm:NAME", "kubernetes:NAME", ..., or a name in the cluster file.
+        instance_count: how many machines; 1 on this machine.
         distribution: `{"smdistributed": {"modelparallel": {...}}, "mpi": {...}}`; `processes_per_host` processes are
-            started. None: one process that is not model parallel.
+            started on each machine. `{"torch_distributed": {"enabled": True}}`: one for each device, and the script
+            says the rest. None: one process that is not model parallel.
         hyperparameters: passed to the script as `--key value`, sorted, and published as SM_HP_*.
         environment: more variables for the script.
         base_job_name: begins the job's name.
-        checkpoint_local_path: where the job folder's `checkpoints` leads; a path below /opt/ml is in the job folder.
+        checkpoint_local_path: where the job folder's `checkpoints` leads; a path below /opt/ml is in the job folder. On
+            a cluster `checkpoint_s3_uri` comes first.
         max_run: seconds after which the job is stopped, all attempts together.
-        job_dir: ours, as all that follow: the job folder; default ./modelparallel-jobs/<job name>.
+        cluster: ours, as all that follow: `Slurm(...)`, `SageMaker(...)`, `Kubernetes(...)`, or a name in the cluster
+            file. ``instance_type`` then says for which machine the launch file was written: 8 devices for
+            "ml.p4d.24xlarge".
+        secrets: variable of the script -> where the cluster finds its value (docs/clusters.md); never the value.
+        env_plain: what looks like a secret in `environment`, `hyperparameters` and locations is none.
+        requirements: a file of `source_dir` with packages that are to be installed on the nodes.
+        job_dir: the folder of a job on this machine; default ./modelparallel-jobs/<job name>.
         backend: "elastic" or "mpi"; default: the variable MODELPARALLEL_BACKEND, else "elastic".
         device: "auto", "cpu" or "cuda"; default: what `instance_type` says.
         pass_mp_parameters: whether the script also gets `--mp_parameters k=v,...`, as in the cloud.
@@ -184,6 +144,10 @@ class PyTorch:
         checkpoint_local_path: str | os.PathLike[str] | None = None,
         max_run: float | None = None,
         *,
+        cluster: Cluster | str | None = None,
+        secrets: Mapping[str, str] | None = None,
+        env_plain: bool = False,
+        requirements: str | None = None,
         job_dir: str | os.PathLike[str] | None = None,
         backend: str | None = None,
         device: str | None = None,
@@ -209,7 +173,11 @@ class PyTorch:
         self.min_processes = None if min_processes is None else _checked_count(min_processes, "min_processes", 1)
         if min_processes is not None and distribution is None:
             raise LaunchError("min_processes: without distribution the job has one process")
-        self.latest_training_job: JobHandle | None = None
+        self.cluster = cluster
+        self.secrets = dict(secrets or {})
+        self.env_plain = env_plain
+        self.requirements = requirements
+        self.latest_training_job: JobHandle | SubmittedJob | None = None
         _check_names(others)
         named = {
             "role": role,
@@ -217,47 +185,93 @@ class PyTorch:
             "py_version": py_version,
             "sagemaker_session": sagemaker_session,
         }
-        given = [name for name, value in {**named, **others}.items() if value is not None]
-        if given:
-            logger.info("accepted without effect on a local job: %s", ", ".join(sorted(given)))
+        self.service_options = {name: value for name, value in {**named, **others}.items() if value is not None}
+        if self.service_options and cluster is None and instance_type in LOCAL_INSTANCE_TYPES:
+            logger.info("accepted without effect on a local job: %s", ", ".join(sorted(self.service_options)))
         # A copy: the caller's dict may serve a second estimator.
         self.distribution = dict(distribution) if distribution is not None else None
-        if self.distribution is not None:
+        if self.distribution is not None and not is_plain(self.distribution):
             validate_distribution(self.distribution, instance_count)
 
     def fit(
-        self, inputs: Any = None, wait: bool = True, logs: Any = None, job_name: str | None = None, **others: Any
+        self, inputs: Any = None, wait: bool = True, logs: Any = "All", job_name: str | None = None, **others: Any
     ) -> None:
-        """Run the job.
+        """Run the job, here or on the cluster.
 
         Args:
-            inputs: a path or file:/// location (channel `training`) or a dict of channel names and locations.
-            wait: return at the end of the job; with False at once, and `latest_training_job.wait()` waits.
+            inputs: a location (channel `training`) or a dict of channel names and locations: paths and file:///; on a
+                cluster also URLs (s3://, gs://, ...).
+            wait: return at the end of the job; with False at once, and `latest_training_job.wait()` waits. While a job
+                on a cluster is waited for, Ctrl-C ends the waiting alone.
+            logs: of a job on a cluster that is waited for: False or "None" shows changes of its state only.
             job_name: default: made from `base_job_name` and the time.
 
         Raises:
-            LaunchError: before any process starts: there is nothing to run, or no place to run it.
-            SMPConfigError: before any process starts: values that do not fit.
-            JobFailedError: the job fails; a LaunchError, with the traceback of the first failing process.
+            LaunchError: before any process starts or anything is submitted: there is nothing to run, or no place.
+            SMPConfigError: before any process starts or anything is submitted: values that do not fit.
+            JobFailedError: the job fails; a LaunchError. On this machine with the traceback of the first failing
+                process.
 
         Source: smp-config section 3.
         """
         for name in others:
             if name not in FIT_ARGUMENTS_WITHOUT_EFFECT:
-                known = ("inputs", "wait", "job_name", *FIT_ARGUMENTS_WITHOUT_EFFECT)
+                known = ("inputs", "wait", "logs", "job_name", *FIT_ARGUMENTS_WITHOUT_EFFECT)
                 raise LaunchError(f"fit: unknown argument {name!r}: did you mean {nearest(name, known)!r}?")
-        handle = JobHandle(self._job(inputs, job_name))
-        self.latest_training_job = handle
+        cluster = chosen_cluster(self.cluster, self.instance_type)
+        if cluster is not None:
+            job = self._cluster_job(cluster, inputs, job_name)
+            say_what_has_no_effect(cluster, job)
+            submitted = self.latest_training_job = submit_job(cluster, job)
+            logger.info("submitted: job %s, %s", submitted.address, submitted.record.engine_id)
+            if wait:
+                submitted.wait(logs=logs not in (False, None, "None", [], ()))
+            return
+        handle = self.latest_training_job = JobHandle(self._job(inputs, job_name))
         if wait:
             handle.run()
         else:
             handle.start()
 
+    def render(self, inputs: Any = None, job_name: str | None = None) -> Rendered:
+        """What `fit` would submit to the cluster: files, requests, command. Nothing is sent or written.
+
+        Raises `LaunchError` for a job on this machine; what `fit` raises before anything is submitted.
+        """
+        cluster = chosen_cluster(self.cluster, self.instance_type)
+        if cluster is None:
+            raise LaunchError("render: a job on this machine is not submitted: name a cluster, or call fit()")
+        job = self._cluster_job(cluster, inputs, job_name)
+        check_job(cluster, job)
+        return cluster.render(job)
+
+    @classmethod
+    def attach(cls, job: str, sagemaker_session: Any = None, wait: bool = True, logs: Any = "All") -> PyTorch:
+        """An estimator whose `latest_training_job` is a job that was submitted before, from this or another process.
+
+        Args:
+            job: `<cluster>/<name>`; the name alone where that is enough; or the engine's own address (`slurm:1234`,
+                `sagemaker:NAME`, `kubernetes:namespace/name`).
+            sagemaker_session: accepted for launch files of the cloud.
+            wait: as for `fit`.
+            logs: as for `fit`.
+
+        Raises `LaunchError` if there is no such job, `JobFailedError` if it was waited for and failed.
+        """
+        found = find_job(job)
+        estimator = cls(entry_point=found.name, cluster=found.cluster, sagemaker_session=sagemaker_session)
+        estimator.latest_training_job = found
+        if wait:
+            found.wait(logs=logs not in (False, None, "None", [], ()))
+        return estimator
+
     @property
     def model_data(self) -> str:
-        """The directory in which the script of the last job left its model (SM_MODEL_DIR)."""
+        """Where the script of the last job left its model (SM_MODEL_DIR): a directory, or a URL of a cluster's."""
         if self.latest_training_job is None:
             raise LaunchError("model_data: no job has been run: call fit()")
+        if isinstance(self.latest_training_job, SubmittedJob):
+            return self.latest_training_job.record.model
         return str(self.latest_training_job.folder.model)
 
     def _job(self, inputs: Any, job_name: str | None) -> JobSpec:
@@ -268,7 +282,9 @@ class PyTorch:
         parameters: dict[str, Any] | None = None
         num_processes, mpi_options = 1, ""
         fewer: list[int] = []
-        if self.distribution is not None:
+        if self.distribution is not None and is_plain(self.distribution):
+            num_processes = available or 1
+        elif self.distribution is not None:
             # With min_processes the job may begin with fewer than processes_per_host.
             must_have_all = device == "cuda" and self.min_processes is None
             checked = validate_distribution(
@@ -282,12 +298,7 @@ class PyTorch:
                 least, most = checked_range(self.min_processes, num_processes, where)
                 num_processes, *fewer = fitting_counts(checked.config, least, most, available, where)
         check_devices(num_processes, device, available)
-        hyperparameters = dict(self.hyperparameters)
-        arguments = dict(hyperparameters)
-        if parameters is not None:
-            hyperparameters["mp_parameters"] = parameters
-            if self.pass_mp_parameters:
-                arguments["mp_parameters"] = parameters
+        hyperparameters, arguments = self._published(parameters)
         name = new_job_name(self.base_job_name or script.stem) if job_name is None else checked_job_name(job_name)
         if self.job_dir is None:
             folder = default_folder(name)
@@ -302,7 +313,7 @@ class PyTorch:
             num_processes=num_processes,
             backend=self.backend,
             device=device,
-            arguments=tuple(command_arguments(arguments)),
+            arguments=arguments,
             hyperparameters=hyperparameters,
             parameters=parameters,
             channels=channels,
@@ -316,16 +327,70 @@ class PyTorch:
             fewer_processes=tuple(fewer),
         )
 
+    def _published(self, parameters: Mapping[str, Any] | None) -> tuple[dict[str, Any], tuple[str, ...]]:
+        """The hyperparameters that the script finds in its environment, and its command line."""
+        hyperparameters = dict(self.hyperparameters)
+        arguments = dict(hyperparameters)
+        if parameters is not None:
+            hyperparameters["mp_parameters"] = parameters
+            if self.pass_mp_parameters:
+                arguments["mp_parameters"] = parameters
+        return hyperparameters, tuple(command_arguments(arguments))
+
+    def _cluster_job(self, cluster: Cluster, inputs: Any, job_name: str | None) -> ClusterJob:
+        script, source_dir = self._code()
+        instance_type = None if self.instance_type in LOCAL_INSTANCE_TYPES else self.instance_type
+        devices = devices_per_node(cluster, instance_type)
+        parameters: dict[str, Any] | None = None
+        per_node, mpi_options = 1, ""
+        if self.distribution is not None and is_plain(self.distribution):
+            if not devices:
+                raise LaunchError(
+                    f"distribution {next(iter(self.distribution))!r} starts one process per device, and nobody says "
+                    f"how many {cluster.title} has: name an instance_type, or set the cluster's number of devices"
+                )
+            per_node = devices
+        elif self.distribution is not None:
+            checked = validate_distribution(self.distribution, self.instance_count, devices_per_host=devices)
+            parameters, mpi_options = checked.parameters, checked.custom_mpi_options
+            per_node = checked.processes_per_host
+        hyperparameters, arguments = self._published(parameters)
+        options = dict(self.service_options)
+        url, output = options.pop("checkpoint_s3_uri", None), options.pop("output_path", None)
+        if self.checkpoint_local_path is not None:
+            options["checkpoint_local_path"] = os.fspath(self.checkpoint_local_path)
+        channels = cluster_channels(inputs, options.get("input_mode"))
+        return ClusterJob(
+            name=cluster.new_name(self.base_job_name or script.stem) if job_name is None else job_name,
+            entry_point=str(script.relative_to(source_dir)),
+            source_dir=source_dir,
+            num_nodes=self.instance_count,
+            processes_per_node=per_node,
+            arguments=arguments,
+            hyperparameters=hyperparameters,
+            parameters=parameters,
+            channels=channels,
+            environment=self.environment,
+            secrets=self.secrets,
+            env_plain=self.env_plain,
+            requirements=self.requirements,
+            dependencies=tuple(local_path(path, "dependencies") for path in options.pop("dependencies", ())),
+            distribution=self.distribution,
+            custom_mpi_options=mpi_options,
+            instance_type=instance_type,
+            device=self.device or "auto",
+            max_seconds=self.max_run,
+            max_restarts=self.max_restarts,
+            checkpoints=checkpoint_location(url, self.checkpoint_local_path),
+            output=None if output is None else str(output),
+            service_options=options,
+        )
+
     def _local_device(self) -> str:
-        if self.instance_type not in LOCAL_INSTANCE_TYPES:
-            raise LaunchError(
-                f"instance_type {self.instance_type!r}: only jobs on this machine are supported: use "
-                'instance_type="local" (or "local_cpu", "local_gpu")'
-            )
         if self.instance_count != 1:
             raise LaunchError(
                 f"instance_count={self.instance_count}: a local job has one host: use instance_count=1 and set "
-                "processes_per_host to the number of processes"
+                "processes_per_host to the number of processes, or name a cluster"
             )
         return self.device or LOCAL_INSTANCE_TYPES[self.instance_type]
 
@@ -342,12 +407,9 @@ class PyTorch:
         return script, source_dir
 
     def _checkpoints(self) -> Path | None:
-        if self.checkpoint_local_path is None:
+        if self.checkpoint_local_path is None or in_container(self.checkpoint_local_path):
             return None
-        text = os.fspath(self.checkpoint_local_path)
-        if text == _CONTAINER_BASE or text.startswith(_CONTAINER_BASE + "/"):
-            return None
-        return local_path(text, "checkpoint_local_path", must_exist=False)
+        return local_path(self.checkpoint_local_path, "checkpoint_local_path", must_exist=False)
 
 
 class HuggingFace(PyTorch):
@@ -360,7 +422,7 @@ class Estimator(PyTorch):
 
 def _check_names(others: Mapping[str, Any]) -> None:
     own = [name for name in inspect.signature(PyTorch.__init__).parameters if name not in ("self", "others")]
-    known = (*own, *ARGUMENTS_WITHOUT_EFFECT)
+    known = (*own, *SERVICE_ARGUMENTS)
     for name in others:
         if name not in known:
             raise LaunchError(f"estimator: unknown argument {name!r}: did you mean {nearest(name, known)!r}?")

@@ -73,14 +73,16 @@ class RankFailure:
 
 
 class JobFailedError(LaunchError):
-    """A job was started and did not succeed. `exit_code`, `failure` (or None), `folder` and `attempts` say more."""
+    """A job was started and did not succeed. `exit_code`, `failure` (or None), `folder` (None of a job on a cluster)
+    and `attempts` say more.
+    """
 
     def __init__(
         self,
         message: str,
         exit_code: int,
         failure: RankFailure | None,
-        folder: JobFolder,
+        folder: JobFolder | None,
         attempts: tuple[Attempt, ...] = (),
     ) -> None:
         super().__init__(message)

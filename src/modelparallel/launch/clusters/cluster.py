@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from modelparallel.errors import LaunchError
 from modelparallel.launch.clusters.description import ClusterJob
 
 State = Literal["pending", "running", "succeeded", "failed", "stopped", "unknown"]
@@ -106,6 +109,10 @@ class Cluster(BaseModel, ABC):
     #: The word for it: `kind = "slurm"`.
     kind: ClassVar[str]
 
+    #: What a name that is made from the script's may have: most characters, and whether capitals.
+    max_name_length: ClassVar[int] = 63
+    has_capital_names: ClassVar[bool] = True
+
     #: The arguments of the estimator that it finds in `ClusterJob.service_options` and acts on.
     service_arguments: ClassVar[tuple[str, ...]] = ()
 
@@ -116,6 +123,13 @@ class Cluster(BaseModel, ABC):
     def title(self) -> str:
         """What the user calls it: its name, else its kind."""
         return self.name or self.kind
+
+    def new_name(self, base: str, now: datetime | None = None) -> str:
+        """A job name that this kind takes: ``base``, without what is not allowed, and the time."""
+        now = now or datetime.now()
+        end = f"{now:%Y-%m-%d-%H-%M-%S}-{now.microsecond // 1000:03d}"
+        base = re.sub(r"[^A-Za-z0-9]+", "-", base)[: self.max_name_length - len(end) - 1].strip("-") or "job"
+        return f"{base if self.has_capital_names else base.lower()}-{end}"
 
     @property
     def devices_per_node(self) -> int | None:
@@ -150,6 +164,13 @@ class Cluster(BaseModel, ABC):
         self, record: JobRecord, *, rank: int | None = None, node: int | None = None, follow: bool = False
     ) -> Iterator[str]:
         """Lines of the job's output, `[rank 3] ...`, of all ranks if none is named; with `follow` to its end."""
+
+    def adopt(self, engine_id: str) -> JobRecord:
+        """A record of a job that was submitted elsewhere, by what the engine calls it.
+
+        Raises `LaunchError` if the engine does not know it.
+        """
+        raise LaunchError(f"{self.kind}:{engine_id}: jobs that were submitted elsewhere cannot be followed here")
 
     @abstractmethod
     def stop(self, record: JobRecord) -> None:

@@ -45,8 +45,10 @@ class ClusterJob:
             `file:PATH`, `secret-name/key`, `aws-secretsmanager:ARN`. Never the value.
         requirements: a file of `source_dir` with packages to install on the nodes.
         dependencies: further directories or files that are put beside the code.
+        distribution: as it was given to the estimator; None from the command line.
         instance_type: as given (`ml.p4d.24xlarge`); None where nobody said.
         max_seconds: after which the job is stopped; None: what the cluster allows.
+        env_plain: the user has said that nothing in the environment and the arguments is a secret.
         checkpoints: where the job folder's `checkpoints` leads: an absolute path or a URL; None: the job folder.
         output: where the outputs go at the end, if not into the job folder: a URL or a path.
         service_options: further arguments of the estimator, by their names: role, image_uri, sagemaker_session,
@@ -66,11 +68,13 @@ class ClusterJob:
     secrets: Mapping[str, str] = field(default_factory=dict)
     requirements: str | None = None
     dependencies: tuple[Path, ...] = ()
+    distribution: Mapping[str, Any] | None = None
     custom_mpi_options: str = ""
     instance_type: str | None = None
     device: str = "auto"
     max_seconds: float | None = None
     max_restarts: int = 0
+    env_plain: bool = False
     checkpoints: str | None = None
     output: str | None = None
     service_options: Mapping[str, Any] = field(default_factory=dict)
@@ -84,6 +88,6 @@ def node_description(job: ClusterJob) -> str:
     """The file that `modelparallel node` reads on each node (job.json). It holds no value of a secret."""
     record = asdict(job)
     # Known to the submitting machine alone, and of no use elsewhere.
-    for name in ("source_dir", "dependencies", "service_options"):
+    for name in ("source_dir", "dependencies", "distribution", "env_plain", "service_options"):
         del record[name]
     return json.dumps({"format": FORMAT, **record}, indent=2, default=str) + "\n"

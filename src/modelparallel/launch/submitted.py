@@ -1,0 +1,178 @@
+"""Jobs on other machines, once they are submitted: following, waiting, stopping; from any shell of the same user."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TextIO
+
+from modelparallel.errors import LaunchError
+from modelparallel.launch.cluster_jobs import check_job
+from modelparallel.launch.clusters.cluster import Cluster, JobRecord, JobStatus
+from modelparallel.launch.clusters.cluster_file import kinds, make_cluster
+from modelparallel.launch.clusters.description import ClusterJob
+from modelparallel.launch.clusters.records import find_record, write_record
+from modelparallel.launch.failures import JobFailedError
+
+logger = logging.getLogger("modelparallel.launch")
+
+#: Between two questions to the engine while a job is waited for.
+POLL_SECONDS = 5.0
+#: In which the last lines of a job that has ended are still to come.
+_LAST_LINES_SECONDS = 60.0
+STOPPED_EXIT_CODE = 143
+
+
+@dataclass(frozen=True)
+class SubmittedJob:
+    """A job that a cluster has accepted. It goes on whatever becomes of this process."""
+
+    cluster: Cluster
+    record: JobRecord
+
+    @property
+    def name(self) -> str:
+        return self.record.name
+
+    @property
+    def address(self) -> str:
+        """How the commands call it: `<cluster>/<name>`."""
+        return self.record.address
+
+    def status(self) -> JobStatus:
+        """How the job is now, as the engine says it. Local. Raises `LaunchError` if the engine cannot be asked."""
+        return self.cluster.status(self.record)
+
+    def logs(self, rank: int | None = None, node: int | None = None, follow: bool = False) -> Iterator[str]:
+        """Lines of the job's output, the rank in front; of one rank or node if it is named.
+
+        Args:
+            follow: go on until the job has ended; otherwise what is there now.
+
+        Raises `LaunchError` if the engine cannot be asked, or there is no such rank or node.
+        """
+        return self.cluster.logs(self.record, rank=rank, node=node, follow=follow)
+
+    def stop(self) -> None:
+        """Ask the engine to end the job. Raises `LaunchError` with the engine's text if it refuses."""
+        self.cluster.stop(self.record)
+
+    def wait(self, timeout: float | None = None, *, logs: bool = False, output: TextIO | None = None) -> JobStatus:
+        """Wait for the end of the job; every change of its state is a line of ``output``.
+
+        An interruption (Ctrl-C) ends the waiting alone: the job goes on, and the last line says how to come back.
+
+        Args:
+            timeout: seconds; None waits as long as the job takes.
+            logs: show what the ranks print, too.
+            output: default: stdout.
+
+        Raises:
+            JobFailedError: the job has failed or was stopped; `exit_code` is the job's own, 143 if it was stopped.
+            LaunchError: it has not ended within ``timeout``, or the engine has forgotten it.
+        """
+        screen = _Screen(output or sys.stdout)
+        reader = threading.Thread(target=self._show, args=(screen,), name=f"logs-{self.name}", daemon=True)
+        if logs:
+            reader.start()
+        try:
+            status = self._followed(screen, timeout)
+        except KeyboardInterrupt:
+            screen.say(
+                f"the wait was interrupted; job {self.address} goes on: `modelparallel attach {self.address}` comes "
+                f"back to it, `modelparallel stop {self.address}` ends it"
+            )
+            raise
+        if logs:
+            reader.join(_LAST_LINES_SECONDS)
+        if status.state == "succeeded":
+            return status
+        why = f": {status.reason}" if status.reason else ""
+        if status.state == "unknown":
+            raise LaunchError(
+                f"job {self.address} ({self.record.engine_id}): {self.cluster.title} does not know how it ended{why}; "
+                f"what it left: {self.record.folder or 'see the engine'}"
+            )
+        code = STOPPED_EXIT_CODE if status.state == "stopped" else status.exit_code or 1
+        raise JobFailedError(f"job {self.address} {status.state}{why}", code, None, None)
+
+    def _followed(self, screen: _Screen, timeout: float | None) -> JobStatus:
+        deadline = None if timeout is None else time.monotonic() + timeout
+        said: JobStatus | None = None
+        while True:
+            status = self.status()
+            if said is None or (status.state, status.reason) != (said.state, said.reason):
+                screen.say(f"{self.address}: {status.state}" + (f" ({status.reason})" if status.reason else ""))
+                said = status
+            if status.is_final or status.state == "unknown":
+                return status
+            if deadline is not None and time.monotonic() >= deadline:
+                raise LaunchError(
+                    f"job {self.address} has not ended within {timeout:g} s (it is {status.state}"
+                    f"{': ' + status.reason if status.reason else ''}); it goes on"
+                )
+            left = POLL_SECONDS if deadline is None else max(0.0, deadline - time.monotonic())
+            time.sleep(min(POLL_SECONDS, left))
+
+    def _show(self, screen: _Screen) -> None:
+        try:
+            for line in self.logs(follow=True):
+                screen.line(line)
+        except Exception as error:  # the job is waited for all the same
+            screen.say(f"its output cannot be shown: {error}")
+
+
+class _Screen:
+    """Whole lines of two threads."""
+
+    def __init__(self, output: TextIO) -> None:
+        self._output = output
+        self._lock = threading.Lock()
+
+    def say(self, text: str) -> None:
+        self.line(f"[launcher] {text}")
+
+    def line(self, text: str) -> None:
+        with self._lock:
+            self._output.write(text.rstrip("\n") + "\n")
+            self._output.flush()
+
+
+def submit_job(cluster: Cluster, job: ClusterJob) -> SubmittedJob:
+    """Check the job, ask the cluster whether it can be had, submit it, and write down how it is found again.
+
+    Raises `LaunchError` or `SMPConfigError`; then nothing was submitted.
+    """
+    check_job(cluster, job)
+    cluster.check_access(job)
+    record = cluster.submit(job)
+    try:
+        write_record(record, os.environ)
+    except OSError as error:  # the job runs all the same, and can be found by what the engine calls it
+        logger.warning("job %s was submitted (%s); no record of it: %s", record.address, record.engine_id, error)
+    return SubmittedJob(cluster, record)
+
+
+def find_job(address: str) -> SubmittedJob:
+    """The job that was submitted as `<cluster>/<name>`; a name alone is enough where one job has it; or, without a
+    record of it, the engine's own address: `slurm:1234`, `sagemaker:NAME`, `kubernetes:namespace/name`.
+
+    Raises `LaunchError` if there is none, or several.
+    """
+    kind, _, engine_id = address.partition(":")
+    if engine_id and kind in kinds():
+        cluster = make_cluster("", {"kind": kind}, address)
+        return SubmittedJob(cluster, cluster.adopt(engine_id))
+    record = find_record(address, os.environ)
+    return job_of(record)
+
+
+def job_of(record: JobRecord) -> SubmittedJob:
+    """The job of a record. Raises `SMPConfigError` if this version does not know the record's cluster any more."""
+    cluster = make_cluster(record.cluster, {"kind": record.kind, **record.settings}, f"record of {record.address}")
+    return SubmittedJob(cluster, record)
