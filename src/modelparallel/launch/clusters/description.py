@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
+
+from pydantic import TypeAdapter
+
+from modelparallel.errors import LaunchError
+from modelparallel.errors.foreign_text import parse_json
+from modelparallel.version import __version__
 
 InputMode = Literal["File", "FastFile"]
 
 #: Changes when an older `modelparallel node` could not read a description any more.
 FORMAT = 1
+#: Known to the submitting machine alone, and of no use elsewhere.
+HOME_FIELDS = ("source_dir", "dependencies", "distribution", "env_plain", "service_options")
 
 
 @dataclass(frozen=True)
@@ -84,10 +93,74 @@ class ClusterJob:
         return self.num_nodes * self.processes_per_node
 
 
-def node_description(job: ClusterJob) -> str:
-    """The file that `modelparallel node` reads on each node (job.json). It holds no value of a secret."""
+@dataclass(frozen=True)
+class NodeDescription:
+    """What a node is told, as `modelparallel node` reads it.
+
+    Attributes:
+        job: without what the submitting machine alone knows.
+        folder: the job folder; every node's own, or one that all of them share.
+        code: the code: a directory, an archive (pack_code), or a URL of an archive.
+        file: where the description was read.
+    """
+
+    job: ClusterJob
+    folder: Path
+    code: str
+    file: Path
+
+    @property
+    def secrets_file(self) -> Path:
+        """Where the values of secrets are, if they were carried."""
+        return self.file.parent / "secrets.env"
+
+
+def node_description(job: ClusterJob, *, folder: str = "", code: str = "") -> str:
+    """The file that `modelparallel node` reads on each node (job.json). It holds no value of a secret.
+
+    Args:
+        folder: where the job folder is on the nodes, an absolute path; default: the directory of the file.
+        code: where the code is on the nodes: a directory, an archive, or a URL of one; default: `code` or
+            `sourcedir.tar.gz` beside the file.
+    """
     record = asdict(job)
-    # Known to the submitting machine alone, and of no use elsewhere.
-    for name in ("source_dir", "dependencies", "distribution", "env_plain", "service_options"):
-        del record[name]
-    return json.dumps({"format": FORMAT, **record}, indent=2, default=str) + "\n"
+    for name in HOME_FIELDS:
+        record.pop(name, None)
+    head = {"format": FORMAT, "version": __version__, "folder": folder, "code": code}
+    return json.dumps({**head, **record}, indent=2, default=str) + "\n"
+
+
+def read_node_description(path: Path) -> NodeDescription:
+    """What `node_description` wrote. Raises `LaunchError` for anything else, and for what a newer version wrote."""
+    try:
+        values = parse_json(path.read_bytes())
+    except OSError as error:
+        raise LaunchError(f"the description of the job, {path}, cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise LaunchError(f"{path} is no description of a job: {error}") from error
+    if not isinstance(values, dict) or "format" not in values:
+        raise LaunchError(f"{path} is no description of a job: `modelparallel submit` writes them")
+    version = values.pop("version", "another version")
+    if values.pop("format") != FORMAT:
+        raise LaunchError(
+            f"{path} was written by modelparallel {version}, which this one ({__version__}) cannot read: install the "
+            "same version on the nodes and where jobs are submitted"
+        )
+    folder, code = values.pop("folder", ""), values.pop("code", "")
+    known = {field.name for field in fields(ClusterJob)} - set(HOME_FIELDS)
+    if unknown := sorted(set(values) - known):
+        raise LaunchError(
+            f"{path}: {', '.join(unknown)}: not known to this version ({__version__}); modelparallel {version} wrote "
+            "it: install the same version on the nodes and where jobs are submitted"
+        )
+    parent = Path(os.path.abspath(path)).parent
+    try:
+        if not isinstance(folder, str) or not isinstance(code, str):
+            raise ValueError("folder and code are texts")
+        job = TypeAdapter(ClusterJob).validate_python({**values, "source_dir": parent})
+    except ValueError as error:  # pydantic's is one
+        raise LaunchError(f"{path} is no description of a job: {error}") from error
+    if not code:
+        beside = parent / "code"
+        code = str(beside if beside.is_dir() else parent / "sourcedir.tar.gz")
+    return NodeDescription(job, parent / folder, code if "://" in code else str(parent / code), path)

@@ -71,7 +71,7 @@ def check_plain(job: ClusterJob, *, allowed: bool = False) -> None:
     """Raise `LaunchError` for what looks like a secret and would be written down in plain: in the environment,
     hyperparameters, arguments and locations. With `allowed` (--env-plain, env_plain) the user has said that it is none.
     """
-    if allowed:
+    if allowed or job.env_plain:
         return
     for name, value in job.environment.items():
         if why := looks_secret(name, value):
