@@ -2,6 +2,7 @@
 
 import json
 import logging
+import subprocess
 from pathlib import Path
 from typing import ClassVar
 
@@ -260,6 +261,9 @@ def test_the_commands(yard):
     assert code == 9 and "[rank 0] a" in text
     code, text = command("jobs")
     assert code == 0 and "back/j1" in text and "NodeFail" in text
+    told = json.loads(command("jobs", "--json")[1])
+    assert [(job["job"], job["state"], job["exit_code"]) for job in told] == [("back/j1", "failed", 9)]
+    assert json.loads(command("status", "j1", "--json")[1]) == told[0]
     assert command("stop", "j1")[0] == 0 and Yard.stopped == ["7"]
     Yard.told = [JobStatus("running")]
     assert command("wait", "j1", "--timeout", "0.1")[0] == 124
@@ -300,3 +304,28 @@ def test_unknown_jobs(yard):
         assert code == 2 and "j2" in text
     with pytest.raises(LaunchError):
         PyTorch.attach("nobody/j1")
+
+
+def test_the_code_of_a_repository(yard, tmp_path):
+    repository = tmp_path / "repository"
+    (repository / "code").mkdir(parents=True)
+    (repository / "code" / "train.py").write_text("print('of the repository')\n")
+    (repository / "extra.py").write_text("")
+    for arguments in (
+        ["init", "-q"],
+        ["add", "."],
+        ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "1"],
+    ):
+        subprocess.run(["git", "-C", repository, *arguments], check=True)
+    given = {"git_config": {"repo": str(repository)}, "source_dir": "code", "dependencies": ["extra.py"]}
+    rendered = PyTorch("train.py", cluster="back", **given).render()
+    assert '"entry_point": "train.py"' in rendered.text()
+    PyTorch("train.py", cluster="back", **given).fit()
+    made = Yard.submitted[0]
+    assert made.source_dir.name == "code" and [path.name for path in made.dependencies] == ["extra.py"]
+    assert tmp_path not in made.source_dir.parents and "git_config" not in made.service_options
+    with pytest.raises(LaunchError, match="leads out of the repository"):
+        PyTorch("train.py", cluster="back", **{**given, "source_dir": ".."}).fit()
+    with pytest.raises(LaunchError, match=r"missing\.py does not exist"):
+        PyTorch("missing.py", cluster="back", **given).fit()
+    assert len(Yard.submitted) == 1

@@ -5,9 +5,11 @@ A job is named `<cluster>/<name>`; its name alone is enough where one job has it
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,7 +29,7 @@ from modelparallel.launch.cluster_jobs import (
     say_what_has_no_effect,
 )
 from modelparallel.launch.clusters.checks import parse_duration
-from modelparallel.launch.clusters.cluster import Cluster, JobStatus
+from modelparallel.launch.clusters.cluster import Cluster, JobRecord, JobStatus
 from modelparallel.launch.clusters.cluster_file import FILE_VARIABLE, cluster_named
 from modelparallel.launch.clusters.description import ClusterJob
 from modelparallel.launch.clusters.records import list_records
@@ -48,6 +50,7 @@ _Clusters = Annotated[
     Path | None,
     typer.Option("--clusters", help=f"The cluster file. Default: {FILE_VARIABLE}, ./, ~/.config/modelparallel/."),
 ]
+_Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def register(app: typer.Typer) -> None:
@@ -156,28 +159,34 @@ def submit(
 def jobs(
     cluster: Annotated[str | None, typer.Option(help="Only the jobs of this cluster.", metavar="NAME")] = None,
     clusters: _Clusters = None,
+    as_json: _Json = False,
 ) -> None:
     """List the jobs that were submitted from here, and how they are."""
     with _said():
         if cluster is not None:
             cluster = cluster_named(cluster, clusters, os.environ).title
         records, problems = list_records(os.environ, cluster)
-        table = Table("job", "state", "reason", "submitted", "engine's id", box=None)
-        for record in reversed(records):
-            status = _status_of(record)
-            moment = datetime.fromtimestamp(record.submitted)
-            table.add_row(record.address, status.state, status.reason, f"{moment:%Y-%m-%d %H:%M}", record.engine_id)
-        console = Console(soft_wrap=True, highlight=False)
-        console.print(table if records else "no jobs")
+        told = [_told(record, _status_of(record)) for record in reversed(records)]
+        if as_json:
+            typer.echo(json.dumps(told, indent=2))
+        else:
+            table = Table("job", "state", "reason", "submitted", "engine's id", box=None)
+            for job in told:
+                moment = f"{datetime.fromtimestamp(job['submitted']):%Y-%m-%d %H:%M}"
+                table.add_row(job["job"], job["state"], job["reason"], moment, job["engine_id"])
+            Console(soft_wrap=True, highlight=False).print(table if told else "no jobs")
         for problem in problems:
             typer.echo(problem, err=True)
 
 
-def status(job: _JobArgument) -> None:
+def status(job: _JobArgument, as_json: _Json = False) -> None:
     """Say how a job is, and what it has been through."""
     with _said():
         found = find_job(job)
         now = found.status()
+        if as_json:
+            typer.echo(json.dumps(_told(found.record, now), indent=2))
+            return
         for line in now.history:
             typer.echo(f"  {line}")
         code = "" if now.exit_code is None else f", exit code {now.exit_code}"
@@ -236,7 +245,19 @@ def _wait(job: SubmittedJob, timeout: float | None, *, logs: bool) -> None:
         stop_command(str(error), TIMEOUT_EXIT_CODE)
 
 
-def _status_of(record: Any) -> JobStatus:
+def _told(record: JobRecord, status: JobStatus) -> dict[str, Any]:
+    """A job as --json prints it."""
+    return {
+        "job": record.address,
+        **asdict(status),
+        "engine_id": record.engine_id,
+        "submitted": record.submitted,
+        "folder": record.folder,
+        "model": record.model,
+    }
+
+
+def _status_of(record: JobRecord) -> JobStatus:
     try:
         return job_of(record).status()
     except SMPError as error:

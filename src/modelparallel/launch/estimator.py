@@ -11,7 +11,9 @@ from __future__ import annotations
 import inspect
 import logging
 import os
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -30,6 +32,7 @@ from modelparallel.launch.cluster_jobs import (
 )
 from modelparallel.launch.clusters.cluster import Cluster, Rendered
 from modelparallel.launch.clusters.description import ClusterJob
+from modelparallel.launch.clusters.git_source import clone
 from modelparallel.launch.devices import check_devices, resolve_device
 from modelparallel.launch.distribution import is_plain, validate_distribution
 from modelparallel.launch.environment import command_arguments
@@ -220,9 +223,9 @@ class PyTorch:
                 raise LaunchError(f"fit: unknown argument {name!r}: did you mean {nearest(name, known)!r}?")
         cluster = chosen_cluster(self.cluster, self.instance_type)
         if cluster is not None:
-            job = self._cluster_job(cluster, inputs, job_name)
-            say_what_has_no_effect(cluster, job)
-            submitted = self.latest_training_job = submit_job(cluster, job)
+            with self._cluster_job(cluster, inputs, job_name) as job:
+                say_what_has_no_effect(cluster, job)
+                submitted = self.latest_training_job = submit_job(cluster, job)
             logger.info("submitted: job %s, %s", submitted.address, submitted.record.engine_id)
             if wait:
                 submitted.wait(logs=logs not in (False, None, "None", [], ()))
@@ -241,9 +244,9 @@ class PyTorch:
         cluster = chosen_cluster(self.cluster, self.instance_type)
         if cluster is None:
             raise LaunchError("render: a job on this machine is not submitted: name a cluster, or call fit()")
-        job = self._cluster_job(cluster, inputs, job_name)
-        check_job(cluster, job)
-        return cluster.render(job)
+        with self._cluster_job(cluster, inputs, job_name) as job:
+            check_job(cluster, job)
+            return cluster.render(job)
 
     @classmethod
     def attach(cls, job: str, sagemaker_session: Any = None, wait: bool = True, logs: Any = "All") -> PyTorch:
@@ -337,8 +340,18 @@ class PyTorch:
                 arguments["mp_parameters"] = parameters
         return hyperparameters, tuple(command_arguments(arguments))
 
-    def _cluster_job(self, cluster: Cluster, inputs: Any, job_name: str | None) -> ClusterJob:
-        script, source_dir = self._code()
+    @contextmanager
+    def _cluster_job(self, cluster: Cluster, inputs: Any, job_name: str | None) -> Iterator[ClusterJob]:
+        """The job; its code is there for the block, since a repository is cloned for it."""
+        git_config = self.service_options.get("git_config")
+        if git_config is None:
+            yield self._described(cluster, inputs, job_name, None)
+            return
+        with tempfile.TemporaryDirectory(prefix="modelparallel-git-") as folder:
+            yield self._described(cluster, inputs, job_name, clone(git_config, Path(folder) / "code").path)
+
+    def _described(self, cluster: Cluster, inputs: Any, job_name: str | None, base: Path | None) -> ClusterJob:
+        script, source_dir = self._code(base)
         instance_type = None if self.instance_type in LOCAL_INSTANCE_TYPES else self.instance_type
         devices = devices_per_node(cluster, instance_type)
         parameters: dict[str, Any] | None = None
@@ -355,7 +368,7 @@ class PyTorch:
             parameters, mpi_options = checked.parameters, checked.custom_mpi_options
             per_node = checked.processes_per_host
         hyperparameters, arguments = self._published(parameters)
-        options = dict(self.service_options)
+        options = {name: value for name, value in self.service_options.items() if name != "git_config"}
         url, output = options.pop("checkpoint_s3_uri", None), options.pop("output_path", None)
         if self.checkpoint_local_path is not None:
             options["checkpoint_local_path"] = os.fspath(self.checkpoint_local_path)
@@ -374,7 +387,7 @@ class PyTorch:
             secrets=self.secrets,
             env_plain=self.env_plain,
             requirements=self.requirements,
-            dependencies=tuple(local_path(path, "dependencies") for path in options.pop("dependencies", ())),
+            dependencies=tuple(_below(base, path, "dependencies") for path in options.pop("dependencies", ())),
             distribution=self.distribution,
             custom_mpi_options=mpi_options,
             instance_type=instance_type,
@@ -394,14 +407,15 @@ class PyTorch:
             )
         return self.device or LOCAL_INSTANCE_TYPES[self.instance_type]
 
-    def _code(self) -> tuple[Path, Path]:
+    def _code(self, base: Path | None = None) -> tuple[Path, Path]:
+        """The script, and the directory of the code. ``base``: a clone that both are relative to."""
         if self.source_dir is None:
-            script = local_path(self.entry_point, "entry point", must_exist=False)
+            script = _below(base, self.entry_point, "entry point", must_exist=False)
             check_script(script)
             return script, script.parent
         if str(self.source_dir).startswith("s3://"):
             raise NotBuiltError(f"source_dir {self.source_dir}: reading code from s3:// is not built yet: copy it here")
-        source_dir = local_path(self.source_dir, "source_dir")
+        source_dir = _below(base, self.source_dir, "source_dir")
         script = source_dir / self.entry_point
         check_script(script)
         return script, source_dir
@@ -418,6 +432,16 @@ class HuggingFace(PyTorch):
 
 class Estimator(PyTorch):
     """The generic estimator: the same job as by `PyTorch`."""
+
+
+def _below(base: Path | None, path: Any, what: str, *, must_exist: bool = True) -> Path:
+    """The path, of this machine or of a clone. Raises `LaunchError`, also for what leads out of the clone."""
+    if base is None:
+        return local_path(path, what, must_exist=must_exist)
+    inside = local_path(base / os.fspath(path), what, must_exist=must_exist)
+    if not inside.resolve().is_relative_to(base.resolve()):
+        raise LaunchError(f"{what} {path} leads out of the repository of git_config: give a path in it")
+    return inside
 
 
 def _check_names(others: Mapping[str, Any]) -> None:
