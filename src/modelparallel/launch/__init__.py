@@ -7,6 +7,7 @@ docs/launching.md and docs/rehearsal.md say what a script finds.
 """
 
 from modelparallel.launch.clusters.cluster import Cluster, JobStatus, Rendered
+from modelparallel.launch.clusters.slurm import Slurm
 from modelparallel.launch.estimator import Estimator, HuggingFace, PyTorch
 from modelparallel.launch.failures import JobFailedError, RankFailure
 from modelparallel.launch.job import run_job
@@ -26,6 +27,7 @@ __all__ = [
     "PyTorch",
     "RankFailure",
     "Rendered",
+    "Slurm",
     "SubmittedJob",
     "run_job",
 ]

@@ -33,7 +33,9 @@ FILE_NAME = "modelparallel.toml"
 
 def kinds() -> dict[str, type[Cluster]]:
     """Every kind of cluster, by its word."""
-    found: dict[str, type[Cluster]] = {}
+    from modelparallel.launch.clusters.slurm import Slurm
+
+    found: dict[str, type[Cluster]] = {Slurm.kind: Slurm}
     return found
 
 
