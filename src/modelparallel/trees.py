@@ -113,7 +113,7 @@ def zip_leaves(fn: Callable[[list[Any]], Any], values: list[Any]) -> Any:
     Where the trees differ in structure the whole sub-trees are handed to ``fn``, as leaves.
     """
     first = values[0]
-    if not is_container(first) or any(type(other) is not type(first) for other in values[1:]):
+    if not is_container(first) or len(set(map(type, values))) > 1:
         return fn(values)
     pairs = [children(value) for value in values]
     keys = [key for key, _ in pairs[0]]

@@ -9,8 +9,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -34,8 +33,7 @@ from modelparallel.plan.schedule import BACKWARD_FIRST, Action, ActionKind
 from modelparallel.torch_compat import ThreadState
 
 
-@dataclass(frozen=True)
-class MicrobatchRun:
+class MicrobatchRun(NamedTuple):
     """What one microbatch needs: the call of the user's ``function``, its random frames, its share of the batch."""
 
     function: Callable[..., Any]

@@ -124,7 +124,8 @@ class StepFunction:
         if runtime.session.groups.dp.size > 1 and runtime.engine.stage == 0:
             runtime.input_checks.note(arguments, self._whole)
         microbatches = self._split(arguments, config)
-        self._say(runtime, microbatches.notices)
+        if microbatches.notices:
+            self._say(runtime, microbatches.notices)
         running = RunningStep()
         try:
             place = 0 if config.seed is None else number + runtime.num_earlier_steps
@@ -152,7 +153,7 @@ class StepFunction:
             raise
         if runtime.is_pipelined:
             runtime.engine.transport.end_step()
-        if any(has_reduced):
+        if True in has_reduced:
             self._compare_copies(runtime)
         if running.has_backward:
             runtime.check_offload()
@@ -293,7 +294,7 @@ class StepFunction:
             MicrobatchRun(self._function, functools.partial(call, index), frames[index], microbatches.weights[index])
             for index in range(num_microbatches)
         ]
-        modes = (torch.is_grad_enabled(), *(model.training for model in runtime.models))
+        modes = (torch.is_grad_enabled(), *[model.training for model in runtime.models])
         kind: Hashable = (self, num_microbatches, *modes)
         try:
             _check_microbatches(runtime, microbatches)

@@ -77,7 +77,7 @@ def merge_outputs(outputs: Sequence[Any], weights: Sequence[float], total_weight
     """
 
     def merge(values: list[Any]) -> Any:
-        if all(isinstance(value, torch.Tensor) for value in values):
+        if all(map(torch.is_tensor, values)):
             return StepOutput(values, weights, total_weight)
         return values
 
