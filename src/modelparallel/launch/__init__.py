@@ -12,6 +12,7 @@ from modelparallel.launch.estimator import Estimator, HuggingFace, PyTorch
 from modelparallel.launch.failures import JobFailedError, RankFailure
 from modelparallel.launch.job import run_job
 from modelparallel.launch.job_handle import JobHandle
+from modelparallel.launch.notebooks import notebook
 from modelparallel.launch.spec import JobResult, JobSpec
 from modelparallel.launch.submitted import SubmittedJob
 
@@ -29,5 +30,6 @@ __all__ = [
     "Rendered",
     "Slurm",
     "SubmittedJob",
+    "notebook",
     "run_job",
 ]

@@ -137,8 +137,9 @@ def _record_and_leave(error: BaseException, status: Path, global_rank: int) -> N
         text = "" if isinstance(error.code, int) else str(error.code)
         summary, shown = f"it exited with code {exit_code}" + (f": {text}" if text else ""), text
     else:
-        own_frames = error.__traceback__
-        while own_frames is not None and own_frames.tb_frame.f_code.co_filename == __file__:
+        # What is the user's begins where a script does, or the function of a notebook.
+        own_frames, own_files = error.__traceback__, (__file__, str(Path(__file__).with_name("called_function.py")))
+        while own_frames is not None and own_frames.tb_frame.f_code.co_filename in own_files:
             own_frames = own_frames.tb_next
         error = error.with_traceback(own_frames)
         summary = "".join(traceback.format_exception_only(type(error), error)).strip().splitlines()[0]
