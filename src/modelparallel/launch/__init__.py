@@ -7,6 +7,7 @@ docs/launching.md and docs/rehearsal.md say what a script finds.
 """
 
 from modelparallel.launch.clusters.cluster import Cluster, JobStatus, Rendered
+from modelparallel.launch.clusters.sagemaker.cluster import SageMaker
 from modelparallel.launch.clusters.slurm import Slurm
 from modelparallel.launch.estimator import Estimator, HuggingFace, PyTorch
 from modelparallel.launch.failures import JobFailedError, RankFailure
@@ -28,6 +29,7 @@ __all__ = [
     "PyTorch",
     "RankFailure",
     "Rendered",
+    "SageMaker",
     "Slurm",
     "SubmittedJob",
     "notebook",

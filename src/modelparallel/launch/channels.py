@@ -11,6 +11,8 @@ from urllib.request import url2pathname
 from modelparallel.errors import LaunchError, NotBuiltError
 
 _MAX_NAME = 128
+#: Of an input that is given without a name.
+DEFAULT_CHANNEL = "training"
 
 
 def input_channels(inputs: Any) -> dict[str, Path]:
@@ -21,7 +23,7 @@ def input_channels(inputs: Any) -> dict[str, Path]:
     if inputs is None:
         return {}
     if isinstance(inputs, str | os.PathLike):
-        inputs = {"training": inputs}
+        inputs = {DEFAULT_CHANNEL: inputs}
     if not isinstance(inputs, Mapping):
         raise LaunchError(
             f"inputs: expected a path, a file:/// location or a dict of them, got {type(inputs).__name__} {inputs!r}"

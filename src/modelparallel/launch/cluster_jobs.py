@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, cast
 
 from modelparallel.config.reading import nearest
 from modelparallel.errors import LaunchError, NotBuiltError
-from modelparallel.launch.channels import check_channel_names, local_path
+from modelparallel.launch.channels import DEFAULT_CHANNEL, check_channel_names, local_path
 from modelparallel.launch.clusters.checks import check_shape
 from modelparallel.launch.clusters.cluster import Cluster
 from modelparallel.launch.clusters.cluster_file import cluster_named, kinds, make_cluster
@@ -22,6 +22,8 @@ logger = logging.getLogger("modelparallel.launch")
 
 LOCAL_INSTANCE_TYPES = {None: "auto", "local": "auto", "local_cpu": "cpu", "local_gpu": "cuda"}
 _CLOUD_PREFIX = "ml."
+#: The service option with those inputs of `fit` that are more than a location.
+INPUTS = "inputs"
 
 
 def chosen_cluster(
@@ -48,11 +50,6 @@ def chosen_cluster(
     if not isinstance(instance_type, str):
         raise LaunchError(f"instance_type: expected a name like 'local', got {instance_type!r}")
     if instance_type.startswith(_CLOUD_PREFIX):
-        if "sagemaker" not in kinds():
-            raise LaunchError(
-                f"instance_type {instance_type!r}: only jobs on this machine are supported: use "
-                'instance_type="local" (or "local_cpu", "local_gpu")'
-            )
         return make_cluster("", {"kind": "sagemaker"}, f"instance_type {instance_type!r}")
     try:
         return cluster_named(instance_type, clusters_file, os.environ)
@@ -76,27 +73,39 @@ def devices_per_node(cluster: Cluster, instance_type: str | None) -> int | None:
     return cluster.devices_per_node
 
 
-def cluster_channels(inputs: Any, input_mode: str | None = None) -> dict[str, DataChannel]:
+def input_objects(inputs: Any) -> dict[str, Any]:
+    """The inputs of `fit` that are objects of the cloud SDK (`TrainingInput`, `FileSystemInput`), by channel."""
+    named = inputs if isinstance(inputs, Mapping) else {DEFAULT_CHANNEL: inputs}
+    return {name: value for name, value in named.items() if isinstance(getattr(value, "config", None), Mapping)}
+
+
+def cluster_channels(inputs: Any, input_mode: str | None = None, whole: Collection[str] = ()) -> dict[str, DataChannel]:
     """The channels of `fit(inputs)` for a cluster: absolute paths and URLs, not looked at.
 
     Args:
         inputs: a location (the channel `training`), a dict of them, or of objects with a `config` as the cloud SDK's
             `TrainingInput` has it.
         input_mode: of channels that do not say their own: "File" (default) or "FastFile".
+        whole: channels whose objects the cluster takes as they are, so that they need not be in S3.
 
     Raises `LaunchError` for anything else.
     """
     if inputs is None:
         return {}
     if not isinstance(inputs, Mapping):
-        inputs = {"training": inputs}
+        inputs = {DEFAULT_CHANNEL: inputs}
     check_channel_names(inputs)
-    return {name: _channel(location, f"channel {name!r}", input_mode) for name, location in inputs.items()}
+    return {
+        name: _channel(location, f"channel {name!r}", input_mode, name in whole) for name, location in inputs.items()
+    }
 
 
-def _channel(location: Any, what: str, input_mode: str | None) -> DataChannel:
+def _channel(location: Any, what: str, input_mode: str | None, is_whole: bool) -> DataChannel:
     config = getattr(location, "config", None)
     if isinstance(config, Mapping):
+        disk = config.get("DataSource", {}).get("FileSystemDataSource")
+        if disk is not None and is_whole:
+            return DataChannel(f"{disk['FileSystemType'].lower()}://{disk['FileSystemId']}{disk['DirectoryPath']}")
         try:
             location, input_mode = config["DataSource"]["S3DataSource"]["S3Uri"], config.get("InputMode") or input_mode
         except (KeyError, TypeError) as error:

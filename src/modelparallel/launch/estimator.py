@@ -21,6 +21,7 @@ from modelparallel.config.reading import nearest
 from modelparallel.errors import LaunchError, NotBuiltError, SMPConfigError
 from modelparallel.launch.channels import input_channels, local_path
 from modelparallel.launch.cluster_jobs import (
+    INPUTS,
     LOCAL_INSTANCE_TYPES,
     check_job,
     checkpoint_location,
@@ -28,6 +29,7 @@ from modelparallel.launch.cluster_jobs import (
     cluster_channels,
     devices_per_node,
     in_container,
+    input_objects,
     say_what_has_no_effect,
 )
 from modelparallel.launch.clusters.cluster import Cluster, Rendered
@@ -83,8 +85,19 @@ SERVICE_ARGUMENTS = (
     "instance_groups",
     "compiler_config",
     "training_repository_access_mode",
+    "training_repository_credentials_provider_arn",
+    "container_entry_point",
+    "container_arguments",
+    "disable_output_compression",
+    "enable_infra_check",
+    "enable_remote_debug",
+    "enable_session_tag_chaining",
+    "instance_placement_config",
+    "tensorboard_output_config",
+    "training_plan",
 )
-FIT_ARGUMENTS_WITHOUT_EFFECT = ("experiment_config",)
+#: Arguments of `fit` of which the same is true.
+FIT_SERVICE_ARGUMENTS = ("experiment_config",)
 
 _BACKEND_VARIABLE = "MODELPARALLEL_BACKEND"
 
@@ -218,12 +231,12 @@ class PyTorch:
         Source: smp-config section 3.
         """
         for name in others:
-            if name not in FIT_ARGUMENTS_WITHOUT_EFFECT:
-                known = ("inputs", "wait", "logs", "job_name", *FIT_ARGUMENTS_WITHOUT_EFFECT)
+            if name not in FIT_SERVICE_ARGUMENTS:
+                known = ("inputs", "wait", "logs", "job_name", *FIT_SERVICE_ARGUMENTS)
                 raise LaunchError(f"fit: unknown argument {name!r}: did you mean {nearest(name, known)!r}?")
         cluster = chosen_cluster(self.cluster, self.instance_type)
         if cluster is not None:
-            with self._cluster_job(cluster, inputs, job_name) as job:
+            with self._cluster_job(cluster, inputs, job_name, others) as job:
                 say_what_has_no_effect(cluster, job)
                 submitted = self.latest_training_job = submit_job(cluster, job)
             logger.info("submitted: job %s, %s", submitted.address, submitted.record.engine_id)
@@ -341,16 +354,21 @@ class PyTorch:
         return hyperparameters, tuple(command_arguments(arguments))
 
     @contextmanager
-    def _cluster_job(self, cluster: Cluster, inputs: Any, job_name: str | None) -> Iterator[ClusterJob]:
+    def _cluster_job(
+        self, cluster: Cluster, inputs: Any, job_name: str | None, others: Mapping[str, Any] | None = None
+    ) -> Iterator[ClusterJob]:
         """The job; its code is there for the block, since a repository is cloned for it."""
+        others = {name: value for name, value in (others or {}).items() if value is not None}
         git_config = self.service_options.get("git_config")
         if git_config is None:
-            yield self._described(cluster, inputs, job_name, None)
+            yield self._described(cluster, inputs, job_name, others, None)
             return
         with tempfile.TemporaryDirectory(prefix="modelparallel-git-") as folder:
-            yield self._described(cluster, inputs, job_name, clone(git_config, Path(folder) / "code").path)
+            yield self._described(cluster, inputs, job_name, others, clone(git_config, Path(folder) / "code").path)
 
-    def _described(self, cluster: Cluster, inputs: Any, job_name: str | None, base: Path | None) -> ClusterJob:
+    def _described(
+        self, cluster: Cluster, inputs: Any, job_name: str | None, others: Mapping[str, Any], base: Path | None
+    ) -> ClusterJob:
         script, source_dir = self._code(base)
         instance_type = None if self.instance_type in LOCAL_INSTANCE_TYPES else self.instance_type
         devices = devices_per_node(cluster, instance_type)
@@ -368,11 +386,14 @@ class PyTorch:
             parameters, mpi_options = checked.parameters, checked.custom_mpi_options
             per_node = checked.processes_per_host
         hyperparameters, arguments = self._published(parameters)
-        options = {name: value for name, value in self.service_options.items() if name != "git_config"}
+        options = {**self.service_options, **others}
+        options.pop("git_config", None)
         url, output = options.pop("checkpoint_s3_uri", None), options.pop("output_path", None)
         if self.checkpoint_local_path is not None:
             options["checkpoint_local_path"] = os.fspath(self.checkpoint_local_path)
-        channels = cluster_channels(inputs, options.get("input_mode"))
+        if INPUTS in cluster.service_arguments and (objects := input_objects(inputs)):
+            options[INPUTS] = objects
+        channels = cluster_channels(inputs, options.get("input_mode"), options.get(INPUTS, ()))
         return ClusterJob(
             name=cluster.new_name(self.base_job_name or script.stem) if job_name is None else job_name,
             entry_point=str(script.relative_to(source_dir)),

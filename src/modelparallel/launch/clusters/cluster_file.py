@@ -33,10 +33,11 @@ FILE_NAME = "modelparallel.toml"
 
 def kinds() -> dict[str, type[Cluster]]:
     """Every kind of cluster, by its word."""
+    from modelparallel.launch.clusters.sagemaker.cluster import SageMaker
     from modelparallel.launch.clusters.slurm import Slurm
 
-    found: dict[str, type[Cluster]] = {Slurm.kind: Slurm}
-    return found
+    found: tuple[type[Cluster], ...] = (Slurm, SageMaker)
+    return {cluster.kind: cluster for cluster in found}
 
 
 def places(environ: Mapping[str, str]) -> list[Path]:

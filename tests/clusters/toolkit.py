@@ -1,0 +1,214 @@
+"""Containers of SageMaker without SageMaker: the real training toolkit, started from the request that we would send.
+
+The service's part is done here: it makes /opt/ml from the request (hyperparameters.json, resourceconfig.json,
+inputdataconfig.json, the data of the channels), sets the variables of the image and runs its entry point. A container
+is a host of hosts.py with files and processes of its own. The image has the toolkit in an environment of its own
+(`toolkit_environment`), whose packages are laid over those of the tests.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import venv
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from clusters.hosts import Host
+from scripts import ROOT
+
+REQUIREMENTS = ("sagemaker-training==5.1.4", "moto[server]", "boto3>=1.44", "retrying")
+#: Its other requirements are those of a serving stack.
+REQUIREMENTS_ALONE = ("sagemaker-pytorch-training==3.0.0",)
+FRAMEWORK = "sagemaker_pytorch_container.training:main"
+FOLDER_VARIABLE = "MODELPARALLEL_TEST_TOOLKIT"
+
+# What the interpreter of a rank does first, in our image: it has no GPU, so it rehearses, and floats are printed with
+# all the digits that a comparison needs.
+_SITE = """
+import os, sys
+if "OMPI_COMM_WORLD_RANK" in os.environ or "LOCAL_RANK" in os.environ:
+    import torch
+    from modelparallel.launch import rehearsal
+    rehearsal.start(script_directories=["/opt/ml/code"], num_devices=int(os.environ["TEST_DEVICES"]))
+
+    class Exact(float):
+        def __format__(self, spec):
+            return super().__format__(spec.replace(".4f", ".10f"))
+
+    item = torch.Tensor.item
+    torch.Tensor.item = lambda self: Exact(item(self)) if self.is_floating_point() else item(self)
+"""
+# Open MPI 5 wants two dashes before long options, and calls its agent prted; the toolkit knows Open MPI 4, which took
+# one, and waits for orted.
+_MPIRUN = """#!/bin/bash
+arguments=()
+for argument in "$@"; do
+  case "$argument" in -bind-to|-map-by|-mca) argument="-$argument";; esac
+  arguments+=("$argument")
+done
+exec "{real}/mpirun" --prtemca prte_launch_agent "{image}/orted" "${{arguments[@]}}"
+"""
+_START = """
+set -e
+mount --bind "$TEST_ROOT/ml" /opt/ml
+mount --bind "$TEST_ROOT/environment" /etc/environment
+mount --bind "$TEST_ROOT/ssh" /root/.ssh
+mount -t tmpfs -o mode=755 none /run
+mkdir -p /run/sshd
+exec "$@"
+"""
+
+
+def toolkit_environment() -> Path:
+    """The `bin` folder of an environment with the toolkit. Made once; skips the test if it cannot be made."""
+    folder = Path(os.environ.get(FOLDER_VARIABLE) or Path(sys.prefix) / "sagemaker-toolkit")
+    stamp, programs = folder / ".stamp", folder / "bin"
+    wanted = "\n".join((*REQUIREMENTS, *REQUIREMENTS_ALONE))
+    if stamp.is_file() and stamp.read_text() == wanted:
+        return programs
+    venv.create(folder, clear=True, with_pip=True)
+    library = subprocess.run(
+        [programs / "python", "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
+        check=True, capture_output=True, text=True,
+    ).stdout.strip()  # fmt: skip
+    (Path(library) / "tests.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    pip = [programs / "python", "-m", "pip", "-q", "install", "--disable-pip-version-check"]
+    for command in ([*pip, *REQUIREMENTS], [*pip, "--no-deps", *REQUIREMENTS_ALONE]):
+        result = subprocess.run(command, capture_output=True, text=True)
+        if result.returncode:
+            pytest.skip(f"the training toolkit cannot be installed: {result.stderr.strip()[-500:]}")
+    stamp.write_text(wanted)
+    return programs
+
+
+def need_sshd() -> None:
+    """The toolkit starts mpirun's agents by ssh. Skips the test if there is no server, and none can be installed."""
+    if Path("/usr/sbin/sshd").exists():
+        return
+    command = ["apt-get", "install", "-y", "--no-install-recommends", "openssh-server"]
+    if shutil.which("apt-get") is None:
+        pytest.skip("/usr/sbin/sshd is missing, and there is no apt-get")
+    result = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    if result.returncode:
+        pytest.skip(f"openssh-server cannot be installed: {result.stderr.strip()[-300:]}")
+
+
+@dataclass
+class Image:
+    """What all containers of a job have in common: programs, keys, variables."""
+
+    folder: Path
+    programs: Path
+
+    @staticmethod
+    def make(folder: Path) -> Image:
+        image = Image(folder, toolkit_environment())
+        folder.mkdir()
+        real = Path(sys.executable).parent
+        if not (real / "prted").exists():
+            pytest.skip("Open MPI 5 is not installed beside the interpreter (extra mpi)")
+        (folder / "orted").symlink_to(real / "prted")
+        (folder / "mpirun").write_text(_MPIRUN.format(real=real, image=folder))
+        (folder / "mpirun").chmod(0o755)
+        (folder / "site").mkdir()
+        (folder / "site" / "sitecustomize.py").write_text(_SITE)
+        key = folder / "id_ed25519"
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", key], check=True)
+        return image
+
+    def variables(self) -> dict[str, str]:
+        paths = [str(self.folder), str(self.programs), str(Path(sys.executable).parent), os.environ["PATH"]]
+        return {
+            "PATH": os.pathsep.join(paths),
+            "PYTHONPATH": os.pathsep.join([str(self.folder / "site"), str(ROOT / "src")]),
+            "SAGEMAKER_TRAINING_MODULE": FRAMEWORK,
+            "AWS_ACCESS_KEY_ID": "x",
+            "AWS_SECRET_ACCESS_KEY": "x",
+            "AWS_DEFAULT_REGION": "us-west-2",
+            "AWS_REGION": "us-west-2",
+            "AWS_EC2_METADATA_DISABLED": "true",
+        }
+
+
+@dataclass
+class Container:
+    """One instance of a training job."""
+
+    host: Host
+    image: Image
+    root: Path
+
+    @property
+    def output(self) -> Path:
+        """What is left in /opt/ml/output."""
+        return self.root / "ml" / "output"
+
+    @staticmethod
+    def make(host: Host, image: Image, request: Mapping[str, Any], data: Mapping[str, Path]) -> Container:
+        """The container as the service makes it.
+
+        Args:
+            data: what lies at the locations of the channels, by channel.
+        """
+        container = Container(host, image, host.folder / "container")
+        hosts = [f"algo-{number + 1}" for number in range(request["ResourceConfig"]["InstanceCount"])]
+        kind = request["ResourceConfig"]["InstanceType"]
+        group = {"instance_group_name": "homogeneousCluster", "instance_type": kind, "hosts": hosts}
+        channels = {
+            channel["ChannelName"]: {
+                "TrainingInputMode": channel.get("InputMode", request["AlgorithmSpecification"]["TrainingInputMode"]),
+                "S3DistributionType": channel["DataSource"]["S3DataSource"]["S3DataDistributionType"],
+                "RecordWrapperType": "None",
+            }
+            for channel in request.get("InputDataConfig", ())
+        }
+        files = {
+            "hyperparameters": request.get("HyperParameters", {}),
+            "resourceconfig": {
+                "current_host": host.name,
+                "hosts": hosts,
+                "network_interface_name": "eth0",
+                "current_instance_type": kind,
+                "current_group_name": "homogeneousCluster",
+                "instance_groups": [group],
+            },
+            "inputdataconfig": channels,
+        }
+        base = container.root / "ml"
+        for name in ("input/config", "input/data", "model", "output/data", "code"):
+            (base / name).mkdir(parents=True)
+        for name, content in files.items():
+            (base / "input" / "config" / f"{name}.json").write_text(json.dumps(content))
+        assert set(data) == set(channels), "every channel has its data"
+        for name, source in data.items():
+            shutil.copytree(source, base / "input" / "data" / name)
+        ssh = container.root / "ssh"
+        ssh.mkdir(mode=0o700)
+        shutil.copy(image.folder / "id_ed25519", ssh / "id_ed25519")
+        shutil.copy(image.folder / "id_ed25519.pub", ssh / "authorized_keys")
+        (ssh / "config").write_text("StrictHostKeyChecking no\nUserKnownHostsFile /dev/null\nLogLevel ERROR\n")
+        (container.root / "environment").write_text("")
+        return container
+
+    def start(self, command: list[str], log: Path, request: Mapping[str, Any], **variables: str) -> subprocess.Popen:
+        """Run a command in the container, with its own files and processes."""
+        for path in ("/opt/ml", "/root/.ssh"):
+            os.makedirs(path, exist_ok=True)
+        environ = {
+            **self.image.variables(),
+            "TRAINING_JOB_NAME": request["TrainingJobName"],
+            **request.get("Environment", {}),
+            **variables,
+            "TEST_ROOT": str(self.root),
+        }
+        spaces = ["unshare", "--pid", "--mount", "--fork", "--kill-child", "--mount-proc"]
+        return self.host.start([*spaces, "sh", "-c", _START, "sh", *command], log=log, cwd="/", environ=environ)
