@@ -136,3 +136,46 @@ def test_launched_job_is_explained(tmp_path: Path) -> None:
     assert re.search(r"first: rank 1 failed at train\.py:\d+: ValueError: between the steps", told.output)
     assert "its process has ended, after call 1 of a step function" in told.output
     assert re.search(r"rank 0 \(pp_rank 0\) in call 2 .* from rank 1 \(", told.output)
+
+
+def write_node(
+    root: Path, node: int, host: str, first_rank: int, errors: list[str], *, ahead: float, at: float
+) -> None:
+    """What a host leaves of a job on several: some ranks, each with its error; times by a clock that is ahead."""
+    folder = JobFolder(root, node)
+    for directory in (folder.status, folder.events, folder.logs):
+        directory.mkdir(parents=True, exist_ok=True)
+    description = {"num_devices": len(errors), "first_rank": first_rank, "host": host, "clock_ahead": ahead}
+    folder.description.write_text(json.dumps(description))
+    for number, error in enumerate(errors):
+        rank = first_rank + number
+        folder.started_file(rank).write_text("{}")
+        record = {"time": at + ahead + number, "summary": error, "traceback": f'File "train.py", line {rank}\n{error}'}
+        if error:
+            folder.error_file(rank).write_text(json.dumps({**record, "is_interrupt": False, "exit_code": 1}))
+        else:
+            folder.finished_file(rank).write_text("{}")
+
+
+@pytest.mark.parametrize("is_shared", [True, False])
+def test_the_story_of_several_hosts_is_told_by_the_clock_of_the_first(tmp_path: Path, is_shared: bool) -> None:
+    roots = [tmp_path / "job"] * 2 if is_shared else [tmp_path / "copy-of-a", tmp_path / "copy-of-b"]
+    write_node(roots[0], 0, "node-a", 0, ["RuntimeError: later"], ahead=0.0, at=1000.5)
+    # By its own clock it would have failed after the other one.
+    write_node(roots[1], 1, "node-b", 1, ["ValueError: first", ""], ahead=100.0, at=1000.0)
+    roots[0].joinpath("output").mkdir()
+    JobFolder(roots[0]).failure_file.write_text("rank 1 of 3 on node-b failed first\nmore\n")
+    result = CliRunner().invoke(app, ["explain", *dict.fromkeys(map(str, roots))])
+    assert result.exit_code == 0, result.output
+    assert "3 ranks, 2 of them with an error" in result.output
+    assert "the launchers said: rank 1 of 3 on node-b failed first\n" in result.output
+    assert "first: rank 1 (node-b) failed at train.py:1: ValueError: first" in result.output
+    order = result.output[result.output.index("errors, in the order of time") :]
+    assert order.index("+0.000 s rank 1 (node-b): ValueError") < order.index("+0.500 s rank 0 (node-a): RuntimeError")
+
+
+def test_folders_of_two_jobs_are_not_one_story(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        write_node(tmp_path / name, 0, "node-a", 0, ["ValueError: x"], ahead=0.0, at=1.0)
+    with pytest.raises(LaunchError, match="these are two jobs"):
+        explain(JobFolder(tmp_path / "one"), JobFolder(tmp_path / "two"))

@@ -23,7 +23,7 @@ from modelparallel.launch.channels import input_channels, local_path
 from modelparallel.launch.command_line import app
 from modelparallel.launch.devices import check_devices
 from modelparallel.launch.environment import command_arguments, encode
-from modelparallel.launch.failures import first_failure
+from modelparallel.launch.failures import first_candidate
 from modelparallel.launch.folder import JobFolder, new_job_name
 from modelparallel.launch.mpi_options import mpirun_arguments, parse_mpi_options
 from modelparallel.launch.output import Console, LogRelay
@@ -366,16 +366,16 @@ def test_first_failure_prefers_a_death_over_the_complaints_of_its_peers(tmp_path
         record = {"time": moment, "exit_code": 1, "summary": summary, "traceback": "", "is_interrupt": False}
         folder.error_file(rank).write_text(json.dumps(record))
     folder.started_file(2).write_text("{}")
-    died = first_failure(folder, {2: 100.1}, {0: 1, 1: 1, 2: -9}, 3)
+    died = first_candidate(folder, {2: 100.1}, {0: 1, 1: 1, 2: -9}, range(3)).failure
     assert died.global_rank == 2
     assert died.process_exit_code == 137
     # Killed by the launcher, when its time to end was over: a consequence.
-    assert first_failure(folder, {2: 105.2}, {0: 1, 1: 1, 2: -9}, 3).global_rank == 1
+    assert first_candidate(folder, {2: 105.2}, {0: 1, 1: 1, 2: -9}, range(3)).failure.global_rank == 1
     # Stopped by the launcher: a consequence.
-    assert first_failure(folder, {2: 100.1}, {0: 1, 1: 1, 2: -15}, 3).global_rank == 1
+    assert first_candidate(folder, {2: 100.1}, {0: 1, 1: 1, 2: -15}, range(3)).failure.global_rank == 1
     # Also where all that the others say is that it did not answer.
     folder.error_file(1).unlink()
-    assert first_failure(folder, {2: 105.2}, {0: 1, 2: -9}, 3).global_rank == 0
+    assert first_candidate(folder, {2: 105.2}, {0: 1, 2: -9}, range(3)).failure.global_rank == 0
 
 
 def test_log_relay_shows_whole_lines_and_progress_bars(tmp_path):

@@ -18,7 +18,9 @@ third and the fourth, docs/checkpoints.md the fifth, docs/clusters.md the last a
 
 import math
 import os
+import re
 import shutil
+import socket
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, cast
@@ -27,13 +29,18 @@ import typer
 
 from modelparallel.config.reading import parse_parameters, validate_parameters
 from modelparallel.errors import LaunchError, ScheduleError, SMPError
+from modelparallel.job.node_lists import expand_nodes
 from modelparallel.launch.channels import channel_options, input_channels
 from modelparallel.launch.checkpoint_commands import checkpoint_app
 from modelparallel.launch.cluster_commands import register
 from modelparallel.launch.devices import check_devices, resolve_device
 from modelparallel.launch.explain import explain as explain_job
 from modelparallel.launch.folder import JobFolder, default_folder, new_job_name
+from modelparallel.launch.hosts import THIS_MACHINE, Hosts
 from modelparallel.launch.job import run_job
+from modelparallel.launch.mpi_hosts import parse_hosts, read_hostfile
+from modelparallel.launch.node_place import NodePlace, PlaceOptions, find_place
+from modelparallel.launch.node_run import JOIN_SECONDS, run_node
 from modelparallel.launch.output import open_missing_descriptors
 from modelparallel.launch.process_counts import fitting_counts, parse_process_counts
 from modelparallel.launch.schedule_pictures import figures_text, grid_svg, grid_text
@@ -100,8 +107,31 @@ def run(
     max_restarts: Annotated[
         int, typer.Option(min=0, help="Start all processes again after a failure, up to so many times.")
     ] = 0,
+    nnodes: Annotated[
+        str | None,
+        typer.Option(
+            help="Number of hosts, each of which runs this command; a range may go on with fewer; auto: as the engine "
+            "says (Slurm, SageMaker, Kubernetes, ...).",
+            metavar="N|MIN:MAX|auto",
+        ),
+    ] = None,
+    node_rank: Annotated[int | None, typer.Option(help="Which of the hosts this is, from 0.")] = None,
+    rendezvous: Annotated[
+        str | None, typer.Option(help="The host of node 0 as the others reach it.", metavar="HOST[:PORT]")
+    ] = None,
+    job_id: Annotated[str | None, typer.Option(help="What the job is called on all of its hosts.")] = None,
+    hosts: Annotated[
+        str | None, typer.Option(help="With --backend mpi: where mpirun starts how many.", metavar="HOST:N,...")
+    ] = None,
+    hostfile: Annotated[Path | None, typer.Option(help="The same from a file of Open MPI.")] = None,
+    join_timeout: Annotated[
+        float, typer.Option(min=1.0, help="Seconds in which the hosts have to come.")
+    ] = JOIN_SECONDS,
+    show: Annotated[
+        str, typer.Option(help="Of several hosts: all, or first (rank 0 and who fails, from 9 ranks on).")
+    ] = "first",
 ) -> None:
-    """Run SCRIPT in several processes on this machine.
+    """Run SCRIPT in several processes on this machine, or on this one of several hosts (--nnodes).
 
     The script runs in the current directory with its own arguments; each line of output begins with the rank. The exit
     code is that of the first failing process (of the last attempt, with --max-restarts), 124 after the timeout, 130
@@ -109,8 +139,21 @@ def run(
     """
     open_missing_descriptors()
     try:
-        job = _job(script, context.args, nproc, backend, device, parameters, channel or [], job_dir, timeout)
-        result = run_job(replace(job, max_restarts=max_restarts))
+        place = _place(script, PlaceOptions(nnodes, node_rank, rendezvous, job_id))
+        if show not in ("first", "all"):
+            raise LaunchError(f"--show {show!r}: expected first or all")
+        over = _mpi_hosts(hosts, hostfile)
+        if over.sizes and place is not None:
+            raise LaunchError("--hosts, --hostfile: mpirun starts the processes of all hosts; leave out --nnodes")
+        nproc = nproc or (str(sum(over.sizes)) if over.sizes else None)
+        job = _job(
+            script, context.args, nproc, backend, device, parameters, channel or [], job_dir, timeout, place, over
+        )
+        job = replace(job, max_restarts=max_restarts)
+        if place is None:
+            result = run_job(job)
+        else:
+            result = run_node(job, place, show_all=show == "all", join_seconds=join_timeout)
     except SMPError as error:
         stop(str(error), USAGE_EXIT_CODE)
     if result.exit_code != 0:
@@ -161,14 +204,21 @@ def schedule(
 
 @app.command()
 def explain(
-    folder: Annotated[Path, typer.Argument(help="The job folder; `modelparallel run` prints it when a job starts.")],
+    folders: Annotated[
+        list[Path],
+        typer.Argument(
+            help="The job folder; `modelparallel run` prints it when a job starts. Of several hosts that share no "
+            "files: the folders of all of them.",
+            metavar="FOLDER...",
+        ),
+    ],
 ) -> None:
     """Say why a job failed: who failed first, who waited for whom, at which lines of the script.
 
-    Reads what the ranks wrote down; nothing runs. Exit code 2 if FOLDER holds no job.
+    Reads what the ranks wrote down; nothing runs. Exit code 2 if no FOLDER holds a job.
     """
     try:
-        text = explain_job(JobFolder(folder))
+        text = explain_job(*map(JobFolder, folders))
     except SMPError as error:
         stop(str(error), USAGE_EXIT_CODE)
     typer.echo(text)
@@ -190,6 +240,26 @@ def env(
 register(app)
 
 
+def _place(script: str, options: PlaceOptions) -> NodePlace | None:
+    """Which of several hosts this is; None for a job of this machine alone."""
+    if options.nnodes is None:
+        given = {"--node-rank": options.node_rank, "--rendezvous": options.rendezvous, "--job-id": options.job_id}
+        if names := [name for name, value in given.items() if value is not None]:
+            raise LaunchError(f"{', '.join(names)}: only with --nnodes N, the number of hosts that run this command")
+        return None
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(script).stem) or "job"
+    own_name = socket.gethostname()
+    return find_place(options, os.environ, default_job_id=name, own_name=own_name, list_hosts=expand_nodes)
+
+
+def _mpi_hosts(hosts: str | None, hostfile: Path | None) -> Hosts:
+    if hosts is not None and hostfile is not None:
+        raise LaunchError("--hosts and --hostfile: give one of them")
+    if hosts is not None:
+        return parse_hosts(hosts)
+    return THIS_MACHINE if hostfile is None else read_hostfile(hostfile)
+
+
 def _job(
     script: str,
     arguments: list[str],
@@ -200,15 +270,26 @@ def _job(
     channels: list[str],
     job_dir: Path | None,
     timeout: float | None,
+    place: NodePlace | None = None,
+    over: Hosts = THIS_MACHINE,
 ) -> JobSpec:
     path = Path(os.path.abspath(script))
     check_script(path, "script")
     chosen_backend = backend or os.environ.get("MODELPARALLEL_BACKEND") or "elastic"
     if chosen_backend not in ("elastic", "mpi"):
         raise LaunchError(f"--backend {chosen_backend!r}: expected elastic or mpi")
+    if over.sizes and chosen_backend != "mpi":
+        raise LaunchError(f"--hosts, --hostfile with backend {chosen_backend}: add --backend mpi, or use --nnodes")
     chosen_device, available = resolve_device(device)
+    available = 0 if over.sizes else available  # of this host; mpirun's may have others
     published: dict[str, Any] | None = None
     least, most = (0, 0) if nproc is None else parse_process_counts(nproc)
+    if place is not None:
+        if least != most:
+            raise LaunchError(f"--nproc {nproc} with --nnodes: give one number for this host, and a range of hosts")
+        least = most = most or place.num_processes or 0
+    if over.sizes and (least, most) != (sum(over.sizes),) * 2:
+        raise LaunchError(f"--nproc {nproc}: the hosts have {sum(over.sizes)} processes in all: leave out --nproc")
     num_processes = most or available or 1
     fewer: list[int] = []
     if parameters is None and least != most:
@@ -220,10 +301,12 @@ def _job(
         given = parse_parameters(parameters, "--parameters")
         config = validate_parameters(given, num_processes=None)
         available = 0 if config.shares_devices else available
-        num_processes = most or available or config.pipeline_parallel_degree * config.tensor_parallel_degree
+        degrees = config.pipeline_parallel_degree * config.tensor_parallel_degree
+        num_processes = most or available or math.ceil(degrees / (1 if place is None else place.most))
         if least != most:
             num_processes, *fewer = fitting_counts(config, least, most, available, f"--nproc {nproc}")
-        config.check_world(num_processes)
+        if place is None or place.most == 1:  # else node 0 checks the sum
+            config.check_world(num_processes)
         published = {**given, **config.given}
         published["partitions"] = published["pipeline_parallel_degree"] = config.pipeline_parallel_degree
     check_devices(num_processes, chosen_device, available)
@@ -244,4 +327,5 @@ def _job(
         preferred_port=int((published or {}).get("ddp_port", 7777)),
         timeout=timeout,
         fewer_processes=tuple(fewer),
+        hosts=over,
     )

@@ -1,26 +1,24 @@
 """Starting the processes by torch's elastic agent, in this process."""
 
-import inspect
 import logging
 import os
 import signal
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
+from torch.distributed.elastic.agent.server.api import WorkerSpec
 from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs, SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from torch.distributed.elastic.rendezvous import RendezvousHandler
 
 from modelparallel.job.private_files import open_private
-from modelparallel.launch import loopback_meeting
 from modelparallel.launch.attempts import MAX_RESTARTS_VARIABLE, RESTART_COUNT_VARIABLE
-from modelparallel.launch.environment import HOST_ADDRESS, interpreter, worker_command
+from modelparallel.launch.environment import interpreter, worker_command
 from modelparallel.launch.failures import JobInterrupted
 from modelparallel.launch.folder import JobFolder
 from modelparallel.launch.spec import JobSpec
 from modelparallel.launch.supervision import GRACE
+from modelparallel.torch_compat.elastic import IndependentAgent
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 #: Those that the agent handles; the others are handled in signals.py.
@@ -59,41 +57,35 @@ class _JobLogsSpecs(LogsSpecs):
         return destinations
 
 
-def run(job: JobSpec, environment: Mapping[str, str], port: int) -> tuple[int, dict[int, int]]:
-    """Run the job; returns an exit code and the exit codes of the processes that failed.
+def run(job: JobSpec, environment: Mapping[str, str], meeting: RendezvousHandler) -> tuple[int, dict[int, int]]:
+    """Run the processes of this host; returns an exit code and the exit codes of the processes that failed.
 
-    Raises `JobInterrupted` when this process is told to stop by a signal.
+    ``meeting`` is where the agents of all hosts meet. Raises `JobInterrupted` when this process is told to stop by a
+    signal.
     """
-    options: dict[str, Any] = {
-        "min_nodes": 1,
-        "max_nodes": 1,
-        "nproc_per_node": job.num_processes,
-        "run_id": job.name,
-        "role": "rank",
-        "rdzv_backend": loopback_meeting.NAME,
-        "rdzv_endpoint": f"{HOST_ADDRESS}:{port}",
-        "local_addr": HOST_ADDRESS,
-        "max_restarts": 0,
-        "monitor_interval": 0.1,
-        "logs_specs": _JobLogsSpecs(job.folder, environment),
-        "shutdown_timeout": int(GRACE),
-        "signals_to_handle": ",".join(number.name for number in _SIGNALS_OF_AGENT),
-    }
-    loopback_meeting.register()
-    known = inspect.signature(LaunchConfig).parameters
-    config = LaunchConfig(**{name: value for name, value in options.items() if name in known})
-    # The agent replaces ${local_rank} and the like in the arguments; the script's own dollars must arrive.
-    arguments = [text.replace("$", "$$") for text in worker_command(job)]
+    spec = WorkerSpec(
+        role="rank",
+        local_world_size=job.num_processes,
+        rdzv_handler=meeting,
+        entrypoint=interpreter(),
+        # The agent replaces ${local_rank} and the like in the arguments; the script's own dollars must arrive.
+        args=tuple(text.replace("$", "$$") for text in worker_command(job)),
+        max_restarts=0,
+        monitor_interval=0.1,
+        local_addr=job.hosts.address,
+    )
+    options = IndependentAgent.known({"shutdown_timeout": int(GRACE)})
     with _signal_state_kept(), _agent_log(job.folder):
+        os.environ[_SIGNALS_VARIABLE] = ",".join(number.name for number in _SIGNALS_OF_AGENT)
         try:
-            elastic_launch(config, interpreter())(*arguments)
-        except ChildFailedError as error:
-            codes = {global_rank: failure.exitcode for global_rank, failure in error.failures.items()}
-            return 1, codes
+            # Who waits for whom at the end is decided in node_run.py.
+            result = IndependentAgent(spec, _JobLogsSpecs(job.folder, environment), **options).run()
         except SignalException as interruption:
             raise JobInterrupted(interruption.sigval) from None
         except KeyboardInterrupt:
             raise JobInterrupted(signal.SIGINT) from None
+    if result.is_failed():
+        return 1, {global_rank: failure.exitcode for global_rank, failure in result.failures.items()}
     return 0, {}
 
 

@@ -15,14 +15,11 @@ from typing import Any
 from modelparallel.job.preemption import FILE_VARIABLE
 from modelparallel.job.session import DEVICE_VARIABLE
 from modelparallel.launch.attempts import MAX_RESTARTS_VARIABLE, RESTART_COUNT_VARIABLE
+from modelparallel.launch.hosts import LOOPBACK
 from modelparallel.launch.processes import JOB_VARIABLE
 from modelparallel.launch.spec import JobSpec
 from modelparallel.training.event_files import DIRECTORY_VARIABLE
 
-#: The only host of a local job, by the name that scripts know.
-HOST = "algo-1"
-HOST_ADDRESS = "127.0.0.1"
-LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
 INSTANCE_GROUP = "homogeneousCluster"
 
 #: Rank variables of an outer launcher. They must not reach a process that learns its rank from mpirun.
@@ -68,14 +65,15 @@ def command_arguments(hyperparameters: Mapping[str, Any]) -> list[str]:
 
 def resource_config(job: JobSpec) -> dict[str, Any]:
     """The hosts of the job, as resourceconfig.json has them."""
-    group = {"instance_group_name": INSTANCE_GROUP, "instance_type": job.instance_type, "hosts": [HOST]}
+    hosts = list(job.hosts.names)
+    group = {"instance_group_name": INSTANCE_GROUP, "instance_type": job.instance_type, "hosts": hosts}
     return {
-        "current_host": HOST,
+        "current_host": job.hosts.name,
         "current_instance_type": job.instance_type,
         "current_group_name": INSTANCE_GROUP,
-        "hosts": [HOST],
+        "hosts": hosts,
         "instance_groups": [group],
-        "network_interface_name": LOOPBACK,
+        "network_interface_name": job.hosts.interface,
     }
 
 
@@ -88,15 +86,15 @@ def toolkit_environment(job: JobSpec) -> dict[str, str]:
     if job.parameters is not None:
         framework |= {
             "sagemaker_mpi_enabled": True,
-            "sagemaker_mpi_num_of_processes_per_host": job.num_processes,
+            "sagemaker_mpi_num_of_processes_per_host": job.num_here,
             "sagemaker_mpi_custom_mpi_options": job.custom_mpi_options,
         }
     entries: dict[str, Any] = {
         "hosts": resources["hosts"],
-        "current_host": HOST,
-        "network_interface_name": LOOPBACK,
+        "current_host": job.hosts.name,
+        "network_interface_name": job.hosts.interface,
         # A rehearsed GPU is one process, so both devices give the number that the script expects.
-        "num_gpus": job.num_processes,
+        "num_gpus": job.num_here,
         "num_cpus": os.cpu_count() or 1,
         "num_neurons": 0,
         "current_instance_type": job.instance_type,
@@ -130,8 +128,8 @@ def toolkit_environment(job: JobSpec) -> dict[str, str]:
         "channel_input_dirs": {name: str(folder.channel(name)) for name in job.channels},
         "hyperparameters": hyperparameters,
         "job_name": job.name,
-        "is_master": True,
-        "master_hostname": HOST,
+        "is_master": job.hosts.current == 0,
+        "master_hostname": job.hosts.names[0],
     }
     environment = {f"SM_{name.upper()}": encode(value) for name, value in entries.items()}
     environment["SM_TRAINING_ENV"] = encode(everything)
@@ -149,28 +147,28 @@ def job_environment(
 ) -> dict[str, str]:
     """Every variable that the launcher sets for the processes of a job, over those of its own environment.
 
-    `restart_count`: how often the job was started before.
+    `restart_count`: how often this launcher has started the job before.
     """
     outer = os.environ if outer is None else outer
     environment = {
         # One process per core is the rule in training; torchrun has the same default of one thread.
-        "OMP_NUM_THREADS": outer.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // job.num_processes))),
-        "GLOO_SOCKET_IFNAME": outer.get("GLOO_SOCKET_IFNAME", LOOPBACK),
+        "OMP_NUM_THREADS": outer.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // job.num_here))),
+        **_interfaces(job, outer),
         **mpi_exports(job.custom_mpi_options),
         **job.environment,
         **toolkit_environment(job),
-        "CURRENT_HOST": HOST,
+        "CURRENT_HOST": job.hosts.name,
         "SAGEMAKER_BASE_DIR": str(job.folder.root),
         "SAGEMAKER_JOB_NAME": job.name,
         "SAGEMAKER_REGION": outer.get("SAGEMAKER_REGION") or outer.get("AWS_REGION") or "local",
         "TRAINING_JOB_NAME": job.name,
-        "SM_DLC_TORCH_VERSION": _torch_version(),
-        "MASTER_ADDR": HOST_ADDRESS,
+        "SM_DLC_TORCH_VERSION": package_version("torch"),
+        "MASTER_ADDR": job.hosts.address,
         "MASTER_PORT": str(port),
         JOB_VARIABLE: str(job.folder.description),
         DIRECTORY_VARIABLE: str(job.folder.events),
         FILE_VARIABLE: str(job.folder.preemption_file),
-        RESTART_COUNT_VARIABLE: str(restart_count),
+        RESTART_COUNT_VARIABLE: str(job.earlier_starts + restart_count),
         MAX_RESTARTS_VARIABLE: str(job.max_restarts),
     }
     if job.devices is not None:
@@ -180,6 +178,13 @@ def job_environment(
         # The CPU was chosen on a machine that may have GPUs: libraries must not find them.
         environment["CUDA_VISIBLE_DEVICES"] = ""
     return environment
+
+
+def _interfaces(job: JobSpec, outer: Mapping[str, str]) -> dict[str, str]:
+    """The network interface that gloo, and between hosts NCCL, takes; what the user has set counts."""
+    if job.hosts.sizes:
+        return {name: value for name, value in job.hosts.variables.items() if not outer.get(name)}
+    return {"GLOO_SOCKET_IFNAME": outer.get("GLOO_SOCKET_IFNAME", LOOPBACK)}
 
 
 def mpi_exports(custom_mpi_options: str) -> dict[str, str]:
@@ -200,8 +205,9 @@ def interpreter() -> str:
     return sys.executable
 
 
-def _torch_version() -> str:
+def package_version(name: str) -> str:
+    """The version of an installed package, without what stands behind a plus; "" if it is not known."""
     try:
-        return version("torch").partition("+")[0]
+        return version(name).partition("+")[0]
     except PackageNotFoundError:  # torch that was built in place
         return ""

@@ -4,6 +4,9 @@ It reads `events/rank<rank>.jsonl` (what each rank did last and waited for; see 
 (who started, ended or failed, also outside the steps). A rank may have left nothing: a killed one cannot write. What
 cannot be read (files that are cut off or changed) is left out and counted, and nothing that stands in a file reaches a
 terminal as a command.
+
+Of a job on several hosts each has a part of that, in one folder that they share or in one of each; told are all parts
+together, with times by the clock of node 0.
 """
 
 from __future__ import annotations
@@ -42,6 +45,8 @@ class RankStory:
     records: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     status_error: dict[str, Any] | None = None
     num_unreadable: int = 0
+    host: str = ""
+    clock_ahead: float = 0.0
 
     @property
     def head(self) -> Mapping[str, Any]:
@@ -52,13 +57,14 @@ class RankStory:
     def error(self) -> dict[str, Any] | None:
         """Its failure: type, text, line, time."""
         if "error" in self.records:
-            return self.records["error"][0]
+            error = self.records["error"][0]
+            return {**error, "time": error["time"] - self.clock_ahead}
         if self.status_error is None or self.status_error.get("is_interrupt"):
             return None
         kind, _, text = self.status_error["summary"].partition(": ")
         lines = re.findall(r'File "([^"]+)", line (\d+)', self.status_error["traceback"])
         line = f"{Path(lines[-1][0]).name}:{lines[-1][1]}" if lines else "unknown line"
-        return {"type": kind, "text": text, "line": line, "time": self.status_error["time"]}
+        return {"type": kind, "text": text, "line": line, "time": self.status_error["time"] - self.clock_ahead}
 
     @property
     def is_silent(self) -> bool:
@@ -67,34 +73,41 @@ class RankStory:
 
     def __str__(self) -> str:
         pp_rank = self.head.get("pp_rank")
-        return f"rank {self.global_rank}" + ("" if pp_rank is None else f" (pp_rank {pp_rank})")
+        more = [*([] if pp_rank is None else [f"pp_rank {pp_rank}"]), *([self.host] if self.host else [])]
+        return f"rank {self.global_rank}" + (f" ({', '.join(more)})" if more else "")
 
 
-def explain(folder: JobFolder) -> str:
-    """The story of the job in ``folder``; of its latest attempt, if it was started again.
+def explain(*folders: JobFolder) -> str:
+    """The story of the job in ``folders``, one or, if its hosts share no files, that of each; of its latest attempt, if
+    it was started again.
 
-    Raises LaunchError if there is no job.
+    Raises LaunchError if there is no job, or parts of several.
     """
-    return printable("\n".join([_explain_attempt(folder), *_earlier_attempts(folder)]))
+    return printable("\n".join([_explain_attempt(folders), *_earlier_attempts(folders)]))
 
 
-def _earlier_attempts(folder: JobFolder) -> list[str]:
-    attempts = [attempt for attempt in read_attempts(folder) if folder.attempt(attempt.number).root.exists()]
-    if not attempts:
-        return []
-    told = [f"  {attempt}; more: modelparallel explain {folder.attempt(attempt.number).root}" for attempt in attempts]
-    return ["", "it was started again after:", *told]
+def _earlier_attempts(folders: Sequence[JobFolder]) -> list[str]:
+    attempts = next(filter(None, map(read_attempts, folders)), ())
+    told = []
+    for attempt in attempts:
+        roots = [str(root) for folder in folders if (root := folder.attempt(attempt.number).root).exists()]
+        if roots:
+            told.append(f"  {attempt}; more: modelparallel explain {' '.join(roots)}")
+    return ["", "it was started again after:", *told] if told else []
 
 
-def _explain_attempt(folder: JobFolder) -> str:
-    stories = _read(folder)
+def _explain_attempt(folders: Sequence[JobFolder]) -> str:
+    parts = [part for folder in folders for part in folder.of_nodes()]
+    places = ", ".join(str(folder.root) for folder in folders)
+    stories = _read(parts, places)
     errors = {rank: story.error for rank, story in stories.items() if story.error is not None}
     unreadable = [f"  {story}: {story.num_unreadable}" for story in stories.values() if story.num_unreadable]
     if unreadable:
         unreadable = ["", "records that cannot be read, and are left out:", *unreadable]
     if not errors and not any(story.is_silent for story in stories.values()):
-        return "\n".join([f"job in {folder.root}: no rank has written down a failure", *unreadable])
-    lines = [f"job in {folder.root}: {len(stories)} ranks, {len(errors)} of them with an error"]
+        lines = [f"job in {places}: no rank has written down a failure", *_said_by_launcher(parts)]
+        return "\n".join([*lines, *unreadable])
+    lines = [f"job in {places}: {len(stories)} ranks, {len(errors)} of them with an error", *_said_by_launcher(parts)]
     first = _first(stories)
     lines += ["", *_what_was_first(stories, first)]
     lines += ["", "what the ranks waited for:", *_waits(stories)]
@@ -104,29 +117,60 @@ def _explain_attempt(folder: JobFolder) -> str:
     return "\n".join([*lines, *unreadable])
 
 
-def _read(folder: JobFolder) -> dict[int, RankStory]:
-    said = _parsed(_text_of(folder.description))
-    num_devices: Any = said.get("num_devices") if isinstance(said, dict) else None
-    ranks = set(range(num_devices)) if _is_rank(num_devices) else set()
-    for directory, pattern in ((folder.events, "rank*.jsonl"), (folder.status, "rank_*.json")):
-        for path in directory.glob(pattern) if directory.is_dir() else ():
-            match = _RANK_FILE.match(path.name)
-            if match is not None and _is_rank(int(match[1])):
-                ranks.add(int(match[1]))
+def _said_by_launcher(parts: Sequence[JobFolder]) -> list[str]:
+    """The first line of what the launchers of several hosts agreed on: that a host was lost is in no rank's file."""
+    if len(parts) < 2:
+        return []
+    texts = [_text_of(JobFolder(part.root).failure_file) for part in parts]
+    said = next((text for text in texts if text and text.strip()), "")
+    return [f"the launchers said: {one_line(said.strip().splitlines()[0])}"] if said else []
+
+
+def _read(parts: Sequence[JobFolder], places: str) -> dict[int, RankStory]:
+    homes: dict[int, _Home] = {}
+    for part in parts:
+        home = _Home(part)
+        for rank in home.ranks:
+            if rank in homes and len(parts) > 1:
+                raise LaunchError(f"rank {rank} is in {homes[rank].folder.root} and in {part.root}: these are two jobs")
+            homes[rank] = home
+    ranks = set(homes)
     if not ranks:
         raise LaunchError(
-            f"{folder.root} holds no job: name the folder that `modelparallel run` printed as 'folder ...' (--job-dir)"
+            f"{places} holds no job: name the folder that `modelparallel run` printed as 'folder ...' (--job-dir)"
         )
     stories: dict[int, RankStory] = {}
     while missing := ranks - stories.keys():
         for rank in missing:
-            stories[rank] = _read_rank(folder, rank)
+            stories[rank] = _read_rank(homes.get(rank, _Home(parts[0])), rank)
             ranks.update(stories[rank].head.get("pipeline", ()))
     return dict(sorted(stories.items()))
 
 
-def _read_rank(folder: JobFolder, rank: int) -> RankStory:
-    story = RankStory(rank)
+class _Home:
+    """Where the files of some ranks are: of those of a host, or of all."""
+
+    def __init__(self, folder: JobFolder) -> None:
+        self.folder = folder
+        said = _parsed(_text_of(folder.description))
+        said = said if isinstance(said, dict) else {}
+        num_devices = said.get("num_devices")
+        first = said.get("first_rank", 0)
+        is_known = _is_rank(num_devices) and _is_rank(first)
+        self.ranks = set(range(first, first + num_devices)) if is_known else set()
+        for directory, pattern in ((folder.events, "rank*.jsonl"), (folder.status, "rank_*.json")):
+            for path in directory.glob(pattern) if directory.is_dir() else ():
+                match = _RANK_FILE.match(path.name)
+                if match is not None and _is_rank(int(match[1])):
+                    self.ranks.add(int(match[1]))
+        host, ahead = said.get("host", ""), said.get("clock_ahead", 0.0)
+        self.host = one_line(host) if _is_text(host) else ""
+        self.clock_ahead = float(ahead) if _is_time(ahead) else 0.0
+
+
+def _read_rank(home: _Home, rank: int) -> RankStory:
+    folder = home.folder
+    story = RankStory(rank, host=home.host, clock_ahead=home.clock_ahead)
     story.has_started = folder.started_file(rank).exists()
     story.has_finished = folder.finished_file(rank).exists()
     if (text := _text_of(folder.error_file(rank))) is not None:

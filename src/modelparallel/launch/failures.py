@@ -8,7 +8,7 @@ a process that could not (killed, os._exit) is known by the time of its death.
 import json
 import re
 import signal
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,7 +41,7 @@ class JobInterrupted(Exception):
 @dataclass(frozen=True)
 class RankFailure:
     """The first failing process. `exit_code` is negative for a signal, None if the process did not say and nobody else
-    saw it; `detail` is its traceback, or the last lines that it printed.
+    saw it; `detail` is its traceback, or the last lines that it printed; `host` is "" for a job of one machine.
     """
 
     global_rank: int
@@ -49,6 +49,7 @@ class RankFailure:
     summary: str
     detail: str
     log: Path
+    host: str = ""
 
     @property
     def process_exit_code(self) -> int | None:
@@ -61,13 +62,15 @@ class RankFailure:
     def reason(self) -> str:
         """Who failed and why, in one line: `rank 1 was killed by SIGKILL`."""
         summary = self.summary.removeprefix("it ")
-        return f"rank {self.global_rank}{': ' if summary == self.summary else ' '}{summary}"
+        on_host = f" on {self.host}" if self.host else ""
+        return f"rank {self.global_rank}{on_host}{': ' if summary == self.summary else ' '}{summary}"
 
     def render(self, num_processes: int, seconds: float) -> str:
         """The text for the user: who, where the log is, and last the traceback."""
+        on_host = f" on {self.host}" if self.host else ""
         head = (
-            f"rank {self.global_rank} of {num_processes} failed first, after {seconds:.1f} s: {self.summary}\n"
-            f"its log: {self.log}"
+            f"rank {self.global_rank} of {num_processes}{on_host} failed first, after {seconds:.1f} s: {self.summary}\n"
+            f"its log{on_host}: {self.log}"
         )
         return f"{head}\n\n{self.detail.rstrip()}" if self.detail.strip() else head
 
@@ -93,23 +96,25 @@ class JobFailedError(LaunchError):
 
 
 @dataclass(frozen=True)
-class _Candidate:
+class Candidate:
+    """A process that failed, and when (seconds since 1970); not the first one if its failure follows from another's."""
+
     is_consequence: bool
     time: float
     failure: RankFailure
 
 
-def first_failure(
-    folder: JobFolder, deaths: Mapping[int, float], exit_codes: Mapping[int, int], num_processes: int
-) -> RankFailure | None:
-    """The process that failed first, or None.
+def first_candidate(
+    folder: JobFolder, deaths: Mapping[int, float], exit_codes: Mapping[int, int], ranks: Iterable[int]
+) -> Candidate | None:
+    """The process of this host that failed first, or None.
 
     Args:
         deaths: time at which each process was seen to be gone.
         exit_codes: exit code of each process, where it is known; negative for a signal.
     """
     candidates = []
-    for global_rank in range(num_processes):
+    for global_rank in ranks:
         candidate = _recorded(folder, global_rank, exit_codes.get(global_rank)) or _unrecorded(
             folder, global_rank, deaths.get(global_rank), exit_codes.get(global_rank)
         )
@@ -120,16 +125,16 @@ def first_failure(
     # What is killed so long after a failure was killed by the launcher: it was stopped, or did not want to end.
     end_of_grace = min(candidate.time for candidate in candidates) + GRACE - _DEATH_LEAD
 
-    def order(candidate: _Candidate) -> tuple[bool, float]:
+    def order(candidate: Candidate) -> tuple[bool, float]:
         is_ended = candidate.failure.exit_code == -signal.SIGKILL and candidate.time >= end_of_grace
         return candidate.is_consequence or is_ended, candidate.time
 
-    return min(candidates, key=order).failure
+    return min(candidates, key=order)
 
 
-def was_preempted(folder: JobFolder, num_processes: int) -> bool:
+def was_preempted(folder: JobFolder, ranks: Iterable[int]) -> bool:
     """Whether a rank has left because of a preemption, of a job whose processes have all finished."""
-    for global_rank in range(num_processes):
+    for global_rank in ranks:
         with suppress(OSError, ValueError):
             record = json.loads(folder.finished_file(global_rank).read_text(encoding="utf-8"))
             if isinstance(record, dict) and record.get("is_preempted"):
@@ -147,7 +152,7 @@ def failed_ends(exit_codes: Mapping[int, int]) -> list[str]:
     return lines
 
 
-def _recorded(folder: JobFolder, global_rank: int, exit_code: int | None) -> _Candidate | None:
+def _recorded(folder: JobFolder, global_rank: int, exit_code: int | None) -> Candidate | None:
     """A process that wrote down its exception."""
     try:
         record = json.loads(folder.error_file(global_rank).read_text(encoding="utf-8"))
@@ -158,10 +163,10 @@ def _recorded(folder: JobFolder, global_rank: int, exit_code: int | None) -> _Ca
     )
     # The text of the last exception alone decides: a traceback may name a connection on its way.
     is_consequence = bool(_CONSEQUENCE.search(record["summary"])) or record["is_interrupt"]
-    return _Candidate(is_consequence, record["time"], failure)
+    return Candidate(is_consequence, record["time"], failure)
 
 
-def _unrecorded(folder: JobFolder, global_rank: int, death: float | None, exit_code: int | None) -> _Candidate | None:
+def _unrecorded(folder: JobFolder, global_rank: int, death: float | None, exit_code: int | None) -> Candidate | None:
     """A process that ended without a word: killed, or left by os._exit, or never reached the bootstrap."""
     if exit_code == 0 or (exit_code is None and death is None):
         return None
@@ -189,7 +194,7 @@ def _unrecorded(folder: JobFolder, global_rank: int, death: float | None, exit_c
     # code of the process that failed first only.
     is_consequence = exit_code in (None, -signal.SIGTERM, -signal.SIGINT)
     time = (death if death is not None else float("inf")) - _DEATH_LEAD
-    return _Candidate(is_consequence, time, RankFailure(global_rank, exit_code, summary, detail, log))
+    return Candidate(is_consequence, time, RankFailure(global_rank, exit_code, summary, detail, log))
 
 
 def _tail(path: Path) -> str:

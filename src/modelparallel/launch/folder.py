@@ -9,6 +9,10 @@
     attempts/<number>/                   logs, events and status of an attempt that was followed by another one
     attempts/attempts.json               how each attempt ended, if the job may restart
 
+Of a job on several hosts each has its own logs/node_<k>, events/node_<k> and status/node_<k>, so that the folder may be
+one that all of them share; status/nodes.json then says which job it is that they share. Hosts that do not see each
+other's files have a folder each, of the same form.
+
 Only names and files; who runs what in it is in job.py.
 
 [Note: what goes] A folder may be used again, and may hold files of others: of the user, or of the script. What an
@@ -38,20 +42,38 @@ DEFAULT_PARENT = "modelparallel-jobs"
 _WRITTEN = {
     "logs": re.compile(r"(rank_\d+|launcher|elastic|mpirun)\.log"),
     "status": re.compile(
-        r"job\.json|store|preempt(\.asks)?|rank_\d+\.(started|error|finished|elastic)\.(json|partial)|rank_\d+\.partial"
+        r"job\.json|nodes\.json|secret|store|preempt(\.asks)?|rank_\d+\.partial|"
+        r"rank_\d+\.(started|error|finished|elastic)\.(json|partial)"
     ),
     "events": re.compile(r"rank\d+\.(jsonl|partial|memory\.json)"),
     "attempts": re.compile(r"attempts\.(json|partial)"),
     "config": re.compile(r"(hyperparameters|resourceconfig|inputdataconfig)\.json"),
 }
+#: The directories in which each node of several has its own, and its name there.
+_OF_NODES = ("logs", "status", "events")
+_NODE = re.compile(r"node_(0|[1-9]\d{0,5})")
 _MAX_NAME = 128
 
 
 @dataclass(frozen=True)
 class JobFolder:
-    """Names of everything below one job folder."""
+    """Names of everything below one job folder; of what each node has for itself, those of `node`."""
 
     root: Path
+    node: int | None = None
+
+    def _own(self, directory: str) -> Path:
+        whole = self.root / directory
+        return whole if self.node is None else whole / f"node_{self.node}"
+
+    def of_nodes(self) -> list["JobFolder"]:
+        """The same folder for each node that has written into it; just this one for a job of one host."""
+        found: set[int] = set()
+        for directory in _OF_NODES:
+            with suppress(OSError):
+                names = os.listdir(self.root / directory)
+                found.update(int(match[1]) for name in names if (match := _NODE.fullmatch(name)))
+        return [JobFolder(self.root, node) for node in sorted(found)] or [self]
 
     @property
     def code(self) -> Path:
@@ -63,7 +85,9 @@ class JobFolder:
 
     @property
     def input_config(self) -> Path:
-        return self.input / "config"
+        # One file of the hosts names the current one; node 0 writes where scripts look that know the path.
+        config = self.input / "config"
+        return config / f"node_{self.node}" if self.node else config
 
     def channel(self, name: str) -> Path:
         return self.input / "data" / name
@@ -94,7 +118,7 @@ class JobFolder:
 
     @property
     def logs(self) -> Path:
-        return self.root / "logs"
+        return self._own("logs")
 
     @property
     def launcher_log(self) -> Path:
@@ -106,11 +130,21 @@ class JobFolder:
 
     @property
     def events(self) -> Path:
-        return self.root / "events"
+        return self._own("events")
 
     @property
     def status(self) -> Path:
-        return self.root / "status"
+        return self._own("status")
+
+    @property
+    def nodes_file(self) -> Path:
+        """Which job it is that several nodes share this folder for."""
+        return self.root / "status" / "nodes.json"
+
+    @property
+    def secret_file(self) -> Path:
+        """By what the ranks of all nodes that share this folder prove to each other that they are of its job."""
+        return self.root / "status" / "secret"
 
     @property
     def description(self) -> Path:
@@ -132,7 +166,7 @@ class JobFolder:
 
     def attempt(self, number: int) -> "JobFolder":
         """Where `put_aside` has put logs, events and status of an attempt; the rest of a job's files is not there."""
-        return JobFolder(self.attempts / str(number))
+        return JobFolder(self.attempts / str(number), self.node)
 
     def rank_log(self, global_rank: int) -> Path:
         return self.logs / f"rank_{global_rank}.log"
@@ -167,8 +201,8 @@ class JobFolder:
         check_channel_names(channels)
         try:
             self._clear()
-            for directory in (self.input_config, self.input / "data", self.logs, self.status, self.events):
-                _make_own(directory, self.root)
+            _make_own(self.input / "data", self.root)
+            self._make_own_directories()
             for directory in (self.model, self.output_data, self.output_intermediate):
                 directory.mkdir(parents=True, exist_ok=True)
             links = {self.code: source_dir}
@@ -186,23 +220,39 @@ class JobFolder:
         except OSError as error:
             raise LaunchError(f"the job folder {self.root} cannot be made ready: {error}") from error
 
+    def prepare_shared(self) -> None:
+        """Make the directories that this node has for itself in a folder that another one has prepared. Raises
+        `LaunchError` for what is in the way.
+        """
+        try:
+            self._make_own_directories()
+        except OSError as error:
+            raise LaunchError(f"the shared job folder {self.root} cannot be written to: {error}") from error
+
+    def _make_own_directories(self) -> None:
+        for directory in (self.input_config, self.logs, self.status, self.events):
+            _make_own(directory, self.root)
+
     def _clear(self) -> None:
         """Remove what an earlier job has written; see [Note: what goes]."""
-        own = (self.logs, self.status, self.events, self.attempts, self.input, self.input_config, self.input / "data")
-        for directory in (*own, self.output):
-            _check_own(directory)
+        names = ("logs", "status", "events", "attempts", "input", "input/config", "input/data", "output")
+        for name in names:
+            _check_own(self.root / name)
         for link, target in self._links_made().items():
             if _leads_to(link, target) and link != self.checkpoints:
                 link.unlink()
                 if link.parent.parent == self.input / "data":
                     _remove_if_empty(link.parent)
-        for folder in (*self._attempt_folders(), self):
-            for directory in (folder.logs, folder.status, folder.events):
-                _remove_written(directory)
-            if folder is not self:
+        whole = JobFolder(self.root)
+        for folder in (*self._attempt_folders(), whole):
+            for part in (*(part for part in folder.of_nodes() if part.node is not None), folder):
+                for directory in (part.logs, part.status, part.events):
+                    _remove_written(directory)
+            if folder is not whole:
                 _remove_if_empty(folder.root)
         _remove_written(self.attempts)
-        _remove_written(self.input_config)
+        for directory in (*_node_directories(whole.input_config), whole.input_config):
+            _remove_written(directory)
         with suppress(FileNotFoundError):
             self.failure_file.unlink()
 
@@ -249,11 +299,13 @@ class JobFolder:
         No process of the attempt is alive.
         """
         target = self.attempt(number)
-        for directory in (self.logs, self.status, self.events):
-            _make_own(target.root / directory.name, self.root)
+        for directory, kept in (
+            (self.logs, target.logs), (self.status, target.status), (self.events, target.events)
+        ):  # fmt: skip
+            _make_own(kept, self.root)
             for path in _written(directory):
                 if path != self.launcher_log:
-                    path.rename(target.root / directory.name / path.name)
+                    path.rename(kept / path.name)
 
     def write_input_config(self, name: str, content: Mapping[str, Any]) -> None:
         """Write input/config/<name>.json."""
@@ -315,14 +367,21 @@ def _make_own(directory: Path, root: Path) -> None:
     directory.chmod(0o700)
 
 
+def _node_directories(directory: Path) -> list[Path]:
+    with suppress(FileNotFoundError):
+        return [directory / name for name in os.listdir(directory) if _NODE.fullmatch(name)]
+    return []
+
+
 def _written(directory: Path) -> list[Path]:
     """The files in it that have names of what jobs write."""
     if not directory.is_dir() or directory.is_symlink():
         return []
     files = []
+    kind = directory.parent.name if _NODE.fullmatch(directory.name) else directory.name
     with os.scandir(directory) as entries:
         for entry in entries:
-            if _WRITTEN[directory.name].fullmatch(entry.name):
+            if _WRITTEN[kind].fullmatch(entry.name):
                 if not entry.is_file(follow_symlinks=False):
                     raise LaunchError(f"{entry.path} is no file of a job: remove it, or choose another job folder")
                 files.append(directory / entry.name)

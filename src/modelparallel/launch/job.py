@@ -6,21 +6,22 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
-from typing import TextIO
+from dataclasses import dataclass, replace
+from typing import Any, TextIO
 
 from modelparallel.errors import LaunchError
 from modelparallel.job.preemption import EXIT_PREEMPTED
 from modelparallel.job.private_files import write_private
 from modelparallel.job.rendezvous import STORE_VARIABLE
-from modelparallel.launch.attempts import Attempt, history, next_start, write_attempts
+from modelparallel.launch.attempts import Attempt, Start, history, next_start, write_attempts
 from modelparallel.launch.devices import device_names, working_devices
 from modelparallel.launch.environment import job_environment, resource_config
-from modelparallel.launch.failures import JobInterrupted, failed_ends, first_failure, was_preempted
+from modelparallel.launch.failures import Candidate, JobInterrupted, failed_ends, first_candidate, was_preempted
 from modelparallel.launch.folder import checked_job_name
 from modelparallel.launch.memory_summary import memory_summary
+from modelparallel.launch.node_place import port_of
 from modelparallel.launch.processes import end_leftovers, guarded
 from modelparallel.launch.rendezvous_port import reserved_port, store_file
 from modelparallel.launch.signals import asked_by_signal, ended_by_signal
@@ -61,13 +62,19 @@ def run_job(job: JobSpec, output: TextIO | None = None, monitor: RankMonitor | N
         stack.callback(monitor.detach)
         stack.enter_context(asked_by_signal(monitor))
         monitor.say(_opening_line(job))
-        for line in _notices(job):
+        for line in notices(job):
             monitor.say(line)
         started = time.monotonic()
         result, attempts = _run_attempts(job, monitor)
-        seconds = time.monotonic() - started
-        stack.enter_context(monitor.spare_files())
-        message = result.message
+        return concluded(job, result, attempts, time.monotonic() - started, monitor)
+
+
+def concluded(
+    job: JobSpec, result: JobResult, attempts: Sequence[Attempt], seconds: float, monitor: RankMonitor
+) -> JobResult:
+    """The result of all attempts from that of the last one; says how the job ended."""
+    folder, message = job.folder, result.message
+    with monitor.spare_files():
         if len(attempts) > 1:
             # The traceback stays the last thing that is shown.
             how = "was preempted" if result.is_preempted else "was stopped" if result.is_stopped else "failed"
@@ -87,7 +94,7 @@ def run_job(job: JobSpec, output: TextIO | None = None, monitor: RankMonitor | N
                 write_private(folder.failure_file, message.encode(errors="backslashreplace").decode() + "\n")
             except OSError as error:  # the caller has the message
                 monitor.say(f"{folder.failure_file} cannot be written: {error.strerror}")
-        return replace(result, seconds=seconds, message=message, attempts=tuple(attempts))
+    return replace(result, seconds=seconds, message=message, attempts=tuple(attempts))
 
 
 def _run_attempts(job: JobSpec, monitor: RankMonitor) -> tuple[JobResult, list[Attempt]]:
@@ -112,17 +119,7 @@ def _run_attempts(job: JobSpec, monitor: RankMonitor) -> tuple[JobResult, list[A
 
 def _prepare_restart(job: JobSpec, monitor: RankMonitor, attempts: list[Attempt]) -> JobSpec:
     """What to start next. Raises `LaunchError` if there is nothing that can be."""
-    if num_left := end_leftovers(job.folder.description, patience=LEAVE_SECONDS):
-        raise LaunchError(
-            f"{num_left} processes of attempt {len(attempts)} cannot be ended within {LEAVE_SECONDS:g} s (they hang in "
-            "the system, as after a fault of a device or a file server): the job is not started again beside them"
-        )
-    names: tuple[str, ...] = ()
-    working: tuple[str, ...] = ()
-    if job.device == "cuda" and (job.parameters or {}).get("ddp_dist_backend") != "gloo":  # which lets them share
-        surroundings = {**os.environ, **job.environment}
-        names, working = device_names(surroundings), working_devices(surroundings)
-    start = next_start((job.num_processes, *job.fewer_processes), attempts, names, working)
+    start = possible_start(job, (job.num_processes, *job.fewer_processes), attempts)
     job.folder.put_aside(len(attempts))
     last = attempts[-1]
     monitor.say(f"attempt {len(attempts) + 1} of {job.max_restarts + 1} after: {last.reason}")
@@ -133,32 +130,97 @@ def _prepare_restart(job: JobSpec, monitor: RankMonitor, attempts: list[Attempt]
     return replace(job, num_processes=start.num_processes, fewer_processes=fewer, devices=start.devices)
 
 
+def possible_start(job: JobSpec, counts: Sequence[int], attempts: Sequence[Attempt]) -> Start:
+    """What this host can start after the attempts, once nothing of the last one is left.
+
+    Raises `LaunchError` if something cannot be ended, or too few devices work.
+    """
+    if num_left := end_leftovers(job.folder.description, patience=LEAVE_SECONDS):
+        raise LaunchError(
+            f"{num_left} processes of attempt {len(attempts)} cannot be ended within {LEAVE_SECONDS:g} s (they hang in "
+            "the system, as after a fault of a device or a file server): the job is not started again beside them"
+        )
+    names: tuple[str, ...] = ()
+    working: tuple[str, ...] = ()
+    is_here = not job.hosts.sizes  # devices of other hosts are not asked
+    if (
+        is_here and job.device == "cuda" and (job.parameters or {}).get("ddp_dist_backend") != "gloo"
+    ):  # which lets them share
+        surroundings = {**os.environ, **job.environment}
+        names, working = device_names(surroundings), working_devices(surroundings)
+    return next_start(counts, attempts, names, working)
+
+
 def _run_attempt(job: JobSpec, monitor: RankMonitor, number: int) -> tuple[JobResult, Attempt]:
     folder, moment, started = job.folder, time.time(), time.monotonic()
     folder.store.unlink(missing_ok=True)
-    with reserved_port(job.preferred_port) as port, store_file(folder.store) as store:
-        _describe(job)
+    preferred = port_of(job.name) if job.hosts.sizes else job.preferred_port
+    with reserved_port(preferred) as port, store_file(folder.store) as store:
+        describe(job)
         environment = job_environment(job, port, restart_count=number - 1)
-        environment[STORE_VARIABLE] = f"{port}:{store}"
-        monitor.start(job.num_processes)
-        interrupted: JobInterrupted | None = None
-        exit_codes: dict[int, int] = {}
-        code = 1
-        try:
-            code, exit_codes = _run_backend(job, environment, port, monitor)
-        except JobInterrupted as interruption:
-            interrupted = interruption
-        finally:
-            with monitor.spare_files():
-                end_leftovers(folder.description, patience=LEFTOVER_SECONDS if code == 0 else 0.0)
-            monitor.finish()
+        if not job.hosts.sizes:
+            environment[STORE_VARIABLE] = f"{port}:{store}"
+        monitor.start(job.ranks)
+        ended = run_processes(job, monitor, lambda: _run_backend(job, environment, port, monitor))
     seconds = time.monotonic() - started
-    with monitor.spare_files():
-        result = _outcome(job, monitor, code, exit_codes, interrupted, seconds)
+    result = _outcome(job, ended, seconds)
     first_rank = None if result.failure is None else result.failure.global_rank
     reason = result.message if result.failure is None else result.failure.reason
     attempt = Attempt(number, job.num_processes, moment, seconds, result.exit_code, first_rank, reason, job.devices)
     return result, attempt
+
+
+@dataclass(frozen=True)
+class ProcessesEnded:
+    """How the processes of this host ended: with which exit code of the job (EXIT_PREEMPTED if their script has left
+    for that); why they were stopped from outside, if they were; which of them failed first.
+    """
+
+    exit_code: int
+    stop: str = ""
+    first: Candidate | None = None
+    is_by_signal: bool = False
+
+    def stop_text(self, seconds: float) -> str:
+        """How it was stopped, to follow "was stopped"."""
+        after = f"after {seconds:.1f} s"
+        return f"by {self.stop} {after}" if self.is_by_signal else f"{after}: {self.stop}"
+
+
+def run_processes(
+    job: JobSpec, monitor: RankMonitor, backend: Callable[[], tuple[int, dict[int, int]]]
+) -> ProcessesEnded:
+    """Let a backend run the processes of this host, which `monitor` follows already, until nothing of them is left."""
+    interrupted: JobInterrupted | None = None
+    exit_codes: dict[int, int] = {}
+    code = 1
+    try:
+        code, exit_codes = backend()
+    except JobInterrupted as interruption:
+        interrupted = interruption
+    finally:
+        with monitor.spare_files():
+            end_leftovers(job.folder.description, patience=LEFTOVER_SECONDS if code == 0 else 0.0)
+        monitor.finish()
+    if interrupted is not None:
+        return ProcessesEnded(128 + interrupted.signal, interrupted.signal.name, is_by_signal=True)
+    preempted = ProcessesEnded(EXIT_PREEMPTED)
+    has_left = was_preempted(job.folder, job.ranks)
+    if monitor.stop_reason is not None and not (code == 0 and has_left):
+        return ProcessesEnded(TIMEOUT_EXIT_CODE if monitor.has_timed_out else 143, monitor.stop_reason)
+    exit_codes = {**exit_codes, **monitor.exit_codes}
+    with monitor.spare_files():
+        if code != 0 and all(job.folder.finished_file(rank).exists() for rank in job.ranks):
+            # The end of a process may go wrong when its work is done; what the others did then, too.
+            for line in failed_ends(exit_codes):
+                monitor.say(line)
+            code = 0
+        if code == 0:
+            return preempted if has_left else ProcessesEnded(0)
+        first = first_candidate(job.folder, monitor.deaths, exit_codes, job.ranks)
+    if first is not None and first.failure.process_exit_code == EXIT_PREEMPTED:  # a script that leaves by os._exit
+        return preempted
+    return ProcessesEnded(code, first=first)
 
 
 def _run_backend(
@@ -169,16 +231,20 @@ def _run_backend(
 
         with ended_by_signal(monitor):
             return mpi_backend.run(job, environment, monitor)
-    from modelparallel.launch import elastic_backend  # imports torch's agent, which takes a second
+    from modelparallel.launch import agent_meeting, elastic_backend  # import torch's agent, which takes a second
 
+    meeting = agent_meeting.local_meeting(job.name, job.hosts.address, port)
     with ended_by_signal(monitor):
-        return elastic_backend.run(job, environment, port)
+        return elastic_backend.run(job, environment, meeting)
 
 
-def _describe(job: JobSpec) -> None:
-    """Write what the bootstrap in each process needs, and the configuration files of the toolkit."""
+def describe(job: JobSpec, clock_ahead: float = 0.0) -> None:
+    """Write what the bootstrap in each process needs, and the configuration files of the toolkit.
+
+    ``clock_ahead``: of several hosts, how far the clock of this one is ahead of that of node 0.
+    """
     folder = job.folder
-    description = {
+    description: dict[str, Any] = {
         "name": job.name,
         "device": job.device,
         "num_devices": job.num_processes,
@@ -188,6 +254,11 @@ def _describe(job: JobSpec) -> None:
         "status": str(folder.status),
         "launcher": os.getpid(),
     }
+    if job.hosts.sizes:
+        description |= {"first_rank": job.hosts.first_rank, "host": job.hosts.name, "clock_ahead": clock_ahead}
+    if job.hosts.sizes and job.backend == "mpi":
+        # A rank finds its host by its number: mpirun gives the same environment to all.
+        description |= {"host": "", "hosts": list(zip(job.hosts.names, job.hosts.sizes, strict=True))}
     write_private(folder.description, json.dumps(description, indent=2) + "\n")
     folder.write_input_config("hyperparameters", job.hyperparameters)
     folder.write_input_config("resourceconfig", resource_config(job))
@@ -196,10 +267,12 @@ def _describe(job: JobSpec) -> None:
 
 def _opening_line(job: JobSpec) -> str:
     processes = f"{job.num_processes} process" + ("es" if job.num_processes > 1 else "")
-    return f"job {job.name}: {processes} by {job.backend} on {job.device}; folder {job.folder.root}"
+    pairs = zip(job.hosts.names, job.hosts.sizes, strict=True) if job.hosts.sizes else ()
+    hosts = f" ({', '.join(f'{size} on {name}' for name, size in pairs)})" if job.hosts.sizes else ""
+    return f"job {job.name}: {processes}{hosts} by {job.backend} on {job.device}; folder {job.folder.root}"
 
 
-def _notices(job: JobSpec) -> list[str]:
+def notices(job: JobSpec) -> list[str]:
     lines = []
     if job.device == "cpu":
         lines.append(
@@ -214,44 +287,26 @@ def _notices(job: JobSpec) -> list[str]:
     return lines
 
 
-def _outcome(
-    job: JobSpec,
-    monitor: RankMonitor,
-    code: int,
-    exit_codes: dict[int, int],
-    interrupted: JobInterrupted | None,
-    seconds: float,
-) -> JobResult:
-    if interrupted is not None:
-        message = f"job {job.name} was stopped by {interrupted.signal.name} after {seconds:.1f} s"
-        return JobResult(128 + interrupted.signal, seconds, job.folder, message=message, is_stopped=True)
-    if monitor.stop_reason is not None and not (code == 0 and was_preempted(job.folder, job.num_processes)):
-        is_timeout = monitor.has_timed_out
-        message = f"job {job.name} was stopped after {seconds:.1f} s: {monitor.stop_reason}"
-        exit_code = TIMEOUT_EXIT_CODE if is_timeout else 143
-        return JobResult(exit_code, seconds, job.folder, message=message, is_stopped=True)
-    if code != 0 and all(job.folder.finished_file(rank).exists() for rank in range(job.num_processes)):
-        # The end of a process may go wrong when its work is done; what the others did then, too.
-        for line in failed_ends({**exit_codes, **monitor.exit_codes}):
-            monitor.say(line)
-        code = 0
-    if code == 0:
-        if was_preempted(job.folder, job.num_processes):
-            return _preempted(job, seconds)
+def _outcome(job: JobSpec, ended: ProcessesEnded, seconds: float) -> JobResult:
+    if ended.stop:
+        message = f"job {job.name} was stopped {ended.stop_text(seconds)}"
+        return JobResult(ended.exit_code, seconds, job.folder, message=message, is_stopped=True)
+    if ended.exit_code == 0:
         return JobResult(0, seconds, job.folder)
-    failure = first_failure(job.folder, monitor.deaths, {**exit_codes, **monitor.exit_codes}, job.num_processes)
-    if failure is None:
-        message = f"job {job.name} failed (exit code {code}); see {job.folder.logs}"
-        return JobResult(code, seconds, job.folder, message=message)
-    exit_code = failure.process_exit_code or code or 1
-    if exit_code == EXIT_PREEMPTED:  # a script that leaves by os._exit
-        return _preempted(job, seconds)
+    if ended.exit_code == EXIT_PREEMPTED and ended.first is None:
+        message = preempted_message(job.name, seconds)
+        return JobResult(EXIT_PREEMPTED, seconds, job.folder, message=message, is_stopped=True)
+    if ended.first is None:
+        message = f"job {job.name} failed (exit code {ended.exit_code}); see {job.folder.logs}"
+        return JobResult(ended.exit_code, seconds, job.folder, message=message)
+    failure = ended.first.failure
+    exit_code = failure.process_exit_code or ended.exit_code or 1
     return JobResult(exit_code, seconds, job.folder, failure, failure.render(job.num_processes, seconds))
 
 
-def _preempted(job: JobSpec, seconds: float) -> JobResult:
-    message = (
-        f"job {job.name} was preempted after {seconds:.1f} s: its script has left with exit code {EXIT_PREEMPTED}, and "
+def preempted_message(name: str, seconds: float) -> str:
+    """What is said of a job whose script has saved its state and left."""
+    return (
+        f"job {name} was preempted after {seconds:.1f} s: its script has left with exit code {EXIT_PREEMPTED}, and "
         "goes on when the job is started again"
     )
-    return JobResult(EXIT_PREEMPTED, seconds, job.folder, message=message, is_stopped=True)

@@ -17,7 +17,8 @@ def memory_summary(folder: JobFolder) -> list[str]:
     CUDA that of the process, libraries included.
     """
     by_stage: dict[int, list[Mapping[str, Any]]] = {}
-    for path in sorted(folder.events.glob("rank*.memory.json")):
+    paths = [path for part in folder.of_nodes() for path in part.events.glob("rank*.memory.json")]
+    for path in sorted(paths):
         try:
             record = parse_json(path.read_text(encoding="utf-8"))
             for name in ("stage", "global_rank", "held", "predicted", "device_peak", "resident_peak"):

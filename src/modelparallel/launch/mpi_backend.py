@@ -39,7 +39,7 @@ def run(job: JobSpec, environment: Mapping[str, str], monitor: RankMonitor) -> t
     options = parse_mpi_options(job.custom_mpi_options)
     command = [
         mpirun,
-        *mpirun_arguments(job.num_processes, options, exported),
+        *mpirun_arguments(job.num_processes, options, exported, job.hosts),
         interpreter(),
         *worker_command(job),
     ]

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from modelparallel.errors import SMPConfigError
+from modelparallel.launch.hosts import THIS_MACHINE, Hosts
 
 #: Options with a fixed number of values, as far as users override ours; every other option is passed on as it stands.
 _MCA = ("--mca", "-mca", "--gmca", "-gmca")
@@ -72,9 +73,13 @@ def parse_mpi_options(text: str) -> MpiOptions:
     return MpiOptions(mca, exports, tuple(forwards), placement, tuple(rest))
 
 
-def mpirun_arguments(num_processes: int, options: MpiOptions, exported: Iterable[str]) -> list[str]:
+def mpirun_arguments(
+    num_processes: int, options: MpiOptions, exported: Iterable[str], hosts: Hosts = THIS_MACHINE
+) -> list[str]:
     """mpirun's arguments up to the program: our options, the user's over them, every option once."""
     arguments = ["-n", str(num_processes)]
+    if hosts.sizes:
+        arguments += ["--host", ",".join(f"{name}:{size}" for name, size in zip(hosts.names, hosts.sizes, strict=True))]
     if os.geteuid() == 0 and "--allow-run-as-root" not in options.rest:
         arguments.append("--allow-run-as-root")
     for option, value in {**DEFAULT_PLACEMENT, **options.placement}.items():

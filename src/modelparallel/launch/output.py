@@ -1,6 +1,7 @@
 """What the processes of a job print: read from one log file per rank, shown line by line with the rank in front.
 
     [rank 3] loss 0.4711
+    [node-b rank 5] loss 0.4711                   (of several hosts)
     [launcher] job demo finished in 12.3 s
 
 The bootstrap in each process has sent stdout and stderr to that file, so the order within a rank is kept, and what
@@ -114,9 +115,9 @@ class LogRelay:
     progress bars are seen.
     """
 
-    def __init__(self, folder: JobFolder, global_rank: int, console: Console) -> None:
+    def __init__(self, folder: JobFolder, global_rank: int, console: Console, host: str = "") -> None:
         self._path = folder.rank_log(global_rank)
-        self._name = f"rank {global_rank}"
+        self._name = f"{host} rank {global_rank}".lstrip()
         self._console = console
         self._descriptor: int | None = None
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")

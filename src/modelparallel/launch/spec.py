@@ -11,6 +11,7 @@ from modelparallel.launch.attempts import Attempt
 from modelparallel.launch.devices import Device
 from modelparallel.launch.failures import RankFailure
 from modelparallel.launch.folder import JobFolder
+from modelparallel.launch.hosts import THIS_MACHINE, Hosts
 
 Backend = Literal["elastic", "mpi"]
 
@@ -30,6 +31,9 @@ class JobSpec:
             start.
         devices: one for each local rank, in order, by the names that CUDA_VISIBLE_DEVICES takes; None for all of this
             host.
+        hosts: where the processes are. With backend elastic `num_processes` are those of this host, with backend mpi
+            those of all hosts.
+        earlier_starts: how often the engine that started this launcher has started the job before.
     """
 
     name: str
@@ -53,6 +57,23 @@ class JobSpec:
     max_restarts: int = 0
     fewer_processes: tuple[int, ...] = ()
     devices: tuple[str, ...] | None = None
+    hosts: Hosts = THIS_MACHINE
+    earlier_starts: int = 0
+
+    @property
+    def num_here(self) -> int:
+        """The processes of the current host."""
+        return self.hosts.sizes[self.hosts.current] if self.hosts.sizes else self.num_processes
+
+    @property
+    def ranks(self) -> range:
+        """The global ranks of the processes that this launcher starts."""
+        return range(self.hosts.first_rank, self.hosts.first_rank + self.num_processes)
+
+    @property
+    def world_size(self) -> int:
+        """The processes on all hosts."""
+        return sum(self.hosts.sizes) or self.num_processes
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import TextIO
 
@@ -47,6 +47,7 @@ class RankMonitor:
         self._was_terminated = False
         self._preemption: str | None = None
         self._is_preemption_told = False
+        self._asks_file: str | None = None
         self._preemption_ends_at: float | None = None
         self._spares: list[int] = []
         self._troubles: set[str] = set()
@@ -54,6 +55,7 @@ class RankMonitor:
     def attach(self, folder: JobFolder, output: TextIO | None, timeout: float | None) -> None:
         """Say which job to follow; its time, all attempts together, runs from now on."""
         self._folder = folder
+        self._asks_file = f"{folder.preemption_file}{ASKS_SUFFIX}"
         self._console = Console(output, folder)
         self._timeout = timeout
         self._deadline = None if timeout is None else time.monotonic() + timeout
@@ -83,10 +85,27 @@ class RankMonitor:
             while True:
                 os.close(self._spares.pop())
 
-    def start(self, num_processes: int) -> None:
-        """Follow an attempt with so many processes. A stop that was asked for before it counts for it, too."""
-        self._num_processes = num_processes
-        self._relays = [LogRelay(self._folder, global_rank, self._console) for global_rank in range(num_processes)]
+    def start(
+        self,
+        ranks: Sequence[int],
+        *,
+        host: str = "",
+        shown: Collection[int] | None = None,
+        look: Callable[[], bool] | None = None,
+    ) -> None:
+        """Follow an attempt with these ranks. A stop that was asked for before it counts for it, too.
+
+        Args:
+            host: stands before the ranks where output is shown.
+            shown: the ranks whose output is shown; None for all.
+            look: called often from the thread that watches; true if the attempt has failed elsewhere.
+        """
+        self._ranks, self._look, self._host = ranks, look, host
+        self._relays = [
+            LogRelay(self._folder, global_rank, self._console, host)
+            for global_rank in ranks
+            if shown is None or global_rank in shown
+        ]
         self.deaths, self.exit_codes = {}, {}
         self._started.clear()
         self._failed_at = self._stop_at = None
@@ -94,6 +113,13 @@ class RankMonitor:
         self._closing.clear()
         self._thread = threading.Thread(target=self._run, name="modelparallel-monitor", daemon=True)
         self._thread.start()
+
+    def show_end(self, global_rank: int, num_lines: int) -> None:
+        """Show the last lines of the log of a rank that is not followed."""
+        with self.spare_files():
+            path = self._folder.rank_log(global_rank)
+            lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+        self._console.write_lines(f"{self._host} rank {global_rank}".lstrip(), lines[-num_lines:])
 
     def say(self, text: str) -> None:
         """Print a line of the launcher."""
@@ -116,7 +142,7 @@ class RankMonitor:
     @property
     def script_asks(self) -> bool:
         """Whether the script of this attempt has called `smp.preemption_requested`."""
-        return os.path.exists(f"{self._folder.preemption_file}{ASKS_SUFFIX}")
+        return self._asks_file is not None and os.path.exists(self._asks_file)
 
     @property
     def has_processes(self) -> bool:
@@ -159,7 +185,7 @@ class RankMonitor:
             time.sleep(_POLL_SECONDS)
 
     def _notice_starts(self) -> None:
-        for global_rank in range(self._num_processes):
+        for global_rank in self._ranks:
             if global_rank in self._started:
                 continue
             try:
@@ -167,6 +193,8 @@ class RankMonitor:
             except FileNotFoundError:
                 continue
             self._started.add(global_rank)
+            if record.get("host", os.uname().nodename) != os.uname().nodename:
+                continue  # mpirun watches it there
             try:
                 self._alive[global_rank] = WatchedProcess(record["pid"])
             except ProcessLookupError:
@@ -213,15 +241,20 @@ class RankMonitor:
                 self._was_terminated = True
                 self._failed_at = now
                 self._signal_all(signal.SIGTERM)
-        if self._failed_at is None and self._has_failure():
+        if self._look is not None and self._look() and not self._was_terminated:
+            self._was_terminated = True
+            self._failed_at = now
+            self._signal_all(signal.SIGTERM)
+        if self._failed_at is None and self.has_failure():
             self._failed_at = now
         if self._failed_at is not None and now > self._failed_at + GRACE:
             with self.spare_files():
                 end_leftovers(self._folder.description, patience=0.0)
 
-    def _has_failure(self) -> bool:
+    def has_failure(self) -> bool:
+        """Whether a process of the attempt has failed, as far as was seen."""
         return any(self.exit_codes.values()) or any(
-            self._folder.error_file(global_rank).exists() for global_rank in range(self._num_processes)
+            self._folder.error_file(global_rank).exists() for global_rank in self._ranks
         )
 
     def _signal_all(self, signal_number: int) -> None:

@@ -41,14 +41,17 @@ def main() -> None:
     global_rank = _own_global_rank()
     status = Path(job["status"])
     _redirect_output(Path(job["logs"]) / f"rank_{global_rank}.log")
-    _end_with_launcher(job["launcher"])
+    hosts = job.get("hosts", [])
+    _end_with_launcher(None if hosts else job["launcher"])
+    if hosts:
+        job["num_devices"] = _tell_host(hosts, global_rank)
     faulthandler.enable()
     # The launcher asks for the stacks of a job that runs out of time.
     faulthandler.register(STACKS_SIGNAL, all_threads=True)
     # Meant for the launcher, which batch systems do not tell from the processes that it has started, nor these from
     # theirs: see [Note: preemption] in job/preemption.py.
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    _write(status / f"rank_{global_rank}.started.json", {"pid": os.getpid(), "time": time.time()})
+    _write(status / f"rank_{global_rank}.started.json", _identity())
     os.chdir(job["working_directory"])
     sys.argv = [script, *arguments]
     sys.path.insert(0, os.path.dirname(script))
@@ -90,11 +93,30 @@ def _redirect_output(log: Path) -> None:
             stream.reconfigure(line_buffering=True, encoding="utf-8", errors="backslashreplace")
 
 
-def _end_with_launcher(launcher: int) -> None:
-    """Have the kernel kill this process when the launcher, or mpirun, dies without a chance to clean up."""
+def _identity() -> dict[str, Any]:
+    return {"pid": os.getpid(), "time": time.time(), "host": os.uname().nodename}
+
+
+def _tell_host(hosts: list[tuple[str, int]], global_rank: int) -> int:
+    """Set what differs from host to host, where one launcher has started the processes of all; how many are here."""
+    end = 0
+    for name, size in hosts:
+        end += size
+        if global_rank < end:
+            os.environ.update(SM_CURRENT_HOST=name, CURRENT_HOST=name, SM_NUM_GPUS=str(size))
+            return size
+    raise SystemExit(f"rank {global_rank} is on none of the hosts {hosts}")
+
+
+def _end_with_launcher(launcher: int | None) -> None:
+    """Have the kernel kill this process when the launcher, or mpirun, dies without a chance to clean up; ``launcher``
+    None: when mpirun's daemon on this host does, which the launcher has not started.
+    """
     if sys.platform != "linux":
         return
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if launcher is None:
+        return
     # It may have died before that. Another process is the parent then, which knows nothing of the job.
     parent = os.getppid()
     if parent == launcher:
