@@ -482,12 +482,14 @@ def kinds_of_groups() -> list[str]:
     ],
 )
 def test_meeting_point_on_one_host(environ: dict[str, str], expected: tuple[str, int]) -> None:
-    assert rendezvous._address(load_config({}, environ), ProcessIdentity(1, 2, 1, 2, "PMI"), environ) == expected
+    found = rendezvous._address(load_config({}, environ), ProcessIdentity(1, 2, 1, 2, "PMI"), environ)
+    assert (found.host, found.port) == expected
 
 
 def test_meeting_point_on_several_hosts() -> None:
     identity, config = ProcessIdentity(2, 4, 0, 2, "PMI"), load_config({}, {})
-    assert rendezvous._address(config, identity, {"SLURM_JOB_NODELIST": "n[4-7]"}) == ("n4", 7777)
+    found = rendezvous._address(config, identity, {"SLURM_JOB_NODELIST": "n[4-7]"})
+    assert str(found) == "n4:7777 (MASTER_ADDR is not set, and this is the first node of Slurm's list)"
     with pytest.raises(SMPConfigError, match="MASTER_ADDR is not set, and PMI does not tell"):
         rendezvous._address(config, identity, {})
     with pytest.raises(SMPConfigError, match="MASTER_PORT: expected int"):

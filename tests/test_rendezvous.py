@@ -158,8 +158,8 @@ def test_a_store_of_one_machine_listens_at_loopback(host):
     config, stores = load_config({}, {}), {}
 
     def make(rank):
-        identity = ProcessIdentity(rank, 2, rank, 2, "Open MPI", is_host_known=True)
-        stores[rank] = rendezvous.make_store(config, identity, environ)
+        identity = ProcessIdentity(rank, 2, rank, 2, "Open MPI")
+        stores[rank] = rendezvous.make_store(config, identity, environ).store
 
     threads = [threading.Thread(target=make, args=(rank,)) for rank in range(2)]
     for thread in threads:
@@ -202,20 +202,6 @@ def test_the_file_of_a_store_goes_with_the_attempt(tmp_path, monkeypatch):
             assert not is_there or path.parent.stat().st_mode & 0o777 == 0o700
             path.write_text("x")
         assert not path.exists() and list(tmp_path.iterdir()) == []
-
-
-def test_which_processes_are_on_one_machine():
-    def identity(source="PMI", local=4, is_known=False):
-        return ProcessIdentity(3, 4, min(3, local - 1), local, source, is_known)
-
-    assert rendezvous.is_one_host(identity(is_known=True), {"MASTER_ADDR": "10.0.0.1"})
-    assert rendezvous.is_one_host(identity(), {})
-    for host in ("localhost", "127.0.0.1", "::1", "127.5.5.5"):
-        assert rendezvous.is_one_host(identity(), {"MASTER_ADDR": host})
-    for host in ("10.0.0.1", "node1"):
-        assert not rendezvous.is_one_host(identity(), {"MASTER_ADDR": host})
-    assert not rendezvous.is_one_host(identity("torch.distributed"), {})  # a script's own group says nothing of hosts
-    assert not rendezvous.is_one_host(identity(local=2, is_known=True), {})
 
 
 def differing_settings():

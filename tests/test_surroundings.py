@@ -7,7 +7,7 @@ import torch
 from typer.testing import CliRunner
 
 from modelparallel import __version__
-from modelparallel.job.discovery import LAUNCHER_VARIABLES, discover_process, master_host
+from modelparallel.job.discovery import LAUNCHER_VARIABLES, discover_process, job_marks, lonely_hint, master_host
 from modelparallel.launch.command_line import app
 from modelparallel.launch.surroundings import surroundings, without_secrets
 
@@ -149,20 +149,33 @@ class Watched(dict):
 
 
 def test_the_variables_of_launchers_are_those_that_are_read():
+    task = {"SLURM_PROCID": "0", "SLURM_STEP_ID": "0", "SLURM_NTASKS": "1", "SLURM_TASKS_PER_NODE": "1"}
+    place = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}
     asked = set()
     for start in (
         {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"},
-        {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "1"},
-        {"PMI_RANK": "0", "PMI_SIZE": "1"},
-        {"SLURM_PROCID": "0", "SLURM_STEP_ID": "0", "SLURM_NTASKS": "1", "SLURM_TASKS_PER_NODE": "1"},
-        {"SLURM_PROCID": "0", "SLURM_STEP_ID": "0", "SLURM_NTASKS": "1", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"},
+        *({f"{name}RANK": "0", f"{name}SIZE": "1"} for name in ("OMPI_COMM_WORLD_", "MV2_COMM_WORLD_", "PMI_")),
+        {"JSM_NAMESPACE_RANK": "0", "JSM_NAMESPACE_SIZE": "1"},
+        {"PALS_RANKID": "0", "PALS_SIZE": "1"},
+        {"FLUX_TASK_RANK": "0", "FLUX_JOB_SIZE": "1"},
+        task,
+        task | place,
         {},
     ):
         environ = Watched(start)
-        discover_process(environ)
+        identity = discover_process(environ)
+        job_marks(identity, environ)
+        lonely_hint(identity, environ)
         assert master_host(environ) is None
         asked |= environ.asked
     assert asked == set(LAUNCHER_VARIABLES)
+
+
+def test_what_the_launcher_does_not_say_is_told():
+    found = sections(surroundings(None, {"RANK": "1", "WORLD_SIZE": "4"}))["launcher"][0]
+    assert "rank 1 of 4, which processes share its host is found out by smp.init (from torchrun)" in found
+    lines = sections(surroundings(None, {"SLURM_NTASKS": "4"}))["launcher"]
+    assert lines[0] == "this process is alone" and lines[1].startswith("this is one process of an allocation with 4 t")
 
 
 def test_the_command_prints_it_and_never_fails(monkeypatch):

@@ -1,4 +1,4 @@
-"""Placement arithmetic against the documented tables, and rank discovery. Pure: no process group, no torch."""
+"""Placement arithmetic against the documented tables. Pure: no process group, no torch."""
 
 import itertools
 
@@ -6,7 +6,6 @@ import pytest
 
 from modelparallel.config.topology import CommGroup, Coordinates, GroupKind, RankType, Topology, all_strategies
 from modelparallel.errors import GroupMembershipError, SMPConfigError
-from modelparallel.job.discovery import discover_process, master_host
 
 # 8 processes, pp = tp = rdp = 2: for each strategy the coordinates rdp,pp,tp of global ranks 0..7, then the TP, PP,
 # RDP, DP and MP groups (smp-api section 2).
@@ -159,68 +158,3 @@ def test_public_names_stand_for_kinds() -> None:
     assert [group.kind for group in CommGroup] == [rank_type.kind for rank_type in RankType]
     assert CommGroup.WORLD.kind is GroupKind.WORLD
     assert CommGroup.RDP_GROUP.kind is RankType.RDP_RANK.kind is GroupKind.RDP
-
-
-@pytest.mark.parametrize(
-    ("environ", "expected"),
-    [
-        ({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}, (5, 8, 1, 4, "torchrun")),
-        ({"RANK": "3", "WORLD_SIZE": "4"}, (3, 4, 3, 4, "torchrun")),
-        (
-            {
-                "OMPI_COMM_WORLD_RANK": "6",
-                "OMPI_COMM_WORLD_SIZE": "8",
-                "OMPI_COMM_WORLD_LOCAL_RANK": "2",
-                "OMPI_COMM_WORLD_LOCAL_SIZE": "4",
-            },
-            (6, 8, 2, 4, "Open MPI"),
-        ),
-        (
-            {"PMI_RANK": "1", "PMI_SIZE": "4", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"},
-            (1, 4, 1, 2, "PMI"),
-        ),
-        (
-            {
-                "SLURM_STEP_ID": "0",
-                "SLURM_PROCID": "6",
-                "SLURM_STEP_NUM_TASKS": "7",
-                "SLURM_LOCALID": "0",
-                "SLURM_NODEID": "3",
-                "SLURM_STEP_TASKS_PER_NODE": "2(x3),1",
-            },
-            (6, 7, 0, 1, "Slurm"),
-        ),
-        # A script that runs directly in a batch job is alone, although the job has tasks.
-        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}, (0, 1, 0, 1, "single process")),
-        ({}, (0, 1, 0, 1, "single process")),
-        # torchrun's agent was started by mpirun: its workers go by torchrun's variables.
-        (
-            {"RANK": "1", "WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "1"},
-            (1, 2, 1, 2, "torchrun"),
-        ),
-    ],
-)
-def test_discovery(environ: dict[str, str], expected: tuple[object, ...]) -> None:
-    found = discover_process(environ)
-    values = (found.global_rank, found.world_size, found.local_rank, found.local_world_size, found.source)
-    assert values == expected
-
-
-def test_discovery_refuses_nonsense() -> None:
-    with pytest.raises(SMPConfigError, match="WORLD_SIZE: expected int, got 'many'"):
-        discover_process({"RANK": "0", "WORLD_SIZE": "many"})
-    with pytest.raises(SMPConfigError, match=r"rank 4 is outside 0\.\.3"):
-        discover_process({"RANK": "4", "WORLD_SIZE": "4"})
-
-
-@pytest.mark.parametrize(
-    ("environ", "expected"),
-    [
-        ({"MASTER_ADDR": "algo-1", "SLURM_JOB_NODELIST": "n1"}, "algo-1"),
-        ({"SLURM_JOB_NODELIST": "n[03-05,9],m1"}, "n03"),
-        ({"SLURM_JOB_NODELIST": "host-a,host-b"}, "host-a"),
-        ({}, None),
-    ],
-)
-def test_master_host(environ: dict[str, str], expected: str | None) -> None:
-    assert master_host(environ) == expected

@@ -28,14 +28,16 @@ _BYTES = 32
 
 class MadeGroups(dict[tuple[str, tuple[int, ...]], dist.ProcessGroup]):
     """Process groups by purpose and ranks. ``secret`` is what their members have proved to know; empty: nothing.
-    ``seconds``: the longest wait in making one. ``lookout``: what waits in them tell.
+    ``seconds``: the longest wait in making one. ``lookout``: what waits in them tell. ``store``: where those who make
+    one meet.
     """
 
-    def __init__(self, secret: bytes, lookout: Lookout, seconds: float) -> None:
+    def __init__(self, secret: bytes, lookout: Lookout, seconds: float, store: dist.Store) -> None:
         super().__init__()
         self.secret = secret
         self.lookout = lookout
         self.seconds = seconds
+        self.store = store
 
     def add(self, purpose: str, ranks: tuple[int, ...], process_group: dist.ProcessGroup) -> None:
         """Take the group in once its members have proved that they belong to it. Collective over them.

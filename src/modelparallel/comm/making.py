@@ -1,11 +1,13 @@
 """Making the process groups of this process; see groups.py.
 
-[Note: making groups] A process that does not come keeps all others from making a group. So nothing in it waits longer
-than the meeting at the store may last (`MadeGroups.seconds`), while the operations of a group may take as long as the
-configuration says.
+[Note: making groups] A process that does not come, or cannot be reached, keeps all others from making a group. So
+nothing in it waits longer than the meeting at the store may last (`MadeGroups.seconds`), while the operations of a
+group may take as long as the configuration says. Those who make a group first meet at the store, where it is known who
+is missing; then gloo connects them. It takes its limit for that of one attempt, of which it makes up to five.
 """
 
 import datetime
+import hashlib
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -14,10 +16,14 @@ import torch.distributed as dist
 
 from modelparallel.comm.authentication import MadeGroups, gather_json
 from modelparallel.comm.groups import Group, Groups
-from modelparallel.comm.waits import Wait
+from modelparallel.comm.waits import Wait, watch
 from modelparallel.config.topology import GroupKind, Topology
 from modelparallel.errors import DivergenceError
 from modelparallel.torch_compat.process_groups import set_timeout
+
+# gloo tries to connect so often; the side that is connected to waits as long as all attempts of the other may last.
+_ATTEMPTS = 5
+_LEAST_SECONDS = 10.0
 
 
 def build_groups(
@@ -126,10 +132,12 @@ def _made_group(
     title = f"making the process group of {purpose}"
     unmade: Any = None
     wait = Wait(Group(GroupKind.WORLD, ranks, own, unmade, made.seconds, lookout=made.lookout), title)
+    if len(ranks) > 1:
+        _come_together(purpose, ranks, made, wait)
     with wait.around():
         process_group: dist.ProcessGroup = dist.new_group(
             list(ranks),
-            timeout=datetime.timedelta(seconds=made.seconds),
+            timeout=datetime.timedelta(seconds=connecting_seconds(made.seconds)),
             backend=backend,
             use_local_synchronization=True,
             group_desc=f"modelparallel {purpose}",
@@ -137,6 +145,27 @@ def _made_group(
     set_timeout(process_group, timeout_seconds)
     made.add(purpose, ranks, process_group)
     return process_group
+
+
+def connecting_seconds(seconds: float) -> float:
+    """The limit to give to gloo, if connecting is to last so many seconds at most (or 50, if that is more, but not more
+    than five times as long: a busy machine needs some time).
+    """
+    return max(seconds / _ATTEMPTS, min(seconds, _LEAST_SECONDS))
+
+
+def _come_together(purpose: str, ranks: tuple[int, ...], made: MadeGroups, wait: Wait) -> None:
+    """Wait until all members are about to make the group. Raises WaitTimeoutError, which names those who are not."""
+    name = f"making {purpose} {hashlib.sha256(repr(ranks).encode()).hexdigest()}"  # there may be thousands
+    made.store.set(f"{name}/{dist.get_rank()}", "")
+    keys = {rank: f"{name}/{rank}" for rank in ranks}
+
+    def described(line: str, verb: str) -> str:
+        missing = [rank for rank, key in keys.items() if not made.store.check([key])]
+        return f"{wait.described(line, verb)}, of whom the global ranks {missing} have not come"
+
+    advice = f" within {made.seconds:g} s (timeout_seconds, at most 300 for this): {wait.advice}"
+    watch(lambda: made.store.check(list(keys.values())), made.lookout, described, made.seconds, advice)
 
 
 def _check_agreement(settings: Mapping[str, Any], world: Group) -> None:

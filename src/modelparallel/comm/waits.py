@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -30,6 +30,7 @@ from modelparallel.comm.lookout import Lookout, Waiting
 from modelparallel.errors import CommunicationError, SMPError, WaitTimeoutError
 
 _CPU = torch.device("cpu")
+_LONGEST_PAUSE = 0.2  # between two looks at a store
 _SAME_CALLS = "all ranks of the group must make the same calls in the same order; see its output"
 
 
@@ -194,31 +195,22 @@ def _limit(seconds: float) -> timedelta:
     return timedelta(seconds=seconds)
 
 
-def meet(store: dist.Store, global_rank: int, num_ranks: int, seconds: float, lookout: Lookout) -> None:
-    """Wait until all processes of the job have come here. Collective over the world.
+def watch(
+    condition: Callable[[], bool], lookout: Lookout, described: Callable[[str, str], str], seconds: float, advice: str
+) -> None:
+    """Look at a store until the condition holds. Looking instead of waiting in the store, which would keep the lookout,
+    that wants to say who is missing, from asking it.
 
-    Raises WaitTimeoutError, which names those that did not come within ``seconds``.
+    Args:
+        described: given a line of the script and "waits" or "waited", who does so there for whom.
+        advice: said with the error.
+
+    Raises WaitTimeoutError.
     """
-    number = store.add(f"modelparallel/meeting/asked by {global_rank}", 1)  # sessions of one process may share a store
-    store = dist.PrefixStore(f"modelparallel/meeting/{number}", store)
-    store.set(str(global_rank), "")
-    if store.add("come", 1) == num_ranks:
-        store.set("all", "")
-
-    def missing() -> Sequence[int]:
-        return [rank for rank in range(num_ranks) if not store.check([str(rank)])]
-
-    def described(line: str, verb: str = "waits") -> str:
-        return f"smp.init: global rank {global_rank} {verb} at {line} for the processes of the global ranks {missing()}"
-
-    with lookout.waiting(described):
-        try:
-            store.wait(["all"], timedelta(seconds=seconds))
-        except RuntimeError as error:
-            if not is_timeout(error):
-                raise
-            raise WaitTimeoutError(
-                f"{described(user_code_line(), 'waited')}, of {num_ranks}: they did not come within {seconds:g} s "
-                "(timeout_seconds, at most 300 for this). They were not started, have failed, or do something else "
-                "before smp.init; see their output"
-            ) from error
+    deadline, pause = time.monotonic() + seconds, 0.002
+    with lookout.waiting(lambda line: described(line, "waits")):
+        while not condition():
+            if time.monotonic() > deadline:
+                raise WaitTimeoutError(f"{described(user_code_line(), 'waited')}{advice}")
+            time.sleep(pause)
+            pause = min(1.5 * pause, _LONGEST_PAUSE)

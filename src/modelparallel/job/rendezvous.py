@@ -1,4 +1,5 @@
-"""How the processes of a job meet: the store through which they find each other, and the secret that they share.
+"""Where the processes of a job meet (meeting.py): the store through which they find each other, and the secret that
+they share.
 
 [Note: who may take part] Whoever reaches the store, or a port at which a process waits for its peers, could take the
 place of a rank, and objects that ranks send each other are pickles: they run code. So the members of every process
@@ -26,13 +27,15 @@ import secrets
 import socket
 import tempfile
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 import torch.distributed as dist
 
 from modelparallel.config.reading import Config
-from modelparallel.errors import CommunicationError, SMPConfigError
+from modelparallel.errors import CommunicationError, SMPConfigError, SMPError
 from modelparallel.job.discovery import ProcessIdentity, master_host
 from modelparallel.job.private_files import is_own, open_private
+from modelparallel.torch_compat import default_store
 
 logger = logging.getLogger("modelparallel")
 
@@ -48,6 +51,33 @@ _MOST_SECRET_BYTES = 1 << 16
 _MADE_SECRET = re.compile(rb"modelparallel secret [0-9a-f]{64}\n")
 #: Of the rendezvous only; the processes of a job start within minutes of each other, or not at all.
 _MOST_SECONDS = 300.0
+_FIRST_PORT, _NUM_PORTS = 20000, 40000
+
+
+@dataclass(frozen=True)
+class Address:
+    """Host and port of a store, and what says so, for errors."""
+
+    host: str
+    port: int
+    reason: str = ""
+
+    def __str__(self) -> str:
+        shown = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{shown}:{self.port}{f' ({self.reason})' if self.reason else ''}"
+
+
+@dataclass(frozen=True)
+class JobStore:
+    """The store of the default process group, and where it is: its host as this process reaches it, empty if nothing
+    listens. `is_of_rank_0`, `is_own`: see `Meeting`.
+    """
+
+    store: dist.Store
+    place: str
+    host: str = ""
+    is_of_rank_0: bool = False
+    is_own: bool = False
 
 
 def most_seconds(config: Config) -> float:
@@ -55,43 +85,68 @@ def most_seconds(config: Config) -> float:
     return min(config.timeout_seconds, _MOST_SECONDS)
 
 
-def make_store(config: Config, identity: ProcessIdentity, environ: Mapping[str, str]) -> dist.Store:
-    """The store of the default process group; a single process uses no network."""
+def make_store(config: Config, identity: ProcessIdentity, environ: Mapping[str, str]) -> JobStore:
+    """The store of the default process group; a single process uses no network.
+
+    Raises CommunicationError, which names the host and the port, where it cannot be reached or served.
+    """
     if identity.world_size == 1:
-        return dist.HashStore()
+        return JobStore(dist.HashStore(), "no place", is_own=True)
     timeout = datetime.timedelta(seconds=most_seconds(config))
     port, _, path = environ.get(STORE_VARIABLE, "").partition(":")
     if path and port == environ.get("MASTER_PORT"):
-        store: dist.Store = dist.FileStore(path, identity.world_size)
+        store = dist.FileStore(path, identity.world_size)
         store.set_timeout(timeout)
-    else:
-        store = _tcp_store(config, identity, environ, timeout)
-    return dist.PrefixStore(f"modelparallel/attempt_{environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        return JobStore(store, path, is_own=True)
+    return _tcp_store(_address(config, identity, environ), identity, environ, timeout)
+
+
+def script_store(environ: Mapping[str, str]) -> JobStore:
+    """The store of a default process group that the script has made; its processes have met there."""
+    return JobStore(
+        default_store(), "the store of the default process group", environ.get("MASTER_ADDR", ""), is_own=True
+    )
 
 
 def _tcp_store(
-    config: Config, identity: ProcessIdentity, environ: Mapping[str, str], timeout: datetime.timedelta
-) -> dist.Store:
-    host, number = _address(config, identity, environ)
-    # torchrun's agent may itself serve the store, and outlives a restart of the workers: keys that the workers of an
-    # earlier attempt left behind would lead to processes that are gone. Hence the attempt in the prefix.
+    address: Address, identity: ProcessIdentity, environ: Mapping[str, str], timeout: datetime.timedelta
+) -> JobStore:
+    # torchrun's agent may itself serve the store, and outlives a restart of the workers.
     is_served_by_agent = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     is_master = identity.global_rank == 0 and not is_served_by_agent
     listening: int | None = None
-    if not is_served_by_agent and is_one_host(identity, environ):
-        host = _LOOPBACK
+    host = address.host
+    try:
+        # Where the launcher does not say who shares a host, MASTER_ADDR may.
+        is_here = identity.is_one_host or (not identity.is_host_known and _is_loopback(host))
+        if not is_served_by_agent and is_here:
+            host = _LOOPBACK
+            if is_master:
+                listening = loopback_listener(address.port)
+        store = dist.TCPStore(
+            host,
+            address.port,
+            world_size=identity.world_size,
+            is_master=is_master,
+            timeout=timeout,
+            multi_tenant=True,
+            master_listen_fd=listening,
+            wait_for_workers=False,  # those who do not come are named where all meet
+        )
+    except (RuntimeError, ValueError, OSError) as error:
         if is_master:
-            listening = loopback_listener(number)
-    return dist.TCPStore(
-        host,
-        number,
-        world_size=identity.world_size,
-        is_master=is_master,
-        timeout=timeout,
-        multi_tenant=True,
-        master_listen_fd=listening,
-        wait_for_workers=False,  # those who do not come are named where all meet
-    )
+            problem, remedy = "cannot serve the store at", "that port is in use, or not allowed: choose another one"
+        else:
+            problem = "cannot reach the store at"
+            remedy = (
+                "check that the process of global rank 0 was started and runs there, and that the host can be reached"
+            )
+        raise CommunicationError(
+            f"global rank {identity.global_rank} of {identity.world_size} (from {identity.source}, on "
+            f"{socket.gethostname()}) {problem} {address}: {str(error).splitlines()[0]}: {remedy} (MASTER_ADDR, "
+            "MASTER_PORT or the parameter ddp_port)"
+        ) from error
+    return JobStore(store, str(address), host, is_of_rank_0=not is_served_by_agent)
 
 
 def loopback_listener(port: int) -> int:
@@ -103,12 +158,22 @@ def loopback_listener(port: int) -> int:
         return listener.detach()
 
 
-def _address(config: Config, identity: ProcessIdentity, environ: Mapping[str, str]) -> tuple[str, int]:
+def _address(config: Config, identity: ProcessIdentity, environ: Mapping[str, str]) -> Address:
     """Host and port of the store."""
+    reasons = []
     host = environ.get("MASTER_ADDR")
     if not host and identity.local_world_size == identity.world_size:
         host = _LOOPBACK
-    host = host or master_host(environ)
+    if not host:
+        host = master_host(environ)
+        reasons += ["MASTER_ADDR is not set, and this is the first node of Slurm's list"] if host else []
+        if host and identity.global_rank == 0 and identity.slurm_step and environ.get("SLURM_NODEID", "0") != "0":
+            raise SMPConfigError(
+                f"MASTER_ADDR is not set, and task 0 of the step {identity.slurm_step} is not on the first node, "
+                f"{host}, but on {socket.gethostname()}: set MASTER_ADDR to that host on all tasks"
+            )
+    if not host and not identity.is_host_known:
+        host, reasons = _LOOPBACK, ["MASTER_ADDR is not set"]
     if not host:
         raise SMPConfigError(
             f"MASTER_ADDR is not set, and {identity.source} does not tell the host of rank 0 of {identity.world_size} "
@@ -117,15 +182,17 @@ def _address(config: Config, identity: ProcessIdentity, environ: Mapping[str, st
     port = environ.get("MASTER_PORT") or str(config.ddp_port)
     if not port.isdigit() or int(port) > 65535:
         raise SMPConfigError(f"environment variable MASTER_PORT: expected int 0..65535, got {port!r}")
-    return host, int(port)
+    number = int(port)
+    if identity.slurm_step and not environ.get("MASTER_PORT") and config.sources["ddp_port"] == "default":
+        number = port_of_step(identity.slurm_step)
+        reasons.append(f"the port of Slurm's job and step {identity.slurm_step}")
+    return Address(host, number, "; ".join(reasons))
 
 
-def is_one_host(identity: ProcessIdentity, environ: Mapping[str, str]) -> bool:
-    """Whether all processes are on this machine, as far as the launcher has said."""
-    if identity.local_world_size != identity.world_size:
-        return False
-    host = environ.get("MASTER_ADDR", "")
-    return identity.is_host_known or (identity.source != "torch.distributed" and _is_loopback(host))
+def port_of_step(step: str) -> int:
+    """A port for a step of Slurm, such as 1234.0: those that share a host have different ones, but by bad luck."""
+    job, _, number = step.partition(".")
+    return _FIRST_PORT + (int(job) * 31 + int(number)) % _NUM_PORTS
 
 
 def _is_loopback(host: str) -> bool:
@@ -136,24 +203,26 @@ def _is_loopback(host: str) -> bool:
 
 
 @contextlib.contextmanager
-def named(identity: ProcessIdentity, environ: Mapping[str, str]) -> Iterator[None]:
+def named(identity: ProcessIdentity, place: str) -> Iterator[None]:
     """Say who failed to meet whom, instead of an error of a socket."""
     try:
         yield
     except (RuntimeError, ValueError, OSError) as error:
-        if isinstance(error, SMPConfigError | CommunicationError):
+        if isinstance(error, SMPError):
             raise
         raise CommunicationError(
-            f"global rank {identity.global_rank} of {identity.world_size} (from {identity.source}) could not meet the "
-            f"other processes at MASTER_ADDR={environ.get('MASTER_ADDR')!r}, "
-            f"MASTER_PORT={environ.get('MASTER_PORT')!r}: {error}: check that all processes were started, that the "
-            "host can be reached and that the port is free"
+            f"global rank {identity.global_rank} of {identity.world_size} (from {identity.source}, on "
+            f"{socket.gethostname()}) could not meet the other processes, which it has found at {place}: {error}: most "
+            "often because one of them has ended, or cannot be reached from this host; see its output"
         ) from error
 
 
 @contextlib.contextmanager
-def shared_secret(store: dist.Store, identity: ProcessIdentity, environ: Mapping[str, str]) -> Iterator[bytes]:
-    """The secret of the job; empty if there is none. Collective over the world, which meets once more inside.
+def shared_secret(
+    store: dist.Store, identity: ProcessIdentity, environ: Mapping[str, str], place: str
+) -> Iterator[bytes]:
+    """The secret of the job; empty if there is none. Collective over the world, which has met at the store, and meets
+    once more inside.
 
     Raises `CommunicationError` for a file that cannot be the secret, `SMPConfigError` for one that was given.
     """
@@ -162,7 +231,7 @@ def shared_secret(store: dist.Store, identity: ProcessIdentity, environ: Mapping
         yield _given_secret(path)
     elif identity.world_size == 1:
         yield b""
-    elif not is_one_host(identity, environ):
+    elif not identity.is_one_host:
         if identity.global_rank == 0:
             logger.info(
                 "several hosts, and %s is not set: every process that reaches the ports of this job can take part in "
@@ -171,9 +240,8 @@ def shared_secret(store: dist.Store, identity: ProcessIdentity, environ: Mapping
             )
         yield b""
     else:
-        with named(identity, environ):  # sessions of one process may share a store
-            number = store.add(f"modelparallel/secret/asked by {identity.global_rank}", 1)
-            key = f"modelparallel/secret/{number}"
+        key = "secret"
+        with named(identity, place):
             if identity.global_rank != 0:
                 secret = _told_secret(os.fsdecode(bytes.fromhex(store.get(key).decode())), identity.global_rank)
             else:

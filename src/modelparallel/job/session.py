@@ -22,14 +22,14 @@ from modelparallel.comm import ending
 from modelparallel.comm.authentication import MadeGroups
 from modelparallel.comm.groups import Groups
 from modelparallel.comm.lookout import Lookout
-from modelparallel.comm.making import build_groups
-from modelparallel.comm.waits import meet
+from modelparallel.comm.making import build_groups, connecting_seconds
 from modelparallel.config.reading import Config, load_config, merge_second_init
 from modelparallel.config.topology import Topology
 from modelparallel.errors import CommunicationError, NotInitializedError, SMPConfigError, SMPError
 from modelparallel.job import rendezvous
-from modelparallel.job.discovery import ProcessIdentity, discover_process
-from modelparallel.torch_compat import default_store
+from modelparallel.job.discovery import ProcessIdentity, discover_process, job_marks, lonely_hint
+from modelparallel.job.meeting import Meeting
+from modelparallel.job.places import Places, find_places
 from modelparallel.torch_compat.process_groups import set_timeout
 
 logger = logging.getLogger("modelparallel")
@@ -62,6 +62,7 @@ class Session:
     identity: ProcessIdentity
     groups: Groups
     device: torch.device
+    places: Places
     # All process groups, so that a second smp.init makes only those that are missing, and all are destroyed at the end.
     made_groups: MadeGroups
     # Made by the wrappers when it is first needed.
@@ -121,20 +122,15 @@ def initialize(parameters: Mapping[str, Any] | str | None = None, environ: Mappi
     config = load_config(parameters, environ)
     identity = _identify(environ)
     config.check_world(identity.world_size)
-    device = _choose_device(identity, environ, may_share=config.shares_devices)
-    backend = backend_for(config, device)
+    if identity.is_host_known:  # before anything is started
+        _choose_device(identity, environ, may_share=config.shares_devices)
     has_default_group = not dist.is_initialized()
     lookout = Lookout(identity.global_rank, config.timeout_seconds)
     if identity.global_rank == 0:
-        for notice in config.notices:
+        for notice in (*config.notices, *filter(None, [lonely_hint(identity, environ)])):
             logger.warning("%s", notice)
-        if config.ddp_dist_backend == "nccl" and device.type != "cuda":
-            logger.warning("ddp_dist_backend='nccl': gloo is used instead, since this process has no GPU")
     try:
-        _meet_all(config, identity, environ, backend, lookout)
-        with rendezvous.shared_secret(default_store(), identity, environ) as secret:
-            made = MadeGroups(secret, lookout, rendezvous.most_seconds(config))
-            session = _assemble(config, identity, device, has_default_group, made)
+        session = _meet_all(config, identity, environ, lookout)
     except BaseException as error:
         lookout.close()
         if has_default_group and isinstance(error, SMPError) and dist.is_initialized():
@@ -182,7 +178,9 @@ def _initialize_again(session: Session, parameters: Mapping[str, Any] | str | No
                 "smp.init was called again, after smp.DistributedModel, with parameters that change the groups "
                 f"({session.topology} -> {topology}): call it before the first model is wrapped"
             )
-        merged = _assemble(config, session.identity, session.device, session._has_default_group, session.made_groups)
+        merged = _assemble(
+            config, session.identity, session.places, session.device, session._has_default_group, session.made_groups
+        )
         session.topology, session.groups = merged.topology, merged.groups
     session.config = config
 
@@ -190,6 +188,7 @@ def _initialize_again(session: Session, parameters: Mapping[str, Any] | str | No
 def _assemble(
     config: Config,
     identity: ProcessIdentity,
+    places: Places,
     device: torch.device,
     has_default_group: bool,
     made: MadeGroups,
@@ -198,17 +197,18 @@ def _assemble(
     backend = backend_for(config, device)
     world = dist.group.WORLD
     try:
-        if world is not None and _carries(backend):
-            made.add("training", tuple(range(identity.world_size)), world)
-        groups = build_groups(
-            topology,
-            identity.global_rank,
-            backend=backend,
-            timeout_seconds=_group_timeout(config),
-            wait_seconds=config.timeout_seconds,
-            settings=config.model_dump(),
-            made=made,
-        )
+        with places.named():
+            if world is not None and _carries(backend):
+                made.add("training", tuple(range(identity.world_size)), world)
+            groups = build_groups(
+                topology,
+                identity.global_rank,
+                backend=backend,
+                timeout_seconds=_group_timeout(config),
+                wait_seconds=config.timeout_seconds,
+                settings=config.model_dump(),
+                made=made,
+            )
     except RuntimeError as error:
         if isinstance(error, SMPError):
             raise
@@ -216,7 +216,7 @@ def _assemble(
             f"global rank {identity.global_rank} of {identity.world_size}: the process groups could not be made, most "
             f"often because another process has ended or has not called smp.init ({str(error).splitlines()[0]})"
         ) from error
-    return Session(config, topology, identity, groups, device, made, _has_default_group=has_default_group)
+    return Session(config, topology, identity, groups, device, places, made, _has_default_group=has_default_group)
 
 
 def _topology(config: Config, world_size: int) -> Topology:
@@ -241,7 +241,7 @@ def _identify(environ: Mapping[str, str]) -> ProcessIdentity:
     global_rank, world_size = dist.get_rank(), dist.get_world_size()
     if (identity.global_rank, identity.world_size) == (global_rank, world_size):
         return identity
-    return ProcessIdentity(global_rank, world_size, global_rank, world_size, "torch.distributed")
+    return ProcessIdentity(global_rank, world_size, -1, 0, "torch.distributed")
 
 
 def _choose_device(identity: ProcessIdentity, environ: Mapping[str, str], *, may_share: bool) -> torch.device:
@@ -261,7 +261,8 @@ def _choose_device(identity: ProcessIdentity, environ: Mapping[str, str], *, may
         raise SMPConfigError(
             f"local rank {identity.local_rank} has no GPU: {identity.local_world_size} processes on {num_devices} GPUs "
             f"of this host: start at most {num_devices} processes per host, let them share GPUs (ddp_dist_backend "
-            f"'gloo', slower), or set {DEVICE_VARIABLE}=cpu"
+            f"'gloo', slower), let each process see all of them (Slurm: --gpus-per-node, not --gpus-per-task), or set "
+            f"{DEVICE_VARIABLE}=cpu"
         )
     return torch.device("cuda", identity.local_rank)
 
@@ -279,24 +280,44 @@ def _group_timeout(config: Config) -> float:
     return max(config.timeout_seconds, config.message_timeout_seconds)
 
 
-def _meet_all(
-    config: Config, identity: ProcessIdentity, environ: Mapping[str, str], backend: str, lookout: Lookout
-) -> None:
-    """All processes meet, and the default process group is made unless the script has: through a store on the host of
-    global rank 0; a single process uses no network.
+def _meet_all(config: Config, identity: ProcessIdentity, environ: Mapping[str, str], lookout: Lookout) -> Session:
+    """All processes meet, find out where they are, and make the default process group, unless the script has, and all
+    others: through a store on the host of global rank 0; a single process uses no network.
     """
     seconds = rendezvous.most_seconds(config)
-    if dist.is_initialized():
-        meet(default_store(), identity.global_rank, identity.world_size, seconds, lookout)
-        return
-    with rendezvous.named(identity, environ):
-        store = rendezvous.make_store(config, identity, environ)
-        meet(store, identity.global_rank, identity.world_size, seconds, lookout)
-        dist.init_process_group(
-            backend,
-            store=store,
-            rank=identity.global_rank,
-            world_size=identity.world_size,
-            timeout=datetime.timedelta(seconds=seconds),
-        )
-    set_timeout(None, _group_timeout(config))
+    has_default_group = not dist.is_initialized()
+    found = rendezvous.make_store(config, identity, environ) if has_default_group else rendezvous.script_store(environ)
+    with rendezvous.named(identity, found.place):
+        store = Meeting(
+            found.store,
+            identity,
+            marks=job_marks(identity, environ),
+            settings=config.model_dump(),
+            place=found.place,
+            is_of_rank_0=found.is_of_rank_0,
+            is_own=found.is_own,
+            seconds=seconds,
+            lookout=lookout,
+        ).hold()
+        places = Places.of_one_host(identity.world_size)
+        if not identity.is_one_host:
+            identity, places = find_places(
+                store, identity, os.environ, found.host, seconds, may_choose=has_default_group
+            )
+    device = _choose_device(identity, environ, may_share=config.shares_devices)
+    backend = backend_for(config, device)
+    if identity.global_rank == 0 and config.ddp_dist_backend == "nccl" and device.type != "cuda":
+        logger.warning("ddp_dist_backend='nccl': gloo is used instead, since this process has no GPU")
+    if has_default_group:
+        with places.named(), rendezvous.named(identity, found.place):
+            dist.init_process_group(
+                backend,
+                store=store,
+                rank=identity.global_rank,
+                world_size=identity.world_size,
+                timeout=datetime.timedelta(seconds=connecting_seconds(seconds)),
+            )
+        set_timeout(None, _group_timeout(config))
+    with rendezvous.shared_secret(store, identity, environ, found.place) as secret:
+        made = MadeGroups(secret, lookout, seconds, store)
+        return _assemble(config, identity, places, device, has_default_group, made)

@@ -14,7 +14,7 @@ from typing import Any
 from modelparallel.config.reading import ENVIRONMENT_KEY, ENVIRONMENT_WITHOUT_EFFECT, Config, load_config
 from modelparallel.errors import LaunchError, SMPError
 from modelparallel.errors.foreign_text import one_line
-from modelparallel.job.discovery import LAUNCHER_VARIABLES, discover_process
+from modelparallel.job.discovery import LAUNCHER_VARIABLES, discover_process, lonely_hint
 from modelparallel.launch.clusters.secrets import TOKEN_SHAPE
 from modelparallel.launch.devices import VISIBLE_VARIABLE, num_gpus, resolve_device
 from modelparallel.launch.environment import OUTER_RANK_VARIABLES
@@ -24,7 +24,10 @@ from modelparallel.version import __version__
 
 #: Packages that have a say in how a job runs.
 _PACKAGES = ("numpy", "pydantic", "safetensors", "fsspec", "transformers", "accelerate", "torchvision", "mpi4py")
-_ALSO_SET_BY_LAUNCHERS = ("MASTER_PORT", "OMP_NUM_THREADS", "GLOO_SOCKET_IFNAME", VISIBLE_VARIABLE)
+_ALSO_SET_BY_LAUNCHERS = (
+    "MASTER_PORT", "OMP_NUM_THREADS", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "TORCHELASTIC_USE_AGENT_STORE",
+    VISIBLE_VARIABLE,
+)  # fmt: skip
 _NAMES = {*LAUNCHER_VARIABLES, *OUTER_RANK_VARIABLES, *_ALSO_SET_BY_LAUNCHERS, *ENVIRONMENT_WITHOUT_EFFECT}
 _OWN = ("MODELPARALLEL_", "SMP_")
 
@@ -114,10 +117,15 @@ def _launcher(environ: Mapping[str, str]) -> Iterator[str]:
         if identity.world_size == 1:
             yield "this process is alone"
         else:
-            yield (
-                f"this process is rank {identity.global_rank} of {identity.world_size}, local rank "
-                f"{identity.local_rank} of {identity.local_world_size} (from {identity.source})"
+            local = (
+                f"local rank {identity.local_rank} of {identity.local_world_size}"
+                if identity.is_host_known
+                else "which processes share its host is found out by smp.init"
             )
+            rank = f"rank {identity.global_rank} of {identity.world_size}"
+            yield f"this process is {rank}, {local} (from {identity.source})"
+        if hint := lonely_hint(identity, environ):
+            yield hint
     except SMPError as error:
         yield str(error)
     for name in sorted(environ):
