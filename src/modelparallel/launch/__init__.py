@@ -7,6 +7,7 @@ docs/launching.md and docs/rehearsal.md say what a script finds.
 """
 
 from modelparallel.launch.clusters.cluster import Cluster, JobStatus, Rendered
+from modelparallel.launch.clusters.k8s.cluster import Kubernetes
 from modelparallel.launch.clusters.sagemaker.cluster import SageMaker
 from modelparallel.launch.clusters.slurm import Slurm
 from modelparallel.launch.estimator import Estimator, HuggingFace, PyTorch
@@ -26,6 +27,7 @@ __all__ = [
     "JobResult",
     "JobSpec",
     "JobStatus",
+    "Kubernetes",
     "PyTorch",
     "RankFailure",
     "Rendered",

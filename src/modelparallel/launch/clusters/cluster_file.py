@@ -33,10 +33,11 @@ FILE_NAME = "modelparallel.toml"
 
 def kinds() -> dict[str, type[Cluster]]:
     """Every kind of cluster, by its word."""
+    from modelparallel.launch.clusters.k8s.cluster import Kubernetes
     from modelparallel.launch.clusters.sagemaker.cluster import SageMaker
     from modelparallel.launch.clusters.slurm import Slurm
 
-    found: tuple[type[Cluster], ...] = (Slurm, SageMaker)
+    found: tuple[type[Cluster], ...] = (Slurm, SageMaker, Kubernetes)
     return {cluster.kind: cluster for cluster in found}
 
 

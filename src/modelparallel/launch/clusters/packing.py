@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import BinaryIO, Literal, get_args
 
 from modelparallel.errors import LaunchError
 from modelparallel.launch.clusters.code_tree import CodeEntry, code_entries
@@ -74,6 +74,13 @@ def pack_code(
         with suppress(OSError):
             partial.unlink(missing_ok=True)
     return PackedCode(target, tuple(entries), len(content), hashlib.sha256(content).hexdigest())
+
+
+def archive_bytes(job: ClusterJob) -> bytes:
+    """The archive of `pack_code` in memory, with the library in the image. Only reads. Raises as `pack_code`."""
+    stream = io.BytesIO()
+    _write_archive(stream, package_entries(job).values())
+    return stream.getvalue()
 
 
 def package_entries(
@@ -145,7 +152,7 @@ def _add_requirements(job: ClusterJob, entries: dict[str, CodeEntry], lines: lis
     entries[REQUIREMENTS] = CodeEntry.made(REQUIREMENTS, text + "".join(f"{line}\n" for line in lines).encode())
 
 
-def _write_archive(file: io.BufferedWriter, entries: Iterable[CodeEntry]) -> None:
+def _write_archive(file: BinaryIO, entries: Iterable[CodeEntry]) -> None:
     # No name and no time of the archive itself; of the files neither times nor owners.
     with gzip.GzipFile(filename="", mode="wb", fileobj=file, mtime=0) as stream:
         with tarfile.open(mode="w", fileobj=stream, format=tarfile.PAX_FORMAT) as archive:
