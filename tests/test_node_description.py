@@ -55,6 +55,10 @@ def test_a_description_comes_back(tmp_path):
     )
     assert found.folder == tmp_path and found.secrets_file == tmp_path / "secrets.env"
     assert found.code == str(tmp_path / "sourcedir.tar.gz")
+    (tmp_path / "unpacked").mkdir()
+    (tmp_path / "code").symlink_to("unpacked")
+    assert read_node_description(tmp_path / "job.json").code == str(tmp_path / "sourcedir.tar.gz")
+    (tmp_path / "code").unlink()
     (tmp_path / "code").mkdir()
     assert read_node_description(tmp_path / "job.json").code == str(tmp_path / "code")
 

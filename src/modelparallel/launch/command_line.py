@@ -39,6 +39,7 @@ from modelparallel.launch.folder import JobFolder, default_folder, new_job_name
 from modelparallel.launch.hosts import THIS_MACHINE, Hosts
 from modelparallel.launch.job import run_job
 from modelparallel.launch.mpi_hosts import parse_hosts, read_hostfile
+from modelparallel.launch.node_command import node
 from modelparallel.launch.node_place import NodePlace, PlaceOptions, find_place
 from modelparallel.launch.node_run import JOIN_SECONDS, run_node
 from modelparallel.launch.output import open_missing_descriptors
@@ -238,6 +239,7 @@ def env(
 
 
 register(app)
+app.command()(node)
 
 
 def _place(script: str, options: PlaceOptions) -> NodePlace | None:

@@ -8,6 +8,7 @@
     status/                              how each process tells the launcher that it started, failed or finished
     attempts/<number>/                   logs, events and status of an attempt that was followed by another one
     attempts/attempts.json               how each attempt ended, if the job may restart
+    starts/<number>/                     the same of a whole start of the job, before its engine started it again
 
 Of a job on several hosts each has its own logs/node_<k>, events/node_<k> and status/node_<k>, so that the folder may be
 one that all of them share; status/nodes.json then says which job it is that they share. Hosts that do not see each
@@ -205,7 +206,8 @@ class JobFolder:
             self._make_own_directories()
             for directory in (self.model, self.output_data, self.output_intermediate):
                 directory.mkdir(parents=True, exist_ok=True)
-            links = {self.code: source_dir}
+            # The code of a submitted job may lie in its folder already.
+            links = {} if source_dir == self.code and not self.code.is_symlink() else {self.code: source_dir}
             for name, path in channels.items():
                 if not path.is_dir():
                     # A channel is a directory for the script, also when it is given as one file.
@@ -298,13 +300,31 @@ class JobFolder:
         """Move logs, events and status of an attempt that has ended to a folder of its own; the launcher's log stays.
         No process of the attempt is alive.
         """
-        target = self.attempt(number)
+        self._move_written(self.attempt(number), (self.launcher_log,))
+
+    def put_start_aside(self, number: int) -> None:
+        """Move what the start of the job before this one has left, on all nodes, to `starts/<number>`: a batch system
+        starts a job again in the same folder. Raises `LaunchError` for what is in the way.
+        """
+        target = self.root / "starts" / str(number)
+        try:
+            for part in JobFolder(self.root).of_nodes():
+                part._move_written(JobFolder(target, part.node))
+            if _written(self.attempts) or any(self._attempt_folders()):
+                self.attempts.rename(target / "attempts")
+            if self.failure_file.is_file():
+                _make_own(target / "output", self.root)
+                self.failure_file.rename(JobFolder(target).failure_file)
+        except OSError as error:
+            raise LaunchError(f"what is left of the start before cannot be moved to {target}: {error}") from error
+
+    def _move_written(self, target: "JobFolder", but: tuple[Path, ...] = ()) -> None:
         for directory, kept in (
             (self.logs, target.logs), (self.status, target.status), (self.events, target.events)
         ):  # fmt: skip
             _make_own(kept, self.root)
             for path in _written(directory):
-                if path != self.launcher_log:
+                if path not in but:
                     path.rename(kept / path.name)
 
     def write_input_config(self, name: str, content: Mapping[str, Any]) -> None:

@@ -46,7 +46,35 @@ def held(root: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _open_mark(root: Path) -> int:
+def make_job_folder(root: Path, *, may_hold: bool = False) -> None:
+    """Make the folder and its mark, for a job that was submitted into it.
+
+    Args:
+        may_hold: it was made, and filled, for this job by whoever submitted it.
+
+    Raises `LaunchError` as `held`.
+    """
+    descriptor = _open_mark(root, may_hold)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if may_hold and not os.pread(descriptor, 1, 0):
+            os.pwrite(descriptor, (json.dumps(_own(root, descriptor)) + "\n").encode(), 0)
+        _check_mark(root, descriptor)
+    except BlockingIOError:  # another node of the job holds it, so that it is one
+        pass
+    except OSError as error:
+        raise LaunchError(f"{root} cannot be made a job folder ({error}): choose another one") from error
+    finally:
+        os.close(descriptor)
+
+
+def _own(root: Path, descriptor: int) -> dict[str, Any]:
+    """What the mark of this folder says."""
+    numbers = [os.stat(root).st_ino, os.fstat(descriptor).st_ino]
+    return {"kind": _KIND, "path": os.path.realpath(root), "numbers": numbers}
+
+
+def _open_mark(root: Path, may_hold: bool = False) -> int:
     path, flags = root / MARK, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
         if not root.is_dir():
@@ -56,7 +84,7 @@ def _open_mark(root: Path) -> int:
             try:
                 return os.open(path, flags)
             except FileNotFoundError:
-                if others := _entries(root):
+                if (others := _entries(root)) and not may_hold:
                     raise LaunchError(
                         f"{root} is no folder of a job and holds {_shown(others)}{_unmarked(others)}: {_ADVICE}"
                     ) from None
@@ -80,11 +108,7 @@ def _check_mark(root: Path, descriptor: int) -> None:
     except OSError as error:
         raise LaunchError(f"{root} belongs to another user ({error}): choose another folder") from error
     text = os.pread(descriptor, _MAX_BYTES, 0)
-    own = {
-        "kind": _KIND,
-        "path": os.path.realpath(root),
-        "numbers": [os.stat(root).st_ino, os.fstat(descriptor).st_ino],
-    }
+    own = _own(root, descriptor)
     others = [name for name in _entries(root) if name != MARK]
     if not text and not others:
         os.pwrite(descriptor, (json.dumps(own) + "\n").encode(), 0)

@@ -50,6 +50,8 @@ class Lead:
         deadline, say_at = time.monotonic() + seconds, time.monotonic() + _SAY_SECONDS
         while True:
             offers = self._offers(1)
+            if problems := [f"{offer.host} (node {offer.node}): {offer.error}" for offer in offers if offer.error]:
+                raise LaunchError("; ".join(problems))
             is_late = time.monotonic() >= deadline
             is_called = time.monotonic() >= self._last_arrival + LAST_CALL_SECONDS
             if len(offers) >= self._place.most or (len(offers) >= self._place.least and (is_late or is_called)):

@@ -70,6 +70,7 @@ def run_node(
     *,
     show_all: bool = False,
     join_seconds: float = JOIN_SECONDS,
+    problem: str = "",
 ) -> JobResult:
     """Run the processes of this host, together with those of the others, and say how the job ended on all of them.
 
@@ -84,11 +85,15 @@ def run_node(
         monitor: watches the ranks, and can be asked from another thread to stop the job.
         show_all: show the output of all ranks, also if they are more than eight.
         join_seconds: how long the hosts wait for each other at the beginning.
+        problem: why this host cannot take part; then the others are told, and nothing is started on any.
 
     Raises:
         LaunchError: the job could not be started; nothing was started on any host.
     """
-    check_script(job.script)
+    if problem and place.most == 1:
+        raise LaunchError(problem)
+    if not problem:
+        check_script(job.script)
     checked_job_name(job.name)
     job = replace(job, earlier_starts=place.restart_count)
     if place.most == 1:
@@ -112,7 +117,7 @@ def run_node(
     with asked_by_signal(monitor), ended_by_signal(monitor), ExitStack() as stack:
         try:
             store = stack.enter_context(joined_store(place, join_seconds, say))
-            return _NodeRun(job, store, stream, monitor, say, show_all, join_seconds).run(stack)
+            return _NodeRun(job, store, stream, monitor, say, show_all, join_seconds).run(stack, problem)
         except (JobInterrupted, KeyboardInterrupt) as interruption:
             number = interruption.signal if isinstance(interruption, JobInterrupted) else signal.SIGINT
             message = f"job {job.name} was stopped by {signal.Signals(number).name} before it was started here"
@@ -153,11 +158,11 @@ class _NodeRun:
         self._own_attempts: list[Attempt] = []
         self._ended_by_others: float | None = None
 
-    def run(self, stack: ExitStack) -> JobResult:
+    def run(self, stack: ExitStack, problem: str) -> JobResult:
         """Take part from the beginning to the end."""
         attempts: list[Attempt] = []
         try:
-            plan = self._begin(stack)
+            plan = self._begin(stack, problem)
             started, number = time.monotonic(), 1
             while True:
                 verdict = self._run_attempt(number, plan)
@@ -187,9 +192,9 @@ class _NodeRun:
 
     # --- before anything is started ---
 
-    def _begin(self, stack: ExitStack) -> Plan:
+    def _begin(self, stack: ExitStack, problem: str) -> Plan:
         """All hosts agree on what is started, and prepare their folders. Raises `LaunchError` on all of them."""
-        self._store.put(f"offers/1/{self._node}", asdict(self._offer()))
+        self._store.put(f"offers/1/{self._node}", asdict(self._offer(problem)))
         warnings: list[str] = []
         if self._lead is not None:
             try:

@@ -162,5 +162,6 @@ def read_node_description(path: Path) -> NodeDescription:
         raise LaunchError(f"{path} is no description of a job: {error}") from error
     if not code:
         beside = parent / "code"
-        code = str(beside if beside.is_dir() else parent / "sourcedir.tar.gz")
+        # A link is one that a start of the job before this one has made, to where it had unpacked the archive.
+        code = str(beside if beside.is_dir() and not beside.is_symlink() else parent / "sourcedir.tar.gz")
     return NodeDescription(job, parent / folder, code if "://" in code else str(parent / code), path)

@@ -39,6 +39,7 @@ _EXAMPLES = {
     _AWS: "aws-secretsmanager:arn:aws:secretsmanager:us-west-2:123456789012:secret:hf-AbCdEf",
 }
 _MOST_BYTES = 1 << 16
+_LEAST_LINE = 6
 
 
 def secret_options(texts: Sequence[str]) -> dict[str, str]:
@@ -259,8 +260,11 @@ def _from_aws(name: str, text: str) -> str:
 
 
 def without_values(values: Mapping[str, str]) -> Callable[[str], str]:
-    """A function that puts `***` in the place of every value in a text, for messages of others that may quote them."""
-    found = sorted(filter(None, values.values()), key=len, reverse=True)
+    """A function that puts `***` in the place of every value in a text, and of each of its lines, since texts are cut:
+    for messages of others, which may quote them.
+    """
+    lines = [line for value in values.values() for line in value.splitlines() if len(line) >= _LEAST_LINE]
+    found = sorted(filter(None, (*values.values(), *lines)), key=len, reverse=True)
 
     def hide(text: str) -> str:
         for value in found:
