@@ -176,6 +176,7 @@ def test_image_of_ones_own_is_started_by_the_node_command(tmp_path):
     assert path == "s3://sagemaker-us-west-2-123456789012/job-1/source/job.json"
     described = json.loads(text)
     assert described["arguments"] == ["--flag", "-lr=1", "name"] and described["checkpoints"] == "/opt/ml/checkpoints"
+    assert described["folder"] == "/opt/ml/job" and described["output"] == "/opt/ml" and described["code"] == ""
     assert described["channels"]["train"]["location"] == "/opt/ml/input/data/train"
     assert described["channels"]["web"]["location"] == "https://example.com/x.tar"
 
@@ -289,7 +290,11 @@ def test_unknown_key_of_the_cluster_file():
 
 def test_torch_distributed_starts_a_process_for_each_accelerator(tmp_path):
     distribution = {"torch_distributed": {"enabled": True}}
-    refused(tmp_path, "starts one per accelerator, that is 8", distribution=distribution, processes_per_node=4)
+    hyperparameters = asked(tmp_path, distribution=distribution)["HyperParameters"]
+    assert not any("mpi" in name for name in hyperparameters)
+    hyperparameters = asked(tmp_path, distribution=distribution, processes_per_node=4)["HyperParameters"]
+    assert hyperparameters["sagemaker_mpi_num_of_processes_per_host"] == "4"
+    assert "sagemaker_mpi_enabled" not in hyperparameters
 
 
 def test_channel_named_as_the_code(tmp_path):

@@ -15,7 +15,9 @@ import subprocess
 import sys
 import sysconfig
 import venv
-from collections.abc import Mapping
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,8 @@ from scripts import ROOT
 REQUIREMENTS = ("sagemaker-training==5.1.4", "moto[server]", "boto3>=1.44", "retrying")
 #: Its other requirements are those of a serving stack.
 REQUIREMENTS_ALONE = ("sagemaker-pytorch-training==3.0.0",)
+#: The SDK of today, whose drivers travel with the job; of its package the files alone are needed.
+DRIVERS = "sagemaker-train==1.27.0"
 FRAMEWORK = "sagemaker_pytorch_container.training:main"
 FOLDER_VARIABLE = "MODELPARALLEL_TEST_TOOLKIT"
 
@@ -38,7 +42,8 @@ import os, sys
 if "OMPI_COMM_WORLD_RANK" in os.environ or "LOCAL_RANK" in os.environ:
     import torch
     from modelparallel.launch import rehearsal
-    rehearsal.start(script_directories=["/opt/ml/code"], num_devices=int(os.environ["TEST_DEVICES"]))
+    places = ["/opt/ml/code", "/opt/ml/input/data/code"]
+    rehearsal.start(script_directories=places, num_devices=int(os.environ["TEST_DEVICES"]))
 
     class Exact(float):
         def __format__(self, spec):
@@ -90,6 +95,40 @@ def toolkit_environment() -> Path:
     return programs
 
 
+def drivers(folder: Path, entry_script: str, processes: int) -> Path:
+    """The channel `sm_drivers` that ModelTrainer would send for `Torchrun(process_count_per_node=...)`."""
+    pip = [
+        toolkit_environment() / "python",
+        "-m",
+        "pip",
+        "-q",
+        "download",
+        "--no-deps",
+        "-d",
+        folder / "wheel",
+        DRIVERS,
+    ]
+    result = subprocess.run(pip, capture_output=True, text=True)
+    if result.returncode:
+        pytest.skip(f"{DRIVERS} cannot be fetched: {result.stderr.strip()[-300:]}")
+    (wheel,) = (folder / "wheel").glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder / "package")
+    package = folder / "package" / "sagemaker" / "train"
+    channel = folder / "sm_drivers"
+    shutil.copytree(package / "container_drivers", channel)
+    scope: dict[str, Any] = {}
+    exec((package / "templates.py").read_text(), scope)
+    driver = scope["EXEUCTE_DISTRIBUTED_DRIVER"].format(driver_name="Torchrun", driver_script="torchrun_driver.py")
+    script = scope["TRAIN_SCRIPT_TEMPLATE"].format(
+        working_dir="cd /opt/ml/input/data/code \n", install_requirements="", execute_driver=driver
+    )
+    (channel / "sm_train.sh").write_text(script)
+    (channel / "sourcecode.json").write_text(json.dumps({"entry_script": entry_script}))
+    (channel / "distributed.json").write_text(json.dumps({"process_count_per_node": processes}))
+    return channel
+
+
 def need_sshd() -> None:
     """The toolkit starts mpirun's agents by ssh. Skips the test if there is no server, and none can be installed."""
     if Path("/usr/sbin/sshd").exists():
@@ -100,6 +139,20 @@ def need_sshd() -> None:
     result = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     if result.returncode:
         pytest.skip(f"openssh-server cannot be installed: {result.stderr.strip()[-300:]}")
+
+
+@contextmanager
+def mount_points() -> Iterator[None]:
+    """Folders that containers have files of their own at; those that the machine did not have are gone after it."""
+    made = [path for path in ("/opt/ml", "/root/.ssh") if not os.path.isdir(path)]
+    for path in made:
+        os.mkdir(path)
+    try:
+        yield
+    finally:
+        for path in made:
+            with suppress(OSError):
+                os.rmdir(path)
 
 
 @dataclass
@@ -201,8 +254,6 @@ class Container:
 
     def start(self, command: list[str], log: Path, request: Mapping[str, Any], **variables: str) -> subprocess.Popen:
         """Run a command in the container, with its own files and processes."""
-        for path in ("/opt/ml", "/root/.ssh"):
-            os.makedirs(path, exist_ok=True)
         environ = {
             **self.image.variables(),
             "TRAINING_JOB_NAME": request["TrainingJobName"],

@@ -15,10 +15,9 @@ from typing import Any
 from modelparallel.errors import LaunchError
 from modelparallel.launch.clusters.checks import check_instance_type, check_name, check_shape
 from modelparallel.launch.clusters.description import ClusterJob
-from modelparallel.launch.clusters.instances import devices_of
 from modelparallel.launch.clusters.sagemaker.options import ServiceOptions, as_request
 from modelparallel.launch.clusters.sagemaker.place import split_url
-from modelparallel.launch.clusters.sagemaker.program import CODE_CHANNEL, TOOLKIT_PREFIX, starts_by_torch
+from modelparallel.launch.clusters.sagemaker.program import CODE_CHANNEL, TOOLKIT_PREFIX
 from modelparallel.launch.clusters.sagemaker.request import instance_type, is_mounted, max_run
 from modelparallel.launch.clusters.secrets import check_secrets
 
@@ -55,8 +54,6 @@ def check_job(job: ClusterJob, options: ServiceOptions, *, is_own: bool) -> None
             f'secrets {", ".join(job.secrets)}: the training toolkit has no place for them: set container = "own" '
             "(our node command fetches them), or let the script fetch them by its role"
         )
-    if starts_by_torch(job) and not is_own:
-        _check_process_per_device(job, options)
 
 
 def _check_machines(job: ClusterJob, options: ServiceOptions) -> None:
@@ -78,16 +75,6 @@ def _check_machines(job: ClusterJob, options: ServiceOptions) -> None:
         raise LaunchError(f"instance_type {kind!r}: expected a training instance of the service: ml.<family>.<size>")
     if warning := check_instance_type(job):
         logger.warning("%s", warning)
-
-
-def _check_process_per_device(job: ClusterJob, options: ServiceOptions) -> None:
-    devices = devices_of(instance_type(job, options) or "")
-    if devices is not None and job.processes_per_node != max(devices, 1):
-        raise LaunchError(
-            f"{job.processes_per_node} processes per host with torch_distributed on {job.instance_type}: the toolkit "
-            f"starts one per accelerator, that is {max(devices, 1)}: say that number, or use mpi with "
-            "processes_per_host"
-        )
 
 
 def _check_times(job: ClusterJob, options: ServiceOptions) -> None:

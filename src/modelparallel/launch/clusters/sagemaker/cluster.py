@@ -47,7 +47,9 @@ logger = logging.getLogger("modelparallel.launch")
 _AT_WORK = ("Training", "Uploading", "Stopping")
 _STATES: dict[str, State] = {"Completed": "succeeded", "Failed": "failed", "Stopped": "stopped"}
 _ANY_ACCOUNT = "0" * 12
-_CHECKPOINTS = "/opt/ml/checkpoints"
+#: What the service knows of a container's files.
+_BASE = "/opt/ml"
+_CHECKPOINTS = f"{_BASE}/checkpoints"
 _EXIT_CODE = re.compile(r"exit ?code:? (\d+)", re.I)
 _TIMED_OUT = ("MaxRuntimeExceeded", "MaxWaitTimeExceeded")
 
@@ -384,13 +386,14 @@ def _upload_channel(service: Service, name: str, path: Path, url: str) -> None:
 def _description(job: ClusterJob) -> str:
     """job.json for a container: what the service mounts has a path there."""
     channels = {
-        name: DataChannel(f"/opt/ml/input/data/{name}") if is_mounted(channel) else channel
+        name: DataChannel(f"{_BASE}/input/data/{name}") if is_mounted(channel) else channel
         for name, channel in job.channels.items()
     }
     # The service mounts what checkpoint_s3_uri names.
     checkpoints = None if job.checkpoints is None else _CHECKPOINTS
-    inside = dataclasses.replace(job, channels=channels, checkpoints=checkpoints, output=None, service_options={})
-    return node_description(inside)
+    # Sent there at the end, the names of a job folder are those that the service uploads: model, output/data.
+    inside = dataclasses.replace(job, channels=channels, checkpoints=checkpoints, output=_BASE, service_options={})
+    return node_description(inside, folder=f"{_BASE}/job")
 
 
 def _folder_of(url: str) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 
 from modelparallel.errors import LaunchError
 from modelparallel.launch.clusters.description import ClusterJob
+from modelparallel.launch.clusters.instances import devices_of
 from modelparallel.launch.clusters.sagemaker.options import ServiceOptions
 
 #: The channel of the code, where the container has to find it as a file.
@@ -88,14 +89,12 @@ def _start_of_processes(job: ClusterJob, instance_type: str | None) -> dict[str,
         values |= {MP_PARAMETERS: _as_given(job), "sagemaker_distributed_dataparallel_enabled": False}
     if by_torch:
         values["sagemaker_torch_distributed_enabled"] = True
+        # Without this it is one for each accelerator that the container has.
+        if job.processes_per_node != max(devices_of(instance_type or "") or 0, 1):
+            values["sagemaker_mpi_num_of_processes_per_host"] = job.processes_per_node
     if instance_type is not None and (by_torch or job.parameters is not None):
         values["sagemaker_instance_type"] = instance_type
     return values
-
-
-def starts_by_torch(job: ClusterJob) -> bool:
-    """Whether the toolkit starts a process per accelerator, whatever number was said."""
-    return job.distribution is not None and any(_is_enabled(job.distribution, name) for name in _TORCH_DISTRIBUTED)
 
 
 def _is_enabled(distribution: Mapping[str, Any], name: str) -> bool:
