@@ -8,12 +8,15 @@
 
     modelparallel env
 
+    modelparallel cluster-check --nproc 2
+
     modelparallel checkpoint inspect checkpoints
 
     modelparallel submit --cluster gpu --nodes 2 train.py --epochs 3
 
-docs/launching.md has every option of the first, docs/schedules.md shows what the second prints, docs/diagnosis.md the
-third and the fourth, docs/checkpoints.md the fifth, docs/clusters.md the last and those that follow such a job.
+docs/launching.md has every option of the first and of the fifth, docs/schedules.md shows what the second prints,
+docs/diagnosis.md the third and the fourth, docs/checkpoints.md the sixth, docs/clusters.md the last and those that
+follow such a job.
 """
 
 import math
@@ -33,6 +36,7 @@ from modelparallel.job.node_lists import expand_nodes
 from modelparallel.launch.channels import channel_options, input_channels
 from modelparallel.launch.checkpoint_commands import checkpoint_app
 from modelparallel.launch.cluster_commands import register
+from modelparallel.launch.cluster_report import parse_sizes
 from modelparallel.launch.devices import check_devices, resolve_device
 from modelparallel.launch.explain import explain as explain_job
 from modelparallel.launch.folder import JobFolder, default_folder, new_job_name
@@ -159,6 +163,33 @@ def run(
         stop(str(error), USAGE_EXIT_CODE)
     if result.exit_code != 0:
         stop(result.message, result.exit_code)
+
+
+@app.command("cluster-check", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def cluster_check(
+    context: typer.Context,
+    sizes: Annotated[
+        str | None, typer.Option(help="What is all-reduced, in bytes, separated by commas.", metavar="N,N,...")
+    ] = None,
+    json: Annotated[Path | None, typer.Option(help="Write the report as JSON into this file, too.")] = None,
+) -> None:
+    """Run one process per device and say whether they find each other, how fast they talk over each axis, and whether
+    they are alike. The other options are those of `modelparallel run`: --nproc, --parameters, ...
+
+    Exit code 1 if something has to be mended, else as with `run`. For other launchers, one process per device:
+    python -m modelparallel.launch.cluster_check.
+    """
+    try:
+        if sizes is not None:
+            parse_sizes(sizes)
+    except SMPError as error:
+        stop(str(error), USAGE_EXIT_CODE)
+    command = cast(Any, context.find_root().command).commands["run"]
+    arguments = [*context.args, str(Path(__file__).with_name("cluster_check.py"))]
+    arguments += [] if sizes is None else ["--sizes", sizes]
+    arguments += [] if json is None else ["--json", str(json.absolute())]
+    with command.make_context("run", arguments, parent=context.parent) as as_run:
+        command.invoke(as_run)
 
 
 @app.command()
