@@ -460,6 +460,27 @@ def test_a_job_that_is_stopped_while_it_is_prepared_leaves_nothing(submitted, tm
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
+def test_a_preemption_while_the_job_is_prepared_reaches_the_script(submitted, tmp_path, monkeypatch):
+    put("memory://bucket/x", "data")
+    script = """
+        import os, time
+        while not os.path.exists(os.environ["MODELPARALLEL_PREEMPTION_FILE"]):
+            time.sleep(0.01)
+        raise SystemExit(85)
+    """
+    path = submitted(script, channels={"far": DataChannel("memory://bucket/x")}, max_seconds=120.0)
+    fetch = node_preparation.fetch
+
+    def preempted(*arguments):
+        os.kill(os.getpid(), signal.SIGUSR1)
+        return fetch(*arguments)
+
+    monkeypatch.setattr(node_preparation, "fetch", preempted)
+    assert run(path).exit_code == 85
+    end = read_job_end(path.parent)
+    assert end.state == "pending" and "was preempted" in end.reason
+
+
 def test_scratch_is_shared_and_removed_by_the_last(submitted, tmp_path):
     told = read_node_description(submitted())
     made = []

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from modelparallel.errors import LaunchError
 from modelparallel.launch.clusters.cluster import Cluster, JobStatus, Rendered
+from modelparallel.launch.clusters.cluster_file import kinds, make_cluster
 from modelparallel.launch.clusters.description import ClusterJob, DataChannel, node_description
 from modelparallel.launch.clusters.secrets import (
     check_plain,
@@ -77,6 +78,33 @@ def test_a_rendering_holds_no_secret(tmp_path, monkeypatch):
     job = planted.added_to(job_of(tmp_path))
     assert_renders_no_secret(SlurmLike(), job, planted)
     assert masked_secrets(job) == "PLANTED_FILE='***'\nPLANTED_VARIABLE='***'\n"
+
+
+ROWS = {
+    "slurm": {"folder": "/shared/jobs"},
+    "kubernetes": {"image": "registry.example.com/mp:1"},
+    "sagemaker": {
+        "role": "arn:aws:iam::123456789012:role/r",
+        "region": "us-west-2",
+        "image": "123456789012.dkr.ecr.us-west-2.amazonaws.com/mp:1",
+        "container": "own",
+    },
+}
+
+
+@pytest.mark.parametrize("kind", sorted(kinds()))
+def test_no_kind_of_cluster_renders_a_secret(tmp_path, monkeypatch, kind):
+    """Those that take values from this machine show none; the others refuse them, and show none either."""
+    (tmp_path / "t.py").write_text("")
+    planted = planted_secrets(monkeypatch, tmp_path)
+    cluster = make_cluster("c", {"kind": kind, **ROWS[kind]}, "here")
+    plain = job_of(tmp_path, instance_type="ml.p4d.24xlarge" if kind == "sagemaker" else None)
+    cluster.render(plain)
+    try:
+        assert_renders_no_secret(cluster, planted.added_to(plain), planted)
+    except LaunchError as error:
+        assert kind != "slurm" and "secret" in str(error).lower()
+        assert_no_secret(str(error), planted.values)
 
 
 @pytest.mark.parametrize("leak", ["raw", "json", "base64", "command", "request"])

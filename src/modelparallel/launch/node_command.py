@@ -40,7 +40,7 @@ from modelparallel.launch.node_preparation import bare_spec, prepared_spec
 from modelparallel.launch.node_run import JOIN_SECONDS, run_node
 from modelparallel.launch.node_scratch import held_scratch
 from modelparallel.launch.output import open_missing_descriptors
-from modelparallel.launch.signals import ended_by_signal
+from modelparallel.launch.signals import asked_by_signal, ended_by_signal
 from modelparallel.launch.spec import JobResult, JobSpec
 from modelparallel.launch.stopping import stop
 from modelparallel.launch.supervision import RankMonitor
@@ -107,6 +107,8 @@ class _SubmittedNode:
         with ExitStack() as stack:
             try:
                 stack.enter_context(ended_by_signal(monitor))
+                # Also while data are fetched: a job may be preempted before it has begun.
+                stack.enter_context(asked_by_signal(monitor))
                 spec, problem = self._prepared(stack)
                 result = self._run(spec, problem, monitor)
                 self._write_down(self._end_of(result))
