@@ -25,6 +25,7 @@ from modelparallel.launch.clusters.description import (
 from modelparallel.launch.clusters.job_end import JobEnd, read_job_end, write_job_end
 from modelparallel.launch.clusters.packing import copy_code, pack_code
 from modelparallel.launch.clusters.secrets import write_secrets
+from modelparallel.launch.clusters.transfers import fetch
 from modelparallel.launch.command_line import app
 from modelparallel.launch.node_command import _SubmittedNode, run_description
 from modelparallel.launch.node_outputs import CheckpointKeeper
@@ -469,7 +470,6 @@ def test_a_preemption_while_the_job_is_prepared_reaches_the_script(submitted, tm
         raise SystemExit(85)
     """
     path = submitted(script, channels={"far": DataChannel("memory://bucket/x")}, max_seconds=120.0)
-    fetch = node_preparation.fetch
 
     def preempted(*arguments):
         os.kill(os.getpid(), signal.SIGUSR1)
