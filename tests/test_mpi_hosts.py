@@ -77,3 +77,10 @@ def test_the_environment_of_one_node_of_several(tmp_path):
     assert environment["SM_NETWORK_INTERFACE_NAME"] == "eth1" and environment["MASTER_ADDR"] == "10.0.0.1"
     assert environment["MODELPARALLEL_RESTART_COUNT"] == "4"
     assert '"is_master":false' in environment["SM_TRAINING_ENV"]
+
+
+@pytest.mark.parametrize(("backend", "said"), [("elastic", "torchrun"), ("mpi", "mpi")])
+def test_ranks_count_the_variables_of_who_has_started_them(tmp_path, backend, said):
+    job = job_of(tmp_path, write_script(tmp_path, "pass"), backend=backend)
+    assert job_environment(job, 1, {"MODELPARALLEL_LAUNCHER": "none"})["MODELPARALLEL_LAUNCHER"] == said
+    assert "MODELPARALLEL_LAUNCHER" not in job_environment(job, 1, {})

@@ -3,8 +3,10 @@
 import json
 
 import pytest
+from typer.testing import CliRunner
 
 from modelparallel.errors import LaunchError
+from modelparallel.launch.command_line import app
 from modelparallel.launch.node_place import (
     NodePlace,
     PlaceOptions,
@@ -233,3 +235,33 @@ def test_forms_of_numbers_and_addresses():
     for wrong in ("", "a:b", "a:0", "http://a:80", "a b"):
         with pytest.raises(LaunchError, match="expected HOST or HOST:PORT"):
             parse_meeting_point(wrong)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--node-rank", "1"], "--node-rank: only with --nnodes N"),
+        (["--rendezvous", "a", "--job-id", "j"], "--rendezvous, --job-id: only with --nnodes N"),
+        (["--nnodes", "2", "--node-rank", "0"], "where do the nodes meet?"),
+        (["--nnodes", "2", "--node-rank", "0", "--rendezvous", "a", "--nproc", "1:2"], "give one number for this host"),
+        (["--nnodes", "2", "--node-rank", "0", "--rendezvous", "a", "--show", "some"], "expected first or all"),
+        (
+            ["--nnodes", "2", "--node-rank", "0", "--rendezvous", "a", "--backend", "mpi"],
+            "--backend mpi --hosts HOST:N",
+        ),
+        (["--hosts", "a:1,b:1"], "add --backend mpi, or use --nnodes"),
+        (["--backend", "mpi", "--hosts", "a:1,b:1", "--nproc", "3"], "the hosts have 2 processes in all"),
+        (["--backend", "mpi", "--hosts", "a:1", "--hostfile", "f"], "--hosts and --hostfile: give one of them"),
+        (
+            ["--backend", "mpi", "--hosts", "a:1", "--nnodes", "2", "--node-rank", "0", "--rendezvous", "a"],
+            "leave out --nnodes",
+        ),
+    ],
+)
+def test_options_that_do_not_go_together(options, message, tmp_path, monkeypatch):
+    script = tmp_path / "train.py"
+    script.write_text("raise SystemExit(3)\n")
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(app, ["run", "--device", "cpu", *options, str(script)])
+    assert result.exit_code == 2 and message in " ".join(result.output.split()), result.output
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["train.py"]

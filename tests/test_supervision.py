@@ -1,6 +1,7 @@
 """The supervision of a job goes on whatever happens to the launcher; when that is killed, nothing is left."""
 
 import io
+import json
 import os
 import random
 import resource
@@ -17,6 +18,7 @@ from launched_jobs import COMMAND, LEAVES_CHILDREN, job_of, processes_with, writ
 from modelparallel.launch import run_job
 from modelparallel.launch.folder import JobFolder
 from modelparallel.launch.output import Console
+from modelparallel.launch.supervision import RankMonitor
 
 
 class FullDisk(io.StringIO):
@@ -187,3 +189,44 @@ def test_nothing_is_left_when_the_launcher_is_killed_at_any_moment(tmp_path, bac
             launcher.kill()
             launcher.wait()
             launcher.stdout.close()
+
+
+def test_of_many_ranks_on_several_hosts_some_are_shown(tmp_path):
+    """With the host in front; the end of another one when it is asked for. What fails elsewhere ends these, too."""
+    output, folder = io.StringIO(), JobFolder(tmp_path / "job", 1)
+    with folder.held():
+        folder.prepare(tmp_path, {})
+        monitor = RankMonitor()
+        monitor.attach(folder, output, None)
+        looks = []
+        monitor.start(range(8, 10), host="node-b", shown=(8,), look=lambda: bool(looks.append(1)))
+        folder.rank_log(8).write_text("shown\n")
+        folder.rank_log(9).write_text("".join(f"line {number}\n" for number in range(20)))
+        while not looks:
+            time.sleep(0.01)
+        monitor.finish()
+        monitor.show_end(9, 2)
+        monitor.detach()
+    assert output.getvalue() == "[node-b rank 8] shown\n[node-b rank 9] line 18\n[node-b rank 9] line 19\n"
+    assert folder.rank_log(9) == tmp_path / "job" / "logs" / "node_1" / "rank_9.log"
+
+
+def test_processes_are_ended_when_the_attempt_has_failed_elsewhere(tmp_path):
+    folder, failed = JobFolder(tmp_path / "job", 1), []
+    with folder.held():
+        folder.prepare(tmp_path, {})
+        process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
+        folder.started_file(4).write_text(json.dumps({"pid": process.pid}))
+        # A process of another host is not this one, whatever has its number here.
+        folder.started_file(5).write_text(json.dumps({"pid": os.getpid(), "host": "elsewhere"}))
+        monitor = RankMonitor()
+        monitor.attach(folder, io.StringIO(), None)
+        monitor.start(range(4, 6), look=lambda: bool(failed))
+        while not monitor.has_processes:
+            time.sleep(0.01)
+        assert process.poll() is None and set(monitor._alive) == {4}
+        failed.append(1)
+        assert process.wait(60) == -signal.SIGTERM
+        monitor.finish()
+        monitor.detach()
+    assert 5 not in monitor.deaths

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -220,3 +221,74 @@ def test_slurms_variables_say_it_all(two_hosts, tmp_path):
     ends = ends_of(started)
     assert [code for code, _ in ends] == [0, 0], shown(ends)
     check_losses(ends[0][1])
+
+
+LONG = ["--steps", "10000", "--seconds", "0.2"]
+TWO_STAGES = '{"pipeline_parallel_degree": 2, "microbatches": 2}'
+
+
+def test_a_launcher_that_is_told_to_end_ends_the_job_on_all_hosts(two_hosts, tmp_path):
+    options = ("--parameters", TWO_STAGES, "--max-restarts", "3")
+    started = start_nodes(two_hosts, [tmp_path / "job"] * 2, [SCRIPT, *LONG], *options, logs=tmp_path)
+    wait_for(tmp_path / "node-a.log", "step 3 loss", started)
+    started[1][0].terminate()
+    ends = ends_of(started)
+    assert [code for code, _ in ends] == [143, 143], shown(ends)
+    for _, text in ends:
+        assert re.search(r"error: job \S+ was stopped on node-b by SIGTERM after [\d.]+ s", text), text
+    assert not any(host.pids() for host in two_hosts), "something was left"
+
+
+def test_a_job_that_runs_too_long_is_stopped_on_all_hosts(two_hosts, tmp_path):
+    options = ("--parameters", TWO_STAGES, "--timeout", "60")
+    ends = ends_of(start_nodes(two_hosts, [tmp_path / "job"] * 2, [SCRIPT, *LONG], *options, logs=tmp_path))
+    assert [code for code, _ in ends] == [124, 124], shown(ends)
+    assert error_of(ends[0][1]) == error_of(ends[1][1]) and "timeout of 60 s" in ends[0][1], shown(ends)
+
+
+def test_a_preemption_of_one_host_is_one_of_the_job(two_hosts, tmp_path):
+    script = tmp_path / "polite.py"
+    script.write_text(
+        "import sys, time\nimport modelparallel as smp\nsmp.init()\nprint('begun', flush=True)\n"
+        "while not smp.preemption_requested():\n    time.sleep(0.1)\nsys.exit(smp.EXIT_PREEMPTED)\n"
+    )
+    options = ("--parameters", '{"ddp": true}', "--max-restarts", "3")
+    started = start_nodes(two_hosts, [tmp_path / "job"] * 2, [script], *options, logs=tmp_path)
+    for host in two_hosts:
+        wait_for(tmp_path / f"{host.name}.log", "begun", started)
+    started[1][0].send_signal(signal.SIGUSR1)
+    ends = ends_of(started)
+    assert [code for code, _ in ends] == [85, 85], shown(ends)
+    for _, text in ends:
+        assert "was preempted after" in text and "attempt 2" not in text, text
+
+
+def test_a_node_0_that_is_killed_is_named_by_the_others(two_hosts, tmp_path):
+    options = ("--parameters", TWO_STAGES)
+    started = start_nodes(two_hosts, [tmp_path / "job"] * 2, [SCRIPT, *LONG], *options, logs=tmp_path)
+    wait_for(tmp_path / "node-a.log", "step 3 loss", started)
+    started[0][0].kill()
+    code, text = ends_of(started)[1]
+    assert code == 1 and "host node-a (node 0) was lost: its launcher has ended" in text, text
+    deadline = time.monotonic() + PATIENCE
+    while any(host.pids() for host in two_hosts):  # what it had started is ended after it
+        assert time.monotonic() < deadline, [host.pids() for host in two_hosts]
+        time.sleep(0.1)
+
+
+def test_a_spare_host_takes_the_place_of_one_that_is_lost(tmp_path):
+    script = tmp_path / "once.py"
+    script.write_text(ONCE)
+    with some_hosts(3) as hosts:
+        folders = [tmp_path / host.name for host in hosts]
+        job = [script, "0", "", *LONG]
+        options = ("--parameters", TWO_STAGES, "--max-restarts", "1")
+        started = start_nodes(hosts, folders, job, *options, logs=tmp_path, counts=(1, 1, 1), nnodes="2:3")
+        wait_for(tmp_path / "node-a.log", "step 3 loss", started)
+        hosts[1].crash()
+        ends = ends_of([started[0], started[2]])
+    assert [code for code, _ in ends] == [0, 0], shown(ends)
+    first, third = (text for _, text in ends)
+    assert "2 processes (1 on node-a, 1 on node-b)" in third and "this node is a spare" in third, third
+    assert "2 processes (1 on node-a, 1 on node-c)" in third and "[node-c rank 1] attempt 1 2" in third, third
+    check_losses(first.partition("attempt 2 of 2")[2])

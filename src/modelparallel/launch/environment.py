@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from modelparallel.job.discovery import LAUNCHER_VARIABLE
 from modelparallel.job.preemption import FILE_VARIABLE
 from modelparallel.job.session import DEVICE_VARIABLE
 from modelparallel.launch.attempts import MAX_RESTARTS_VARIABLE, RESTART_COUNT_VARIABLE
@@ -173,6 +174,8 @@ def job_environment(
     }
     if job.devices is not None:
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(job.devices)
+    if LAUNCHER_VARIABLE in outer:  # it chose among the variables of this process, not among those of the ranks
+        environment[LAUNCHER_VARIABLE] = "mpi" if job.backend == "mpi" else "torchrun"
     environment[DEVICE_VARIABLE] = job.device  # what was asked for outranks what this process was started with
     if job.device == "cpu":
         # The CPU was chosen on a machine that may have GPUs: libraries must not find them.
