@@ -22,9 +22,10 @@ from modelparallel.launch.folder import JobFolder
 from modelparallel.launch.signals import ended_by_signal
 from modelparallel.launch.supervision import RankMonitor
 from pool import RankError, run_ranks
-from preempted_job import PARAMETERS
-from preempted_job import main as train
+from scripts import ROOT, load_script
 
+EXAMPLE = "examples/clusters/train_preemptible.py"
+PARAMETERS = {"pipeline_parallel_degree": 2, "microbatches": 2, "ddp": True, "timeout_seconds": 120}
 PIPELINE = {"pipeline_parallel_degree": 2, "ddp": True, "timeout_seconds": 40}
 
 
@@ -250,13 +251,16 @@ def test_the_bootstrap_knows_the_exit_code():
 # Training goes on
 
 
-def run_training(folder, *, backend="elastic", signal_to=None, steps=5):
-    """`modelparallel run` of preempted_job.py; after its second step `signal_to(launcher)` preempts it."""
+def train(folder):
+    load_script(EXAMPLE).main(folder)
+
+
+def run_training(folder, *, backend="elastic", signal_to=None):
+    """`modelparallel run` of the example; after its second step `signal_to(launcher)` preempts it."""
     folder.mkdir(exist_ok=True)
-    script = Path(__file__).with_name("preempted_job.py")
     command = [sys.executable, "-m", "modelparallel", "run", "--nproc", "2", "--device", "cpu", "--backend", backend]
     command += ["--parameters", json.dumps(PARAMETERS), "--job-dir", str(folder / "job")]
-    command += [str(script), str(folder), str(steps), "0" if signal_to is None else "0.5"]
+    command += [str(ROOT / EXAMPLE), str(folder), "--seconds", "0" if signal_to is None else "0.5"]
     with open(folder / "output", "w") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
         try:
@@ -305,7 +309,7 @@ WAYS = {
 def test_a_preempted_job_goes_on_with_the_losses_of_one_that_was_not(tmp_path, way):
     backend, signal_to = WAYS[way]
     (tmp_path / "whole").mkdir()
-    run_ranks(train, 2, tmp_path / "whole", 5, 0.0, parameters=PARAMETERS)
+    run_ranks(train, 2, tmp_path / "whole", parameters=PARAMETERS)
     code, output = run_training(tmp_path / "parts", backend=backend, signal_to=signal_to)
     assert code == smp.EXIT_PREEMPTED, output
     assert "was preempted after" in output and "Traceback" not in output, output
