@@ -109,8 +109,9 @@ class SlurmEngine:
         return said
 
     def start_now(self, job_id: str) -> None:
-        """Slurm lets a job that was requeued wait for two minutes."""
-        self.run("scontrol", "update", f"JobId={job_id}", "StartTime=now")
+        """Slurm lets a job that was requeued wait for two minutes; less than a second would be too early for it."""
+        self.wait_until(job_id, "PENDING")  # not COMPLETING any more
+        self.run("scontrol", "update", f"JobId={job_id}", "StartTime=now+3")
 
 
 @contextlib.contextmanager
