@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import types
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +18,8 @@ import torch
 from torch import nn
 
 from modelparallel.errors import LaunchError, SMPConfigError
-from modelparallel.launch import called_function, notebook, notebooks
+from modelparallel.launch import JobFailedError, JobResult, RankFailure, called_function, notebook, notebooks
+from modelparallel.launch.folder import JobFolder
 from modelparallel.launch.processes import JOB_VARIABLE
 
 pytest.importorskip("cloudpickle", reason="of the extras 'notebook' and 'test'")
@@ -80,7 +82,7 @@ assert all(type(report) is Report for report in reports)
 def fail(message):
     if os.environ["RANK"] == "1":
         raise ValueError(message)  # the line that is shown
-    smp.init()
+    smp.init({"ddp": True})
 
 notebook(fail, ("no such data",), nproc=2, job_dir="failed")
 """,
@@ -277,6 +279,17 @@ class TestBeforeAnythingStarts:
             notebook(leave, (3, lock))
         with pytest.raises(LaunchError, match="because of argument 'of', a lock"):
             notebook(leave, kwargs={"of": lock})
+
+    def test_an_interrupt_is_python_s_own(self, monkeypatch, tmp_path):
+        """That of Ctrl-C; a function that raises KeyboardInterrupt itself has failed."""
+        result = JobResult(130, 1.0, JobFolder(tmp_path), message="job train was stopped by SIGINT")
+        monkeypatch.setattr(notebooks, "run_job", lambda job: result)
+        with pytest.raises(KeyboardInterrupt, match="job train was stopped by SIGINT"):
+            notebook(leave)
+        failure = RankFailure(1, 130, "KeyboardInterrupt", "", tmp_path / "rank_1.log")
+        monkeypatch.setattr(notebooks, "run_job", lambda job: replace(result, failure=failure))
+        with pytest.raises(JobFailedError, match="was stopped"):
+            notebook(leave)
 
     def test_without_cloudpickle(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "cloudpickle", None)
