@@ -1,6 +1,7 @@
 """Many small jobs whose processes come to a real end of the interpreter, from one import of torch.
 
     python ending_jobs.py '[{"num_ranks": 2, "late": "meet", "late_rank": 1, "seconds": 1.0}, ...]'
+    python ending_jobs.py "[{..., \"port\": 29500}, ...]" 1/2 10.77.0.1  # every second rank; others are on another host
 
 All jobs run at the same time. Each rank is forked from this process before it has any thread, gets what a launcher sets
 in the environment, trains a step and falls off the end of this script. So the ends of hundreds of processes can be
@@ -23,7 +24,8 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+if len(sys.argv) == 2:
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 os.environ.setdefault("MODELPARALLEL_DEVICE", "cpu")
 
 import torch
@@ -33,6 +35,8 @@ from modelparallel.comm import ending
 from modelparallel.comm.stages import gloo as gloo_transport
 
 PATIENCE = 900.0
+HOST, NUM_HOSTS = map(int, sys.argv[2].split("/")) if len(sys.argv) > 2 else (0, 1)
+MASTER = sys.argv[3] if len(sys.argv) > 2 else "127.0.0.1"
 
 
 class SlowToGo:
@@ -87,31 +91,42 @@ def train(job: dict[str, Any], rank: int, folder: Path) -> None:
             os.kill(os.getpid(), signal.SIGSTOP)
     elif late == "script":
         time.sleep(seconds if is_late else 0.0)
+    elif late == "thread":  # nothing ends its listeners, and the others say goodbye when the interpreter ends
+        if not is_late:
+            for module in (ending, gloo_transport):
+                setattr(module, "close_connections", lambda groups: None)  # noqa: B010
+            ending._THREAD_SECONDS = 0.1
+            ending.MEETING_SECONDS = 0.1
+        else:
+            delayed(gloo_transport.GlooTransport, "say_goodbye", seconds)
     elif late and late != "error":
         delayed(ending, late, seconds if is_late else 0.0)
     print("done", flush=True)
     if late == "error":
         raise ValueError("at the end")
+    if "exit" in job:
+        raise SystemExit(job["exit"])
 
 
-def start(number: int, job: dict[str, Any], folder: Path) -> tuple[int | None, list[int]]:
-    """Fork the ranks of a job; in a rank, return its number."""
+def start(number: int, job: dict[str, Any], folder: Path) -> tuple[int | None, dict[int, int]]:
+    """Fork the ranks of a job on this host; in a rank, return its number. Else the pids by rank."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    pids: list[int] = []
-    for rank in range(job["num_ranks"]):
+        port = job.get("port", probe.getsockname()[1])
+    pids: dict[int, int] = {}
+    ranks = range(HOST, job["num_ranks"], NUM_HOSTS)
+    for rank in ranks:
         pid = os.fork()
         if pid == 0:
             log = os.open(folder / f"{number}_{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(log, 1)
             os.dup2(log, 2)
             os.environ.update(
-                RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(job["num_ranks"]),
-                LOCAL_WORLD_SIZE=str(job["num_ranks"]), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+                RANK=str(rank), LOCAL_RANK=str(ranks.index(rank)), WORLD_SIZE=str(job["num_ranks"]),
+                LOCAL_WORLD_SIZE=str(len(ranks)), MASTER_ADDR=MASTER, MASTER_PORT=str(port),
             )  # fmt: skip
             return rank, pids
-        pids.append(pid)
+        pids[rank] = pid
     return None, pids
 
 
@@ -140,9 +155,9 @@ else:
     codes: dict[int, int] = {}
     begin = time.monotonic()
     for job, pids in started:
-        wanted = [pid for rank, pid in enumerate(pids) if job.get("late") != "stopped" or rank != job["late_rank"]]
+        wanted = [pid for rank, pid in pids.items() if job.get("late") != "stopped" or rank != job["late_rank"]]
         collect(wanted, codes, max(0.0, begin + PATIENCE - time.monotonic()))
-        for pid in pids:
+        for pid in pids.values():
             if pid not in codes:
                 os.kill(pid, signal.SIGKILL)
                 os.waitpid(pid, 0)
@@ -150,8 +165,8 @@ else:
         json.dumps(
             [
                 {
-                    "codes": [codes.get(pid) for pid in pids],
-                    "logs": [(folder / f"{number}_{rank}.log").read_text() for rank in range(job["num_ranks"])],
+                    "codes": [codes.get(pid) for pid in pids.values()],
+                    "logs": [(folder / f"{number}_{rank}.log").read_text() for rank in pids],
                 }
                 for number, (job, pids) in enumerate(started)
             ]
@@ -160,8 +175,8 @@ else:
     shutil.rmtree(folder)
     sys.exit()
 
-job_folder = folder / str(number)
-job_folder.mkdir(exist_ok=True)
+job_folder = Path(job.get("folder", folder / str(number)))
+job_folder.mkdir(exist_ok=True, parents=True)
 # The others are at the end of their interpreter for a while: whatever wakes one of their threads then would abort them.
 slow = SlowToGo(0.0 if job.get("late_rank", 0) == rank else job.get("slow", 1.0))
 train(job, rank, job_folder)

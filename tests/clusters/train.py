@@ -2,8 +2,8 @@
 
     python train.py [--pp 2] [--tp 2] [--placement spread] [--steps 3] [--seconds 0.5] [--timeout 60] [--fail RANK:STEP]
 
-`--seconds`: of a pause after each step. `--fail 1:2`: an exception on global rank 1 in step 2; `--kill 1:2`: SIGKILL.
-The losses are those of one process, whatever the degrees.
+`--seconds`: of a pause after each step. `--fail 1:2`: an exception on global rank 1 in step 2, `--kill 1:2`: SIGKILL;
+with `--once FILE` only where that file does not exist yet. The losses are those of one process, whatever the degrees.
 """
 
 import argparse
@@ -28,6 +28,7 @@ parser.add_argument("--seconds", type=float, default=0.0)
 parser.add_argument("--timeout", type=float, default=120.0)
 parser.add_argument("--fail", default="")
 parser.add_argument("--kill", default="")
+parser.add_argument("--once", default="")
 options = parser.parse_args()
 
 
@@ -40,17 +41,31 @@ class Net(nn.Module):
         return self.third(F.gelu(self.second(F.gelu(self.first(x)))))
 
 
-smp.init(
-    {
-        "pipeline_parallel_degree": options.pp,
-        "tensor_parallel_degree": options.tp,
-        "microbatches": 2,
-        "ddp": True,
-        "placement_strategy": options.placement,
-        "prescaled_batch": True,
-        "timeout_seconds": options.timeout,
-    }
-)
+def is_due(place: str, number: int) -> bool:
+    """Whether rank and step are those of an option, and it is the first time."""
+    if place != f"{smp.rank()}:{number}" or (options.once and os.path.exists(options.once)):
+        return False
+    if options.once:
+        open(options.once, "w").close()
+    return True
+
+
+parameters = {
+    "pipeline_parallel_degree": options.pp,
+    "tensor_parallel_degree": options.tp,
+    "microbatches": 2,
+    "ddp": True,
+    "placement_strategy": options.placement,
+    "timeout_seconds": options.timeout,
+}
+if options.tp > 1:
+    parameters["prescaled_batch"] = True
+begin = time.monotonic()
+try:
+    smp.init(parameters)
+except Exception:
+    print(f"failed after {time.monotonic() - begin:.1f} s", flush=True)
+    raise
 torch.manual_seed(0)
 torch.set_default_dtype(torch.float64)
 net = Net()
@@ -77,9 +92,9 @@ print(
     flush=True,
 )
 for number in range(options.steps):
-    if options.fail == f"{smp.rank()}:{number}":
+    if is_due(options.fail, number):
         raise ValueError("deliberate failure of the script")
-    if options.kill == f"{smp.rank()}:{number}":
+    if is_due(options.kill, number):
         os.kill(os.getpid(), signal.SIGKILL)
     optimizer.zero_grad()
     loss = step(model, x, y).reduce_mean().clone()

@@ -15,16 +15,20 @@ How late a peer comes to its end is up to the machine, so nothing may depend on 
 5. The groups are destroyed, and gloo's threads get the interpreter until all sleep.
 
 After an error nobody is met, since the others may never come. Should a thread be left all the same (it hangs in the
-system, or is the script's own), `leave_at_once` ends the process without the end of the interpreter.
+system, or is the script's own), the launcher's worker, which knows the exit code, ends the process without the end of
+the interpreter (`leave_at_once`). Where something else has started the script, the code is known to the interpreter
+alone: it ends as always, and a thread that C++ would abort the process for sleeps instead (`keep_from_aborting`).
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import io
 import logging
 import os
+import signal
 import sys
 import threading
 import time
@@ -47,6 +51,8 @@ MEETING_SECONDS = 10.0
 AFTER_ERROR_SECONDS = 5.0
 #: In which threads end whose waits are over, and gloo's let go of what they hold; far more than they need.
 _THREAD_SECONDS = 30.0
+#: In which the interpreter ends once nothing of the script is left to run.
+_LAST_SECONDS = 120
 _TAG_OF_NOTHING = 5299  # nobody sends by it
 
 
@@ -214,6 +220,24 @@ def _is_thread_running(folder: Path) -> bool:
         except (FileNotFoundError, ProcessLookupError):  # the thread has just ended
             continue
     return False
+
+
+def keep_from_aborting() -> None:
+    """The last resort, when nothing of the script is left to run but threads are: let the thread that would abort the
+    process sleep, so that the interpreter ends with the exit code of the script. Where it waits for that thread, it is
+    killed after some time (SIGALRM). Linux.
+    """
+    if threading.active_count() == 1 and let_threads_finish():
+        return
+    try:
+        library, system = ctypes.CDLL("libstdc++.so.6"), ctypes.CDLL(None)
+        set_terminate = library._ZSt13set_terminatePFvvE  # std::set_terminate(void (*)())
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(_LAST_SECONDS)
+    except (OSError, AttributeError, ValueError):  # not there, or not called in the main thread
+        return
+    set_terminate.argtypes = [ctypes.c_void_p]
+    set_terminate(ctypes.cast(system.pause, ctypes.c_void_p))
 
 
 def leave_at_once(exit_code: int) -> NoReturn:

@@ -230,7 +230,7 @@ class Config(BaseModel):
     ddp: Flag = _flag("Data parallelism. Needed when a stage or slice is held by more than one process.")
     ddp_port: Whole = _parameter(
         DEFAULT_PORT,
-        "Port of the rendezvous. Needs `ddp`.",
+        "Port of the rendezvous; unset, tasks of srun take one that follows from job and step. Needs `ddp`.",
         kind="int",
         valid="0..65535",
         default_text=f"MASTER_PORT, else {DEFAULT_PORT}",

@@ -66,7 +66,7 @@ class Places:
         except CommunicationError as error:
             if self.is_one_host:
                 raise
-            raise type(error)(f"{error}\nThe hosts: {self.described()}") from error
+            raise type(error)(f"{error}\nThe hosts: {self.described()}") from error.__cause__
 
 
 def find_places(

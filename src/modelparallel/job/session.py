@@ -88,6 +88,7 @@ class Session:
 
 
 _current: Session | None = None
+_has_met_others = False
 
 
 def current() -> Session:
@@ -114,7 +115,7 @@ def initialize(parameters: Mapping[str, Any] | str | None = None, environ: Mappi
     Raises `SMPConfigError`, before anything is started, for values that are wrong or do not fit the number of
     processes.
     """
-    global _current
+    global _current, _has_met_others
     environ = os.environ if environ is None else environ
     if _current is not None:
         _initialize_again(_current, parameters)
@@ -129,6 +130,7 @@ def initialize(parameters: Mapping[str, Any] | str | None = None, environ: Mappi
     if identity.global_rank == 0:
         for notice in (*config.notices, *filter(None, [lonely_hint(identity, environ)])):
             logger.warning("%s", notice)
+    _has_met_others = True
     try:
         session = _meet_all(config, identity, environ, lookout)
     except BaseException as error:
@@ -154,6 +156,12 @@ def shutdown() -> None:
     atexit.unregister(shutdown)
     if session is not None and dist.is_initialized():
         ending.leave(session)
+
+
+@atexit.register  # with the import of the library: what the script registers runs before
+def _end_last() -> None:
+    if _has_met_others:
+        ending.keep_from_aborting()
 
 
 def _finish_background() -> None:
