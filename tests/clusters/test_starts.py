@@ -77,7 +77,7 @@ def test_a_job_that_finds_another_at_its_port_stops_and_leaves_that_one_alone(tw
         return {
             "SLURM_JOB_ID": job, "SLURM_STEP_ID": "0", "SLURM_PROCID": str(rank), "SLURM_STEP_NUM_TASKS": "2",
             "SLURM_LOCALID": "0", "SLURM_NODEID": str(rank), "SLURM_STEP_TASKS_PER_NODE": "1(x2)",
-            "SLURM_STEP_NODELIST": "node-[a-b]", "MASTER_PORT": "29700",
+            "SLURM_STEP_NODELIST": "node-a,node-b", "MASTER_PORT": "29700",
         }  # fmt: skip
 
     def start(job, arguments):
@@ -87,7 +87,7 @@ def test_a_job_that_finds_another_at_its_port_stops_and_leaves_that_one_alone(tw
             started.append((host.start([sys.executable, SCRIPT, *arguments], log=log, environ=task(rank, job)), log))
         return started
 
-    first = start("11", ["--pp", "2", "--seconds", "6"])
+    first = start("11", ["--pp", "2", "--until", str(tmp_path / "go on")])
     deadline = time.monotonic() + 300
     while "step 0 loss" not in first[0][1].read_text():
         assert time.monotonic() < deadline and first[0][0].poll() is None, first[0][1].read_text()
@@ -97,6 +97,7 @@ def test_a_job_that_finds_another_at_its_port_stops_and_leaves_that_one_alone(tw
     assert re.search(r"rank 0 of 2 \(from Slurm, on node-a\) cannot serve the store at node-a:29700 \(", text_0), text_0
     assert "has found another job at node-a:29700" in text_1, text_1
     assert "its Slurm's job and step is 11.0, and here 12.0" in text_1, text_1
+    (tmp_path / "go on").touch()
     check_run(first)
     # Without the variable each has a port of its own.
     both = []

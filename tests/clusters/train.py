@@ -1,9 +1,11 @@
 """A script that several launchers start on several hosts: trains a small network in float64, and prints the losses.
 
-    python train.py [--pp 2] [--tp 2] [--placement spread] [--steps 3] [--seconds 0.5] [--timeout 60] [--fail RANK:STEP]
+    python train.py [--pp 2] [--tp 2] [--placement spread] [--steps 3] [--seconds 0.5] [--until FILE] [--timeout 60]
+    [--fail RANK:STEP] [--kill RANK:STEP] [--once FILE]
 
-`--seconds`: of a pause after each step. `--fail 1:2`: an exception on global rank 1 in step 2, `--kill 1:2`: SIGKILL;
-with `--once FILE` only where that file does not exist yet. The losses are those of one process, whatever the degrees.
+`--seconds`: of a pause after each step; `--until`: after the first step wait until that file exists. `--fail 1:2`: an
+exception on global rank 1 in step 2, `--kill 1:2`: SIGKILL; with `--once FILE` only where that file does not exist yet.
+The losses are those of one process, whatever the degrees.
 """
 
 import argparse
@@ -25,6 +27,7 @@ parser.add_argument("--tp", type=int, default=1)
 parser.add_argument("--placement", default="cluster")
 parser.add_argument("--steps", type=int, default=3)
 parser.add_argument("--seconds", type=float, default=0.0)
+parser.add_argument("--until", default="")
 parser.add_argument("--timeout", type=float, default=120.0)
 parser.add_argument("--fail", default="")
 parser.add_argument("--kill", default="")
@@ -105,4 +108,6 @@ for number in range(options.steps):
     if smp.rank() == 0:
         print(f"step {number} loss {loss.item():.14f}", flush=True)
     time.sleep(options.seconds)
+    while options.until and not os.path.exists(options.until):
+        time.sleep(0.1)
 print(f"rank {smp.rank()} done", flush=True)
