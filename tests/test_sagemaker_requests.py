@@ -5,6 +5,7 @@ import json
 import re
 
 import pytest
+from typer.testing import CliRunner
 
 from modelparallel.errors import LaunchError, SMPConfigError
 from modelparallel.launch.clusters.cluster_file import make_cluster
@@ -12,7 +13,9 @@ from modelparallel.launch.clusters.description import DataChannel
 from modelparallel.launch.clusters.sagemaker import checks
 from modelparallel.launch.clusters.sagemaker.cluster import SageMaker
 from modelparallel.launch.clusters.sagemaker.options import SERVICE_ARGUMENTS
+from modelparallel.launch.command_line import app
 from sagemaker_cases import CASES, IMAGE, ROLE, estimator_of, job_of, request_of, sdk_inputs, small_job
+from scripts import load_script
 
 KEYS = {"role": ROLE, "image": IMAGE, "region": "us-west-2"}
 INPUT = {"DataSource": {"S3DataSource": {"S3DataType": "Files", "S3Uri": "s3://bkt/x"}}}
@@ -57,6 +60,33 @@ def test_launch_file_renders_to_the_request_of_the_sdk(name, tmp_path):
     expected = {key: value for key, value in case["request"].items() if key != "ExperimentConfig"}  # of fit
     rendered = estimator_of(case, tmp_path).render(sdk_inputs(case), job_name=case["request"]["TrainingJobName"])
     assert dict(rendered.requests) == {"create_training_job": expected}
+
+
+@pytest.mark.parametrize("name", ["tensor", "tensor_pipeline"])
+def test_golden_launch_files_are_the_examples(name):
+    launch = load_script(f"examples/mnist/launch_{name}_parallel.py")
+    expected = {"smdistributed": {"modelparallel": launch.smp_options}, "mpi": launch.mpi_options}
+    assert CASES[name]["arguments"]["distribution"] == expected
+
+
+def test_job_of_the_command_line(tmp_path):
+    (tmp_path / "train.py").touch()
+    (tmp_path / "clusters.toml").write_text(
+        f'[clusters.aws]\nkind = "sagemaker"\nrole = "{ROLE}"\nregion = "us-west-2"\n'
+        'instance_type = "ml.p4d.24xlarge"\n'
+    )
+    command = ["submit", "--cluster", "aws", "--clusters", str(tmp_path / "clusters.toml"), "--nodes", "2", "--dry-run"]
+    command += ["--name", "job-1", "--image", IMAGE, "--parameters", json.dumps(PARAMETERS), "--time", "4h"]
+    result = CliRunner().invoke(app, [*command, str(tmp_path / "train.py"), "--epochs", "3"])
+    assert result.exit_code == 0, result.output
+    request = json.loads(result.output.partition("\n")[2])
+    assert request["ResourceConfig"]["InstanceCount"] == 2
+    assert request["StoppingCondition"] == {"MaxRuntimeInSeconds": 4 * 3600}
+    assert request["AlgorithmSpecification"]["TrainingImage"] == IMAGE
+    assert request["HyperParameters"]["epochs"] == '"3"'
+    assert request["HyperParameters"]["sagemaker_mpi_num_of_processes_per_host"] == "8"
+    result = CliRunner().invoke(app, [*command, str(tmp_path / "train.py"), "--flag"])
+    assert result.exit_code == 2 and "argument '--flag' of the script" in result.output.replace("\n", " ")
 
 
 def test_keys_of_the_cluster_file_say_what_the_arguments_say(tmp_path):
@@ -270,6 +300,7 @@ def test_what_cannot_work_is_said_before_anything_is_sent(pattern, changes, tmp_
         ("security_group_ids: subnets and security groups", {"subnets": ["subnet-1"]}, {}),
         ("Vpc.*fetched through subnets", {}, {"training_repository_access_mode": "Vpc"}),
         ("container_entry_point: container = \"own\"", {"container": "own"}, {"container_entry_point": ["x"]}),
+        ("library = 'wheel'.*node command is in the image", {"container": "own", "library": "wheel"}, {}),
         ("volume_size: Input should be greater", {}, {"volume_size": 0}),
         ("input_mode: Input should be 'File' or 'FastFile', got 'Pipe'", {}, {"input_mode": "Pipe"}),
         ("instance_groups have 3 instances together, and the job 2", {}, {"instance_groups": [{"InstanceCount": 3}]}),

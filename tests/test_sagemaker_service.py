@@ -2,8 +2,10 @@
 
 import io
 import json
+import logging
 import tarfile
 from datetime import datetime, timezone
+from types import SimpleNamespace
 
 import pytest
 
@@ -15,6 +17,7 @@ import moto
 from botocore.stub import Stubber
 
 from modelparallel.errors import LaunchError
+from modelparallel.launch import PyTorch
 from modelparallel.launch.clusters.description import DataChannel
 from modelparallel.launch.clusters.sagemaker import logs as sagemaker_logs
 from modelparallel.launch.clusters.sagemaker.cluster import SageMaker, status_of
@@ -173,6 +176,34 @@ def test_stopping():
     session = stubbed("stop_training_job", error=("ValidationException", "The request was rejected: it has ended"))
     with pytest.raises(LaunchError, match=r"job-1 cannot be stopped.*The request was rejected: it has ended"):
         SageMaker(**KEYS, boto_session=session).stop(record)
+
+
+def test_launch_file_from_fit_to_attach(cloud, code, caplog, capsys):
+    """What users of the SDK write, with a session of their own: no other credentials are used, nor another region."""
+    session = SimpleNamespace(boto_session=cloud, _default_bucket_name_override="team")
+    cloud.client("s3").create_bucket(Bucket="team", CreateBucketConfiguration={"LocationConstraint": "us-west-2"})
+    estimator = PyTorch(
+        entry_point="train.py",
+        source_dir=str(code),
+        role=ROLE,
+        image_uri=IMAGE,
+        instance_type="ml.p3.16xlarge",
+        instance_count=2,
+        sagemaker_session=session,
+        base_job_name="SMD-MP-demo",
+        distribution={"torch_distributed": {"enabled": True}},
+        compiler_config="x",
+    )
+    with caplog.at_level(logging.INFO, "modelparallel.launch"):
+        estimator.fit({"train": str(code)}, logs=False, experiment_config={"ExperimentName": "e"})
+    assert "accepted without effect on sagemaker: compiler_config" in caplog.messages
+    assert any(text.startswith("uploading channel train: 15 B in 1 files") for text in caplog.messages)
+    job = estimator.latest_training_job
+    assert job.name.startswith("SMD-MP-demo-") and job.status().state == "succeeded"
+    assert f"sagemaker/{job.name}: succeeded" in capsys.readouterr().out
+    assert sorted(stored(cloud, "team")) == [f"{job.name}/input/train/train.py", f"{job.name}/source/sourcedir.tar.gz"]
+    assert estimator.model_data == f"s3://team/{job.name}/output/model.tar.gz"
+    assert PyTorch.attach(job.name, wait=False).latest_training_job.record == job.record
 
 
 def record_of(session):

@@ -2,8 +2,8 @@
 
     python sagemaker_cloud.py ADDRESS FOLDER
 
-Reads FOLDER/job.json (fields of a `ClusterJob`, keys of a `SageMaker`), writes FOLDER/request.json, what the service
-was sent, and then serves until it is killed.
+Reads FOLDER/job.json (fields of a `ClusterJob`, keys of a `SageMaker`), copies what was uploaded to FOLDER/bkt, writes
+FOLDER/request.json, what the service was sent, and then serves until it is killed.
 """
 
 import dataclasses
@@ -30,6 +30,7 @@ def main():
     given = json.loads((folder / "job.json").read_text())
     fields = dict(given["job"], source_dir=Path(given["job"]["source_dir"]))
     fields["channels"] = {name: DataChannel(location) for name, location in fields.get("channels", {}).items()}
+    fields["arguments"] = tuple(fields.get("arguments", ()))
     fields["dependencies"] = tuple(map(Path, fields.get("dependencies", ())))
     boto3.client("s3").create_bucket(Bucket="bkt", CreateBucketConfiguration={"LocationConstraint": "us-west-2"})
     session = boto3.Session()
@@ -43,6 +44,11 @@ def main():
     cluster.check_access(job)
     record = cluster.submit(job)
     (request,) = sent
+    store = session.client("s3")
+    for found in store.list_objects_v2(Bucket="bkt", Prefix=f"{job.name}/").get("Contents", ()):
+        path = folder / "bkt" / found["Key"]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        store.download_file("bkt", found["Key"], str(path))
     answer = {"request": request, "record": dataclasses.asdict(record)}
     (folder / "request.json.partial").write_text(json.dumps(answer))
     (folder / "request.json.partial").rename(folder / "request.json")

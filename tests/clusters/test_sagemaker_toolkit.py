@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from clusters.hosts import some_hosts
 from clusters.sagemaker_cloud import PORT
 from clusters.toolkit import Container, Image, drivers, mount_points, need_sshd
+from modelparallel.launch.clusters.sagemaker.logs import line_of
 from scripts import ROOT, load_script
 
 ROLE = "arn:aws:iam::123456789012:role/training"
@@ -95,6 +96,7 @@ def submitted(folder: Path, job: dict, cluster: dict) -> Iterator[tuple]:
         "processes_per_node": 2,
         "instance_type": "ml.p3.16xlarge",
         "channels": {"training": "s3://bkt/mnist"},
+        "arguments": ["--max-steps", str(STEPS), "--batch-size", str(BATCH), "--seed", str(SEED), "--lr", str(RATE)],
         "hyperparameters": {
             "max-steps": STEPS,
             "batch-size": BATCH,
@@ -128,8 +130,8 @@ def await_file(path: Path, process, log: Path) -> None:
         time.sleep(0.1)
 
 
-def run_containers(hosts, image, request, data, command, folder, **variables) -> list[str]:
-    """What the containers print; all of them have to end with 0."""
+def run_containers(hosts, image, request, data, command, folder, code=0, **variables) -> list[str]:
+    """What the containers print; all of them have to end with the code."""
     processes, logs = [], []
     for host in hosts:
         container = Container.make(host, image, request, data)
@@ -137,7 +139,7 @@ def run_containers(hosts, image, request, data, command, folder, **variables) ->
         processes.append(container.start(command, logs[-1], request, **variables))
     codes = [process.wait(PATIENCE) for process in processes]
     texts = [log.read_text(errors="replace") for log in logs]
-    assert codes == [0, 0], "\n".join(text[-6000:] for text in texts)
+    assert codes == [code, code], "\n".join(text[-6000:] for text in texts)
     return texts
 
 
@@ -167,6 +169,36 @@ def test_seed_job_2_by_the_toolkits_torchrun(tmp_path, mnist, one_process):
         texts = run_containers(hosts, image, request, data, ["train"], tmp_path, TEST_DEVICES="2", **variables)
     assert "torchrun --nnodes 2 --nproc_per_node 2 --master_addr algo-1 --master_port 7777" in texts[0]
     check_losses(texts[0], one_process)
+
+
+def test_seed_job_2_in_an_image_without_the_toolkit(tmp_path, mnist, one_process):
+    with submitted(tmp_path, {}, {"container": "own"}) as (hosts, image, request, _):
+        data = {"training": mnist, "code": tmp_path / "bkt" / "seed-job-2" / "source"}
+        command = request["AlgorithmSpecification"]["ContainerEntrypoint"]
+        texts = run_containers(hosts, image, request, data, command, tmp_path)
+        # What the service uploads at the end.
+        log = hosts[0].folder / "container" / "ml" / "logs" / "node_0" / "rank_0.log"
+        assert "test accuracy" in log.read_text()
+    check_losses(texts[0], one_process)
+    ranks = [{int(line_of(line, 0)[0] or 0) for line in text.splitlines() if "rank" in line} for text in texts]
+    assert ranks[0] <= {0, 1} and ranks[1] <= {0, 2, 3}
+
+
+def test_failure_in_an_image_without_the_toolkit(tmp_path, mnist):
+    """The code of the first failing process on both hosts, and the file that the service shows as FailureReason."""
+    values = {"max-steps": "few", "mp_parameters": PARAMETERS}
+    job = {"hyperparameters": values, "arguments": ["--max-steps", "few"]}
+    with submitted(tmp_path, job, {"container": "own"}) as (hosts, image, request, _):
+        data = {"training": mnist, "code": tmp_path / "bkt" / "seed-job-2" / "source"}
+        command = request["AlgorithmSpecification"]["ContainerEntrypoint"]
+        texts = run_containers(hosts, image, request, data, command, tmp_path, code=2)
+        failures = [(host.folder / "container" / "ml" / "output" / "failure").read_text() for host in hosts]
+    assert any("argument --max-steps: invalid int value: 'few'" in text for text in texts), texts
+    said = [
+        re.findall(r"rank (\d) of 4 on (algo-\d) failed first.*exited with code 2", text)
+        for text in [*texts, *failures]
+    ]
+    assert len({first for found in said for first in found}) == 1 and all(said), (said, texts, failures)
 
 
 def test_drivers_of_todays_sdk_by_torchrun(tmp_path, mnist, one_process):

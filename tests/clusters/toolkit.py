@@ -35,15 +35,16 @@ DRIVERS = "sagemaker-train==1.27.0"
 FRAMEWORK = "sagemaker_pytorch_container.training:main"
 FOLDER_VARIABLE = "MODELPARALLEL_TEST_TOOLKIT"
 
-# What the interpreter of a rank does first, in our image: it has no GPU, so it rehearses, and floats are printed with
-# all the digits that a comparison needs.
+# What the interpreter of a rank does first, in our image: it has no GPU, so it rehearses (our own launcher does that
+# itself), and floats are printed with all the digits that a comparison needs.
 _SITE = """
 import os, sys
 if "OMPI_COMM_WORLD_RANK" in os.environ or "LOCAL_RANK" in os.environ:
     import torch
-    from modelparallel.launch import rehearsal
-    places = ["/opt/ml/code", "/opt/ml/input/data/code"]
-    rehearsal.start(script_directories=places, num_devices=int(os.environ["TEST_DEVICES"]))
+    if "TEST_DEVICES" in os.environ:
+        from modelparallel.launch import rehearsal
+        places = ["/opt/ml/code", "/opt/ml/input/data/code"]
+        rehearsal.start(script_directories=places, num_devices=int(os.environ["TEST_DEVICES"]))
 
     class Exact(float):
         def __format__(self, spec):

@@ -144,6 +144,11 @@ class SageMaker(Cluster):
         is_own = self.container == "own"
         check_job(job, options, is_own=is_own)
         check_role(options.role, job.instance_type)
+        if is_own and self.library != "image":
+            raise LaunchError(
+                f'library = {self.library!r}: container = "own" starts our node command, so that the library with the '
+                "node command is in the image already: leave it out"
+            )
         for name, channel in self._uploads(job, options).items():
             if not Path(channel.location).exists():
                 raise LaunchError(f"channel {name!r}: {channel.location} does not exist: it would be uploaded")
