@@ -198,8 +198,9 @@ def test_a_range_of_hosts_goes_on_with_fewer(two_hosts, tmp_path):
     check_losses(text.partition("attempt 2 of 2")[2])
 
 
-def test_hosts_whose_own_names_lead_to_the_loopback(tmp_path):
-    with some_hosts(own_name="loopback") as hosts:
+@pytest.mark.parametrize(("own_name", "families"), [("loopback", (4, 6)), ("missing", (6,))])
+def test_hosts_whose_own_names_lead_nowhere_or_to_the_loopback(own_name, families, tmp_path):
+    with some_hosts(own_name=own_name, families=families) as hosts:
         options = ("--parameters", '{"pipeline_parallel_degree": 2, "microbatches": 2}')
         ends = ends_of(start_nodes(hosts, [tmp_path / "job"] * 2, [SCRIPT], *options, logs=tmp_path))
     assert [code for code, _ in ends] == [0, 0], shown(ends)
