@@ -15,7 +15,7 @@ import pytest
 from typer.testing import CliRunner
 
 from modelparallel.errors import LaunchError
-from modelparallel.launch import node_preparation, node_requirements
+from modelparallel.launch import node_command, node_preparation, node_requirements
 from modelparallel.launch.clusters.description import (
     ClusterJob,
     DataChannel,
@@ -423,6 +423,33 @@ def test_a_job_is_started_again_in_its_folder(submitted, monkeypatch):
     assert (earlier / "logs" / "rank_0.log").exists() and (earlier / "output" / "failure").exists()
     assert not (path.parent / "output" / "failure").exists()
     assert read_job_end(path.parent).starts == 1
+
+
+def test_nothing_is_put_aside_of_a_start_that_was_elsewhere(submitted, monkeypatch):
+    """A pod that is made again on another machine finds an empty folder."""
+    monkeypatch.setenv("JOBSET_RESTART_ATTEMPT", "2")
+    path = submitted()
+    assert run(path).exit_code == 0
+    assert seen_by(path.parent)["env"]["MODELPARALLEL_RESTART_COUNT"] == "2"
+    assert not (path.parent / "starts").exists()
+
+
+def test_a_fault_of_ours_is_not_taken_for_a_running_job(submitted, monkeypatch):
+    def broken(*_, **__):
+        raise ZeroDivisionError("a fault of ours")
+
+    path = submitted()
+    monkeypatch.setattr(node_command, "prepared_spec", broken)
+    with pytest.raises(LaunchError, match="ZeroDivisionError: a fault of ours"):
+        run(path)
+    assert read_job_end(path.parent).state == "failed"
+    monkeypatch.undo()
+    monkeypatch.setattr(node_command, "run_node", broken)
+    monkeypatch.setattr(node_preparation, "resolve_device", lambda asked: ("cuda", 0))
+    with pytest.raises(ZeroDivisionError):
+        run(path)
+    end = read_job_end(path.parent)
+    assert (end.state, end.exit_code, end.reason) == ("failed", 1, "ZeroDivisionError: a fault of ours")
 
 
 def test_a_folder_of_others_is_not_taken(submitted, tmp_path):

@@ -309,8 +309,10 @@ class JobFolder:
         target = self.root / "starts" / str(number)
         try:
             for part in JobFolder(self.root).of_nodes():
-                part._move_written(JobFolder(target, part.node))
+                if any(map(_written, (part.logs, part.status, part.events))):
+                    part._move_written(JobFolder(target, part.node))
             if _written(self.attempts) or any(self._attempt_folders()):
+                _make_own(target, self.root)
                 self.attempts.rename(target / "attempts")
             if self.failure_file.is_file():
                 _make_own(target / "output", self.root)

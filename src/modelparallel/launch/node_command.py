@@ -15,6 +15,7 @@ import signal
 import socket
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
@@ -48,6 +49,7 @@ from modelparallel.launch.supervision import RankMonitor
 #: Exit code of a job of which nothing was started, and of one that has run well and whose outputs are not where they
 #: were wanted.
 USAGE_EXIT_CODE, OUTPUT_EXIT_CODE = 2, 1
+FAULT_EXIT_CODE = 1
 #: How long nodes wait for one that fetches data or installs packages.
 PREPARE_SECONDS = 6 * 3600.0
 #: For the script: where its checkpoints are kept, a URL or the `checkpoints` of the job folder.
@@ -122,6 +124,10 @@ class _SubmittedNode:
                 message = self._hide(str(error))
                 self._write_down(JobEnd(self._job.name, "failed", USAGE_EXIT_CODE, message))
                 raise LaunchError(message) from error
+            except Exception as error:  # a fault of ours; who asks for the job must not be told that it runs
+                reason = self._hide(f"{type(error).__name__}: {error}")
+                self._write_down(JobEnd(self._job.name, "failed", FAULT_EXIT_CODE, reason))
+                raise
             self._write_down(self._end_of(result))
             return result
 
@@ -146,6 +152,11 @@ class _SubmittedNode:
             return self._with_checkpoints(prepared_spec(told, values, scratch, self._say)), ""
         except SMPError as error:
             return bare_spec(told), self._hide(str(error))
+        except JobInterrupted:
+            raise
+        except Exception as error:  # whatever it is, the others must not wait for this node
+            self._say(traceback.format_exc())
+            return bare_spec(told), self._hide(f"{type(error).__name__}: {error}")
 
     def _with_checkpoints(self, spec: JobSpec) -> JobSpec:
         place = self._job.checkpoints
