@@ -178,7 +178,7 @@ def test_stopping():
         SageMaker(**KEYS, boto_session=session).stop(record)
 
 
-def test_launch_file_from_fit_to_attach(cloud, code, caplog, capsys):
+def test_launch_file_from_fit_to_attach(cloud, code, caplog, capsys, monkeypatch):
     """What users of the SDK write, with a session of their own: no other credentials are used, nor another region."""
     session = SimpleNamespace(boto_session=cloud, _default_bucket_name_override="team")
     cloud.client("s3").create_bucket(Bucket="team", CreateBucketConfiguration={"LocationConstraint": "us-west-2"})
@@ -204,6 +204,12 @@ def test_launch_file_from_fit_to_attach(cloud, code, caplog, capsys):
     assert sorted(stored(cloud, "team")) == [f"{job.name}/input/train/train.py", f"{job.name}/source/sourcedir.tar.gz"]
     assert estimator.model_data == f"s3://team/{job.name}/output/model.tar.gz"
     assert PyTorch.attach(job.name, wait=False).latest_training_job.record == job.record
+    # On another machine, as users of the SDK do it: the name alone, and a session.
+    monkeypatch.setenv("XDG_STATE_HOME", str(code))
+    found = PyTorch.attach(job.name, sagemaker_session=session, wait=False).latest_training_job
+    assert found.name == job.name and found.status().state == "succeeded" and found.cluster.boto_session is cloud
+    with pytest.raises(LaunchError, match=r"no job was submitted from here.*sagemaker:nobody: the service knows no"):
+        PyTorch.attach("nobody", sagemaker_session=session)
 
 
 def record_of(session):

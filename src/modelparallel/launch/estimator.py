@@ -268,13 +268,13 @@ class PyTorch:
         Args:
             job: `<cluster>/<name>`; the name alone where that is enough; or the engine's own address (`slurm:1234`,
                 `sagemaker:NAME`, `kubernetes:namespace/name`).
-            sagemaker_session: accepted for launch files of the cloud.
+            sagemaker_session: whose credentials and region are used for a job of SageMaker.
             wait: as for `fit`.
             logs: as for `fit`.
 
         Raises `LaunchError` if there is no such job, `JobFailedError` if it was waited for and failed.
         """
-        found = find_job(job)
+        found = find_job(job, sagemaker_session)
         estimator = cls(entry_point=found.name, cluster=found.cluster, sagemaker_session=sagemaker_session)
         estimator.latest_training_job = found
         if wait:

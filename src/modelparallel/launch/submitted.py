@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TextIO
+from typing import Any, TextIO
 
 from modelparallel.errors import LaunchError
 from modelparallel.launch.cluster_jobs import check_job
@@ -158,21 +158,37 @@ def submit_job(cluster: Cluster, job: ClusterJob) -> SubmittedJob:
     return SubmittedJob(cluster, record)
 
 
-def find_job(address: str) -> SubmittedJob:
+def find_job(address: str, session: Any = None) -> SubmittedJob:
     """The job that was submitted as `<cluster>/<name>`; a name alone is enough where one job has it; or, without a
     record of it, the engine's own address: `slurm:1234`, `sagemaker:NAME`, `kubernetes:namespace/name`.
+
+    Args:
+        session: of the cloud's SDK or of boto3, for a job of SageMaker; then the name alone is enough without a record.
 
     Raises `LaunchError` if there is none, or several.
     """
     kind, _, engine_id = address.partition(":")
     if engine_id and kind in kinds():
-        cluster = make_cluster("", {"kind": kind}, address)
-        return SubmittedJob(cluster, cluster.adopt(engine_id))
-    record = find_record(address, os.environ)
-    return job_of(record)
+        return _adopted(kind, engine_id, session)
+    try:
+        record = find_record(address, os.environ)
+    except LaunchError as error:
+        if session is None:
+            raise
+        try:
+            return _adopted("sagemaker", address, session)
+        except LaunchError as unknown:
+            raise LaunchError(f"{error}; {unknown}") from error
+    return job_of(record, session)
 
 
-def job_of(record: JobRecord) -> SubmittedJob:
+def job_of(record: JobRecord, session: Any = None) -> SubmittedJob:
     """The job of a record. Raises `SMPConfigError` if this version does not know the record's cluster any more."""
     cluster = make_cluster(record.cluster, {"kind": record.kind, **record.settings}, f"record of {record.address}")
-    return SubmittedJob(cluster, record)
+    return SubmittedJob(cluster.with_session(session), record)
+
+
+def _adopted(kind: str, engine_id: str, session: Any) -> SubmittedJob:
+    """A job of which the engine alone knows."""
+    cluster = make_cluster("", {"kind": kind}, f"{kind}:{engine_id}").with_session(session)
+    return SubmittedJob(cluster, cluster.adopt(engine_id))

@@ -131,6 +131,10 @@ class Cluster(BaseModel, ABC):
         base = re.sub(r"[^A-Za-z0-9]+", "-", base)[: self.max_name_length - len(end) - 1].strip("-") or "job"
         return f"{base if self.has_capital_names else base.lower()}-{end}"
 
+    def with_session(self, session: Any) -> Cluster:
+        """The same cluster, asked through a session of the cloud's SDK; other kinds than SageMaker need none."""
+        return self
+
     @property
     def devices_per_node(self) -> int | None:
         """Accelerators of each node, where the cluster's own keys say it."""

@@ -119,6 +119,10 @@ class SageMaker(Cluster):
             else int(parse_duration(value, info.field_name or cls.kind))
         )
 
+    def with_session(self, session: Any) -> Cluster:
+        boto_session = getattr(session, "boto_session", None) or session
+        return self if boto_session is None else self.model_copy(update={"boto_session": boto_session})
+
     @property
     def devices_per_node(self) -> int | None:
         return devices_of(self.instance_type) if self.instance_type else None
