@@ -114,7 +114,7 @@ def test_a_host_that_was_lost_comes_before_what_its_peers_report_later():
     timeout = end_of(0, 0, 130.0, "WaitTimeoutError: no answer")
     outcome = outcome_of([timeout], [loss])
     assert outcome.reason == "host host-1 (node 1) was lost: no sign of life for 61 s"
-    assert (outcome.exit_code, outcome.failure) == (1, None)
+    assert (outcome.exit_code, outcome.failure) == (75, None)
     earlier = end_of(0, 0, 90.0, "ValueError: deliberate")
     assert outcome_of([earlier], [loss]).failure.global_rank == 0
 

@@ -105,9 +105,33 @@ def test_another_job_is_not_disturbed(place):
             joined_store(replace(place, node_rank=1, least=3, most=3), WAIT, print).__enter__()
         with pytest.raises(LaunchError, match=rf"node 0 cannot listen at port {place.port} .*another --job-id"):
             joined_store(place, WAIT, print).__enter__()
+        said: list[str] = []
         with joined_store(replace(place, node_rank=1), WAIT, print):
             with pytest.raises(LaunchError, match=r"node 1 of job 'job' has come already"):
-                joined_store(replace(place, node_rank=1), WAIT, print).__enter__()
+                joined_store(replace(place, node_rank=1), 1.0, said.append).__enter__()
+        assert said == ["node 1 of job 'job' is there already: waiting for the others to lose it"]
+
+
+def test_a_node_that_is_made_again_joins_those_that_are_made_with_it(place):
+    """As pods are: the new node 1 comes while the launchers of the last attempt are still there."""
+    again = replace(place, node_rank=1)
+    joined, said = [], []
+
+    def join():
+        with joined_store(again, WAIT, said.append) as third:
+            joined.append(third.joined.node)
+            until(lambda: third.value("seen") is not None)
+
+    with joined_store(place, WAIT, print), joined_store(again, WAIT, print):
+        thread = threading.Thread(target=join)
+        thread.start()
+        until(lambda: said)
+        assert not joined
+    with joined_store(place, WAIT, print) as first_host:
+        until(lambda: joined)
+        first_host.put("seen", "yes")
+        thread.join(WAIT)
+    assert joined == [1] and not thread.is_alive()
 
 
 def test_a_node_0_that_does_not_come_is_named(place):

@@ -14,6 +14,7 @@ from modelparallel.config.table import Config
 from modelparallel.errors import LaunchError, SMPConfigError
 from modelparallel.job.preemption import EXIT_PREEMPTED
 from modelparallel.launch.attempts import Attempt
+from modelparallel.launch.clusters.description import HOST_LOST_EXIT_CODE
 from modelparallel.launch.failures import Candidate, RankFailure
 
 #: A traceback is passed on up to this size; the beginning goes first, since the end names the error.
@@ -235,7 +236,7 @@ def outcome_of(ends: Sequence[End], losses: Sequence[Loss]) -> Outcome:
     """What came first over all hosts, in the order: a failure of a process's own or a host that was lost, or a stop,
     whichever was earlier; then a preemption; then failures that follow from another's.
     """
-    own: list[tuple[float, Outcome]] = [(loss.time, Outcome(1, loss.text)) for loss in losses]
+    own: list[tuple[float, Outcome]] = [(loss.time, Outcome(HOST_LOST_EXIT_CODE, loss.text)) for loss in losses]
     following: list[tuple[float, Outcome]] = []
     for end in ends:
         if end.stop:

@@ -25,6 +25,7 @@ from modelparallel.errors import LaunchError
 from modelparallel.job import interfaces
 from modelparallel.job.rendezvous import SECRET_VARIABLE
 from modelparallel.launch.attempts import Attempt, write_attempts
+from modelparallel.launch.clusters.description import HOST_LOST_EXIT_CODE
 from modelparallel.launch.environment import job_environment, package_version
 from modelparallel.launch.failures import JobInterrupted
 from modelparallel.launch.folder import checked_job_name
@@ -42,7 +43,14 @@ from modelparallel.launch.job import (
 from modelparallel.launch.node_folder import first_folder, other_folder
 from modelparallel.launch.node_lead import POLL_SECONDS, SETTLE_SECONDS, Lead
 from modelparallel.launch.node_place import NodePlace
-from modelparallel.launch.node_plan import AttemptVerdict, End, Offer, Outcome, Plan, check_agreement
+from modelparallel.launch.node_plan import (
+    AttemptVerdict,
+    End,
+    Offer,
+    Outcome,
+    Plan,
+    check_agreement,
+)
 from modelparallel.launch.node_store import LOST_SECONDS, NodeStore, joined_store
 from modelparallel.launch.processes import guarded
 from modelparallel.launch.signals import asked_by_signal, ended_by_signal
@@ -416,6 +424,7 @@ class _NodeRun:
                 if ended_at is None and (end.exit_code or self._store.value(f"trouble/{number}") is not None):
                     ended_at = time.monotonic()
                 if self._store.is_lost(0):
+                    code = HOST_LOST_EXIT_CODE
                     reason = f"host {plan.members[0].host} (node 0) was lost: {self._store.how_lost(0)}"
                     break
                 if ended_at is not None and time.monotonic() > ended_at + 2 * SETTLE_SECONDS + LOST_SECONDS:

@@ -45,6 +45,8 @@ _HELLO = "modelparallel/nodes"
 _NUM_CLOCK_QUESTIONS = 5
 _CLOSE_SECONDS = 5.0
 _SAY_SECONDS = 15.0
+#: How long a node that is made again waits until its predecessor is lost, and those that were with it have ended.
+_PREDECESSOR_SECONDS = LOST_SECONDS + 60.0
 
 
 @dataclass(frozen=True)
@@ -196,6 +198,7 @@ def joined_store(place: NodePlace, seconds: float, say: Callable[[str], None]) -
     """
     with contextlib.ExitStack() as stack:
         if _is_first(place):
+            store: dist.Store
             server = _serve(place)
             connect = _connector("127.0.0.1", place.port)
             store = dist.PrefixStore(_prefix(place), server)
@@ -203,9 +206,7 @@ def joined_store(place: NodePlace, seconds: float, say: Callable[[str], None]) -
             stack.enter_context(_clock(store, dist.PrefixStore(_prefix(place), connect(_ANSWER_SECONDS))))
             own, first = "", ""
         else:
-            own, first = _reach(place, seconds, say)
-            connect = _connector(first, place.port)
-            store = dist.PrefixStore(_prefix(place), _greeted(place, connect))
+            own, first, connect, store = _reached(place, seconds, say)
         try:
             node = _claim(place, store, is_first=not first)
             ahead = 0.0 if not first else _clock_ahead(store)
@@ -214,6 +215,42 @@ def joined_store(place: NodePlace, seconds: float, say: Callable[[str], None]) -
         nodes = NodeStore(place, Joined(node, own, first, ahead), connect)
         stack.callback(nodes.close)
         yield nodes
+
+
+def _reached(
+    place: NodePlace, seconds: float, say: Callable[[str], None]
+) -> tuple[str, str, Callable[[float], dist.Store], dist.Store]:
+    """Reach the store of node 0: the addresses of both ends, how to connect, and the store.
+
+    An engine that makes a node again (a pod) may be quicker than the others are to see that its predecessor is lost:
+    this one waits until they have ended, and joins those that the engine makes in their place.
+    """
+    deadline: float | None = None
+    while True:
+        try:
+            own, first = _reach(place, seconds, say)
+            connect = _connector(first, place.port)
+            store = dist.PrefixStore(_prefix(place), _greeted(place, connect))
+            if not (place.node_rank is not None and place.least == place.most and _is_taken(store, place.node_rank)):
+                return own, first, connect, store
+        except (LaunchError, RuntimeError):
+            if deadline is None or time.monotonic() >= deadline:
+                raise
+            time.sleep(_POLL_SECONDS * 5)  # it was the store of those that end
+            continue
+        if deadline is None:
+            deadline = time.monotonic() + min(seconds, _PREDECESSOR_SECONDS)
+            say(f"node {place.node_rank} of job {place.job_id!r} is there already: waiting for the others to lose it")
+        elif time.monotonic() >= deadline:
+            raise LaunchError(
+                f"node {place.node_rank} of job {place.job_id!r} has come already: each node has a rank of its own "
+                "(--node-rank). If this is another job, give it a --job-id of its own"
+            )
+        time.sleep(_POLL_SECONDS * 5)
+
+
+def _is_taken(store: dist.Store, node: int) -> bool:
+    return bool(store.check([f"claimed/{node}"]))
 
 
 def _prefix(place: NodePlace) -> str:

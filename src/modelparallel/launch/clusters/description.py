@@ -17,6 +17,8 @@ from modelparallel.version import __version__
 
 InputMode = Literal["File", "FastFile"]
 
+#: Of all nodes of a job that has lost one: it may run well on others (sysexits calls this a temporary failure).
+HOST_LOST_EXIT_CODE = 75
 #: Changes when an older `modelparallel node` could not read a description any more.
 FORMAT = 1
 #: Known to the submitting machine alone, and of no use elsewhere.
