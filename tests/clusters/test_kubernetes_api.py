@@ -252,6 +252,7 @@ def test_a_job_that_was_submitted_elsewhere(server, code):
     server.add_pod("pod-0", LABELS["indexed-job"], 0)
     server.log("pod-0", "[a rank 0] one")
     assert list(found.logs()) == ["[a rank 0] one"]
+    assert find_job(f"k8s:team-a/{cases.NAME}").record.engine_id == found.record.engine_id
     with pytest.raises(LaunchError, match="there is no TrainJob and no Job team-a/nothing"):
         find_job("kubernetes:team-a/nothing")
 

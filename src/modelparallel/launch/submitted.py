@@ -21,6 +21,7 @@ from modelparallel.launch.failures import JobFailedError
 
 logger = logging.getLogger("modelparallel.launch")
 
+_SHORT_KINDS = {"k8s": "kubernetes"}
 #: Between two questions to the engine while a job is waited for.
 POLL_SECONDS = 5.0
 #: In which the last lines of a job that has ended are still to come.
@@ -160,7 +161,7 @@ def submit_job(cluster: Cluster, job: ClusterJob) -> SubmittedJob:
 
 def find_job(address: str, session: Any = None) -> SubmittedJob:
     """The job that was submitted as `<cluster>/<name>`; a name alone is enough where one job has it; or, without a
-    record of it, the engine's own address: `slurm:1234`, `sagemaker:NAME`, `kubernetes:namespace/name`.
+    record of it, the engine's own address: `slurm:1234`, `sagemaker:NAME`, `kubernetes:namespace/name` (or `k8s:...`).
 
     Args:
         session: of the cloud's SDK or of boto3, for a job of SageMaker; then the name alone is enough without a record.
@@ -168,6 +169,7 @@ def find_job(address: str, session: Any = None) -> SubmittedJob:
     Raises `LaunchError` if there is none, or several.
     """
     kind, _, engine_id = address.partition(":")
+    kind = _SHORT_KINDS.get(kind, kind)
     if engine_id and kind in kinds():
         return _adopted(kind, engine_id, session)
     try:

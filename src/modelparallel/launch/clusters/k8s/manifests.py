@@ -14,7 +14,7 @@ import yaml
 
 from modelparallel.errors import LaunchError
 from modelparallel.job.preemption import EXIT_PREEMPTED
-from modelparallel.launch.clusters.description import ClusterJob, node_description
+from modelparallel.launch.clusters.description import HOST_LOST_EXIT_CODE, ClusterJob, node_description
 from modelparallel.launch.clusters.k8s.keys import (
     DESCRIPTION_FOLDER,
     OWN_FOLDER,
@@ -34,8 +34,8 @@ TRAINER_GROUP, TRAINER_VERSION, TRAIN_JOBS = "trainer.kubeflow.org", "v1alpha1",
 MOST_CONFIG_BYTES = 900 * 1024
 _PATCH_MANAGER = "modelparallel/submit"
 _RESTART_ATTEMPT = "jobset.sigs.k8s.io/restart-attempt"
-#: Nothing was started on the node.
-_USAGE_EXIT_CODE = 2
+#: Of pods whose node, or another one, was lost: as the launchers say it, killed, or stopped.
+_LOST_EXIT_CODES = (HOST_LOST_EXIT_CODE, 137, 143)
 _PEER_SECRET_FOLDER = "/etc/modelparallel-peers"
 
 
@@ -192,17 +192,18 @@ def _indexed_job(settings: KubernetesSettings, job: ClusterJob) -> dict[str, Any
 
 
 def _restarts(job: ClusterJob) -> dict[str, Any]:
-    """When the Job makes a pod again. The agents restart their processes themselves, so what is left are lost nodes."""
-    on_exit = {"containerName": NODE, "operator": "In"}
+    """When the Job makes pods again. The launchers restart their processes themselves; what is left are lost nodes."""
     rules: list[dict[str, Any]] = [
-        # Nothing was started, and would not be the next time.
-        {"action": "FailJob", "onExitCodes": {**on_exit, "values": [_USAGE_EXIT_CODE]}},
         # The script has saved because it was asked to, and is to go on.
-        {"action": "Ignore", "onExitCodes": {**on_exit, "values": [EXIT_PREEMPTED]}},
+        {"action": "Ignore", "onExitCodes": {"containerName": NODE, "operator": "In", "values": [EXIT_PREEMPTED]}},
         # The machine was drained, or a job of a higher priority needs it.
         {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
     ]
-    # A lost node ends the agents of all others.
+    if job.max_restarts:
+        # What a script does wrong, it would do again; the launchers have tried.
+        lost = {"containerName": NODE, "operator": "NotIn", "values": list(_LOST_EXIT_CODES)}
+        rules.append({"action": "FailJob", "onExitCodes": lost})
+    # A lost node ends the launchers of all others.
     return {
         "backoffLimit": job.max_restarts * job.num_nodes,
         "podReplacementPolicy": "Failed",
