@@ -16,6 +16,7 @@ from modelparallel.errors import LaunchError, SMPConfigError
 from modelparallel.launch.clusters.cluster import JobRecord
 from modelparallel.launch.clusters.cluster_file import kinds, make_cluster, read_clusters
 from modelparallel.launch.clusters.description import ClusterJob, DataChannel
+from modelparallel.launch.clusters.job_end import JobEnd, write_job_end
 from modelparallel.launch.clusters.slurm import Slurm
 from modelparallel.launch.clusters.slurm import commands as slurm_commands
 from modelparallel.launch.clusters.slurm.commands import status_of
@@ -431,7 +432,7 @@ def test_states_of_slurm(slurm, text, state, reason, code):
 def test_history_and_first_failure_are_part_of_a_status(slurm):
     cluster, record = submitted(slurm)
     slurm("scontrol", shown("FAILED", "NonZeroExitCode", "1:0", 2, "2026-01-31T12:01:00", "2026-01-31T12:05:00"))
-    (Path(record.folder) / "status.json").write_text('{"reason": "rank 3: ValueError: no"}')
+    write_job_end(Path(record.folder), JobEnd("train-1", "failed", 1, "rank 3: ValueError: no"))
     status = cluster.status(record)
     assert status.reason == "FAILED: NonZeroExitCode: rank 3: ValueError: no"
     assert status.history == (
@@ -452,6 +453,15 @@ def test_a_job_that_slurm_has_forgotten(slurm):
     assert (status.state, status.exit_code) == ("failed", 3)
     (Path(record.folder) / "exit_code").write_text("0\n")
     assert cluster.status(record).state == "succeeded"
+    # What the first agent has said comes first; the exit code of a start that was preempted says nothing of the next.
+    write_job_end(Path(record.folder), JobEnd("train-1", "stopped", 143, "stopped by SIGTERM"))
+    assert (cluster.status(record).state, cluster.status(record).reason) == ("stopped", "stopped by SIGTERM")
+    (Path(record.folder) / "exit_code").write_text("85\n")
+    write_job_end(Path(record.folder), JobEnd("train-1", "pending", 85))
+    assert (cluster.status(record).state, cluster.status(record).exit_code) == ("failed", 85)
+    write_job_end(Path(record.folder), JobEnd("train-1", "running", node="node-a"))
+    status = cluster.status(record)
+    assert status.state == "unknown" and "it was running when it was last heard of, on node-a" in status.reason
     slurm("sacct", "CANCELLED by 1000|0:15|None")
     assert cluster.status(record).state == "stopped"
     slurm("sacct", "TIMEOUT|0:0|None")

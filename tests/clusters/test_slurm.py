@@ -219,7 +219,8 @@ def train(folder):
     load_script(EXAMPLE).main(folder)
 
 
-def test_a_preempted_job_is_requeued_and_goes_on_as_if_nothing_was(cluster, engine, tmp_path):
+@pytest.mark.parametrize("signals", [("--batch", "--signal=USR1"), ("--signal=TERM",)])
+def test_a_preempted_job_is_requeued_and_goes_on_as_if_nothing_was(cluster, engine, tmp_path, signals):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     for folder in (whole, parts):
         folder.mkdir()
@@ -230,8 +231,8 @@ def test_a_preempted_job_is_requeued_and_goes_on_as_if_nothing_was(cluster, engi
     job = submit_job(cluster, job_of(tmp_path, "preempted", PREEMPTED, str(parts), "--seconds", "1", **values))
     log = Path(job.record.folder) / "logs" / "node_0" / "rank_0.log"
     wait_for_text(log, "step 1 ")
-    # What Slurm does when the time is nearly over.
-    engine.run("scancel", "--batch", "--signal=USR1", job.record.engine_id)
+    # What Slurm does when the time is nearly over; and, to all processes, when it preempts a job with a GraceTime.
+    engine.run("scancel", *signals, job.record.engine_id)
     said = engine.wait_until(job.record.engine_id, "PENDING")
     assert "Restarts=1 " in said, said
     status = job.status()
@@ -299,3 +300,38 @@ def test_a_missing_python_is_said_by_the_job(cluster, engine, tmp_path):
     status = ended(job, engine)
     assert status.state == "failed", status
     assert any("/no/such/python" in line for line in job.logs()), said_by(job)
+
+
+def test_the_commands_follow_a_job_from_any_shell(cluster, engine, tmp_path):
+    program = stand_in(tmp_path, cluster, "echo hello from $(hostname); exit 3").python
+    file = tmp_path / "modelparallel.toml"
+    row = f'kind = "slurm"\nfolder = "{cluster.folder}"\npython = "{program}"\ntime = "1h"\nrequeue = false\n'
+    file.write_text(f"[clusters.test]\n{row}")
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "train.py").write_text("")
+
+    def run(*arguments):
+        command = [sys.executable, "-m", "modelparallel", *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=tmp_path)
+        return done.returncode, done.stdout + done.stderr
+
+    options = ["--cluster", "test", "--nodes", "2", "--nproc", "1", "--name", "by-hand"]
+    submission = ["submit", *options, "code/train.py", "--lr", "1 2"]
+    code, text = run("submit", "--dry-run", *submission[1:])
+    assert code == 0 and "#SBATCH --nodes=2" in text and "sbatch --parsable" in text, text
+    assert not (tmp_path / "my jobs").exists(), "nothing was written"
+    code, text = run(*submission)
+    assert code == 0 and text.strip().endswith("test/by-hand"), text
+    code, text = run("wait", "test/by-hand")
+    assert code == 3 and "NonZeroExitCode" in text, text
+    code, text = run("logs", "by-hand")
+    assert "[node 0] hello from node-a" in text and "srun: error" in text, text
+    code, text = run("status", "by-hand", "--json")
+    assert json.loads(text)["state"] == "failed", text
+    assert "by-hand" in run("jobs")[1]
+    code, text = run(*submission)
+    assert code == 2 and "job name 'by-hand' is in use" in text, text
+    # The file that was printed is what runs when it is submitted by hand.
+    script = next((tmp_path / "my jobs").rglob("job.sbatch"))
+    job_id = engine.run("sbatch", "--parsable", str(script)).stdout.strip()
+    assert "ExitCode=3:0" in engine.wait_until(job_id, "FAILED")

@@ -16,6 +16,7 @@ from pydantic import Field, field_validator
 
 from modelparallel.errors import LaunchError
 from modelparallel.job.discovery import LAUNCHER_VARIABLES
+from modelparallel.job.preemption import EXIT_PREEMPTED
 from modelparallel.job.private_files import write_private
 from modelparallel.launch.clusters.checks import (
     check_devices_per_node,
@@ -27,6 +28,7 @@ from modelparallel.launch.clusters.checks import (
 from modelparallel.launch.clusters.cluster import Cluster, JobRecord, JobStatus, Rendered
 from modelparallel.launch.clusters.description import ClusterJob, node_description
 from modelparallel.launch.clusters.instances import devices_of
+from modelparallel.launch.clusters.job_end import read_job_end
 from modelparallel.launch.clusters.log_files import check_rank, followed_lines, rank_logs
 from modelparallel.launch.clusters.packing import copy_code
 from modelparallel.launch.clusters.secrets import FILE_NAME as SECRETS_FILE
@@ -333,14 +335,24 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _left_status(record: JobRecord) -> JobStatus:
-    """What the job itself has written down at its end."""
+    """What the job itself has written down at its end: its first agent, or the file that Slurm has run."""
+    end = read_job_end(Path(record.folder)) if record.folder else None
+    if end is not None and end.status.is_final:
+        return end.status
     try:
-        code = int((Path(record.folder or "/nowhere") / EXIT_CODE_FILE).read_text(encoding="ascii"))
+        code = int((Path(record.folder or os.devnull) / EXIT_CODE_FILE).read_text(encoding="ascii"))
     except (OSError, ValueError):
-        return JobStatus("unknown", "Slurm has forgotten it, and it has left no word of its end")
+        code = None
+    # That of a job that was requeued is of its start before.
+    if code is None or (code == EXIT_PREEMPTED and end is not None and end.state == "running"):
+        heard = (
+            "" if end is None else f"; it was {end.state} when it was last heard of, on {end.node or 'its first node'}"
+        )
+        return JobStatus("unknown", f"Slurm has forgotten it, and it has left no word of its end{heard}")
     return JobStatus("succeeded" if code == 0 else "failed", "" if code == 0 else f"exit code {code}", code)
 
 
 def _first_failure(record: JobRecord) -> str:
     """What the job itself says of its failure, if it can be read from here."""
-    return str(_json(Path(record.folder) / "status.json").get("reason") or "") if record.folder else ""
+    end = read_job_end(Path(record.folder)) if record.folder else None
+    return end.reason if end is not None and end.state == "failed" else ""
