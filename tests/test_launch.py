@@ -12,12 +12,13 @@ import textwrap
 import time
 from pathlib import Path
 
+import fsspec
 import pytest
 from torch.distributed.launcher.api import LaunchConfig
 from typer.testing import CliRunner
 
 from launched_jobs import LEAVES_CHILDREN, MPI_OPTIONS, job_of, processes_with, seed_distribution, write_script
-from modelparallel.errors import LaunchError, NotBuiltError, SMPConfigError
+from modelparallel.errors import LaunchError, SMPConfigError
 from modelparallel.launch import Estimator, HuggingFace, JobFailedError, PyTorch, estimator, run_job
 from modelparallel.launch.channels import input_channels, local_path
 from modelparallel.launch.command_line import app
@@ -409,8 +410,8 @@ def test_bad_input_of_the_estimator(tmp_path, monkeypatch, caplog):
         PyTorch("missing.py").fit()
     with pytest.raises(LaunchError, match=r"channel 'train': .*nowhere does not exist"):
         PyTorch("train.py").fit({"train": "nowhere"})
-    with pytest.raises(NotBuiltError, match=r"s3://.*not built yet"):
-        PyTorch("train.py").fit("s3://my_bucket/my_training_data/")
+    with pytest.raises(LaunchError, match=r"channel 'training': nowhere://data cannot be opened"):
+        PyTorch("train.py").fit("nowhere://data")
     with pytest.raises(LaunchError, match="'hyperparameter': did you mean 'hyperparameters'"):
         PyTorch("train.py", hyperparameter={})
     with pytest.raises(LaunchError, match="instance_count=2"):
@@ -561,3 +562,27 @@ def test_the_handle_of_a_local_job_says_how_it_is_and_what_it_printed(tmp_path):
         job.fit()
     status = job.latest_training_job.status()
     assert (status.state, status.exit_code) == ("failed", 3) and "rank" in status.reason
+
+
+def test_a_channel_at_a_url_is_fetched_and_goes_with_the_job(tmp_path, monkeypatch, capsys):
+    files = fsspec.filesystem("memory")
+    files.pipe("/data/part/one.txt", b"1\n")
+    files.pipe("/single.txt", b"2\n")
+    monkeypatch.setenv("MODELPARALLEL_SCRATCH", str(tmp_path / "scratch"))
+    (tmp_path / "scratch").mkdir()
+    write_script(
+        tmp_path,
+        """
+        import os
+        channel = os.environ["SM_CHANNEL_TRAIN"]
+        print("one", open(os.path.join(channel, "part", "one.txt")).read().strip(), os.environ["SM_CHANNEL_URL_TRAIN"])
+        print("two", open(os.path.join(os.environ["SM_CHANNEL_TEST"], "single.txt")).read().strip())
+        """,
+    )
+    job = PyTorch("train.py", source_dir=tmp_path, job_dir=tmp_path / "job")
+    job.fit({"train": "memory://data", "test": "memory://single.txt"})
+    shown = capsys.readouterr().out
+    assert "[rank 0] one 1 memory://data" in shown and "[rank 0] two 2" in shown
+    assert not list((tmp_path / "scratch").iterdir())
+    with pytest.raises(LaunchError, match=r"channel 'train': there is no file at memory://nothing"):
+        job.fit({"train": "memory://nothing"})

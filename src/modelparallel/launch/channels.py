@@ -1,4 +1,4 @@
-"""Input channels: what `fit(...)` and `--channel` name, as directories or files of this machine."""
+"""Input channels: what `fit(...)` and `--channel` name: directories and files of this machine, and URLs."""
 
 import os
 import re
@@ -8,17 +8,19 @@ from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
-from modelparallel.errors import LaunchError, NotBuiltError
+from modelparallel.errors import LaunchError
+from modelparallel.launch.clusters.transfers import is_url
 
 _MAX_NAME = 128
 #: Of an input that is given without a name.
 DEFAULT_CHANNEL = "training"
 
 
-def input_channels(inputs: Any) -> dict[str, Path]:
+def input_channels(inputs: Any) -> dict[str, Path | str]:
     """The channels of `fit(inputs)`: a single location is the channel `training` (smp-config section 3).
 
-    Raises `LaunchError` for a location that does not exist and `NotBuiltError` for s3://.
+    A URL that fsspec opens (s3://, gs://, https://, ...) stays a text. Raises `LaunchError` for a path that does not
+    exist.
     """
     if inputs is None:
         return {}
@@ -29,7 +31,13 @@ def input_channels(inputs: Any) -> dict[str, Path]:
             f"inputs: expected a path, a file:/// location or a dict of them, got {type(inputs).__name__} {inputs!r}"
         )
     check_channel_names(inputs)
-    return {name: local_path(location, f"channel {name!r}") for name, location in inputs.items()}
+    return {name: _location(location, f"channel {name!r}") for name, location in inputs.items()}
+
+
+def _location(location: Any, what: str) -> Path | str:
+    if isinstance(location, str) and is_url(location):
+        return location
+    return local_path(location, what)
 
 
 def channel_options(texts: Sequence[str]) -> dict[str, str]:
@@ -56,8 +64,6 @@ def local_path(location: Any, what: str, *, must_exist: bool = True) -> Path:
         parts = urlsplit(text)
     except ValueError as error:
         raise LaunchError(f"{what}: {text!r} is no path or file:/// location ({error})") from error
-    if parts.scheme == "s3":
-        raise NotBuiltError(f"{what}: {text}: reading from s3:// is not built yet: copy it and give the local path")
     if "://" in text:
         if parts.scheme != "file" or parts.netloc not in ("", "localhost"):
             raise LaunchError(f"{what}: {text}: only plain paths and file:///absolute/path can be used")

@@ -19,6 +19,7 @@ from modelparallel.launch.attempts import Attempt, Start, history, next_start, w
 from modelparallel.launch.devices import device_names, working_devices
 from modelparallel.launch.environment import job_environment, resource_config
 from modelparallel.launch.failures import Candidate, JobInterrupted, failed_ends, first_candidate, was_preempted
+from modelparallel.launch.fetched_channels import fetched_channels
 from modelparallel.launch.folder import checked_job_name
 from modelparallel.launch.memory_summary import memory_summary
 from modelparallel.launch.node_place import port_of
@@ -55,8 +56,11 @@ def run_job(job: JobSpec, output: TextIO | None = None, monitor: RankMonitor | N
     check_script(job.script)
     checked_job_name(job.name)
     folder = job.folder
-    with folder.held(), guarded(folder.description), ExitStack() as stack:
-        folder.prepare(job.source_dir, job.channels, job.checkpoints)
+    with ExitStack() as stack:
+        job, channels = stack.enter_context(fetched_channels(job, output or sys.stdout))
+        stack.enter_context(folder.held())
+        stack.enter_context(guarded(folder.description))
+        folder.prepare(job.source_dir, channels, job.checkpoints)
         monitor = monitor or RankMonitor()
         monitor.attach(folder, output or sys.stdout, job.timeout)
         stack.callback(monitor.detach)

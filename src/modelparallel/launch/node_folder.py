@@ -17,6 +17,7 @@ from dataclasses import replace
 from typing import Any
 
 from modelparallel.job.private_files import write_private
+from modelparallel.launch.fetched_channels import local_channels
 from modelparallel.launch.folder import JobFolder, default_folder
 from modelparallel.launch.spec import JobSpec
 
@@ -29,7 +30,7 @@ def first_folder(stack: ExitStack, job: JobSpec) -> tuple[JobSpec, dict[str, Any
     """Node 0: make the folder, hold it until the stack ends, and what the others are told of it."""
     folder = JobFolder(job.folder.root, 0)
     stack.enter_context(folder.held())
-    folder.prepare(job.source_dir, job.channels, job.checkpoints)
+    folder.prepare(job.source_dir, local_channels(job), job.checkpoints)
     told = {"name": job.name, "root": str(folder.root), "token": secrets.token_hex(16)}
     # The number above goes over the network, this one does not.
     stack.callback(folder.secret_file.unlink, missing_ok=True)
@@ -54,7 +55,7 @@ def other_folder(stack: ExitStack, job: JobSpec, node: int, told: Mapping[str, A
         folder.prepare_shared()
     else:
         stack.enter_context(folder.held())
-        folder.prepare(job.source_dir, job.channels, job.checkpoints)
+        folder.prepare(job.source_dir, local_channels(job), job.checkpoints)
     return job, is_shared
 
 

@@ -18,14 +18,13 @@ from modelparallel.launch.channels import check_channel_names
 from modelparallel.launch.clusters.description import DataChannel, NodeDescription
 from modelparallel.launch.clusters.transfers import fetch, is_url
 from modelparallel.launch.devices import check_devices, resolve_device
+from modelparallel.launch.fetched_channels import URL_VARIABLE
 from modelparallel.launch.folder import JobFolder
 from modelparallel.launch.node_requirements import environment_with, install_requirements
 from modelparallel.launch.node_scratch import NodeScratch
 from modelparallel.launch.spec import JobSpec, check_script
 from modelparallel.plan.partition import readable_bytes
 
-#: SM_CHANNEL_URL_<NAME>: where the data of a channel were fetched from, or are to be read from (FastFile).
-URL_VARIABLE = "SM_CHANNEL_URL_"
 _ARCHIVES = (".tar.gz", ".tgz", ".tar")
 
 

@@ -28,6 +28,7 @@ from modelparallel.launch.attempts import Attempt, write_attempts
 from modelparallel.launch.clusters.description import HOST_LOST_EXIT_CODE
 from modelparallel.launch.environment import job_environment, package_version
 from modelparallel.launch.failures import JobInterrupted
+from modelparallel.launch.fetched_channels import local_channels
 from modelparallel.launch.folder import checked_job_name
 from modelparallel.launch.hosts import LOOPBACK, Hosts
 from modelparallel.launch.job import (
@@ -103,6 +104,8 @@ def run_node(
     if not problem:
         check_script(job.script)
     checked_job_name(job.name)
+    if place.most > 1:
+        local_channels(job)  # what is wrong is said before the hosts wait for each other
     job = replace(job, earlier_starts=place.restart_count)
     if place.most == 1:
         return run_job(job, output, monitor)

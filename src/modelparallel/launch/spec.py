@@ -22,6 +22,7 @@ class JobSpec:
 
     Attributes:
         arguments: the script's full command line.
+        channels: where the data of each are; a text is a URL, which a job on one machine fetches before it starts.
         hyperparameters: what is published in SM_HPS and SM_HP_*.
         parameters: the checked model parallel parameters, None for a job that is not model parallel; then nothing is
             published about them and the script's own `smp.init(...)` decides.
@@ -47,7 +48,7 @@ class JobSpec:
     arguments: tuple[str, ...] = ()
     hyperparameters: Mapping[str, Any] = field(default_factory=dict)
     parameters: Mapping[str, Any] | None = None
-    channels: Mapping[str, Path] = field(default_factory=dict)
+    channels: Mapping[str, Path | str] = field(default_factory=dict)
     custom_mpi_options: str = ""
     environment: Mapping[str, str] = field(default_factory=dict)
     instance_type: str = "local"
