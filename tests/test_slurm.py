@@ -6,6 +6,7 @@ import shlex
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -70,7 +71,7 @@ while wait "$step"; kill -0 "$step" 2>/dev/null; do :; done  # a signal ends a w
 wait "$step"; code=$?
 
 echo "$code" > /shared/jobs/train-1/exit_code
-if [ "$code" -eq 85 ]; then scontrol requeue "$SLURM_JOB_ID"; fi
+case "$code" in 85|75) scontrol requeue "$SLURM_JOB_ID";; esac  # preempted, or a node was lost
 exit "$code"
 """
 SMALL = """\
@@ -174,13 +175,13 @@ def run_script(tmp_path, cluster, srun, *, signals=0):
     return process.returncode, calls.read_text().splitlines(), output.decode()
 
 
-@pytest.mark.parametrize("code", [0, 3, 85])
+@pytest.mark.parametrize("code", [0, 3, 75, 85])
 def test_the_exit_code_of_the_step_is_that_of_the_job(tmp_path, code):
     cluster = CLUSTER.model_copy(update={"folder": str(tmp_path / "my jobs"), "setup": ()})
     found, calls, output = run_script(tmp_path, cluster, f"exit {code}")
     assert found == code, output
     assert (tmp_path / "my jobs" / JOB.name / "exit_code").read_text() == f"{code}\n"
-    assert ("scontrol requeue 7" in calls) == (code == 85)
+    assert ("scontrol requeue 7" in calls) == (code in (75, 85))
     assert calls[0].startswith("srun --mpi=none") and calls[0].endswith(f"node {tmp_path}/my jobs/train-1/job.json")
 
 
@@ -543,7 +544,8 @@ def test_logs_without_a_folder_are_an_error(slurm):
 
 def test_following_ends_with_the_job_and_misses_nothing(slurm, monkeypatch):
     cluster, record = submitted(slurm)
-    monkeypatch.setattr("modelparallel.launch.clusters.slurm.cluster._WAIT_POLL_SECONDS", 0.01)
+    for name in ("_LOG_SECONDS", "_ASK_SECONDS"):
+        monkeypatch.setattr(f"modelparallel.launch.clusters.slurm.cluster.{name}", 0.01)
     slurm("scontrol", shown("RUNNING"))
     write_logs(record, {"logs/rank_0.log": "one\ntw"})
     lines = cluster.logs(record, rank=0, follow=True)
@@ -556,6 +558,18 @@ def test_following_ends_with_the_job_and_misses_nothing(slurm, monkeypatch):
     assert next(lines) == "[rank 0] three"
     slurm("scontrol", shown("COMPLETED"))
     assert list(lines) == ["[rank 0] four"]
+
+
+def test_the_daemon_is_asked_now_and_then_only(slurm, monkeypatch):
+    cluster, record = submitted(slurm)
+    monkeypatch.setattr("modelparallel.launch.clusters.slurm.cluster._LOG_SECONDS", 0.01)
+    monkeypatch.setattr("modelparallel.launch.clusters.slurm.cluster._ASK_SECONDS", 1.0)
+    slurm("scontrol", shown("RUNNING"))
+    num_calls = len(slurm.calls.read_text().splitlines())
+    following = cluster.logs(record, rank=0, follow=True)
+    threading.Timer(1.5, slurm, ("scontrol", shown("COMPLETED"))).start()
+    assert list(following) == []
+    assert len(slurm.calls.read_text().splitlines()) <= num_calls + 5
 
 
 def test_python_is_the_one_that_submits():

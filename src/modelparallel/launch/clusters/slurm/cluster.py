@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,7 +17,6 @@ from pydantic import Field, field_validator
 
 from modelparallel.errors import LaunchError
 from modelparallel.job.discovery import LAUNCHER_VARIABLES
-from modelparallel.job.preemption import EXIT_PREEMPTED
 from modelparallel.job.private_files import write_private
 from modelparallel.launch.clusters.checks import (
     check_devices_per_node,
@@ -44,6 +44,7 @@ from modelparallel.launch.clusters.slurm.script import (
     EXIT_CODE_FILE,
     OWN_OPTIONS,
     PLAIN_PATH,
+    REQUEUED_EXIT_CODES,
     Requeue,
     Script,
     Value,
@@ -62,8 +63,10 @@ _OWN_SRUN_OPTIONS = {
     "ntasks-per-node": "each node has one task, which starts the processes",
     "open-mode": "the output of a job that was requeued is appended",
 }
-#: What Slurm itself has of a job that has just ended settles within seconds.
-_WAIT_POLL_SECONDS = 2.0
+#: Between two looks at the logs of a job that is followed.
+_LOG_SECONDS = 1.0
+#: Between two questions to Slurm's daemon, which all users of the cluster share.
+_ASK_SECONDS = 10.0
 #: What a node shows of its ranks, whose logs have all of it.
 _SHOWN_BY_NODE = re.compile(r"\[node \d+\] \[(?:\S+ )?rank \d+\]")
 
@@ -268,7 +271,7 @@ class Slurm(Cluster):
                     found[f"[rank {global_rank}] "] = path
             return found
 
-        lines = followed_lines(find, lambda: self._is_over(record), follow=follow, seconds=_WAIT_POLL_SECONDS)
+        lines = followed_lines(find, self._asked_for_end(record), follow=follow, seconds=_LOG_SECONDS)
         return (line for line in lines if not _SHOWN_BY_NODE.match(line))
 
     def stop(self, record: JobRecord) -> None:
@@ -276,9 +279,19 @@ class Slurm(Cluster):
         check_tools(("scancel",))
         ask(["scancel", record.engine_id])
 
-    def _is_over(self, record: JobRecord) -> bool:
-        status = self.status(record)
-        return status.is_final or status.state == "unknown"
+    def _asked_for_end(self, record: JobRecord) -> Callable[[], bool]:
+        """Whether the job is over; asks Slurm now and then only."""
+        asked_at = -math.inf
+
+        def is_over() -> bool:
+            nonlocal asked_at
+            if time.monotonic() < asked_at + _ASK_SECONDS:
+                return False
+            status = self.status(record)
+            asked_at = time.monotonic()
+            return status.is_final or status.state == "unknown"
+
+        return is_over
 
     def _root(self, job: ClusterJob) -> Path:
         return Path(self.folder) / job.name
@@ -344,7 +357,7 @@ def _left_status(record: JobRecord) -> JobStatus:
     except (OSError, ValueError):
         code = None
     # That of a job that was requeued is of its start before.
-    if code is None or (code == EXIT_PREEMPTED and end is not None and end.state == "running"):
+    if code is None or (code in REQUEUED_EXIT_CODES and end is not None and end.state == "running"):
         heard = (
             "" if end is None else f"; it was {end.state} when it was last heard of, on {end.node or 'its first node'}"
         )

@@ -10,6 +10,7 @@ from typing import Literal
 
 from modelparallel.errors import LaunchError
 from modelparallel.job.preemption import EXIT_PREEMPTED
+from modelparallel.launch.clusters.description import HOST_LOST_EXIT_CODE
 
 #: Whether a job goes back into the queue: when its script has saved its state and left; "always": also when it has not
 #: left shortly before its time is over.
@@ -42,6 +43,8 @@ OWN_OPTIONS = {
 _LAST_SECONDS = 20
 #: How long srun waits for the other nodes once one has ended: they end together, but one may still upload.
 _WAIT_SECONDS = 600
+#: With which a job goes back into the queue.
+REQUEUED_EXIT_CODES = (EXIT_PREEMPTED, HOST_LOST_EXIT_CODE)
 #: What srun has ended with, beside the description of the job; also if no agent came to say anything.
 EXIT_CODE_FILE = "exit_code"
 _OPTION = re.compile(r"[a-z][a-z0-9-]*")
@@ -201,5 +204,8 @@ def _step(script: Script) -> str:
 def _end(script: Script) -> str:
     lines = [f'echo "$code" > {shlex.quote(f"{script.folder}/{EXIT_CODE_FILE}")}']
     if script.requeue:
-        lines.append(f'if [ "$code" -eq {EXIT_PREEMPTED} ]; then scontrol requeue "$SLURM_JOB_ID"; fi')
+        codes = "|".join(map(str, REQUEUED_EXIT_CODES))
+        lines.append(
+            f'case "$code" in {codes}) scontrol requeue "$SLURM_JOB_ID";; esac  # preempted, or a node was lost'
+        )
     return "\n".join([*lines, 'exit "$code"', ""])
