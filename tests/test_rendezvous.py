@@ -173,6 +173,8 @@ def test_a_store_of_one_machine_listens_at_loopback(host):
 
 LOOKING = """
     import os, pathlib
+    from modelparallel.job.discovery import discover_process
+    assert discover_process(os.environ).world_size == 2
     port = int(os.environ["MASTER_PORT"])
     lines = [line.split() for line in pathlib.Path("/proc/net/tcp").read_text().splitlines()[1:]]
     mine = [line[1] for line in lines if line[3] == "0A" and line[1].endswith(f":{port:04X}")]
@@ -185,7 +187,8 @@ LOOKING = """
 
 @pytest.mark.skipif(not os.path.exists("/proc/net/tcp"), reason="reads /proc")
 @pytest.mark.parametrize("backend", ["elastic", "mpi"])
-def test_a_job_of_the_launcher_has_its_store_in_a_folder_of_its_own(tmp_path, backend):
+def test_a_job_of_the_launcher_has_its_store_in_a_folder_of_its_own(tmp_path, backend, monkeypatch):
+    monkeypatch.setenv("MODELPARALLEL_LAUNCHER", "slurm")  # the user's word about what has started the launcher
     result = run_job(job_of(tmp_path, write_script(tmp_path, LOOKING), backend=backend))
     assert result.exit_code == 0, result.message
     # The agent's, for scripts that call init_process_group themselves; nothing without an agent.

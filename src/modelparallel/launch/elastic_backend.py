@@ -11,6 +11,7 @@ from torch.distributed.elastic.agent.server.api import WorkerSpec
 from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs, SignalException
 from torch.distributed.elastic.rendezvous import RendezvousHandler
 
+from modelparallel.job.discovery import LAUNCHER_VARIABLE
 from modelparallel.job.private_files import open_private
 from modelparallel.launch.attempts import MAX_RESTARTS_VARIABLE, RESTART_COUNT_VARIABLE
 from modelparallel.launch.environment import interpreter, worker_command
@@ -46,6 +47,7 @@ class _JobLogsSpecs(LogsSpecs):
                 # The agent's own variables (its address, its store) are the right ones.
                 variables.setdefault(name, value)
             variables["OMP_NUM_THREADS"] = self._environment["OMP_NUM_THREADS"]
+            variables[LAUNCHER_VARIABLE] = "torchrun"  # whatever has started the agent
             # The agent counts its own restarts, and each attempt has an agent of its own ([Note: attempts]).
             variables["TORCHELASTIC_RESTART_COUNT"] = self._environment[RESTART_COUNT_VARIABLE]
             variables["TORCHELASTIC_MAX_RESTARTS"] = self._environment[MAX_RESTARTS_VARIABLE]

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from modelparallel.errors import LaunchError
+from modelparallel.job.discovery import LAUNCHER_VARIABLE
 from modelparallel.job.private_files import open_private
 from modelparallel.launch.environment import OUTER_RANK_VARIABLES, interpreter, worker_command
 from modelparallel.launch.failures import JobInterrupted
@@ -32,6 +33,8 @@ def run(job: JobSpec, environment: Mapping[str, str], monitor: RankMonitor) -> t
     Raises `JobInterrupted` when this process is told to stop by SIGINT or SIGTERM.
     """
     mpirun = find_mpirun()
+    # What is left of other launchers, or the user has said of them, does not count for these processes.
+    environment = {**environment, LAUNCHER_VARIABLE: "mpi"}
     full_environment = {key: value for key, value in os.environ.items() if key not in OUTER_RANK_VARIABLES}
     full_environment |= environment
     credentials = [name for name in full_environment if name.startswith("AWS_")]
