@@ -293,3 +293,27 @@ def test_a_spare_host_takes_the_place_of_one_that_is_lost(tmp_path):
     assert "2 processes (1 on node-a, 1 on node-b)" in third and "this node is a spare" in third, third
     assert "2 processes (1 on node-a, 1 on node-c)" in third and "[node-c rank 1] attempt 1 2" in third, third
     check_losses(first.partition("attempt 2 of 2")[2])
+
+
+def test_two_jobs_on_the_same_hosts_do_not_meet(two_hosts, tmp_path):
+    """Not even if the second one has come to the first one's name: then it is not started."""
+    started = []
+    for name, names in (("one", two_hosts), ("two", two_hosts)):
+        (tmp_path / name).mkdir()
+        options = ("--parameters", TWO_STAGES, "--job-id", name)
+        job = [SCRIPT, "--seconds", "2"]
+        started.append(start_nodes(names, [tmp_path / name / "job"] * 2, job, *options, logs=tmp_path / name))
+    for host in two_hosts:
+        wait_for(tmp_path / "one" / f"{host.name}.log", "by elastic on cpu", started[0])
+    (tmp_path / "late").mkdir()
+    late = start_nodes(
+        two_hosts, [tmp_path / "late" / "job"] * 2, [SCRIPT], "--parameters", TWO_STAGES, "--job-id", "one",
+        "--join-timeout", "5", logs=tmp_path / "late",
+    )  # fmt: skip
+    ends = ends_of(late)
+    assert [code for code, _ in ends] == [2, 2], shown(ends)
+    assert "node 0 cannot listen at port" in ends[0][1] and "node 1 of job 'one' has come already" in ends[1][1]
+    for nodes in started:
+        ends = ends_of(nodes)
+        assert [code for code, _ in ends] == [0, 0], shown(ends)
+        check_losses(ends[0][1])

@@ -18,6 +18,7 @@ import datetime
 import errno
 import json
 import logging
+import os
 import socket
 import threading
 import time
@@ -210,6 +211,8 @@ def joined_store(place: NodePlace, seconds: float, say: Callable[[str], None]) -
         try:
             node = _claim(place, store, is_first=not first)
             ahead = 0.0 if not first else _clock_ahead(store)
+        except LaunchError:
+            raise
         except (RuntimeError, ValueError) as error:
             raise LaunchError(f"node 0 at {_named(place)} has stopped answering: {error}") from error
         nodes = NodeStore(place, Joined(node, own, first, ahead), connect)
@@ -301,8 +304,9 @@ def _serve(place: NodePlace) -> dist.Store:
     try:
         descriptor = _listener(place.port).detach()
     except OSError as error:
+        why = os.strerror(error.errno or 0)
         raise LaunchError(
-            f"node 0 cannot listen at port {place.port} ({error.strerror}): another job may use it; give this one "
+            f"node 0 cannot listen at port {place.port} ({why}): another job may use it; give this one "
             "another --job-id, or a port (--rendezvous HOST:PORT), on all of its nodes"
         ) from error
     return dist.TCPStore(
