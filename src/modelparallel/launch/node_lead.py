@@ -73,7 +73,7 @@ class Lead:
         while True:
             offers = self._offers(number)
             told = {offer.node for offer in offers}
-            waited_for = [node for node in self._nodes if node not in told and not self._store.is_lost(node)]
+            waited_for = [node for node in self._nodes if node not in told and not self._is_away(node)]
             if not waited_for:
                 break
             if time.monotonic() >= deadline:
@@ -120,10 +120,15 @@ class Lead:
         deadline = time.monotonic() + LEAVE_SECONDS
         while time.monotonic() < deadline:
             self._arrivals()
-            left = [self._store.value(f"left/{node}") is not None for node in self._nodes if node]
-            if all(left):
+            if all(self._has_left(node) for node in self._nodes if node):
                 return
             time.sleep(POLL_SECONDS)
+
+    def _has_left(self, node: int) -> bool:
+        return self._store.value(f"left/{node}") is not None
+
+    def _is_away(self, node: int) -> bool:
+        return self._store.is_lost(node) or self._has_left(node)
 
     def lost(self, plan: Plan) -> list[Loss]:
         """The members that have vanished."""

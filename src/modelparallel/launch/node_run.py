@@ -17,7 +17,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, replace
 from typing import Any, TextIO
 
@@ -441,12 +441,16 @@ class _NodeRun:
             code, is_stopped = 128 + number_of_signal, True
             name = signal.Signals(number_of_signal).name
             reason = f"job {self._job.name} was stopped by {name} while this node waited for the others"
-            self._store.put(f"trouble/{number}", self._node)
+            if plan.place_of(self._node) is not None:  # the job goes on without a spare
+                self._store.put(f"trouble/{number}", self._node)
         if end.stop:
             code, is_stopped, reason = end.exit_code, True, end.stop
         seconds = self._store.now() - started
         attempt = Attempt(number, sum(plan.sizes), moment, seconds, code, None, reason)
-        return AttemptVerdict(Outcome(code, reason, is_stopped), attempt, reason)
+        verdict = AttemptVerdict(Outcome(code, reason, is_stopped), attempt, reason)
+        if self._lead is not None:
+            self._store.put(f"verdict/{number}", verdict.to_json())
+        return verdict
 
     def _show_failing(self, job: JobSpec, outcome: Outcome) -> None:
         """The end of the output of the rank that failed first, if it is of this host and was not shown."""
@@ -490,4 +494,5 @@ class _NodeRun:
     def _leave(self) -> None:
         self._store.put(f"left/{self._node}", True)
         if self._lead is not None:
-            self._lead.see_off()
+            with suppress(JobInterrupted, KeyboardInterrupt):  # the others have to do without; how it ended is known
+                self._lead.see_off()
