@@ -75,6 +75,10 @@ OPEN_MPI = "OMPI_COMM_WORLD_RANK=6 OMPI_COMM_WORLD_SIZE=8 OMPI_COMM_WORLD_LOCAL_
             "Slurm: 6 of 7, local 0 of 1",
         ),
         ("SLURM_STEP_ID=0 SLURM_PROCID=1 SLURM_NTASKS=2 SLURM_LOCALID=0", "Slurm: 1 of 2, local 0 of 0"),
+        # Counts of something else, and of which node?
+        (TASK.replace("2(x2)", "4(x2)"), "Slurm: 2 of 4, local 0 of 0, step 7.1"),
+        (TASK.replace("NODEID=1", "NODEID=2"), "Slurm: 2 of 4, local 0 of 0, step 7.1"),
+        (TASK.replace("SLURM_NODEID=1", ""), "Slurm: 2 of 4, local 0 of 0, step 7.1"),
         (
             TASK + "SLURM_HET_SIZE=2 SLURM_JOB_ID_HET_GROUP_0=6 SLURM_JOB_ID_HET_GROUP_1=7",
             "Slurm: 2 of 4, local 0 of 2, step 6.1",
@@ -165,6 +169,11 @@ def test_what_would_train_as_many_jobs_or_on_a_wrong_gpu_is_refused(text: str, e
         ("SLURM_STEP_ID=4294967290 SLURM_PROCID=0 SLURM_STEP_NUM_TASKS=1 SLURM_NTASKS=4", "allocation with 4 tasks"),
         ("JOB_COMPLETION_INDEX=2", "in pod 2 of an Indexed Job: each trains alone"),
         ('SM_HOSTS=["algo-1","algo-2"]', "on one of 2 hosts (algo-1, algo-2): each trains alone"),
+        # mpirun that a worker of torchrun has started, or the reverse: they look the same.
+        (
+            "RANK=0 WORLD_SIZE=1 LOCAL_RANK=0 LOCAL_WORLD_SIZE=1 TORCHELASTIC_RUN_ID=x " + OPEN_MPI,
+            "one process (torchrun), while Open MPI says rank 6 of 8: each trains alone",
+        ),
         # Nothing says that more were meant.
         ("SLURM_STEP_ID=0 SLURM_PROCID=0 SLURM_NTASKS=1 SLURM_STEP_NUM_TASKS=1 SLURM_NNODES=1", ""),
         ('JOB_COMPLETION_INDEX=0 SM_HOSTS=["algo-1"]', ""),

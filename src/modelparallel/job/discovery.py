@@ -233,9 +233,10 @@ def _slurm_task(environ: Mapping[str, str]) -> ProcessIdentity:
     counts, local_size = _tasks_per_node(environ), 0
     if world_size == 1:
         local_rank, local_size = 0, 1
-    elif local_rank >= 0 and counts:
-        node = _number(environ, "SLURM_NODEID") if "SLURM_NODEID" in environ else 0
-        local_size = counts[min(node, len(counts) - 1)]
+    elif local_rank >= 0 and sum(counts) == world_size:  # else they count something else, such as the allocation
+        node = _number(environ, "SLURM_NODEID") if "SLURM_NODEID" in environ else len(counts) - 1
+        is_known = 0 <= node < len(counts) and ("SLURM_NODEID" in environ or len(counts) == 1)
+        local_size = counts[node] if is_known else 0
     # Components of a heterogeneous job have ids of their own.
     job = environ.get("SLURM_JOB_ID_HET_GROUP_0") or environ.get("SLURM_JOB_ID", "")
     step = f"{job}.{environ['SLURM_STEP_ID']}"
@@ -343,8 +344,12 @@ def has_own_marks(marks: Mapping[str, str]) -> bool:
 
 def lonely_hint(identity: ProcessIdentity, environ: Mapping[str, str]) -> str:
     """What somebody should know who has started one process where several were meant; empty if nothing says so."""
-    if identity.world_size > 1 or identity.source == "torchrun":
+    if identity.world_size > 1:
         return ""
+    if identity.source == "torchrun":  # its workers may have started another launcher, and it their processes
+        outer = [_told(launcher, environ) for launcher in _LAUNCHERS[1:] if _missing(launcher, environ) == ""]
+        said = next((_said(other) for other in outer if other.world_size > 1), "")
+        return f"this is a job of one process (torchrun), while {said}: each trains alone" if said else ""
     hosts = re.findall(r'"([^"]+)"', environ.get("SM_HOSTS", ""))
     if len(hosts) > 1:
         return f"this is a job of one process, on one of {len(hosts)} hosts ({', '.join(hosts)}): each trains alone"
