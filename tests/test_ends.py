@@ -56,6 +56,22 @@ def test_no_process_aborts_at_its_end_however_late_another_comes():
     check_ends(jobs)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the last resort is Linux's")
+def test_a_child_that_is_waited_for_may_take_longer_than_the_end_of_the_interpreter():
+    """Where a thread is left, too, such as tqdm's."""
+    program = """if True:
+        import atexit, multiprocessing, threading, time
+        from modelparallel.comm import ending
+
+        ending._LAST_SECONDS = 1
+        threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
+        atexit.register(ending.keep_from_aborting)
+        multiprocessing.get_context("fork").Process(target=time.sleep, args=(3,)).start()
+    """
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-4000:]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("parameters", "num_ranks"), [(PIPELINE, 2), (TENSOR, 2), ({}, 2), (SHARDED, 2), (PIPELINE | TENSOR, 4)]

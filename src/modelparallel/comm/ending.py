@@ -229,6 +229,11 @@ def keep_from_aborting() -> None:
     """
     if threading.active_count() == 1 and let_threads_finish():
         return
+    if (processes := sys.modules.get("multiprocessing")) is not None:
+        # They are waited for anyway, and may take longer than the interpreter is given below.
+        for child in processes.active_children():
+            if not child.daemon:
+                child.join()
     try:
         library, system = ctypes.CDLL("libstdc++.so.6"), ctypes.CDLL(None)
         set_terminate = library._ZSt13set_terminatePFvvE  # std::set_terminate(void (*)())
