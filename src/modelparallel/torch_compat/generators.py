@@ -11,7 +11,8 @@ import torch
 
 _CPU = torch.device("cpu")
 _MAX_NUMBER = (1 << 62) - 1
-_NUMBER = torch.empty((), dtype=torch.int64, device=_CPU)
+with torch.inference_mode(False):  # in which somebody may import this
+    _NUMBER = torch.empty((), dtype=torch.int64, device=_CPU)
 
 
 def default_generator(device: torch.device) -> torch.Generator:
