@@ -1,4 +1,4 @@
-"""A launcher of several that is told to stop while it only waits for the others: what these hear of it."""
+"""A launcher of several that is told to stop, or vanishes, while it only waits for the others: what these do."""
 
 import signal
 from dataclasses import replace
@@ -20,6 +20,8 @@ PLAN = Plan((Member(0, "a", 1), Member(1, "b", 1)))
 
 class SaidOnly:
     """A store of a node that hears nothing but what it says, and is interrupted when it asks for a key."""
+
+    lost_node = None
 
     def __init__(self, node, interrupted_at="", said=()):
         self.place = NodePlace("options", 1, 3, node, "a", 1, "job")
@@ -45,7 +47,10 @@ class SaidOnly:
         return 0.0
 
     def is_lost(self, node):
-        return False
+        return node == self.lost_node
+
+    def how_lost(self, node):
+        return "no sign of life"
 
 
 @pytest.fixture
@@ -86,3 +91,13 @@ def test_a_node_that_has_left_is_not_waited_for(run_with, monkeypatch):
     store.place = replace(store.place, least=3)
     with pytest.raises(LaunchError, match="1 of at least 3 nodes are there"):
         Lead(store, run_with(store)._job).gather_again(2, 3600.0)
+
+
+def test_a_node_that_vanishes_when_its_processes_have_ended_is_no_loss(run_with):
+    store = SaidOnly(0)
+    store.lost_node = 1
+    lead = Lead(store, run_with(store)._job)
+    assert [loss.member.host for loss in lead.lost(1, PLAN)] == ["b"]
+    store.put("end/1/1", End(1, 0).to_json())
+    assert lead.lost(1, PLAN) == []
+    assert lead.settle(1, PLAN, End(0, 0), 0, "job", 90.0).outcome.exit_code == 0

@@ -130,12 +130,15 @@ class Lead:
     def _is_away(self, node: int) -> bool:
         return self._store.is_lost(node) or self._has_left(node)
 
-    def lost(self, plan: Plan) -> list[Loss]:
-        """The members that have vanished."""
+    def lost(self, number: int, plan: Plan) -> list[Loss]:
+        """The members that have vanished before their processes had come to their end in the attempt."""
         return [
             Loss(member, self._store.now() - self._store.silence(member.node), self._store.how_lost(member.node))
             for member in plan.members
-            if member.node and self._store.is_lost(member.node)
+            # Asked of all from the beginning: what a node has said shortly before it vanished is known then.
+            if member.node
+            and self._store.value(f"end/{number}/{member.node}") is None
+            and self._store.is_lost(member.node)
         ]
 
     def _ends(self, number: int, plan: Plan, own_end: End) -> tuple[list[End], list[Loss]]:
@@ -145,7 +148,7 @@ class Lead:
             for member in plan.members:
                 if member.node and (record := self._store.value(f"end/{number}/{member.node}")) is not None:
                     ends[member.node] = End.from_json(record)
-            losses = [loss for loss in self.lost(plan) if loss.member.node not in ends]
+            losses = [loss for loss in self.lost(number, plan) if loss.member.node not in ends]
             away = {loss.member.node for loss in losses}
             missing = [member for member in plan.members if member.node not in ends and member.node not in away]
             if not missing:

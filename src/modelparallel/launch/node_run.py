@@ -379,7 +379,7 @@ class _NodeRun:
                 if not all(job.folder.finished_file(rank).exists() for rank in job.ranks):
                     self._store.put(key, self._node)
                 return False
-            lost = self._store.is_lost(0) if self._lead is None else bool(self._lead.lost(plan))
+            lost = self._store.is_lost(0) if self._lead is None else bool(self._lead.lost(number, plan))
             if lost or (trouble is not None and trouble != self._node):
                 self._ended_by_others = time.time()
                 if trouble is None:
