@@ -68,10 +68,10 @@ test-fast: $(VENV)/.stamp-test
 test-all: $(VENV)/.stamp-dev $(DATA)/MNIST/.stamp
 	@$(BIN)/python -m pytest -q $(AT_ONCE) $(ARGS)
 
-# Several hosts (network namespaces, which need root) and the engines of clusters, one file at a time, since most of them
-# start processes on all cores. What the machine refuses is skipped, with the reason.
+# Several hosts (network namespaces, which need root) and the engines of clusters. What the machine refuses is skipped,
+# with the reason. NUM_ROUNDS=10: a hundred small jobs by every means; NUM_STARTS=40: so many starts beside other work.
 test-clusters: $(VENV)/.stamp-test
-	@$(BIN)/python -m pytest -q $(ARGS) tests/clusters
+	@$(BIN)/python -m pytest -q $(AT_ONCE) $(ARGS) tests/clusters
 
 # What has to do with transformers, once more with the oldest version that is supported (which lies beside the
 # environment's own).

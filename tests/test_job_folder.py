@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import socket
 import stat
 import tempfile
 
@@ -262,7 +263,7 @@ def test_the_lock_of_a_port_is_not_opened_through_a_link(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     with reserved_port(0):
         (lock,) = tmp_path.iterdir()
-    lock.unlink()
+    assert not list(tmp_path.iterdir())
     victim = tmp_path / "victim"
     victim.write_text("precious")
     lock.symlink_to(victim)
@@ -277,3 +278,22 @@ def test_the_lock_of_a_port_is_not_opened_through_a_link(tmp_path, monkeypatch):
     os.mkfifo(lock)
     with reserved_port(0) as port:
         assert port > 0
+
+
+def test_the_lock_of_a_port_goes_with_its_job_and_takes_no_other_with_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        wanted = probe.getsockname()[1]
+    with reserved_port(wanted) as port:
+        assert port == wanted
+        with reserved_port(wanted) as other:  # of another job, whose end leaves the lock of the first
+            assert other != wanted
+        (lock,) = tmp_path.iterdir()
+        lock.unlink()  # by a cleaner of temporary files; then there is another
+        with reserved_port(wanted) as third:
+            assert third == wanted
+            lock.unlink()
+            lock.touch(mode=0o600)
+        assert lock.exists()  # it was not the one that the third job had
+    assert lock.exists()

@@ -144,7 +144,13 @@ def _refusal() -> str:
         return f"Slurm is not installed ({', '.join(missing)} not found), and there is no apt-get"
     environ = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
     for command in (["update"], ["install", "-y", "--no-install-recommends", *PACKAGES]):
-        done = subprocess.run(["apt-get", "-qq", *command], env=environ, capture_output=True, text=True, timeout=900)
+        done = subprocess.run(
+            ["apt-get", "-qq", "-o", "DPkg::Lock::Timeout=600", *command],
+            env=environ,
+            capture_output=True,
+            text=True,
+            timeout=900,
+        )
         if done.returncode:
             return f"apt-get {' '.join(command)}: {done.stderr.strip()[-300:]}"
     missing = [name for name in PROGRAMS if shutil.which(name, path=_PATH) is None]

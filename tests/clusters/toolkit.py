@@ -134,7 +134,7 @@ def need_sshd() -> None:
     """The toolkit starts mpirun's agents by ssh. Skips the test if there is no server, and none can be installed."""
     if Path("/usr/sbin/sshd").exists():
         return
-    command = ["apt-get", "install", "-y", "--no-install-recommends", "openssh-server"]
+    command = ["apt-get", "-o", "DPkg::Lock::Timeout=600", "install", "-y", "--no-install-recommends", "openssh-server"]
     if shutil.which("apt-get") is None:
         pytest.skip("/usr/sbin/sshd is missing, and there is no apt-get")
     result = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)

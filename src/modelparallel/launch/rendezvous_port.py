@@ -32,11 +32,15 @@ def reserved_port(preferred: int) -> Iterator[int]:
         os.fchmod(lock, 0o600)  # of a file of another user this fails
         if is_own(lock):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            is_mine = True
+            # Who had it until now has taken the file away: then the next one makes another, and both would hold one.
+            is_mine = _lies_at(lock, lock_path)
     try:
         yield preferred if is_mine and _is_free(preferred) else _any_free_port()
     finally:
         if lock is not None:
+            with suppress(OSError):
+                if is_mine and _lies_at(lock, lock_path):
+                    lock_path.unlink()
             os.close(lock)
 
 
@@ -57,6 +61,10 @@ def store_file(otherwise: Path) -> Iterator[Path]:
             otherwise.unlink(missing_ok=True)
         else:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _lies_at(file: int, path: Path) -> bool:
+    return os.path.samestat(os.fstat(file), os.lstat(path))
 
 
 def _is_free(port: int) -> bool:
