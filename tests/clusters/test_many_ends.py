@@ -142,9 +142,7 @@ def test_jobs_by_every_means_end_as_they_should_and_leave_nothing(tmp_path, monk
             for number in range(NUM_ROUNDS):
                 for start in means:
                     for arguments in ((), ("--fail", "1:1")):
-                        folder = (
-                            tmp_path / f"{number}_{start.__name__}_{len(arguments)}"
-                        )  # mpirun takes no space in its agent
+                        folder = tmp_path / f"{number}_{start.__name__}_{len(arguments)}"
                         folder.mkdir()
                         with nothing_left(engine.hosts, folder):
                             ends = start(engine, folder, *arguments)

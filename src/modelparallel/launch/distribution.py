@@ -88,7 +88,7 @@ def is_plain(distribution: Mapping[str, Any]) -> bool:
     """Whether processes are to be started, one per device, and the rest is the script's: `{"torch_distributed":
     {"enabled": True}}`, or `pytorchddp` in its place.
 
-    Raises `SMPConfigError` for one of these that is wrong. Local. Source: the launch files of the cloud SDK.
+    Raises `SMPConfigError` for one of these that is wrong. Local.
     """
     name = next((name for name in PLAIN_DISTRIBUTIONS if name in distribution), None)
     if name is None:
