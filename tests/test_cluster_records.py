@@ -135,3 +135,11 @@ def test_a_record_is_whole_at_any_moment(environ, monkeypatch):
         write_record(replace(RECORD, engine_id="9"), environ)
     assert find_record("train-1", environ) == RECORD and os.listdir(path.parent) == ["train-1.json"]
     assert record_path("gpu", "train-1", environ) == path
+
+
+@pytest.mark.parametrize("moment", [-1.0, 1e300])
+def test_a_record_of_no_time_is_skipped(tmp_path, moment):
+    environ = {"XDG_STATE_HOME": str(tmp_path)}
+    write_record(replace(RECORD, submitted=moment), environ)
+    records, problems = list_records(environ)
+    assert records == () and "submitted is no time" in problems[0]

@@ -2,7 +2,10 @@
 
 import json
 import logging
+import signal
 import subprocess
+import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import ClassVar
 
@@ -16,6 +19,7 @@ from modelparallel.launch.cluster_jobs import chosen_cluster, cluster_channels
 from modelparallel.launch.clusters import cluster_file
 from modelparallel.launch.clusters.cluster import Cluster, JobRecord, JobStatus, Rendered
 from modelparallel.launch.clusters.description import DataChannel, node_description
+from modelparallel.launch.clusters.interrupts import engine_asked
 from modelparallel.launch.command_line import app
 
 PARAMETERS = {"pipeline_parallel_degree": 2, "microbatches": 2, "ddp": True}
@@ -329,3 +333,149 @@ def test_the_code_of_a_repository(yard, tmp_path):
     with pytest.raises(LaunchError, match=r"missing\.py does not exist"):
         PyTorch("missing.py", cluster="back", **given).fit()
     assert len(Yard.submitted) == 1
+
+
+def test_a_job_whose_record_cannot_be_written_is_submitted_all_the_same(yard, caplog, tmp_path):
+    (tmp_path / "state").write_text("")
+    estimator = PyTorch("train.py", cluster="back")
+    estimator.fit(job_name="j1", wait=False)
+    assert estimator.latest_training_job.address == "yard:7"
+    assert "was submitted (yard: 7)" in caplog.text and "attach yard:7" in caplog.text
+
+
+def test_an_interruption_leaves_no_job_without_a_record(yard, caplog, monkeypatch):
+    real = Yard.submit
+
+    def before(self, job):
+        signal.raise_signal(signal.SIGINT)
+        return real(self, job)
+
+    def while_asked(self, job):
+        with engine_asked():
+            signal.raise_signal(signal.SIGINT)
+            return real(self, job)
+
+    def refused(self, job):
+        with suppress(LaunchError), engine_asked():
+            raise LaunchError("no")
+        signal.raise_signal(signal.SIGINT)
+
+    for submit, count in ((before, 0), (refused, 0), (while_asked, 1)):
+        monkeypatch.setattr(Yard, "submit", submit)
+        with pytest.raises(KeyboardInterrupt):
+            PyTorch("train.py", cluster="back").fit(job_name="j1")
+        assert len(Yard.submitted) == count
+    assert following.find_job("back/j1").record.engine_id == "7"
+    assert "`modelparallel stop back/j1` ends it" in caplog.text
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_second_interruption_does_not_wait(yard, monkeypatch):
+    def submit(self, job):
+        with engine_asked():
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(Yard, "submit", submit)
+    with pytest.raises(KeyboardInterrupt):
+        PyTorch("train.py", cluster="back").fit(job_name="j1")
+
+
+def test_the_name_of_a_job_that_runs_is_in_use_whatever_its_cluster_is_now(yard):
+    Yard.told = [JobStatus("running")]
+    PyTorch("train.py", cluster="back").fit(job_name="j1", wait=False)
+    with pytest.raises(LaunchError, match=r"job name 'j1' is in use: back/j1 \(7\) was submitted from here and is run"):
+        PyTorch("train.py", cluster=Yard(name="back", folder="/other")).fit(job_name="j1", wait=False)
+    Yard.told = [JobStatus("succeeded")]
+    PyTorch("train.py", cluster="back").fit(job_name="j1", wait=False)
+    assert len(Yard.submitted) == 2
+
+
+@pytest.mark.parametrize("entry_point", ["../other.py", "/ABS/other.py"])
+def test_a_script_outside_the_code_is_an_error(yard, tmp_path, entry_point):
+    (tmp_path / "code").mkdir()
+    (tmp_path / "other.py").write_text("")
+    estimator = PyTorch(entry_point.replace("/ABS", str(tmp_path)), source_dir="code", cluster="back")
+    with pytest.raises(LaunchError, match=r"other\.py is not below source_dir .*/code: only that directory is sent"):
+        estimator.render()
+
+
+def test_an_engine_that_is_silent_for_a_while_does_not_end_the_wait(yard, capsys, monkeypatch):
+    answers = [JobStatus("running"), LaunchError("slurmctld is down"), LaunchError("slurmctld is down")]
+
+    def status(self, record):
+        answer = answers.pop(0) if answers else JobStatus("succeeded")
+        if isinstance(answer, LaunchError):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(Yard, "status", status)
+    estimator = PyTorch("train.py", cluster="back")
+    estimator.fit(job_name="j1")
+    assert capsys.readouterr().out.count("is asked again: slurmctld is down") == 1 and not answers
+    answers += [JobStatus("running"), *[LaunchError("gone")] * 3]
+    monkeypatch.setattr(following, "SILENT_SECONDS", 0.0)
+    with pytest.raises(LaunchError, match="gone"):
+        estimator.latest_training_job.wait()
+    answers[:] = [JobStatus("unknown", "forgotten")]
+    assert command("wait", "j1", "--timeout", "60")[0] == 2
+
+
+def test_nothing_is_shown_after_an_interrupted_wait(yard, capsys, monkeypatch):
+    goes_on, is_over = threading.Event(), threading.Event()
+
+    def logs(self, record, *, rank=None, node=None, follow=False):
+        yield "first"
+        goes_on.wait(60)
+        yield "late"
+        is_over.set()
+
+    def status(self, record):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Yard, "logs", logs)
+    monkeypatch.setattr(Yard, "status", status)
+    with pytest.raises(KeyboardInterrupt):
+        following.find_job("yard:7").wait(logs=True)
+    goes_on.set()
+    for thread in threading.enumerate():
+        if thread.name.startswith("logs-"):
+            thread.join(60)
+    text = capsys.readouterr().out
+    assert "late" not in text and not is_over.is_set()
+    assert "`modelparallel attach yard:7` comes back" in text  # not yard/job7, of which there is no record
+
+
+def test_many_jobs_of_a_cluster_that_does_not_answer(yard, monkeypatch):
+    names = [f"job-with-a-long-name-of-its-own-{number}-2026-01-31-12-00-00-000" for number in range(40)]
+    for name in names:
+        PyTorch("train.py", cluster="back").fit(job_name=name, wait=False)
+    Yard.told = [JobStatus("failed", "[rank 3] [/tmp] no\nmore")]
+    text = command("jobs")[1]
+    assert all(f"back/{name} " in text for name in names) and text.count("[rank 3] [/tmp] no\\nmore") == 40
+    asked = []
+
+    def status(self, record):
+        asked.append(record.name)
+        raise LaunchError("no answer")
+
+    monkeypatch.setattr(Yard, "status", status)
+    told = json.loads(command("jobs", "--json")[1])
+    assert sorted(job["job"] for job in told) == sorted(f"back/{name}" for name in names)
+    assert {(job["state"], job["reason"]) for job in told} == {("unknown", "no answer")} and len(asked) <= 8
+
+
+def test_what_only_a_local_job_knows_is_named(yard, caplog):
+    with caplog.at_level(logging.INFO, "modelparallel.launch"):
+        PyTorch("train.py", cluster="back", job_dir="x", backend="mpi").fit(job_name="j1")
+    assert "accepted without effect on back: backend, job_dir" in caplog.text
+    with pytest.raises(LaunchError, match="device 'gpu': expected auto, cpu or cuda"):
+        PyTorch("train.py", cluster="back", device="gpu").render()
+    assert command("submit", "--cluster", "back", "--device", "cpu", "--name", "j2", "train.py")[0] == 0
+    assert Yard.submitted[-1].device == "cpu"
+
+
+def test_names_of_clusters_stand_in_addresses(yard):
+    Path("modelparallel.toml").write_text('[clusters."a/b"]\nkind = "yard"\n')
+    with pytest.raises(SMPConfigError, match=r"'a/b'.*letters, digits"):
+        chosen_cluster("a/b", None)

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import datetime
@@ -15,11 +16,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from modelparallel.config.reading import parse_parameters, validate_parameters
 from modelparallel.errors import LaunchError, SMPError
+from modelparallel.errors.foreign_text import one_line
 from modelparallel.launch.channels import channel_options
 from modelparallel.launch.cluster_jobs import (
     check_job,
@@ -34,16 +34,19 @@ from modelparallel.launch.clusters.cluster_file import FILE_VARIABLE, cluster_na
 from modelparallel.launch.clusters.description import ClusterJob
 from modelparallel.launch.clusters.records import list_records
 from modelparallel.launch.clusters.secrets import secret_options
+from modelparallel.launch.devices import checked_device
 from modelparallel.launch.failures import JobFailedError
 from modelparallel.launch.spec import check_script
 from modelparallel.launch.stopping import stop as stop_command
-from modelparallel.launch.submitted import SubmittedJob, find_job, job_of, submit_job
+from modelparallel.launch.submitted import NotEndedError, SubmittedJob, find_job, job_of, submit_job
 
 #: Nothing was submitted, or there is no such job.
 USAGE_EXIT_CODE = 2
 #: The job was waited for, and the wait has ended before it: by --timeout, by Ctrl-C.
 TIMEOUT_EXIT_CODE = 124
 INTERRUPTED_EXIT_CODE = 130
+#: Of so many jobs the state is asked at once, by `jobs`.
+_ASKED_AT_ONCE = 8
 
 _JobArgument = Annotated[str, typer.Argument(help="<cluster>/<name>, as `modelparallel jobs` lists it.", metavar="JOB")]
 _Clusters = Annotated[
@@ -95,6 +98,7 @@ def submit(
         str | None, typer.Option(help="Stop the job after so long: 4h, 90m, 24:00:00, seconds.", metavar="TIME")
     ] = None,
     max_restarts: Annotated[int, typer.Option(min=0, help="Start again after a failure, up to so many times.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu (ask for no GPU, and rehearse on the CPU) or cuda.")] = "auto",
     env: Annotated[
         list[str] | None, typer.Option("--env", help="A variable of the script; may be repeated.", metavar="NAME=VALUE")
     ] = None,
@@ -121,7 +125,6 @@ def submit(
     with _said():
         target = chosen_cluster(cluster, None, clusters)
         assert target is not None
-        channels = cluster_channels(channel_options(channel or []))
         path, directory = _code(script, source_dir)
         per_node, published = _processes(target, nodes, nproc, parameters)
         job = ClusterJob(
@@ -133,11 +136,12 @@ def submit(
             arguments=tuple(context.args),
             hyperparameters={} if published is None else {"mp_parameters": published},
             parameters=published,
-            channels=channels,
+            channels=cluster_channels(channel_options(channel or [])),
             environment=_assignments(env or [], "--env"),
             secrets=secret_options(secret or []),
             env_plain=env_plain,
             requirements=requirements,
+            device=checked_device(device),
             max_seconds=None if time is None else parse_duration(time, "--time"),
             max_restarts=max_restarts,
             checkpoints=checkpoints,
@@ -166,15 +170,12 @@ def jobs(
         if cluster is not None:
             cluster = cluster_named(cluster, clusters, os.environ).title
         records, problems = list_records(os.environ, cluster)
-        told = [_told(record, _status_of(record)) for record in reversed(records)]
+        records = records[::-1]
+        told = [_told(record, status) for record, status in zip(records, _statuses(records), strict=True)]
         if as_json:
             typer.echo(json.dumps(told, indent=2))
         else:
-            table = Table("job", "state", "reason", "submitted", "engine's id", box=None)
-            for job in told:
-                moment = f"{datetime.fromtimestamp(job['submitted']):%Y-%m-%d %H:%M}"
-                table.add_row(job["job"], job["state"], job["reason"], moment, job["engine_id"])
-            Console(soft_wrap=True, highlight=False).print(table if told else "no jobs")
+            typer.echo(_table(told) if told else "no jobs")
         for problem in problems:
             typer.echo(problem, err=True)
 
@@ -237,11 +238,7 @@ def stop(job: _JobArgument) -> None:
 def _wait(job: SubmittedJob, timeout: float | None, *, logs: bool) -> None:
     try:
         job.wait(timeout, logs=logs)
-    except JobFailedError:
-        raise
-    except LaunchError as error:
-        if timeout is None or job.status().is_final:
-            raise
+    except NotEndedError as error:
         stop_command(str(error), TIMEOUT_EXIT_CODE)
 
 
@@ -257,11 +254,36 @@ def _told(record: JobRecord, status: JobStatus) -> dict[str, Any]:
     }
 
 
-def _status_of(record: JobRecord) -> JobStatus:
+def _table(told: Sequence[Mapping[str, Any]]) -> str:
+    """Columns; names are whole, since they are copied."""
+    rows = [("job", "state", "submitted", "engine's id", "reason")]
+    for job in told:
+        moment = f"{datetime.fromtimestamp(job['submitted']):%Y-%m-%d %H:%M}"
+        rows.append((job["job"], job["state"], moment, job["engine_id"], one_line(job["reason"])))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+
+
+def _statuses(records: Sequence[JobRecord]) -> list[JobStatus]:
+    """How the jobs are. A cluster that does not answer is not asked for each of its jobs."""
+    silent: dict[str, str] = {}
+
+    def ask(record: JobRecord) -> JobStatus:
+        if record.cluster in silent:
+            return JobStatus("unknown", silent[record.cluster])
+        try:
+            return job_of(record).status()
+        except LaunchError as error:
+            silent[record.cluster] = str(error).partition("\n")[0]
+            return JobStatus("unknown", silent[record.cluster])
+        except SMPError as error:  # the record is of another version
+            return JobStatus("unknown", str(error).partition("\n")[0])
+
+    pool = ThreadPoolExecutor(_ASKED_AT_ONCE, thread_name_prefix="jobs")
     try:
-        return job_of(record).status()
-    except SMPError as error:
-        return JobStatus("unknown", str(error).partition("\n")[0])
+        return list(pool.map(ask, records))
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _code(script: str, source_dir: Path | None) -> tuple[Path, Path]:

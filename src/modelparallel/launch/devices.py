@@ -34,9 +34,7 @@ def resolve_device(asked: str) -> tuple[Device, int]:
     """
     if asked == "auto":
         asked = os.environ.get(DEVICE_VARIABLE, "").strip().lower() or "auto"
-    if asked not in ("auto", "cpu", "cuda"):
-        raise LaunchError(f"device {asked!r}: expected auto, cpu or cuda")
-    if asked == "cpu":
+    if checked_device(asked) == "cpu":
         return "cpu", 0
     available = num_gpus()
     if available == 0:
@@ -44,6 +42,13 @@ def resolve_device(asked: str) -> tuple[Device, int]:
             raise LaunchError("device cuda: no CUDA device is visible: use device cpu to rehearse the job on the CPU")
         return "cpu", 0
     return "cuda", available
+
+
+def checked_device(asked: str) -> str:
+    """One of `auto`, `cpu` and `cuda`. Raises `LaunchError` for anything else."""
+    if asked not in ("auto", "cpu", "cuda"):
+        raise LaunchError(f"device {asked!r}: expected auto, cpu or cuda")
+    return asked
 
 
 def check_devices(num_processes: int, device: Device, available: int) -> None:

@@ -35,7 +35,7 @@ from modelparallel.launch.cluster_jobs import (
 from modelparallel.launch.clusters.cluster import Cluster, Rendered
 from modelparallel.launch.clusters.description import ClusterJob
 from modelparallel.launch.clusters.git_source import clone
-from modelparallel.launch.devices import check_devices, resolve_device
+from modelparallel.launch.devices import check_devices, checked_device, resolve_device
 from modelparallel.launch.distribution import is_plain, validate_distribution
 from modelparallel.launch.environment import command_arguments
 from modelparallel.launch.folder import JobFolder, checked_job_name, default_folder, new_job_name
@@ -183,6 +183,8 @@ class PyTorch:
         self.max_run = max_run
         self.job_dir = job_dir
         self.backend = _chosen_backend(backend)
+        local = {"job_dir": job_dir, "backend": backend, "min_processes": min_processes}
+        self._local_options = {name: value for name, value in local.items() if value is not None}
         self.device = device
         self.pass_mp_parameters = pass_mp_parameters
         self.max_restarts = _checked_count(max_restarts, "max_restarts", 0)
@@ -386,7 +388,7 @@ class PyTorch:
             parameters, mpi_options = checked.parameters, checked.custom_mpi_options
             per_node = checked.processes_per_host
         hyperparameters, arguments = self._published(parameters)
-        options = {**self.service_options, **others}
+        options = {**self.service_options, **others, **self._local_options}
         options.pop("git_config", None)
         url, output = options.pop("checkpoint_s3_uri", None), options.pop("output_path", None)
         if self.checkpoint_local_path is not None:
@@ -396,7 +398,7 @@ class PyTorch:
         channels = cluster_channels(inputs, options.get("input_mode"), options.get(INPUTS, ()))
         return ClusterJob(
             name=cluster.new_name(self.base_job_name or script.stem) if job_name is None else job_name,
-            entry_point=str(script.relative_to(source_dir)),
+            entry_point=_entry_below(script, source_dir),
             source_dir=source_dir,
             num_nodes=self.instance_count,
             processes_per_node=per_node,
@@ -412,7 +414,7 @@ class PyTorch:
             distribution=self.distribution,
             custom_mpi_options=mpi_options,
             instance_type=instance_type,
-            device=self.device or "auto",
+            device=checked_device(self.device or "auto"),
             max_seconds=self.max_run,
             max_restarts=self.max_restarts,
             checkpoints=checkpoint_location(url, self.checkpoint_local_path),
@@ -463,6 +465,14 @@ def _below(base: Path | None, path: Any, what: str, *, must_exist: bool = True) 
     if not inside.resolve().is_relative_to(base.resolve()):
         raise LaunchError(f"{what} {path} leads out of the repository of git_config: give a path in it")
     return inside
+
+
+def _entry_below(script: Path, source_dir: Path) -> str:
+    """The script, as a node finds it in the code. Raises `LaunchError` for one that would not be sent."""
+    path = Path(os.path.abspath(script))
+    if not path.is_relative_to(source_dir):
+        raise LaunchError(f"entry point {path} is not below source_dir {source_dir}: only that directory is sent")
+    return str(path.relative_to(source_dir))
 
 
 def _check_names(others: Mapping[str, Any]) -> None:

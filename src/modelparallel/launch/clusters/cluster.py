@@ -128,7 +128,7 @@ class Cluster(BaseModel, ABC):
         """A job name that this kind takes: ``base``, without what is not allowed, and the time."""
         now = now or datetime.now()
         end = f"{now:%Y-%m-%d-%H-%M-%S}-{now.microsecond // 1000:03d}"
-        base = re.sub(r"[^A-Za-z0-9]+", "-", base)[: self.max_name_length - len(end) - 1].strip("-") or "job"
+        base = re.sub(r"[^A-Za-z0-9]+", "-", str(base))[: self.max_name_length - len(end) - 1].strip("-") or "job"
         return f"{base if self.has_capital_names else base.lower()}-{end}"
 
     def with_session(self, session: Any) -> Cluster:

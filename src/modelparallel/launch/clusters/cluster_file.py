@@ -10,6 +10,7 @@ folder = "/shared/jobs"
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,6 +30,7 @@ else:
 #: The path of a cluster file; `--clusters` comes first.
 FILE_VARIABLE = "MODELPARALLEL_CLUSTERS"
 FILE_NAME = "modelparallel.toml"
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 def kinds() -> dict[str, type[Cluster]]:
@@ -74,6 +76,12 @@ def read_clusters(path: Path) -> dict[str, Cluster]:
     rows = content.get("clusters", {})
     if not isinstance(rows, dict):
         raise SMPConfigError(f"{path}: clusters: expected sections [clusters.NAME], got {rows!r}")
+    for name in rows:
+        if not _NAME.fullmatch(name):
+            raise SMPConfigError(
+                f"{path}: [clusters.{name!r}]: a cluster's name has letters, digits, '.', '_' and '-', a letter or "
+                "digit first: it stands before the '/' in the names of jobs"
+            )
     return {name: make_cluster(name, row, f"{path}: [clusters.{name}]") for name, row in rows.items()}
 
 

@@ -21,6 +21,8 @@ from modelparallel.launch.clusters.cluster import JobRecord
 
 FORMAT = 1
 _MOST_BYTES = 1 << 20
+#: In seconds since 1970: the year 9999.
+_LAST_MOMENT = 253_000_000_000.0
 
 
 def records_folder(environ: Mapping[str, str]) -> Path:
@@ -84,7 +86,8 @@ def read_record(path: Path) -> JobRecord:
     for name in values:
         if name not in ("settings", "submitted") and not isinstance(values[name], str):
             raise ValueError(f"{name} is no text")
-    finite(values["submitted"], "submitted")
+    if not 0 <= finite(values["submitted"], "submitted") < _LAST_MOMENT:
+        raise ValueError("submitted is no time")
     if not isinstance(values["settings"], dict):
         raise ValueError("settings is no object")
     return JobRecord(**values)

@@ -103,7 +103,7 @@ def check_secrets(job: ClusterJob, kinds: Sequence[str]) -> None:
     """
     for name, reference in job.secrets.items():
         check_secret_name(name, job)
-        kind, separator, rest = reference.partition(":")
+        kind, separator, rest = str(reference).partition(":")
         if not separator or kind not in kinds or not rest:
             # What was given may be the secret.
             examples = ", ".join(_EXAMPLES.get(kind, f"{kind}:...") for kind in kinds)

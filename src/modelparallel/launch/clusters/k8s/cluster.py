@@ -10,6 +10,7 @@ from typing import Any
 from modelparallel.errors import LaunchError
 from modelparallel.launch.clusters.cluster import JobRecord, JobStatus, Rendered
 from modelparallel.launch.clusters.description import ClusterJob
+from modelparallel.launch.clusters.interrupts import engine_asked
 from modelparallel.launch.clusters.k8s.client import ApiServer, check_train_job
 from modelparallel.launch.clusters.k8s.keys import KubernetesSettings
 from modelparallel.launch.clusters.k8s.manifests import NODE, job_objects, yaml_text
@@ -84,8 +85,9 @@ class Kubernetes(KubernetesSettings):
             _upload(archive_bytes(job), self.code_of(job))
         made: list[Mapping[str, Any]] = []
         try:
-            made += (api.create(each) for each in objects)
-        except LaunchError:
+            with engine_asked():
+                made += (api.create(each) for each in objects)
+        except BaseException:
             for each in reversed(made):
                 api.delete(each["kind"], job.name)
             raise

@@ -18,6 +18,7 @@ from modelparallel.launch.clusters.checks import parse_duration
 from modelparallel.launch.clusters.cluster import Cluster, JobRecord, JobStatus, Rendered, State
 from modelparallel.launch.clusters.description import ClusterJob, DataChannel, node_description
 from modelparallel.launch.clusters.instances import devices_of
+from modelparallel.launch.clusters.interrupts import engine_asked
 from modelparallel.launch.clusters.packing import Library, pack_code
 from modelparallel.launch.clusters.sagemaker.checks import check_job, check_request
 from modelparallel.launch.clusters.sagemaker.logs import log_lines
@@ -262,7 +263,8 @@ class SageMaker(Cluster):
         self._upload_code(job, options, place, service)
         for name, channel in self._uploads(job, options).items():
             _upload_channel(service, name, Path(channel.location), upload_url(job, name, channel, place))
-        service.create(request)
+        with engine_asked():
+            service.create(request)
         self._submitted_by = service
         rendered = Rendered(requests=(("create_training_job", request),))
         return self._record(service, job.name, request, time.time(), rendered.digest())

@@ -28,6 +28,7 @@ from modelparallel.launch.clusters.checks import (
 from modelparallel.launch.clusters.cluster import Cluster, JobRecord, JobStatus, Rendered
 from modelparallel.launch.clusters.description import ClusterJob, node_description
 from modelparallel.launch.clusters.instances import devices_of
+from modelparallel.launch.clusters.interrupts import engine_asked
 from modelparallel.launch.clusters.job_end import read_job_end
 from modelparallel.launch.clusters.log_files import check_rank, followed_lines, rank_logs
 from modelparallel.launch.clusters.packing import copy_code
@@ -203,9 +204,10 @@ class Slurm(Cluster):
                     write_private(Path(path), text)
             of_secrets = [ref.partition(":")[2] for ref in job.secrets.values() if ref.startswith("env:")]
             variables = outer_variables(os.environ, {*LAUNCHER_VARIABLES, *of_secrets, *job.secrets})
-            engine_id = ask(_submission(root), variables).strip().partition(";")[0]
-            if not re.fullmatch(r"\d+", engine_id):
-                raise LaunchError(f"sbatch answered {engine_id!r}, which is no number of a job")
+            with engine_asked():
+                engine_id = ask(_submission(root), variables).strip().partition(";")[0]
+                if not re.fullmatch(r"\d+", engine_id):
+                    raise LaunchError(f"sbatch answered {engine_id!r}, which is no number of a job")
         except BaseException as error:
             # Nothing was submitted, and nothing is left of it: the code is where it came from.
             shutil.rmtree(root, ignore_errors=True)

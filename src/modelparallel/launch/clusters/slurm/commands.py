@@ -51,6 +51,7 @@ def ask(command: Sequence[str], environ: Mapping[str, str] | None = None, second
             errors="replace",
             stdin=subprocess.DEVNULL,
             timeout=seconds,
+            start_new_session=True,  # Ctrl-C is for this process, which decides
             env=None if environ is None else dict(environ),
         )
     except OSError as error:
