@@ -61,6 +61,7 @@ INSIDE = {
 AMBIENT = {
     "comm/event_log.py": "line numbers of code that was met before",
     "job/session.py": "the session",
+    "launch/clusters/interrupts.py": "the submission that a signal, which is the process's, would interrupt",
     "launch/rehearsal/__init__.py": "a rehearsal replaces functions of torch for the whole process",
     "launch/rehearsal/operators.py": "the same, for operators",
     "pipeline/operations/captured_values.py": "names of code objects that were met before",
