@@ -328,6 +328,8 @@ def test_the_code_of_a_repository(yard, tmp_path):
     made = Yard.submitted[0]
     assert made.source_dir.name == "code" and [path.name for path in made.dependencies] == ["extra.py"]
     assert tmp_path not in made.source_dir.parents and "git_config" not in made.service_options
+    with pytest.raises(LaunchError, match=r"dependencies: expected a list of paths, got 'extra\.py'"):
+        PyTorch("train.py", cluster="back", **{**given, "dependencies": "extra.py"}).fit()
     with pytest.raises(LaunchError, match="leads out of the repository"):
         PyTorch("train.py", cluster="back", **{**given, "source_dir": ".."}).fit()
     with pytest.raises(LaunchError, match=r"missing\.py does not exist"):

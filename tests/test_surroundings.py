@@ -151,6 +151,7 @@ class Watched(dict):
 def test_the_variables_of_launchers_are_those_that_are_read():
     task = {"SLURM_PROCID": "0", "SLURM_STEP_ID": "0", "SLURM_NTASKS": "1", "SLURM_TASKS_PER_NODE": "1"}
     place = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}
+    place["SLURM_STEP_TASKS_PER_NODE"] = "1(x2)"
     asked = set()
     for start in (
         {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"},

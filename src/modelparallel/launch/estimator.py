@@ -388,6 +388,8 @@ class PyTorch:
             parameters, mpi_options = checked.parameters, checked.custom_mpi_options
             per_node = checked.processes_per_host
         hyperparameters, arguments = self._published(parameters)
+        if isinstance(self.service_options.get("dependencies"), str | os.PathLike):
+            raise LaunchError(f"dependencies: expected a list of paths, got {self.service_options['dependencies']!r}")
         options = {**self.service_options, **others, **self._local_options}
         options.pop("git_config", None)
         url, output = options.pop("checkpoint_s3_uri", None), options.pop("output_path", None)
